@@ -1,0 +1,1 @@
+"""Thin trainer on transformers.Trainer: data, collator, trainer."""
