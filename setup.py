@@ -1,0 +1,101 @@
+"""Builds sspo_ext._C, the CPU kernels.
+
+One kernel source is compiled once per instruction set, each file with its own flags; the module picks one at run time,
+so a wheel runs on every CPU of its architecture. SSPO_BUILD_CPP=0 leaves the module out: the package then runs on torch.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CompileError, PlatformError
+
+COMMON_FLAGS = ["-std=c++17", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
+# Contraction into FMA is part of the kernels' error analysis; the default depends on the compiler.
+KERNEL_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
+AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+
+SOURCES = {
+    "csrc/cpu/binding.cpp": ["-O2"],
+    "csrc/cpu/dispatch.cpp": ["-O2"],
+    "csrc/cpu/step_loss.cpp": ["-O2"],
+    "csrc/cpu/rows_baseline.cpp": KERNEL_FLAGS,
+}
+X86_SOURCES = {
+    "csrc/cpu/rows_avx2.cpp": [*KERNEL_FLAGS, *AVX2_FLAGS],
+    "csrc/cpu/rows_avx512.cpp": [*KERNEL_FLAGS, *AVX512_FLAGS],
+}
+
+
+def target_is_x86_64() -> bool:
+    archflags = os.environ.get("ARCHFLAGS", "")  # how macOS builds for the other architecture
+    return "x86_64" in archflags if archflags else platform.machine().lower() in ("x86_64", "amd64")
+
+
+class BuildKernels(build_ext):
+    """build_ext that compiles every source with the flags of its instruction set, several at a time."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            if self.compiler.compiler_type == "msvc":
+                raise PlatformError("MSVC has no vector extensions; GCC or Clang is needed")
+            self._build(ext)
+        except (BaseError, OSError) as error:
+            raise SystemExit(
+                f"\nsspo_ext: the C++ module {ext.name} could not be built: {error}. It needs a C++17 compiler (GCC 9 or "
+                "Clang 10 and later) and the Python headers; the compiler's own messages stand above. To install without "
+                "the C++ module (the package then runs on torch alone, several times slower on CPUs), set the environment "
+                "variable SSPO_BUILD_CPP=0 and install again.\n"
+            ) from error
+
+    def _build(self, ext: Extension) -> None:
+        def compile_one(source: str) -> list[str]:
+            return self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                include_dirs=ext.include_dirs,
+                extra_postargs=[*COMMON_FLAGS, *flags_of[source]],
+                depends=ext.depends,
+            )
+
+        flags_of = {**SOURCES, **X86_SOURCES}
+        with ThreadPoolExecutor(max(1, min(len(ext.sources), os.cpu_count() or 1))) as pool:
+            objects = [o for compiled in pool.map(compile_one, ext.sources) for o in compiled]
+        self.compiler.link_shared_object(
+            objects, self.get_ext_fullpath(ext.name), extra_postargs=["-pthread"], target_lang="c++"
+        )
+
+
+def extensions() -> list[Extension]:
+    if os.environ.get("SSPO_BUILD_CPP", "1") == "0":
+        return []
+    try:
+        import pybind11
+    except ImportError as error:
+        if not {"build_ext", "develop", "bdist_wheel", "install"} & set(sys.argv):
+            return []  # a step that compiles nothing, for example `python setup.py --version`
+        raise SystemExit(f"sspo_ext: building the C++ module needs pybind11 ({error}); or set SSPO_BUILD_CPP=0") from None
+    x86 = target_is_x86_64()
+    return [
+        Extension(
+            "sspo_ext._C",
+            sources=sorted({**SOURCES, **(X86_SOURCES if x86 else {})}),
+            include_dirs=[pybind11.get_include(), "csrc"],
+            depends=sorted(
+                os.path.join(folder, name)
+                for folder, _, names in os.walk("csrc")
+                for name in names
+                if name.endswith(".h")
+            ),
+            language="c++",
+        )
+    ]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})
