@@ -1,0 +1,20 @@
+"""Step-wise preference optimisation for language models, made fast.
+
+`step_pref_loss` turns logits, or hidden states in its `linear_` twin, into a step-wise preference loss and its gradient.
+"""
+
+from .layout import StepLayout
+from .logps import StepLogps, step_logps
+from .losses import StepPrefLoss, StepPrefOutput, step_pref_loss
+from .pairs import StepPairs
+
+__version__ = "0.1.0"
+__all__ = [
+    "StepLayout",
+    "StepLogps",
+    "StepPairs",
+    "StepPrefLoss",
+    "StepPrefOutput",
+    "step_logps",
+    "step_pref_loss",
+]

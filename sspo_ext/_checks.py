@@ -1,0 +1,60 @@
+"""Error messages of the public layer: the argument, what was expected, what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+def describe(value: object) -> str:
+    """What came, in a few words."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def check_tensor(name: str, value: object, *, ndim: tuple[int, ...] | int | None = None) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {describe(value)}")
+    dims = (ndim,) if isinstance(ndim, int) else ndim
+    if dims is not None and value.ndim not in dims:
+        raise ValueError(f"{name}: expected {' or '.join(map(str, dims))} dimensions, got {describe(value)}")
+
+
+def check_shape(name: str, value: object, shape: tuple[int, ...]) -> None:
+    check_tensor(name, value)
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {describe(value)}")
+
+
+def check_integer(name: str, value: object, **kw) -> None:
+    check_tensor(name, value, **kw)
+    if value.dtype not in _INTEGER_DTYPES:
+        raise TypeError(f"{name}: expected an integer tensor, got {describe(value)}")
+
+
+def check_float(name: str, value: object, **kw) -> None:
+    check_tensor(name, value, **kw)
+    if value.dtype not in FLOAT_DTYPES:
+        expected = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
+        raise TypeError(f"{name}: expected a tensor of {expected}, got {describe(value)}")
+
+
+def check_choice(name: str, value: object, choices) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
+
+
+def check_device(name: str, value: Tensor, device: torch.device, of: str) -> None:
+    if value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, where {of} is, got {describe(value)}")

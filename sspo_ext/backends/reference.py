@@ -1,0 +1,72 @@
+"""The specification: plain torch, differentiable by autograd, exact in float64. Every other backend is tested against this file."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..heads import PairScores, get_pair_head
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def map_logits(x: Tensor, a: float, c: float) -> Tensor:
+    """Scale, softcap and temperature in one map: a * x, or c * tanh(a * x) when there is a softcap."""
+    return a * x if c == 0 else c * torch.tanh(a * x)
+
+
+def token_logps(
+    logits: Tensor,  # (B, T, V)
+    rows: Tensor,  # (N,) int64
+    labels: Tensor,  # (N,) int64
+    a: float,
+    c: float,
+) -> Tensor:  # (N,) float32, float64 for float64 logits
+    """log_softmax(map(logits))[row, label]."""
+    needed = logits.reshape(-1, logits.shape[-1])[rows]
+    if needed.dtype != torch.float64:
+        needed = needed.float()
+    return map_logits(needed, a, c).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+
+
+def step_sums(
+    logps: Tensor,  # (N,)
+    weights: Tensor | None,  # (N,)
+    step_of_row: Tensor,  # (N,) int64
+    num_steps: int,
+) -> Tensor:  # (S,)
+    """S_k = sum of w * logp over the rows of step k; an empty step is 0."""
+    weighted = logps if weights is None else weights.to(logps.dtype) * logps
+    return logps.new_zeros(num_steps).index_add(0, step_of_row, weighted)
+
+
+def pair_losses(
+    sums: Tensor,  # (S,)
+    counts: Tensor,  # (S,) int
+    ref: Tensor | None,  # (S,)
+    pair_index: Tensor,  # (P, 2) int
+    margins: Tensor | None,  # (P,)
+    labels: Tensor | None,  # (P,)
+    head: str,
+    options: list[float],
+    label: float,
+) -> Tensor:  # (P,): unweighted loss of each pair, 0 for a pair with an empty step
+    u = sums if ref is None else sums - ref.to(sums.dtype)
+    winner, loser = pair_index.long().unbind(1)
+    valid = (counts[winner] > 0) & (counts[loser] > 0)
+    n = counts.clamp(min=1).to(sums.dtype)
+    zeros = torch.zeros_like(u[winner])
+    definition = get_pair_head(head)
+    scores = PairScores(
+        # an invalid pair is evaluated at 0 and then dropped, so that nothing undefined reaches its gradient
+        torch.where(valid, u[winner], zeros),
+        torch.where(valid, u[loser], zeros),
+        n[winner],
+        n[loser],
+        zeros if margins is None else margins.to(sums.dtype),
+        zeros + label if labels is None else labels.to(sums.dtype),
+    )
+    losses = definition.fn(scores, **dict(zip(definition.options, options, strict=True)))
+    return torch.where(valid, losses, zeros)

@@ -1,0 +1,173 @@
+"""Step log-probabilities from logits, and the autograd.Function that every loss on the logits route goes through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import backends, ops
+from ._checks import check_float, check_positive
+from .backends import reference
+from .layout import StepLayout
+from .pairs import StepPairs
+
+
+@dataclass(frozen=True)
+class StepLogps:
+    """Log-probabilities of a batch's steps and of their tokens."""
+
+    sums: Tensor  # (S,) float32 (float64 for float64 logits): sum of w * log pi over the step's scored tokens, 0 for an empty step
+    counts: Tensor  # (S,) int32: scored tokens
+    tokens: Tensor  # (N,) float32 (float64): log pi of each scored token, in row order
+
+    @property
+    def means(self) -> Tensor:
+        """(S,): sums / counts, 0 for an empty step."""
+        return self.sums / self.counts.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class PairLossSpec:
+    """What launch 2 computes besides step sums."""
+
+    pairs: StepPairs
+    head: str
+    options: tuple[float, ...]  # in the head's order
+    label: float  # probability that the winner is better, where the pairs carry no soft labels
+    scale: Tensor  # () multiplies the sum over pairs
+    ref: Tensor | None  # (S,)
+
+
+def logit_map(temperature: float, logit_softcap: float | None, logit_scale: float) -> tuple[float, float]:
+    """(a, c) such that z = a * x, or c * tanh(a * x) with a softcap, is the logit of the sampled distribution.
+
+    The order is the models': scale, then softcap, then temperature.
+    """
+    check_positive("temperature", temperature)
+    check_positive("logit_scale", logit_scale)
+    if logit_softcap is None:
+        return logit_scale / temperature, 0.0
+    check_positive("logit_softcap", logit_softcap)
+    return logit_scale / logit_softcap, logit_softcap / temperature
+
+
+class LogitsRoute(torch.autograd.Function):
+    """(B, T, V) logits -> loss (), step sums (S,), token log-probs (N,), pair losses (P,).
+
+    Forward is launches 1 and 2: the log-probs with their log-sum-exp, then sums, loss and d loss/d logp. Backward is launch 3.
+    Only the log-sum-exp and d loss/d logp, one float each a row, are kept beside the logits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, logits: Tensor, layout: StepLayout, spec: PairLossSpec | None, a: float, c: float, backend: str, inplace_backward: bool
+    ):
+        tokens, lse = ops.token_logp_fwd(logits, layout.rows, layout.labels, a, c, backend)
+        weights = None if layout.weights is None else layout.weights.to(tokens.dtype)
+        loss, sums, pair_losses, coef = _step_loss(tokens, weights, layout, spec, backend)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(logits, lse, coef, weights, layout.labels, layout.row_of, layout.step_of_row)
+            ctx.settings = (a, c, backend, inplace_backward)
+        ctx.mark_non_differentiable(pair_losses)
+        ctx.set_materialize_grads(False)
+        return loss, sums, tokens, pair_losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss, d_sums, d_tokens, _):
+        if d_loss is None and d_sums is None and d_tokens is None:
+            return (None,) * 7
+        logits, lse, coef, weights, labels, row_of, step_of_row = ctx.saved_tensors
+        a, c, backend, inplace_backward = ctx.settings
+        if d_sums is not None or d_tokens is not None:
+            coef = _total_coef(coef, weights, step_of_row, d_loss, d_sums, d_tokens)
+            d_loss = None
+        args = (logits, row_of, labels, lse, coef, d_loss, a, c, backend)
+        if inplace_backward:
+            # the op is declared as a mutation, so the logits' autograd version moves on and a later reader gets autograd's error
+            ops.token_logp_bwd_(*args)
+            d_logits = logits
+        else:
+            d_logits = ops.token_logp_bwd(*args)
+        return d_logits, None, None, None, None, None, None
+
+
+def _step_loss(tokens: Tensor, weights: Tensor | None, layout: StepLayout, spec: PairLossSpec | None, backend: str):
+    offsets = layout.step_offsets
+    if spec is None:
+        no_pairs, no_adj = offsets.new_empty((0, 2)), offsets.new_empty(0)
+        return ops.step_loss_fwd(
+            tokens, weights, offsets, None, no_pairs, torch.zeros_like(offsets), no_adj, None, None, None, tokens.new_zeros(()),
+            "sigmoid", [1.0], 1.0, backend,
+        )  # fmt: skip
+    pairs = spec.pairs
+
+    def cast(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to(tokens.dtype)
+
+    return ops.step_loss_fwd(
+        tokens, weights, offsets, cast(spec.ref), pairs.index, pairs.adj_offsets, pairs.adj_pairs, cast(pairs.weights),
+        cast(pairs.margins), cast(pairs.soft_labels), cast(spec.scale), spec.head, list(spec.options), spec.label, backend,
+    )  # fmt: skip
+
+
+def _total_coef(coef, weights, step_of_row, d_loss, d_sums, d_tokens) -> Tensor:
+    """d/dlogp (N,) when gradient arrives at the sums or the tokens too, and not at the loss alone."""
+    total = torch.zeros_like(coef) if d_loss is None else coef * d_loss
+    if d_sums is not None:
+        per_row = d_sums[step_of_row]
+        total = total + (per_row if weights is None else per_row * weights)
+    if d_tokens is not None:
+        total = total + d_tokens
+    return total
+
+
+def step_logps(
+    logits: Tensor,  # (B, T, V), or (total, V) with a packed layout
+    layout: StepLayout,
+    *,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backend: str = "auto",
+    inplace_backward: bool = False,
+) -> StepLogps:
+    """log_softmax(logits)[row, label] of every scored token, and its weighted sum over each step; differentiable.
+
+    Reads each scored row once and stores no softmax. log-probs accumulate in float32 (float64 for float64 logits). With
+    `inplace_backward=True` the gradient overwrites the logits: nothing else may need their values in backward (autograd raises if
+    something does). Differentiable once: a second backward raises. Logits whose last dimension is not contiguous are copied once.
+
+    Raises ValueError or TypeError naming the argument when shapes, dtypes or devices do not fit the layout.
+
+    Example::
+
+        >>> with torch.no_grad():
+        ...     ref = step_logps(reference_model(ids).logits, layout).sums
+    """
+    logits, (a, c), name = prepare(logits, layout, temperature, logit_softcap, logit_scale, backend, inplace_backward)
+    if name == "reference":
+        tokens = reference.token_logps(logits, layout.rows, layout.labels, a, c)
+        return StepLogps(reference.step_sums(tokens, layout.weights, layout.step_of_row, layout.num_steps), layout.counts, tokens)
+    _, sums, tokens, _ = LogitsRoute.apply(logits, layout, None, a, c, name, inplace_backward)
+    return StepLogps(sums, layout.counts, tokens)
+
+
+def prepare(
+    logits: Tensor, layout: StepLayout, temperature: float, logit_softcap: float | None, logit_scale: float, backend: str,
+    inplace_backward: bool,
+) -> tuple[Tensor, tuple[float, float], str]:  # fmt: skip
+    """Checks what every function of the logits route takes; returns (B, T, V) logits, the logit map and the backend's name."""
+    if not isinstance(layout, StepLayout):
+        raise TypeError(f"layout: expected a StepLayout, got {type(layout).__name__}")
+    check_float("logits", logits)
+    if logits.device != layout.device:
+        raise ValueError(f"layout: expected it on {logits.device}, where logits is (layout.to(...)), got {layout.device}")
+    mapped = logit_map(temperature, logit_softcap, logit_scale)
+    name = backends.select(backend, logits.device.type, logits.dtype)
+    if inplace_backward and name == "reference":
+        raise ValueError("inplace_backward: the reference backend cannot write over the logits; use another backend or False")
+    return layout.check_logits(logits), mapped, name

@@ -1,0 +1,76 @@
+"""Private torch.library ops: the three launches of the logits route, opaque to torch.compile.
+
+They have no autograd formula on purpose: gradients live in the autograd.Function of logps.py, which is the only caller.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+_lib = torch.library.Library("sspo", "DEF")
+_lib.define("token_logp_fwd(Tensor logits, Tensor rows, Tensor labels, float a, float c, str backend) -> (Tensor, Tensor)")
+_lib.define(
+    "step_loss_fwd(Tensor logps, Tensor? weights, Tensor step_offsets, Tensor? ref, Tensor pair_index, Tensor adj_offsets, "
+    "Tensor adj_pairs, Tensor? pair_weights, Tensor? pair_margins, Tensor? pair_labels, Tensor scale, str head, float[] options, "
+    "float label, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_BWD = "Tensor row_of, Tensor labels, Tensor lse, Tensor coef, Tensor? upstream, float a, float c, str backend"
+_lib.define(f"token_logp_bwd(Tensor logits, {_BWD}) -> Tensor")
+_lib.define(f"token_logp_bwd_(Tensor(a!) logits, {_BWD}) -> ()")
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _token_logp_fwd(logits, rows, labels, a, c, backend):
+    return backends.load(backend).token_logp_fwd(logits, rows, labels, a, c)
+
+
+def _token_logp_fwd_fake(logits, rows, labels, a, c, backend):
+    dtype = _accumulator(logits.dtype)
+    return logits.new_empty(rows.shape, dtype=dtype), logits.new_empty(rows.shape, dtype=dtype)
+
+
+def _step_loss_fwd(
+    logps, weights, step_offsets, ref, pair_index, adj_offsets, adj_pairs, pair_weights, pair_margins, pair_labels, scale, head,
+    options, label, backend,
+):  # fmt: skip
+    return backends.load(backend).step_loss_fwd(
+        logps, weights, step_offsets, ref, pair_index, adj_offsets, adj_pairs, pair_weights, pair_margins, pair_labels, scale,
+        head, options, label,
+    )  # fmt: skip
+
+
+def _step_loss_fwd_fake(logps, weights, step_offsets, ref, pair_index, *args):
+    steps, pairs = step_offsets.shape[0] - 1, pair_index.shape[0]
+    return logps.new_empty(()), logps.new_empty(steps), logps.new_empty(pairs), torch.empty_like(logps)
+
+
+def _token_logp_bwd(logits, row_of, labels, lse, coef, upstream, a, c, backend):
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    backends.load(backend).token_logp_bwd(logits, row_of, labels, lse, coef, upstream, a, c, out)
+    return out
+
+
+def _token_logp_bwd_fake(logits, *args):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _token_logp_bwd_(logits, row_of, labels, lse, coef, upstream, a, c, backend):
+    backends.load(backend).token_logp_bwd(logits, row_of, labels, lse, coef, upstream, a, c, logits)
+
+
+def _register(name, fn, fake):
+    _lib.impl(name, fn, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sspo::{name}", fake, lib=_lib)
+    return getattr(torch.ops.sspo, name).default
+
+
+token_logp_fwd = _register("token_logp_fwd", _token_logp_fwd, _token_logp_fwd_fake)
+step_loss_fwd = _register("step_loss_fwd", _step_loss_fwd, _step_loss_fwd_fake)
+token_logp_bwd = _register("token_logp_bwd", _token_logp_bwd, _token_logp_bwd_fake)
+token_logp_bwd_ = _register("token_logp_bwd_", _token_logp_bwd_, lambda logits, *args: None)
