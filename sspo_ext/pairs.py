@@ -79,7 +79,7 @@ class StepPairs(TensorBundle):
         device = layout.device
 
         def tensor(array, dtype):
-            return torch.as_tensor(np.ascontiguousarray(array)).to(dtype).to(device, non_blocking=True)
+            return torch.as_tensor(np.array(array, order="C")).to(dtype).to(device, non_blocking=True)
 
         num_valid = int(valid.sum())
         pairs = cls(
