@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TensorBundle:
-    """Moves every tensor field together; host (numpy) fields stay where they are."""
+    """Moves its tensor fields together; `host_...` fields stay on the host, where plans are made."""
 
     def _map(self, fn):
-        moved = {f.name: fn(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self, **moved)
+        mine = [f.name for f in fields(self) if not f.name.startswith("host_")]
+        return replace(self, **{name: fn(v) for name in mine if isinstance(v := getattr(self, name), Tensor)})
 
     def to(self, device: torch.device | str, non_blocking: bool = True):
         """The same object with its tensors on `device`. Never waits for the device."""
@@ -53,8 +53,8 @@ class StepLayout(TensorBundle):
     row_of: Tensor  # (B*T,) int32: the row a position is, -1 where it is none
     shape: tuple[int, int]  # (B, T); (1, total) for a packed batch
     num_sequences: int
-    host_step_offsets: np.ndarray  # (S + 1,) int64
-    host_step_sequence: np.ndarray  # (S,) int64
+    host_step_offsets: Tensor  # (S + 1,) int64
+    host_step_sequence: Tensor  # (S,) int64
     max_label: tuple[int, int, int] | None  # (value, sequence, position) of the largest label, for the check against V
 
     @property
@@ -243,8 +243,8 @@ class StepLayout(TensorBundle):
             row_of=tensor(row_of, torch.int32),
             shape=shape,
             num_sequences=num_sequences,
-            host_step_offsets=offsets,
-            host_step_sequence=np.asarray(step_sequence, np.int64),
+            host_step_offsets=torch.from_numpy(offsets),
+            host_step_sequence=torch.from_numpy(np.array(step_sequence, np.int64)),
             max_label=max_label,
         )
 
@@ -264,7 +264,7 @@ class StepLayout(TensorBundle):
                 "pairs: expected an even number of sequences [chosen_0.., rejected_0..] to pair by index, "
                 f"got {self.num_sequences}; pass pairs explicitly"
             )
-        counts = np.bincount(self.host_step_sequence, minlength=self.num_sequences)
+        counts = np.bincount(self.host_step_sequence.numpy(), minlength=self.num_sequences)
         first = np.cumsum(counts) - counts
         common = np.minimum(counts[:half], counts[half:])
         k = np.arange(common.sum()) - np.repeat(np.cumsum(common) - common, common)

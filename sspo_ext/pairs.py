@@ -25,7 +25,7 @@ class StepPairs(TensorBundle):
     margins: Tensor | None  # (P,) float32, in units of the reward
     soft_labels: Tensor | None  # (P,) float32: probability that the winner is the better step
     num_valid: int
-    host_index: np.ndarray  # (P, 2) int64
+    host_index: Tensor  # (P, 2) int64
     num_steps: int
 
     @property
@@ -74,7 +74,7 @@ class StepPairs(TensorBundle):
         adj_pairs = np.argsort(flat, kind="stable")
         adj_offsets = np.zeros(steps + 1, np.int64)
         np.cumsum(np.bincount(flat, minlength=steps), out=adj_offsets[1:])
-        counts = np.diff(layout.host_step_offsets)
+        counts = np.diff(layout.host_step_offsets.numpy())
         valid = (counts[host] > 0).all(axis=1)
         device = layout.device
 
@@ -92,7 +92,7 @@ class StepPairs(TensorBundle):
             margins=None,
             soft_labels=None,
             num_valid=num_valid,
-            host_index=host,
+            host_index=torch.from_numpy(host),
             num_steps=steps,
         )
         return pairs.with_values(weights=weights, margins=margins, soft_labels=soft_labels)
@@ -117,18 +117,23 @@ class StepPairs(TensorBundle):
 
     def units(self) -> np.ndarray:
         """(S,) int64: the connected component of each step, -1 for a step in no pair. Losses of different units are independent."""
-        parent = np.arange(self.num_steps)
+        return connected_steps(self.host_index.numpy(), self.num_steps)
 
-        def root(i: int) -> int:
-            while parent[i] != i:
-                parent[i] = parent[parent[i]]
-                i = parent[i]
-            return i
 
-        for winner, loser in self.host_index:
-            a, b = root(winner), root(loser)
-            parent[max(a, b)] = min(a, b)
-        unit = np.full(self.num_steps, -1, np.int64)
-        for step in np.unique(self.host_index):
-            unit[step] = root(step)
-        return unit
+def connected_steps(index: np.ndarray, num_steps: int) -> np.ndarray:
+    """(S,) int64: the smallest step of the connected component of each step, -1 for a step in no pair of `index` (P, 2)."""
+    parent = np.arange(num_steps)
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for winner, loser in index.tolist():
+        a, b = root(winner), root(loser)
+        parent[max(a, b)] = min(a, b)
+    unit = np.full(num_steps, -1, np.int64)
+    for step in np.unique(index):
+        unit[step] = root(step)
+    return unit
