@@ -1,0 +1,101 @@
+// The Python side of the CPU kernels: addresses and sizes in, nothing of torch. sspo_ext/backends/cpu.py is the caller
+// and checks shapes, dtypes and strides.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "../heads_generated.h"
+#include "dispatch.h"
+#include "step_loss.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = uintptr_t;  // tensor.data_ptr(), 0 for None
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+sspo::DType to_dtype(int code) {
+    if (code < 0 || code > 3) throw py::value_error("dtype code must be 0..3");
+    return static_cast<sspo::DType>(code);
+}
+
+sspo::Logits to_logits(Address data, int dtype, const std::array<int64_t, 3>& sizes,
+                       const std::array<int64_t, 2>& strides, double a, double c) {
+    const auto [B, T, V] = sizes;
+    if (B < 0 || T < 0 || V < 0) throw py::value_error("sizes must not be negative");
+    return {at<void>(data), to_dtype(dtype), strides[0], strides[1], B * T, std::max<int64_t>(T, 1), V, a, c};
+}
+
+void token_logp_fwd(Address logits, int dtype, std::array<int64_t, 3> sizes, std::array<int64_t, 2> strides, Address rows,
+                    Address labels, int64_t N, double a, double c, Address logp, Address lse, bool lse_is_double,
+                    int threads) {
+    const sspo::Isa& isa = sspo::choose_isa();
+    const sspo::FwdArgs args{to_logits(logits, dtype, sizes, strides, a, c), at<int64_t>(rows), at<int64_t>(labels),
+                             at<void>(logp), at<void>(lse), lse_is_double};
+    py::gil_scoped_release release;
+    sspo::token_logp_fwd(*isa.kernels, args, N, threads);
+}
+
+void token_logp_bwd(Address logits, int dtype, std::array<int64_t, 3> sizes, std::array<int64_t, 2> strides,
+                    Address row_of, Address labels, Address lse, bool lse_is_double, Address coef, Address upstream,
+                    int64_t N, double a, double c, Address out, std::array<int64_t, 2> out_strides, int threads) {
+    const sspo::Isa& isa = sspo::choose_isa();
+    const sspo::BwdArgs args{to_logits(logits, dtype, sizes, strides, a, c),
+                             at<int32_t>(row_of),
+                             at<int64_t>(labels),
+                             at<void>(lse),
+                             lse_is_double,
+                             at<void>(coef),
+                             at<void>(upstream),
+                             N,
+                             at<void>(out),
+                             out_strides[0],
+                             out_strides[1],
+                             false};
+    py::gil_scoped_release release;
+    sspo::token_logp_bwd(*isa.kernels, args, threads);
+}
+
+template <class T>
+void step_loss(const std::array<int64_t, 3>& sizes, const std::array<Address, 11>& in, int head,
+               const std::vector<double>& options, double label, const std::array<Address, 4>& out) {
+    std::array<T, sspo::kMaxOptions> values{};
+    for (size_t i = 0; i < options.size() && i < values.size(); ++i) values[i] = (T)options[i];
+    sspo::step_loss_fwd<T>({sizes[0], sizes[1], sizes[2], at<T>(in[0]), at<T>(in[1]), at<int32_t>(in[2]), at<T>(in[3]),
+                            at<int32_t>(in[4]), at<int32_t>(in[5]), at<int32_t>(in[6]), at<T>(in[7]), at<T>(in[8]),
+                            at<T>(in[9]), head, values.data(), (T)label, at<T>(in[10]), at<T>(out[0]), at<T>(out[1]),
+                            at<T>(out[2]), at<T>(out[3])});
+}
+
+void step_loss_fwd(bool is_double, std::array<int64_t, 3> sizes, std::array<Address, 11> in, int head,
+                   std::vector<double> options, double label, std::array<Address, 4> out) {
+    if (head < 0 || head >= sspo::kNumPairHeads)
+        throw py::value_error("head " + std::to_string(head) + " is not in this build: sspo_ext._C is older than heads.py");
+    py::gil_scoped_release release;
+    is_double ? step_loss<double>(sizes, in, head, options, label, out)
+              : step_loss<float>(sizes, in, head, options, label, out);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "CPU kernels of sspo_ext; see sspo_ext/backends/cpu.py";
+    m.def("token_logp_fwd", &token_logp_fwd);
+    m.def("token_logp_bwd", &token_logp_bwd);
+    m.def("step_loss_fwd", &step_loss_fwd);
+    m.def("isa", [] { return sspo::choose_isa().name; }, "The instruction set in use; SSPO_CPU_ISA names another.");
+    m.def(
+        "isas",
+        [] {
+            py::dict found;
+            for (const sspo::Isa& isa : sspo::isas()) found[py::str(isa.name)] = isa.why_not;
+            return found;
+        },
+        "Instruction set -> why it cannot run here ('' where it can).");
+}

@@ -1,0 +1,132 @@
+#include "dispatch.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+#include <system_error>
+#include <thread>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+namespace sspo {
+
+namespace {
+
+// A thread is worth its start from about this much data on, and blocks of this size keep the threads' ends together.
+constexpr int64_t kBlockBytes = 1 << 20;
+// From here on an output comes from the kernel as fresh pages, one fault each, and is larger than the caches.
+constexpr int64_t kLargeBytes = 32 << 20;
+
+int64_t element_size(DType dtype) {
+    switch (dtype) {
+        case DType::kFloat64: return 8;
+        case DType::kFloat32: return 4;
+        default: return 2;
+    }
+}
+
+int64_t rows_per_block(const Logits& l) {
+    return std::max<int64_t>(1, kBlockBytes / std::max<int64_t>(1, l.V * element_size(l.dtype)));
+}
+
+std::vector<Isa> detect() {
+    std::vector<Isa> found = {{"baseline", "", &kRowsBaseline}};
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    std::string missing2, missing512;
+    const auto need = [](std::string& missing, bool has, const char* name) {
+        if (!has) missing += missing.empty() ? name : std::string(", ") + name;
+    };
+    need(missing2, __builtin_cpu_supports("avx2"), "AVX2");
+    need(missing2, __builtin_cpu_supports("fma"), "FMA");
+    need(missing2, __builtin_cpu_supports("f16c"), "F16C");
+    need(missing512, __builtin_cpu_supports("avx512f"), "AVX512F");
+    need(missing512, __builtin_cpu_supports("avx512bw"), "AVX512BW");
+    need(missing512, __builtin_cpu_supports("avx512dq"), "AVX512DQ");
+    need(missing512, __builtin_cpu_supports("avx512vl"), "AVX512VL");
+    const auto reason = [](const std::string& missing) {
+        return missing.empty() ? missing : "this CPU lacks " + missing;
+    };
+    found.push_back({"avx2", reason(missing2), &kRowsAvx2});
+    found.push_back({"avx512", reason(missing2.empty() ? missing512 : missing2), &kRowsAvx512});
+#else
+    for (const char* name : {"avx2", "avx512"}) found.push_back({name, "this build is not for x86-64", nullptr});
+#endif
+    return found;
+}
+
+#if defined(__linux__)
+// Fresh memory costs one fault per page: with 2 MiB pages the faults of a large gradient are 512 times fewer. Advice
+// only; whether it is taken depends on the system, and nothing but time depends on that.
+void advise_huge_pages(void* data, int64_t bytes) {
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    const uintptr_t begin = ((uintptr_t)data + page - 1) / page * page, end = ((uintptr_t)data + bytes) / page * page;
+    if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+}
+#else
+void advise_huge_pages(void*, int64_t) {}
+#endif
+
+}  // namespace
+
+const std::vector<Isa>& isas() {
+    static const std::vector<Isa> found = detect();
+    return found;
+}
+
+const Isa& choose_isa() {
+    const char* wanted = std::getenv("SSPO_CPU_ISA");
+    if (wanted && *wanted) {
+        std::string names;
+        for (const Isa& isa : isas()) {
+            if (isa.name == wanted) {
+                if (isa.why_not.empty()) return isa;
+                throw std::runtime_error("SSPO_CPU_ISA=" + isa.name + " cannot run here: " + isa.why_not);
+            }
+            names += (names.empty() ? "" : ", ") + isa.name;
+        }
+        throw std::runtime_error("SSPO_CPU_ISA must be one of " + names + ", got '" + wanted + "'");
+    }
+    const Isa* best = &isas().front();
+    for (const Isa& isa : isas())
+        if (isa.why_not.empty()) best = &isa;
+    return *best;
+}
+
+void parallel_for(int64_t count, int64_t block, int threads, const std::function<void(int64_t, int64_t)>& work) {
+    const int64_t blocks = (count + block - 1) / block;
+    std::atomic<int64_t> next{0};
+    const auto run = [&] {
+        for (int64_t b; (b = next.fetch_add(1)) < blocks;) work(b * block, std::min(count, (b + 1) * block));
+    };
+    std::vector<std::thread> helpers;
+    const int64_t wanted = std::min<int64_t>(threads, blocks) - 1;
+    try {
+        for (int64_t t = 0; t < wanted; ++t) helpers.emplace_back(run);
+    } catch (const std::system_error&) {
+        // No more threads to be had: the ones that started share the work.
+    }
+    run();
+    for (std::thread& t : helpers) t.join();
+}
+
+void token_logp_fwd(const RowKernels& kernels, const FwdArgs& args, int64_t N, int threads) {
+    parallel_for(N, rows_per_block(args.logits), threads,
+                 [&](int64_t begin, int64_t end) { kernels.fwd(args, begin, end); });
+}
+
+void token_logp_bwd(const RowKernels& kernels, const BwdArgs& args, int threads) {
+    const int64_t count = args.logits.positions, bytes = count * args.logits.V * element_size(args.logits.dtype);
+    BwdArgs a = args;
+    a.stream = args.out != args.logits.data && bytes >= kLargeBytes;
+    if (a.stream) advise_huge_pages(args.out, bytes);
+    // Last rows first, as inside a block.
+    parallel_for(count, rows_per_block(args.logits), threads,
+                 [&](int64_t begin, int64_t end) { kernels.bwd(a, count - end, count - begin); });
+}
+
+}  // namespace sspo

@@ -1,0 +1,54 @@
+// What the row kernels of every instruction set take and offer. All strides are in elements.
+#pragma once
+
+#include <cstdint>
+
+namespace sspo {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+
+// A logit x becomes z = a * x when c == 0, else z = c * tanh(a * x).
+struct Logits {
+    const void* data;
+    DType dtype;
+    int64_t stride_b, stride_t;  // position i starts at (i / T) * stride_b + (i % T) * stride_t
+    int64_t positions, T, V;
+    double a, c;
+};
+
+struct FwdArgs {
+    Logits logits;
+    const int64_t* rows;    // (N,) position of row n
+    const int64_t* labels;  // (N,)
+    void* logp;             // (N,) float32, float64 for float64 logits
+    void* lse;              // (N,) float32, or float64 where lse_is_double
+    bool lse_is_double;
+};
+
+struct BwdArgs {
+    Logits logits;
+    const int32_t* row_of;  // (positions,) row of a position, or -1
+    const int64_t* labels;  // (N,)
+    const void* lse;        // (N,) float32, or float64 where lse_is_double
+    bool lse_is_double;
+    const void* coef;      // (N,) float32, float64 for float64 logits
+    const void* upstream;  // one number of coef's type, or null
+    int64_t N;
+    void* out;  // may be logits.data, with the same strides
+    int64_t out_stride_b, out_stride_t;
+    bool stream;  // store past the caches: out is not read soon and is larger than they are
+};
+
+// One call handles rows (fwd) or positions (bwd) [begin, end); what a row gives does not depend on the range.
+struct RowKernels {
+    void (*fwd)(const FwdArgs&, int64_t begin, int64_t end);
+    void (*bwd)(const BwdArgs&, int64_t begin, int64_t end);
+};
+
+extern const RowKernels kRowsBaseline;
+#if defined(__x86_64__)
+extern const RowKernels kRowsAvx2;
+extern const RowKernels kRowsAvx512;
+#endif
+
+}  // namespace sspo

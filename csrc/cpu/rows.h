@@ -1,0 +1,347 @@
+// The row kernels, one source for every instruction set. rows_<isa>.cpp defines SSPO_LANES and includes this.
+//
+// Forward, per row: sum of 2^(k x - shift) with k = a log2(e), tile by tile, reading each logit once. The shift is the
+// maximum of the first tile. Later tiles are summed with the shift as it stands: a sum beyond kRescale (or NaN) tells
+// that it was too small, and only then the tile's maximum is taken and the tile, still in the L1 cache, summed again.
+// Every term lost to underflow is below 2^-126 of the sum, because the shift is the exponent of a logit of the row.
+//
+// Backward, per row: 2^(k x - log2(e) lse) with the row's factor multiplied into the polynomial's coefficients, label
+// element set afterwards.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace {
+
+using sspo::BwdArgs;
+using sspo::FwdArgs;
+using sspo::Logits;
+
+constexpr double kLog2e = 1.44269504088896340736;
+constexpr double kLn2 = 0.69314718055994530942;
+constexpr int64_t kTile = 4096;       // elements: 8 or 16 KiB, and few enough for float32 partial sums
+constexpr double kRescale = 0x1p60;   // far from overflow, and no precision is lost below it
+constexpr int kUnroll = 2;            // pairs of vectors per iteration
+constexpr int kPrefetch = 4096;       // bytes ahead; the hardware prefetcher stops at the end of a 4 KiB page
+
+template <class T>
+struct Traits {
+    static constexpr int kDegree = 4;  // the rounding to 16 bits is 100 times larger
+};
+template <>
+struct Traits<float> {
+#if defined(SSPO_AVX512)
+    static constexpr int kDegree = 5;
+#else
+    static constexpr int kDegree = 6;
+#endif
+};
+
+// x -> the exponent of 2, up to the shift: k * x, or k * tanh(a * x).
+template <bool CAP>
+struct Exponent {
+    F k, a;
+    double k_value;
+
+    explicit Exponent(const Logits& l) {
+        const float rounded = (float)((CAP ? l.c : l.a) * kLog2e);
+        k_value = rounded;
+        k = splat(rounded);
+        a = splat((float)l.a);
+    }
+    F map(F x) const { return CAP ? vector_tanh(a * x) : x; }
+};
+
+inline double exact_z(const Logits& l, double x) { return l.c == 0 ? l.a * x : l.c * tanh(l.a * x); }
+
+template <class T>
+inline const T* row_pointer(const Logits& l, int64_t position) {
+    return (const T*)l.data + (position / l.T) * l.stride_b + (position % l.T) * l.stride_t;
+}
+
+inline void prefetch(const void* p) { __builtin_prefetch((const char*)p + kPrefetch); }
+
+// ---------------------------------------------------------------------------------------------------------- forward
+
+template <class T>
+inline F2 load2_partial(const T* x, int64_t n) {
+    T padded[kPair] = {};
+    memcpy(padded, x, n * sizeof(T));
+    return load2(padded);
+}
+
+template <class T, bool CAP>
+float tile_max(const T* x, int64_t n, const Exponent<CAP>& e) {
+    F m = splat(-__builtin_inff());
+    int64_t i = 0;
+    for (; i + kPair <= n; i += kPair) {
+        const F2 v = load2(x + i);
+        m = vector_max(m, vector_max(e.map(v.a) * e.k, e.map(v.b) * e.k));
+    }
+    if (i < n) {
+        const F2 v = load2_partial(x + i, n - i);
+        const Index2 index = lane_index(x);
+        const int rest = (int)(n - i);
+        const F low = splat(-__builtin_inff());
+        m = vector_max(m, index.a < rest ? e.map(v.a) * e.k : low);
+        m = vector_max(m, index.b < rest ? e.map(v.b) * e.k : low);
+    }
+    return horizontal_max(m);
+}
+
+template <class T, bool CAP, int DEGREE>
+double tile_sum(const T* x, int64_t n, const Exponent<CAP>& e, const Exp2<DEGREE>& exp2_, float shift) {
+    const F s = splat(shift);
+    const auto term = [&](F v) { return exp2_(clamp_exponent(e.map(v) * e.k - s)); };
+    F sum[2 * kUnroll] = {};
+    int64_t i = 0;
+    for (; i + kUnroll * kPair <= n; i += kUnroll * kPair) {
+        for (int u = 0; u < kUnroll; ++u) {
+            const T* p = x + i + u * kPair;
+            for (int b = 0; b < (int)(kPair * sizeof(T)); b += 64) prefetch((const char*)p + b);
+            const F2 v = load2(p);
+            sum[2 * u] += term(v.a);
+            sum[2 * u + 1] += term(v.b);
+        }
+    }
+    for (; i + kPair <= n; i += kPair) {
+        const F2 v = load2(x + i);
+        sum[0] += term(v.a);
+        sum[1] += term(v.b);
+    }
+    if (i < n) {
+        const F2 v = load2_partial(x + i, n - i);
+        const Index2 index = lane_index(x);
+        const int rest = (int)(n - i);
+        sum[0] += index.a < rest ? term(v.a) : F{};
+        sum[1] += index.b < rest ? term(v.b) : F{};
+    }
+    for (int u = 1; u < 2 * kUnroll; ++u) sum[0] += sum[u];
+    return horizontal_sum(sum[0]);
+}
+
+// In double, two passes: float64 rows, and the rare rows that the float32 arithmetic cannot represent.
+template <class T>
+double row_lse_exact(const Logits& l, const T* x) {
+    double m = -__builtin_inf(), sum = 0;
+    for (int64_t v = 0; v < l.V; ++v) {
+        const double z = exact_z(l, to_double(x[v]));
+        if (!(z <= m)) m = z;  // NaN goes in and stays
+        if (m != m) return m;
+    }
+    if (isinf(m)) return m < 0 ? m : __builtin_nan("");
+    for (int64_t v = 0; v < l.V; ++v) sum += exp(exact_z(l, to_double(x[v])) - m);
+    return m + log(sum);
+}
+
+template <class T, bool CAP>
+double row_lse(const Logits& l, const T* x, const Exponent<CAP>& e, const Exp2<Traits<T>::kDegree>& exp2_) {
+    float shift = 0;
+    double sum = 0;
+    for (int64_t i = 0; i < l.V; i += kTile) {
+        const int64_t n = l.V - i < kTile ? l.V - i : kTile;
+        double part = 0;
+        const bool first = sum == 0;
+        if (!first) part = tile_sum(x + i, n, e, exp2_, shift);
+        if (first || !(part < kRescale)) {
+            const float m = tile_max(x + i, n, e);
+            if (isinf(m) || m != m) return row_lse_exact(l, x);  // masked from the start, or not finite, or too large
+            if (first || m > shift) {
+                sum *= exp2((double)shift - m);
+                shift = m;
+            }
+            part = tile_sum(x + i, n, e, exp2_, shift);
+            if (!(part < kRescale)) return row_lse_exact(l, x);
+        }
+        sum += part;
+    }
+    // Natural logarithm in units of z. The rounding of k is undone where the shift is large; elsewhere it is below
+    // the rounding of the terms.
+    return (CAP ? l.c : l.a) * (shift / e.k_value) + log(sum);
+}
+
+template <class T, bool CAP>
+void fwd_rows(const FwdArgs& args, int64_t begin, int64_t end) {
+    const Logits& l = args.logits;
+    const Exponent<CAP> e(l);
+    const Exp2<Traits<T>::kDegree> exp2_;
+    for (int64_t n = begin; n < end; ++n) {
+        const int64_t position = args.rows[n], label = args.labels[n];
+        double lse = __builtin_nan(""), logp = lse;
+        if (position >= 0 && position < l.positions) {
+            const T* x = row_pointer<T>(l, position);
+            lse = e.k_value != 0 ? row_lse<T, CAP>(l, x, e, exp2_) : row_lse_exact(l, x);
+            if (label >= 0 && label < l.V) logp = exact_z(l, to_double(x[label])) - lse;
+        }
+        ((float*)args.logp)[n] = (float)logp;
+        if (args.lse_is_double)
+            ((double*)args.lse)[n] = lse;
+        else
+            ((float*)args.lse)[n] = (float)lse;
+    }
+}
+
+void fwd_rows_float64(const FwdArgs& args, int64_t begin, int64_t end) {
+    const Logits& l = args.logits;
+    for (int64_t n = begin; n < end; ++n) {
+        const int64_t position = args.rows[n], label = args.labels[n];
+        double lse = __builtin_nan(""), logp = lse;
+        if (position >= 0 && position < l.positions) {
+            const double* x = row_pointer<double>(l, position);
+            lse = row_lse_exact(l, x);
+            if (label >= 0 && label < l.V) logp = exact_z(l, x[label]) - lse;
+        }
+        ((double*)args.logp)[n] = logp;
+        ((double*)args.lse)[n] = lse;
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------- backward
+
+// out[v] = factor * 2^(k x[v] - shift) [* (1 - tanh^2)], factor being part of exp2_.
+template <class T, bool CAP, bool STREAM, int DEGREE>
+void grad_elements(const T* x, T* out, int64_t n, const Exponent<CAP>& e, const Exp2<DEGREE>& exp2_, F shift) {
+    const auto grad = [&](F v) {
+        const F m = e.map(v);
+        const F p = exp2_(m * e.k - shift);
+        return CAP ? p * (1.0f - m * m) : p;
+    };
+    const auto partial = [&](int64_t i, int64_t count) {
+        const F2 v = load2_partial(x + i, count);
+        T result[kPair];
+        store2<false>(result, F2{grad(v.a), grad(v.b)});
+        memcpy(out + i, result, count * sizeof(T));
+    };
+    int64_t i = 0;
+    if (STREAM) {  // streaming stores must be aligned
+        const int64_t head = (int64_t)(-(uintptr_t)out % sizeof(F) / sizeof(T));
+        i = head < n ? head : n;
+        if (i) partial(0, i);
+    }
+    for (; i + kUnroll * kPair <= n; i += kUnroll * kPair) {
+        for (int u = 0; u < kUnroll; ++u) {
+            const T* p = x + i + u * kPair;
+            for (int b = 0; b < (int)(kPair * sizeof(T)); b += 64) prefetch((const char*)p + b);
+            const F2 v = load2(p);
+            store2<STREAM>(out + i + u * kPair, F2{grad(v.a), grad(v.b)});
+        }
+    }
+    for (; i < n; i += kPair) partial(i, n - i < kPair ? n - i : kPair);
+}
+
+template <class T>
+void fill(T* out, int64_t n, double value) {
+    for (int64_t v = 0; v < n; ++v) from_double(value, out + v);
+}
+
+// What a row's gradient needs: factor = dL/dlogp, lse, and whether the row is zero or not a number altogether.
+struct RowGrad {
+    double factor = 0, lse = 0;
+    int64_t label = -1;
+    enum { kZero, kNaN, kDense } kind = kZero;
+};
+
+template <class Coef>
+RowGrad row_grad(const BwdArgs& args, int64_t position, bool finite_float) {
+    RowGrad g;
+    const int64_t row = args.row_of[position];
+    if (row < 0 || row >= args.N) return g;
+    g.factor = ((const Coef*)args.coef)[row];
+    if (args.upstream) g.factor *= *(const Coef*)args.upstream;
+    if (g.factor == 0) return g;
+    g.label = args.labels[row];
+    g.lse = args.lse_is_double ? ((const double*)args.lse)[row] : ((const float*)args.lse)[row];
+    const bool ok = isfinite(g.lse) && g.label >= 0 && g.label < args.logits.V &&
+                    (finite_float ? isfinite((float)g.factor) : isfinite(g.factor));
+    g.kind = ok ? RowGrad::kDense : RowGrad::kNaN;
+    return g;
+}
+
+// The label's element: factor * (1 - p) * dz/dx, without cancellation where p is close to 1.
+inline double label_grad(const Logits& l, double x, const RowGrad& g) {
+    const double tanh_ = l.c == 0 ? 0 : tanh(l.a * x);
+    const double slope = l.c == 0 ? l.a : l.c * l.a * (1 - tanh_ * tanh_);
+    return g.factor * slope * -expm1(exact_z(l, x) - g.lse);
+}
+
+template <class T, bool CAP>
+void bwd_rows(const BwdArgs& args, int64_t begin, int64_t end) {
+    const Logits& l = args.logits;
+    const Exponent<CAP> e(l);
+    // From the last position to the first: the forward's last rows may still be in the cache.
+    for (int64_t position = end - 1; position >= begin; --position) {
+        T* out = (T*)args.out + (position / l.T) * args.out_stride_b + (position % l.T) * args.out_stride_t;
+        const RowGrad g = row_grad<float>(args, position, true);
+        if (g.kind != RowGrad::kDense) {
+            if (g.kind == RowGrad::kZero)
+                memset(out, 0, l.V * sizeof(T));
+            else
+                fill(out, l.V, __builtin_nan(""));
+            continue;
+        }
+        const T* x = row_pointer<T>(l, position);
+        const double label_value = label_grad(l, to_double(x[g.label]), g);
+        const double exact_shift = g.lse / (CAP ? l.c : l.a) * e.k_value;
+        const float shift = (float)exact_shift;
+        const Exp2<Traits<T>::kDegree> exp2_(-g.factor * l.a * (CAP ? l.c : 1.0) * exp2((double)shift - exact_shift));
+        if (args.stream)
+            grad_elements<T, CAP, true>(x, out, l.V, e, exp2_, splat(shift));
+        else
+            grad_elements<T, CAP, false>(x, out, l.V, e, exp2_, splat(shift));
+        from_double(label_value, out + g.label);
+    }
+    if (args.stream) store_fence();
+}
+
+void bwd_rows_float64(const BwdArgs& args, int64_t begin, int64_t end) {
+    const Logits& l = args.logits;
+    for (int64_t position = end - 1; position >= begin; --position) {
+        double* out = (double*)args.out + (position / l.T) * args.out_stride_b + (position % l.T) * args.out_stride_t;
+        const RowGrad g = row_grad<double>(args, position, false);
+        if (g.kind != RowGrad::kDense) {
+            fill(out, l.V, g.kind == RowGrad::kZero ? 0.0 : __builtin_nan(""));
+            continue;
+        }
+        const double* x = row_pointer<double>(l, position);
+        const double label_value = label_grad(l, x[g.label], g);
+        for (int64_t v = 0; v < l.V; ++v) {
+            const double tanh_ = l.c == 0 ? 0 : tanh(l.a * x[v]);
+            const double slope = l.c == 0 ? l.a : l.c * l.a * (1 - tanh_ * tanh_);
+            out[v] = -g.factor * slope * exp((l.c == 0 ? l.a * x[v] : l.c * tanh_) - g.lse);
+        }
+        out[g.label] = label_value;
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------- dispatch
+
+template <bool CAP>
+void fwd_any(const FwdArgs& args, int64_t begin, int64_t end) {
+    switch (args.logits.dtype) {
+        case sspo::DType::kFloat32: return fwd_rows<float, CAP>(args, begin, end);
+        case sspo::DType::kBFloat16: return fwd_rows<bf16, CAP>(args, begin, end);
+        case sspo::DType::kFloat16: return fwd_rows<f16, CAP>(args, begin, end);
+        case sspo::DType::kFloat64: return fwd_rows_float64(args, begin, end);
+    }
+}
+
+template <bool CAP>
+void bwd_any(const BwdArgs& args, int64_t begin, int64_t end) {
+    switch (args.logits.dtype) {
+        case sspo::DType::kFloat32: return bwd_rows<float, CAP>(args, begin, end);
+        case sspo::DType::kBFloat16: return bwd_rows<bf16, CAP>(args, begin, end);
+        case sspo::DType::kFloat16: return bwd_rows<f16, CAP>(args, begin, end);
+        case sspo::DType::kFloat64: return bwd_rows_float64(args, begin, end);
+    }
+}
+
+void fwd(const FwdArgs& args, int64_t begin, int64_t end) {
+    args.logits.c == 0 ? fwd_any<false>(args, begin, end) : fwd_any<true>(args, begin, end);
+}
+
+void bwd(const BwdArgs& args, int64_t begin, int64_t end) {
+    args.logits.c == 0 ? bwd_any<false>(args, begin, end) : bwd_any<true>(args, begin, end);
+}
+
+}  // namespace

@@ -1,0 +1,305 @@
+// Vectors of SSPO_LANES floats for one instruction set, with conversions to and from 16-bit types, exp2 and tanh.
+// Included by rows_<isa>.cpp only. Everything is in an anonymous namespace and nothing of the C++ library is called:
+// an inline function that the linker merges across files could bring AVX-512 code to a machine without it.
+#pragma once
+
+#include <math.h>
+#include <string.h>
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the 16-bit loads assume a little-endian machine"
+#endif
+
+namespace {
+
+constexpr int kLanes = SSPO_LANES;
+constexpr int kPair = 2 * kLanes;  // elements are handled in pairs of vectors, so that 16-bit types fill whole registers
+
+typedef float F __attribute__((vector_size(4 * SSPO_LANES)));
+typedef uint32_t U __attribute__((vector_size(4 * SSPO_LANES)));
+typedef int32_t I __attribute__((vector_size(4 * SSPO_LANES)));
+
+struct F2 {
+    F a, b;
+};
+
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+inline F splat(float v) { return v - F{}; }
+inline U splat_bits(uint32_t v) { return v + U{}; }
+inline U bits_of(F v) { return (U)v; }
+inline F from_bits(U v) { return (F)v; }
+
+template <class V>
+inline V load_vector(const void* p) {
+    V v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+// ---- loads: kPair elements as two vectors. bfloat16 is split into even and odd elements, which needs no permutation;
+// lane_index says which element a lane holds.
+
+inline F2 load2(const float* p) { return {load_vector<F>(p), load_vector<F>(p + kLanes)}; }
+
+inline F2 load2(const bf16* p) {
+    const U v = load_vector<U>(p);
+    return {from_bits(v << 16), from_bits(v & 0xffff0000u)};
+}
+
+inline F2 load2(const f16* p) {
+#if defined(SSPO_AVX512)
+    const __m512i v = _mm512_loadu_si512(p);
+    return {(F)_mm512_cvtph_ps(_mm512_castsi512_si256(v)), (F)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1))};
+#elif defined(SSPO_AVX2)
+    return {(F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+            (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
+#else
+    const auto widen = [](U h) {
+        // Moves exponent and mantissa into place and multiplies the exponent's bias away, which is exact for subnormals.
+        const F magnitude = from_bits((h & 0x7fffu) << 13) * 0x1p112f;
+        const U special = (U)((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+        return from_bits(bits_of(magnitude) | special | ((h & 0x8000u) << 16));
+    };
+    const U v = load_vector<U>(p);
+    return {widen(v & 0xffffu), widen(v >> 16)};
+#endif
+}
+
+struct Index2 {
+    I a, b;
+};
+
+inline Index2 lane_index(bool interleaved) {
+    Index2 index;
+    for (int l = 0; l < kLanes; ++l) {
+        index.a[l] = interleaved ? 2 * l : l;
+        index.b[l] = interleaved ? 2 * l + 1 : kLanes + l;
+    }
+    return index;
+}
+inline Index2 lane_index(const float*) { return lane_index(false); }
+inline Index2 lane_index(const bf16*) { return lane_index(true); }
+#if defined(SSPO_AVX512) || defined(SSPO_AVX2)
+inline Index2 lane_index(const f16*) { return lane_index(false); }
+#else
+inline Index2 lane_index(const f16*) { return lane_index(true); }
+#endif
+
+// ---- stores
+
+template <bool STREAM, class V>
+inline void store_vector(void* p, V v) {
+#if defined(SSPO_AVX512)
+    if (STREAM) return _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif defined(SSPO_AVX2)
+    if (STREAM) return _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#elif defined(__x86_64__)
+    if (STREAM) return _mm_stream_si128((__m128i*)p, (__m128i)v);
+#endif
+    memcpy(p, &v, sizeof v);
+}
+
+template <bool STREAM>
+inline void store2(float* p, F2 v) {
+    store_vector<STREAM>(p, v.a);
+    store_vector<STREAM>(p + kLanes, v.b);
+}
+
+// Round to nearest, ties to even. NaN and overflow are not looked at: the caller stores finite numbers of a sane size.
+inline U round_bf16(F v) {
+    const U bits = bits_of(v);
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+template <bool STREAM>
+inline void store2(bf16* p, F2 v) {
+    store_vector<STREAM>(p, (round_bf16(v.a) >> 16) | (round_bf16(v.b) & 0xffff0000u));
+}
+
+template <bool STREAM>
+inline void store2(f16* p, F2 v) {
+#if defined(SSPO_AVX512)
+    const __m256i a = _mm512_cvtps_ph((__m512)v.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256i b = _mm512_cvtps_ph((__m512)v.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    store_vector<STREAM>(p, _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+#elif defined(SSPO_AVX2)
+    const __m128i a = _mm256_cvtps_ph((__m256)v.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m128i b = _mm256_cvtps_ph((__m256)v.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    store_vector<STREAM>(p, _mm256_set_m128i(b, a));
+#else
+    const auto narrow = [](F f) {
+        const U sign = (bits_of(f) >> 16) & 0x8000u, magnitude = bits_of(f) & 0x7fffffffu;
+        const U normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;  // exponent - 112, rounded
+        const U subnormal = bits_of(from_bits(magnitude) + 0.5f) - 0x3f000000u;       // the addition rounds
+        const U finite = (U)((I)magnitude < 0x38800000) & subnormal;
+        const U wide = ~(U)((I)magnitude < 0x38800000) & normal;
+        const U overflow = (U)((I)magnitude >= 0x477ff000);  // 65520 and up, and NaN
+        const U special = ((U)((I)magnitude > 0x7f800000) & 0x0200u) | 0x7c00u;
+        return sign | (overflow & special) | (~overflow & (finite | wide));
+    };
+    store_vector<STREAM>(p, narrow(v.a) | (narrow(v.b) << 16));
+#endif
+}
+
+inline void store_fence() {
+#if defined(__x86_64__)
+    _mm_sfence();  // streaming stores are not ordered with the thread's end otherwise
+#endif
+}
+
+// ---- exp2: 2^t times the factor that was multiplied into the coefficients. Relative error of the polynomials:
+// degree 4: 3e-6, degree 5 and 6: 9e-8, 3e-9 (Remez, relative error, constant term fixed at 1).
+
+template <int DEGREE>
+struct Exp2 {
+    F c[DEGREE + 1];
+
+    // factor * 2^extra is taken into the coefficients: the product costs nothing per element.
+    explicit Exp2(double factor = 1.0) {
+#if defined(SSPO_AVX512)  // for the fraction in [0, 1)
+        static const double k4[] = {1.0, 0.693044845025, 0.241280204074, 0.0522424753446, 0.0134266837168};
+        static const double k5[] = {1.0,           0.693151311818,  0.240164450039,
+                                    0.0557999134252, 0.00901702996253, 0.00186713021195};
+        const double* k = DEGREE == 4 ? k4 : k5;
+#else  // for the fraction in [-1/2, 1/2]
+        static const double k4[] = {1.0, 0.693113604483, 0.240207111005, 0.055976883149, 0.00978291118662};
+        static const double k6[] = {1.0,           0.693147214968,   0.240226527829,   0.0555031055121,
+                                    0.00961769297614, 0.00134066438475, 0.000155946770151};
+        const double* k = DEGREE == 4 ? k4 : k6;
+#endif
+        for (int i = 0; i <= DEGREE; ++i) c[i] = splat((float)(k[i] * factor));
+    }
+
+    F operator()(F t) const {
+#if defined(SSPO_AVX512)
+        const F f = (F)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // t - floor(t)
+        return (F)_mm512_scalef_ps((__m512)poly(f), (__m512)t);                                 // poly * 2^floor(t)
+#else
+        const F shifted = t + 0x1.8p23f;  // its low bits are round(t)
+        const F f = t - (shifted - 0x1.8p23f);
+        const F scale = from_bits((bits_of(shifted) << 23) + 0x3f800000u);
+        const F result = poly(f) * scale;
+        return t < -126.0f ? F{} : result;  // a select, so that NaN stays and garbage from |t| >= 2^22 goes
+#endif
+    }
+
+  private:
+    F poly(F f) const {
+        F p = c[DEGREE];
+        for (int i = DEGREE - 1; i >= 0; --i) p = p * f + c[i];
+        return p;
+    }
+};
+
+// Keeps 2^t representable where the exponent is put together by hand; a sum that large is computed again anyway.
+inline F clamp_exponent(F t) {
+#if defined(SSPO_AVX512)
+    return t;
+#elif defined(SSPO_AVX2)
+    return (F)_mm256_min_ps(_mm256_set1_ps(127.0f), (__m256)t);  // this order keeps NaN
+#else
+    return t > 127.0f ? splat(127.0f) : t;
+#endif
+}
+
+inline F vector_max(F a, F b) {
+#if defined(SSPO_AVX512)
+    return (F)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(SSPO_AVX2)
+    return (F)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// y P(y^2) / Q(y^2), relative error 2e-8; all coefficients are positive, so nothing cancels. tanh(9.02) rounds to 1.
+inline F vector_tanh(F y) {
+    const float kLimit = 9.02f;
+    y = y > kLimit ? splat(kLimit) : y;
+    y = y < -kLimit ? splat(-kLimit) : y;
+    const F u = y * y;
+    F p = u * 1.335587999e-08f + 2.061008975e-05f;
+    p = p * u + 3.495654679e-03f;
+    p = p * u + 1.338108350e-01f;
+    p = p * u + 9.999999798e-01f;
+    F q = u * 7.777095322e-07f + 3.285739929e-04f;
+    q = q * u + 2.587724092e-02f;
+    q = q * u + 4.671439923e-01f;
+    q = q * u + 1.0f;
+    return y * p / q;
+}
+
+// In lane order, so that the sum is the same whatever the compiler makes of it.
+inline double horizontal_sum(F v) {
+    double sum = 0;
+    for (int l = 0; l < kLanes; ++l) sum += v[l];
+    return sum;
+}
+
+inline float horizontal_max(F v) {
+    float m = v[0];
+    for (int l = 1; l < kLanes; ++l) m = v[l] > m ? v[l] : m;
+    return m;
+}
+
+// ---- single elements
+
+inline double to_double(double v) { return v; }
+inline double to_double(float v) { return v; }
+inline double to_double(bf16 v) {
+    const uint32_t bits = (uint32_t)v.bits << 16;
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+inline double to_double(f16 v) {
+    const int exponent = (v.bits >> 10) & 31, mantissa = v.bits & 1023;
+    double m;
+    if (exponent == 31)
+        m = mantissa ? __builtin_nan("") : __builtin_inf();
+    else if (exponent == 0)
+        m = mantissa * 0x1p-24;
+    else
+        m = ldexp(1024 + mantissa, exponent - 25);
+    return v.bits & 0x8000 ? -m : m;
+}
+
+inline void from_double(double v, double* p) { *p = v; }
+inline void from_double(double v, float* p) { *p = (float)v; }
+inline void from_double(double v, bf16* p) {
+    const float f = (float)v;
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof bits);
+    p->bits = f != f ? 0x7fc0 : (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+inline void from_double(double v, f16* p) {
+    const float f = (float)v;
+    const float magnitude = fabsf(f);
+    uint16_t h;
+    if (f != f)
+        h = 0x7e00;
+    else if (magnitude >= 65520.0f)
+        h = 0x7c00;
+    else if (magnitude < 0x1p-14f)
+        h = (uint16_t)rintf(magnitude * 0x1p24f);
+    else {
+        uint32_t bits;
+        memcpy(&bits, &magnitude, sizeof bits);
+        h = (uint16_t)((bits + 0xc8000fffu + ((bits >> 13) & 1u)) >> 13);
+    }
+    p->bits = h | (signbit(f) ? 0x8000 : 0);
+}
+
+}  // namespace

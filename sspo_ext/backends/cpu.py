@@ -1,0 +1,145 @@
+"""The kernels of csrc/cpu on torch tensors. Every function takes and returns plain tensors and knows nothing of autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..heads import head_id
+
+try:
+    from .. import _C
+
+    _import_error: str | None = None
+except ImportError as error:  # kept: `sspo-ext info` and an explicit request show it
+    _C = None
+    _import_error = str(error)
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+# The log-sum-exp is kept in the type the ops declare. float64 is supported too, and makes the backward exact where it
+# is large: float32 rounds 1e4 by 5e-4, and the softmax with it.
+_LSE_DTYPE = torch.float32
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason these kernels cannot run, or None."""
+    if device.type != "cpu":
+        return f"it runs on the CPU only, not on {device.type}"
+    if dtype not in _DTYPE_CODES:
+        return f"it takes {', '.join(str(d).removeprefix('torch.') for d in _DTYPE_CODES)}"
+    if _C is None:
+        return f"the C++ module sspo_ext._C could not be imported ({_import_error}); install again without SSPO_BUILD_CPP=0"
+    return None
+
+
+def info() -> dict[str, str]:
+    """Instruction set -> "in use", "available" or why it cannot run here."""
+    if _C is None:
+        return {}
+    return {name: reason or ("in use" if name == _C.isa() else "available") for name, reason in _C.isas().items()}
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _pointer(tensor: Tensor | None, dtype: torch.dtype, numel: int) -> int:
+    """Address of a contiguous tensor of this type and size. The kernels trust it, so this is checked even under -O."""
+    if tensor is None:
+        return 0
+    if tensor.dtype != dtype or tensor.numel() != numel or not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise TypeError(
+            f"expected a contiguous CPU tensor of {numel} {dtype}, got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+        )
+    return tensor.data_ptr()
+
+
+def _logits_view(logits: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    if logits.device.type != "cpu" or logits.ndim != 3 or (logits.shape[-1] > 1 and logits.stride(-1) != 1):
+        raise TypeError(f"expected (B, T, V) CPU logits with a contiguous last dimension, got {tuple(logits.shape)}")
+    return logits.data_ptr(), _DTYPE_CODES[logits.dtype], tuple(logits.shape), (logits.stride(0), logits.stride(1))
+
+
+def token_logp_fwd(
+    logits: Tensor,  # (B, T, V) float, last dimension contiguous
+    rows: Tensor,  # (N,) int64: position b * T + t of row n
+    labels: Tensor,  # (N,) int64
+    a: float,
+    c: float,
+) -> tuple[Tensor, Tensor]:  # logp (N,), lse (N,): float32, float64 for float64 logits
+    """log_softmax(z)[row, label] and logsumexp(z)[row], z = a * x or c * tanh(a * x). Each logit is read once.
+
+    A row or label out of range gives NaN.
+    """
+    N, dtype = rows.numel(), _accumulator(logits.dtype)
+    logp = torch.empty(N, dtype=dtype)
+    lse = torch.empty(N, dtype=torch.promote_types(dtype, _LSE_DTYPE))
+    _C.token_logp_fwd(
+        *_logits_view(logits), _pointer(rows, torch.int64, N), _pointer(labels, torch.int64, N), N, a, c,
+        logp.data_ptr(), lse.data_ptr(), lse.dtype == torch.float64, torch.get_num_threads(),
+    )  # fmt: skip
+    return logp, lse
+
+
+def token_logp_bwd(
+    logits: Tensor,  # (B, T, V) float, last dimension contiguous
+    row_of: Tensor,  # (B * T,) int32: row of a position, -1 where nothing is scored
+    labels: Tensor,  # (N,) int64
+    lse: Tensor,  # (N,) float32 or float64
+    coef: Tensor,  # (N,) dL/dlogp, float32 (float64 for float64 logits)
+    upstream: Tensor | None,  # () multiplies coef
+    a: float,
+    c: float,
+    out: Tensor,  # (B, T, V) of logits' dtype: a new buffer, or the logits themselves
+) -> None:
+    """out[i, v] = upstream * coef * (onehot - softmax(z))[v] * dz/dx. Rows without a gradient are written as zeros, unread."""
+    N, dtype = labels.numel(), _accumulator(logits.dtype)
+    if lse.dtype != torch.float64:
+        lse = lse.to(dtype)
+    if upstream is not None:
+        upstream = upstream.to(dtype)
+    data, code, sizes, strides = _logits_view(logits)
+    out_data, out_code, out_sizes, out_strides = _logits_view(out)
+    if (out_code, out_sizes) != (code, sizes):
+        raise TypeError(f"out: expected {sizes} {logits.dtype}, got {out_sizes} {out.dtype}")
+    if out_data == data and out_strides != strides and out.numel():
+        raise ValueError("out: overlaps logits with other strides")
+    _C.token_logp_bwd(
+        data, code, sizes, strides, _pointer(row_of, torch.int32, sizes[0] * sizes[1]), _pointer(labels, torch.int64, N),
+        _pointer(lse, lse.dtype, N), lse.dtype == torch.float64, _pointer(coef, dtype, N), _pointer(upstream, dtype, 1),
+        N, a, c, out_data, out_strides, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def step_loss_fwd(
+    logp: Tensor,  # (N,) float32 or float64
+    weights: Tensor | None,  # (N,)
+    step_offsets: Tensor,  # (S + 1,) int32
+    ref: Tensor | None,  # (S,)
+    pair_index: Tensor,  # (P, 2) int32: winner step, loser step
+    adj_offsets: Tensor,  # (S + 1,) int32
+    adj_pairs: Tensor,  # (2P,) int32: 2 * pair + side, ascending within a step; side 0 is the winner
+    pair_weights: Tensor | None,  # (P,)
+    pair_margins: Tensor | None,  # (P,)
+    pair_labels: Tensor | None,  # (P,)
+    scale: Tensor,  # ()
+    head: str,
+    options: list[float],
+    label: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss (), sums (S,), pair_loss (P,), coef (N,)
+    """S_k = sum of w * logp over step k, f_p = head(S - ref of the pair's steps), loss = scale * sum_p weight_p f_p.
+
+    coef = d loss/d logp. Sums run in row and pair order in double. A pair with an empty step gives 0 and no gradient.
+    """
+    N, S, P, dtype = logp.numel(), step_offsets.numel() - 1, pair_index.shape[0], logp.dtype
+    out = (torch.empty((), dtype=dtype), torch.empty(S, dtype=dtype), torch.empty(P, dtype=dtype), torch.empty(N, dtype=dtype))
+    addresses = [
+        _pointer(logp, dtype, N), _pointer(weights, dtype, N), _pointer(step_offsets, torch.int32, S + 1), _pointer(ref, dtype, S),
+        _pointer(pair_index, torch.int32, 2 * P), _pointer(adj_offsets, torch.int32, S + 1), _pointer(adj_pairs, torch.int32, 2 * P),
+        _pointer(pair_weights, dtype, P), _pointer(pair_margins, dtype, P), _pointer(pair_labels, dtype, P), _pointer(scale, dtype, 1),
+    ]  # fmt: skip
+    _C.step_loss_fwd(
+        dtype == torch.float64, (N, S, P), addresses, head_id(head), list(options), label, [t.data_ptr() for t in out]
+    )
+    return out
