@@ -70,7 +70,7 @@ template <class T> SSPO_HD inline PairGrad<T> hinge_head(const PairScores<T>& s,
   const auto sub_1 = mul - margin;
   const auto rsub = (T(1.0) - sub_1);
   const auto relu = relu_(rsub);
-  const auto threshold_backward = ((relu > T(0.0)) ? T(1.0) : T(0.0));
+  const auto threshold_backward = ((relu <= T(0.0)) ? T(0.0) : T(1.0));
   const auto neg = -threshold_backward;
   const auto mul_1 = neg * beta;
   const auto neg_1 = -mul_1;

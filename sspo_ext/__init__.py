@@ -4,6 +4,7 @@
 """
 
 from .layout import StepLayout
+from .linear import linear_step_logps, linear_step_pref_loss
 from .logps import StepLogps, step_logps
 from .losses import StepPrefLoss, StepPrefOutput, step_pref_loss
 from .pairs import StepPairs
@@ -15,6 +16,8 @@ __all__ = [
     "StepPairs",
     "StepPrefLoss",
     "StepPrefOutput",
+    "linear_step_logps",
+    "linear_step_pref_loss",
     "step_logps",
     "step_pref_loss",
 ]

@@ -13,7 +13,8 @@ def describe(value: object) -> str:
     """What came, in a few words."""
     if isinstance(value, Tensor):
         return f"{value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+    text = repr(value)
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
 
 
 def check_tensor(name: str, value: object, *, ndim: tuple[int, ...] | int | None = None) -> None:
@@ -53,6 +54,13 @@ def check_positive(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     if not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
+
+
+def check_not_negative(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number, 0 or above, got {value!r}")
 
 
 def check_device(name: str, value: Tensor, device: torch.device, of: str) -> None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_choice, describe
+from ._checks import check_choice, check_positive, describe
 
 
 class PairScores(NamedTuple):
@@ -46,13 +47,16 @@ class PairHead:
         unknown = sorted(set(given) - set(self.options))
         if unknown:
             has = ", ".join(self.options)
-            raise TypeError(f"{unknown[0]}: loss_type {self.name!r} has no such option (it has {has})")
+            raise TypeError(
+                f"{unknown[0]}: neither a common option nor one of loss_type {self.name!r} (which has {has})"
+            )
         values = [given.get(name, default) for name, default in {**self.options, "beta": beta}.items()]
         for name, value in zip(self.options, values, strict=True):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name}: expected a number, got {describe(value)}")
-        if not beta > 0:
-            raise ValueError(f"beta: expected a number above 0, got {beta!r}")
+            if not math.isfinite(value):
+                raise ValueError(f"{name}: expected a finite number, got {value!r}")
+        check_positive("beta", beta)
         return [float(v) for v in values]
 
 

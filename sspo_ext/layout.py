@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import check_float, check_integer, check_shape, check_tensor
+from ._checks import check_float, check_integer, check_shape, check_tensor, describe
 
 if TYPE_CHECKING:
     from .pairs import StepPairs
+    from .plan import LinearPlan
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -27,8 +28,9 @@ class TensorBundle:
         mine = [f.name for f in fields(self) if not f.name.startswith("host_")]
         return replace(self, **{name: fn(v) for name in mine if isinstance(v := getattr(self, name), Tensor)})
 
-    def to(self, device: torch.device | str, non_blocking: bool = True):
-        """The same object with its tensors on `device`. Never waits for the device."""
+    def to(self, device: torch.device | str):
+        """The same object with its tensors on `device`. Never waits, except for copies to the host."""
+        non_blocking = torch.device(device).type != "cpu"
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self, device=None):
@@ -56,6 +58,7 @@ class StepLayout(TensorBundle):
     host_step_offsets: Tensor  # (S + 1,) int64
     host_step_sequence: Tensor  # (S,) int64
     max_label: tuple[int, int, int] | None  # (value, sequence, position) of the largest label, for the check against V
+    one_row_per_step: bool
 
     @property
     def num_rows(self) -> int:
@@ -136,9 +139,9 @@ class StepLayout(TensorBundle):
     ) -> StepLayout:
         """Layout of a packed (padding-free) batch, whose logits are (total, V) or (1, total, V).
 
-        With S + 1 offsets steps follow each other without gaps (prompt tokens in them carry ignore_index), so every sequence starts a
-        step; with (S, 2) spans, tokens between spans are not scored. A step that crosses a sequence boundary raises ValueError: no label
-        is ever predicted from another sequence. Empty steps are allowed.
+        With S + 1 offsets steps follow each other from 0 to total without gaps (prompt tokens in them carry ignore_index), so every
+        sequence starts a step; with (S, 2) spans, tokens between spans are not scored. A step that crosses a sequence boundary raises
+        ValueError: no label is ever predicted from another sequence. An empty step belongs to the sequence in which it starts.
         """
         check_integer("labels", labels, ndim=1)
         check_integer("cu_seqlens", cu_seqlens, ndim=1)
@@ -146,11 +149,18 @@ class StepLayout(TensorBundle):
         total, device = labels.shape[0], labels.device
         cu = cu_seqlens.cpu().numpy().astype(np.int64)
         if len(cu) < 1 or cu[0] != 0 or cu[-1] != total or (np.diff(cu) < 0).any():
-            raise ValueError(f"cu_seqlens: expected 0 <= ... <= {total} (the length of labels), never falling, got {cu.tolist()}")
+            raise ValueError(
+                f"cu_seqlens: expected 0 <= ... <= {total} (the length of labels), never falling, got {cu.tolist()}"
+            )
         spans = step_offsets.cpu().numpy().astype(np.int64)
         if spans.ndim == 1:
             if len(spans) == 0:
                 raise ValueError("step_offsets: expected S + 1 offsets or (S, 2) spans, got an empty tensor")
+            if spans[0] != 0 or spans[-1] != total:
+                raise ValueError(
+                    f"step_offsets: expected S + 1 offsets from 0 to {total} (the length of labels), got {spans[0]} to {spans[-1]}; "
+                    "pass (S, 2) spans to leave tokens out"
+                )
             spans = np.stack([spans[:-1], spans[1:]], axis=1)
         if spans.shape[1:] != (2,):
             raise ValueError(f"step_offsets: expected shape (S + 1,) or (S, 2), got {tuple(step_offsets.shape)}")
@@ -159,7 +169,9 @@ class StepLayout(TensorBundle):
         bad[1:] |= start[1:] < end[:-1]
         if bad.any():
             k = int(np.flatnonzero(bad)[0])
-            raise ValueError(f"step_offsets: expected ascending spans within [0, {total}], got {spans[k].tolist()} for step {k}")
+            raise ValueError(
+                f"step_offsets: expected ascending spans within [0, {total}], got {spans[k].tolist()} for step {k}"
+            )
         # side="right" - 1 skips zero-length sequences; an empty step at the very end belongs to the last sequence
         owner = np.minimum(np.searchsorted(cu, start, side="right") - 1, max(len(cu) - 2, 0))
         if len(spans) and len(cu) < 2:
@@ -205,7 +217,7 @@ class StepLayout(TensorBundle):
         if token_weights is not None:
             check_float("token_weights", token_weights)
             check_shape("token_weights", token_weights, tuple(labels.shape))
-            weight = token_weights.detach().cpu().to(torch.float32).numpy()
+            weight = constant(token_weights).cpu().numpy()
             if not np.isfinite(weight).all():
                 raise ValueError("token_weights: expected finite weights, got inf or nan")
             scored &= weight != 0
@@ -226,17 +238,17 @@ class StepLayout(TensorBundle):
         row_of[flat - 1] = np.arange(len(flat))
         row_labels = label.reshape(-1)[flat]
         max_label = None
-        if len(flat):
-            i = int(flat[row_labels.argmax()])
-            max_label = (int(row_labels.max()), int(sequence.reshape(-1)[i]), int(position.reshape(-1)[i]))
+        if real.any():
+            at = np.unravel_index(np.where(real, label, -1).argmax(), label.shape)
+            max_label = (int(label[at]), int(sequence[at]), int(position[at]))
 
         def tensor(array, dtype):
-            return torch.from_numpy(np.ascontiguousarray(array)).to(dtype).to(device, non_blocking=True)
+            return torch.from_numpy(np.ascontiguousarray(array)).to(dtype=dtype).to(device, non_blocking=True)
 
         return cls(
             rows=tensor(flat - 1, torch.int64),
             labels=tensor(row_labels, torch.int64),
-            weights=None if weight is None else tensor(weight.reshape(-1)[flat], torch.float32),
+            weights=None if weight is None else tensor(weight.reshape(-1)[flat], None),
             step_offsets=tensor(offsets, torch.int32),
             step_of_row=tensor(of_row, torch.int64),
             step_sequence=tensor(step_sequence, torch.int32),
@@ -246,13 +258,29 @@ class StepLayout(TensorBundle):
             host_step_offsets=torch.from_numpy(offsets),
             host_step_sequence=torch.from_numpy(np.array(step_sequence, np.int64)),
             max_label=max_label,
+            one_row_per_step=bool((np.diff(offsets) == 1).all()),
         )
 
     def with_row_weights(self, weights: Tensor) -> StepLayout:
-        """The same layout with constant weights (N,) on its rows, in row order, replacing any it had. Nothing is compacted away."""
+        """The same layout with constant weights (N,) on its rows, or (B, T) on the tokens, replacing any it had.
+
+        Nothing is compacted away, so a weight of 0 would still count as a scored token: ValueError on the host, unchecked on a device.
+        Weights with zeros belong to `from_step_ids(..., token_weights=)`.
+        """
         check_float("token_weights", weights)
+        if weights.ndim == 2:
+            check_shape("token_weights", weights, self.shape)
+            weights = weights.reshape(-1)[self.rows + 1]
         check_shape("token_weights", weights, (self.num_rows,))
-        return replace(self, weights=weights.detach().to(self.device, torch.float32))
+        if (
+            weights.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and not (weights.isfinite() & (weights != 0)).all()
+        ):
+            raise ValueError(
+                "token_weights: expected finite weights other than 0 beside a StepLayout; zeros belong to StepLayout.from_...(token_weights=)"
+            )
+        return replace(self, weights=constant(weights).to(self.device))
 
     def pair_by_index(self) -> StepPairs:
         """Pairs step k of sequence i (chosen) with step k of sequence i + B/2 (rejected); steps without a partner are left out."""
@@ -271,13 +299,39 @@ class StepLayout(TensorBundle):
         chosen, rejected = np.repeat(first[:half], common) + k, np.repeat(first[half:], common) + k
         return StepPairs.from_index(self, torch.from_numpy(np.stack([chosen, rejected], axis=1)))
 
+    def plan(
+        self,
+        pairs: StepPairs | None = None,
+        *,
+        vocab: int,
+        hidden: int,
+        dtype: torch.dtype = torch.float32,
+        chunk_bytes: int | None = None,
+        hidden_gradient: bool = True,
+        weight_gradient: bool = True,
+        bias_gradient: bool = False,
+    ) -> LinearPlan:
+        """What the linear route will do with this batch: rows, chunks, GEMMs, FLOPs, bytes. Print it.
+
+        `dtype` is the one GEMMs run in. Without pairs (step log-probs alone) ask for no weight gradient.
+        """
+        from .plan import plan_for
+
+        return plan_for(
+            self, pairs, vocab=vocab, hidden=hidden, dtype=dtype, chunk_bytes=chunk_bytes, hidden_gradient=hidden_gradient,
+            weight_gradient=weight_gradient, bias_gradient=bias_gradient,
+        )  # fmt: skip
+
     def check_logits(self, logits: Tensor) -> Tensor:
         """(B, T, V) view of `logits` whose last dimension is contiguous; raises if they do not fit this layout."""
         check_tensor("logits", logits, ndim=(2, 3))
         batch, length = self.shape
         vocab = logits.shape[-1]
         expected = (length, vocab) if logits.ndim == 2 and batch == 1 else (batch, length, vocab)
-        check_shape("logits", logits, expected)
+        if tuple(logits.shape) != expected:
+            raise ValueError(
+                f"logits: expected shape {expected} (labels are unshifted: pass the logits of every position), got {describe(logits)}"
+            )
         self.check_vocab(vocab)
         logits = logits if logits.ndim == 3 else logits[None]
         return logits if logits.stride(-1) == 1 or vocab <= 1 else logits.contiguous()
@@ -287,6 +341,11 @@ class StepLayout(TensorBundle):
         batch): the kernels then give NaN for such a label and never read out of bounds."""
         if not torch.compiler.is_compiling() and self.max_label is not None and self.max_label[0] >= vocab:
             raise ValueError(_label_message(self.max_label, vocab, None))
+
+
+def constant(values: Tensor) -> Tensor:
+    """Detached, in float32, or in float64 if it came so."""
+    return values.detach().to(torch.float64 if values.dtype == torch.float64 else torch.float32)
 
 
 def _packed_weights(weights: Tensor, total: int) -> Tensor:

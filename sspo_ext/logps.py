@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends, ops
-from ._checks import check_float, check_positive
+from ._checks import check_float, check_positive, check_tensor
+from .autograd import once
 from .backends import reference
 from .layout import StepLayout
 from .pairs import StepPairs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepLogps:
     """Log-probabilities of a batch's steps and of their tokens."""
 
@@ -29,7 +29,7 @@ class StepLogps:
         return self.sums / self.counts.clamp(min=1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PairLossSpec:
     """What launch 2 computes besides step sums."""
 
@@ -63,11 +63,18 @@ class LogitsRoute(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, logits: Tensor, layout: StepLayout, spec: PairLossSpec | None, a: float, c: float, backend: str, inplace_backward: bool
+        ctx,
+        logits: Tensor,
+        layout: StepLayout,
+        spec: PairLossSpec | None,
+        a: float,
+        c: float,
+        backend: str,
+        inplace_backward: bool,
     ):
         tokens, lse = ops.token_logp_fwd(logits, layout.rows, layout.labels, a, c, backend)
         weights = None if layout.weights is None else layout.weights.to(tokens.dtype)
-        loss, sums, pair_losses, coef = _step_loss(tokens, weights, layout, spec, backend)
+        loss, sums, pair_losses, coef = step_loss(tokens, weights, layout, spec, backend)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(logits, lse, coef, weights, layout.labels, layout.row_of, layout.step_of_row)
             ctx.settings = (a, c, backend, inplace_backward)
@@ -76,26 +83,26 @@ class LogitsRoute(torch.autograd.Function):
         return loss, sums, tokens, pair_losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_loss, d_sums, d_tokens, _):
         if d_loss is None and d_sums is None and d_tokens is None:
             return (None,) * 7
         logits, lse, coef, weights, labels, row_of, step_of_row = ctx.saved_tensors
         a, c, backend, inplace_backward = ctx.settings
-        if d_sums is not None or d_tokens is not None:
-            coef = _total_coef(coef, weights, step_of_row, d_loss, d_sums, d_tokens)
-            d_loss = None
-        args = (logits, row_of, labels, lse, coef, d_loss, a, c, backend)
-        if inplace_backward:
-            # the op is declared as a mutation, so the logits' autograd version moves on and a later reader gets autograd's error
-            ops.token_logp_bwd_(*args)
-            d_logits = logits
-        else:
-            d_logits = ops.token_logp_bwd(*args)
-        return d_logits, None, None, None, None, None, None
+        with torch.no_grad():
+            if d_sums is not None or d_tokens is not None:
+                coef = _total_coef(coef, weights, step_of_row, d_loss, d_sums, d_tokens)
+                d_loss = None
+            args = (logits, row_of, labels, lse, coef, d_loss, a, c, backend)
+            if inplace_backward:
+                ops.token_logp_bwd_(*args)
+                d_logits = logits
+            else:
+                d_logits = ops.token_logp_bwd(*args)
+        return *once((d_logits,), (logits,)), None, None, None, None, None, None
 
 
-def _step_loss(tokens: Tensor, weights: Tensor | None, layout: StepLayout, spec: PairLossSpec | None, backend: str):
+def step_loss(tokens: Tensor, weights: Tensor | None, layout: StepLayout, spec: PairLossSpec | None, backend: str):
+    """Launch 2: (loss, sums, pair losses, d loss/d logp); without a spec only the sums mean anything."""
     offsets = layout.step_offsets
     if spec is None:
         no_pairs, no_adj = offsets.new_empty((0, 2)), offsets.new_empty(0)
@@ -127,8 +134,10 @@ def _total_coef(coef, weights, step_of_row, d_loss, d_sums, d_tokens) -> Tensor:
 
 def step_logps(
     logits: Tensor,  # (B, T, V), or (total, V) with a packed layout
-    layout: StepLayout,
+    layout: StepLayout | Tensor | None = None,
+    step_ids: Tensor | None = None,
     *,
+    labels: Tensor | None = None,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -140,6 +149,7 @@ def step_logps(
     Reads each scored row once and stores no softmax. log-probs accumulate in float32 (float64 for float64 logits). With
     `inplace_backward=True` the gradient overwrites the logits: nothing else may need their values in backward (autograd raises if
     something does). Differentiable once: a second backward raises. Logits whose last dimension is not contiguous are copied once.
+    Also takes plain (B, T) tensors, `step_logps(logits, labels, step_ids)`.
 
     Raises ValueError or TypeError naming the argument when shapes, dtypes or devices do not fit the layout.
 
@@ -148,12 +158,34 @@ def step_logps(
         >>> with torch.no_grad():
         ...     ref = step_logps(reference_model(ids).logits, layout).sums
     """
+    layout = layout_of(logits, layout, labels, step_ids)
     logits, (a, c), name = prepare(logits, layout, temperature, logit_softcap, logit_scale, backend, inplace_backward)
     if name == "reference":
         tokens = reference.token_logps(logits, layout.rows, layout.labels, a, c)
-        return StepLogps(reference.step_sums(tokens, layout.weights, layout.step_of_row, layout.num_steps), layout.counts, tokens)
+        return StepLogps(
+            reference.step_sums(tokens, layout.weights, layout.step_of_row, layout.num_steps), layout.counts, tokens
+        )
     _, sums, tokens, _ = LogitsRoute.apply(logits, layout, None, a, c, name, inplace_backward)
     return StepLogps(sums, layout.counts, tokens)
+
+
+def layout_of(
+    logits: Tensor, layout, labels: Tensor | None, step_ids: Tensor | None, token_weights: Tensor | None = None
+) -> StepLayout:
+    """The StepLayout that was given, or one built from plain labels and step ids."""
+    if isinstance(layout, StepLayout):
+        if labels is not None or step_ids is not None:
+            raise TypeError("labels, step_ids: given beside a StepLayout, which holds them already")
+        return layout if token_weights is None else layout.with_row_weights(token_weights)
+    if layout is not None and labels is not None:
+        raise TypeError("labels: given twice, by position and by name")
+    labels = labels if layout is None else layout
+    check_tensor("labels", labels, ndim=2)
+    if step_ids is None:
+        raise TypeError("step_ids: expected (B, T) step ids beside plain labels, got None; or pass a StepLayout")
+    check_tensor("logits", logits, ndim=3)
+    built = StepLayout.from_step_ids(labels, step_ids, token_weights=token_weights, vocab_size=logits.shape[-1])
+    return built.to(logits.device)
 
 
 def prepare(
@@ -161,13 +193,20 @@ def prepare(
     inplace_backward: bool,
 ) -> tuple[Tensor, tuple[float, float], str]:  # fmt: skip
     """Checks what every function of the logits route takes; returns (B, T, V) logits, the logit map and the backend's name."""
-    if not isinstance(layout, StepLayout):
-        raise TypeError(f"layout: expected a StepLayout, got {type(layout).__name__}")
     check_float("logits", logits)
     if logits.device != layout.device:
-        raise ValueError(f"layout: expected it on {logits.device}, where logits is (layout.to(...)), got {layout.device}")
+        raise ValueError(
+            f"layout: expected it on {logits.device}, where logits is (layout.to(...)), got {layout.device}"
+        )
     mapped = logit_map(temperature, logit_softcap, logit_scale)
     name = backends.select(backend, logits.device.type, logits.dtype)
     if inplace_backward and name == "reference":
-        raise ValueError("inplace_backward: the reference backend cannot write over the logits; use another backend or False")
+        reasons = backends.reasons(logits.device, logits.dtype)
+        raise ValueError(
+            f"inplace_backward: the reference backend cannot write over the logits, and no other runs here ({reasons})"
+        )
+    if inplace_backward and any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError(
+            f"inplace_backward: expected logits whose elements do not share memory, got strides {logits.stride()}"
+        )
     return layout.check_logits(logits), mapped, name

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_choice, check_device, check_float, check_integer, check_positive, check_shape, check_tensor, describe
+from ._checks import check_choice, check_device, check_float, check_not_negative, check_shape, describe
 from .backends import reference
 from .heads import PairHead, get_pair_head
 from .layout import StepLayout
-from .logps import LogitsRoute, PairLossSpec, StepLogps, prepare
+from .logps import LogitsRoute, PairLossSpec, StepLogps, layout_of, prepare
 from .pairs import StepPairs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepPrefOutput:
     """What a preference loss returns. `loss` carries the gradient; everything else is detached."""
 
@@ -27,6 +28,7 @@ class StepPrefOutput:
     ref: Tensor | None = field(repr=False)  # (S,) reference step sums
     beta: float = field(repr=False)
     per_token_reward: bool = field(repr=False)
+    _metrics: dict[str, Tensor] = field(repr=False, default_factory=dict)
 
     @property
     def rewards(self) -> Tensor:
@@ -42,6 +44,8 @@ class StepPrefOutput:
         over steps: steps/logps (mean S_k of steps with tokens), steps/tokens (mean length), steps/count, steps/empty;
         over pairs: pairs/count, pairs/dropped.
         """
+        if self._metrics:
+            return self._metrics
         valid, (winner, loser) = self.pairs.valid, self.pairs.index.long().unbind(1)
         num_valid = valid.sum()
 
@@ -51,27 +55,32 @@ class StepPrefOutput:
         rewards, counts = self.rewards, self.layout.counts
         num_steps = (counts > 0).sum()
         r_w, r_l = rewards[winner], rewards[loser]
-        return {
-            "rewards/chosen": mean(r_w),
-            "rewards/rejected": mean(r_l),
-            "rewards/margins": mean(r_w - r_l),
-            "rewards/accuracies": mean((r_w > r_l).to(rewards.dtype)),
-            "logps/chosen": mean(self.step_logps[winner]),
-            "logps/rejected": mean(self.step_logps[loser]),
-            "steps/logps": self.step_logps.sum() / num_steps.clamp(min=1),
-            "steps/tokens": counts.sum() / num_steps.clamp(min=1),
-            "steps/count": num_steps,
-            "steps/empty": counts.numel() - num_steps,
-            "pairs/count": num_valid,
-            "pairs/dropped": valid.numel() - num_valid,
-        }
+        self._metrics.update(
+            {
+                "rewards/chosen": mean(r_w),
+                "rewards/rejected": mean(r_l),
+                "rewards/margins": mean(r_w - r_l),
+                "rewards/accuracies": mean((r_w > r_l).to(rewards.dtype)),
+                "logps/chosen": mean(self.step_logps[winner]),
+                "logps/rejected": mean(self.step_logps[loser]),
+                "steps/logps": self.step_logps.sum() / num_steps.clamp(min=1),
+                "steps/tokens": counts.sum() / num_steps.clamp(min=1),
+                "steps/count": num_steps,
+                "steps/empty": counts.numel() - num_steps,
+                "pairs/count": num_valid,
+                "pairs/dropped": valid.numel() - num_valid,
+            }
+        )
+        return self._metrics
 
 
 def step_pref_loss(
     logits: Tensor,
-    layout: StepLayout | Tensor,
+    layout: StepLayout | Tensor | None = None,
     steps_or_pairs: StepPairs | Tensor | None = None,
     *,
+    labels: Tensor | None = None,
+    step_ids: Tensor | None = None,
     pairs: StepPairs | Tensor | None = None,
     ref: StepLogps | Tensor | None = None,
     loss_type: str = "sigmoid",
@@ -102,13 +111,13 @@ def step_pref_loss(
     Called as `step_pref_loss(logits, layout, pairs)` with a StepLayout, or as `step_pref_loss(logits, labels, step_ids)` with plain
     (B, T) tensors whose rows are [chosen_0.., rejected_0..]: step k of a chosen sequence is then paired with step k of its rejected
     one and unmatched steps are left out, unless `pairs=` says otherwise. Plain tensors on a GPU cost a copy to the host; build
-    layout and pairs in the collator to avoid it.
+    layout and pairs in the collator to avoid it. Under torch.compile pass a StepLayout and StepPairs: host work cannot be traced.
 
     Args:
         logits: (B, T, V), or (total, V) for a packed layout. float32, bfloat16, float16 or float64. A last dimension that is not
             contiguous is copied once.
-        layout: StepLayout, or unshifted labels (B, T) int with -100 where nothing is scored.
-        steps_or_pairs: pairs when `layout` is a StepLayout; step_ids (B, T) when it is labels.
+        layout: StepLayout, or unshifted labels (B, T) int with -100 where nothing is scored (also by name, `labels=`).
+        steps_or_pairs: pairs when `layout` is a StepLayout; step_ids (B, T) when it is labels (also `step_ids=`).
         pairs: StepPairs or (P, 2) int indices (winner step, loser step). Default: pair by index.
         ref: the reference's StepLogps, step sums (S,), or token log-probs as (N,) rows or (B, T) aligned with the labels; detached.
             None is reference-free.
@@ -118,7 +127,7 @@ def step_pref_loss(
             winner is better. Either one, and only for losses that have them.
         weights: (P,) multiply the pairs' losses (the mean still divides by their number). margins: (P,), in units of the reward.
         temperature, logit_softcap, logit_scale: the distribution is softmax(softcap(logit_scale * logits) / temperature).
-        token_weights: (B, T) with plain tensors; (N,) in row order with a StepLayout.
+        token_weights: (B, T), or (N,) in row order with a StepLayout; constants. Zeros belong to the layout's construction.
         reduction: 'mean' over pairs whose steps both have tokens, or 'sum'. num_items: divides the sum instead (a global number of
             pairs, under gradient accumulation or data parallel); a number or a 0-dim tensor.
         backend: 'auto', 'cpu', 'triton' or 'reference'. inplace_backward: write the gradient over the logits.
@@ -133,21 +142,18 @@ def step_pref_loss(
         >>> out.loss.backward()
     """
     head = get_pair_head(loss_type)
-    if isinstance(layout, StepLayout):
-        if steps_or_pairs is not None and pairs is not None:
-            raise TypeError("pairs: given twice, by position and by name")
-        pairs = steps_or_pairs if pairs is None else pairs
-        if token_weights is not None:
-            layout = layout.with_row_weights(token_weights)
-    else:
-        layout = layout_from_tensors(logits, layout, steps_or_pairs, token_weights)
+    if steps_or_pairs is not None:
+        name, twice = ("pairs", pairs) if isinstance(layout, StepLayout) else ("step_ids", step_ids)
+        if twice is not None:
+            raise TypeError(f"{name}: given twice, by position and by name")
+        pairs, step_ids = (steps_or_pairs, step_ids) if name == "pairs" else (pairs, steps_or_pairs)
+    layout = layout_of(logits, layout, labels, step_ids, token_weights)
     logits, (a, c), name = prepare(logits, layout, temperature, logit_softcap, logit_scale, backend, inplace_backward)
     pairs = resolve_pairs(layout, pairs, weights, margins, soft_labels)
-    spec = pair_loss_spec(
-        head, layout, pairs, ref, beta, label_smoothing, reduction, num_items, loss_options, weights, margins, soft_labels
-    )
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    spec = pair_loss_spec(head, layout, pairs, dtype, ref, beta, label_smoothing, reduction, num_items, loss_options)
     if name == "reference":
-        loss, sums, pair_losses = _reference_loss(logits, layout, spec, a, c)
+        loss, sums, pair_losses = reference_loss(logits, layout, spec, a, c)
     else:
         loss, sums, _, pair_losses = LogitsRoute.apply(logits, layout, spec, a, c, name, inplace_backward)
     return StepPrefOutput(
@@ -166,7 +172,11 @@ class StepPrefLoss(nn.Module):
 
     def __init__(self, loss_type: str = "sigmoid", beta: float | None = None, **options):
         super().__init__()
-        get_pair_head(loss_type)
+        common = inspect.signature(step_pref_loss).parameters
+        head = get_pair_head(loss_type)
+        head.check_options(
+            head.options["beta"] if beta is None else beta, {k: v for k, v in options.items() if k not in common}
+        )
         self.options = {"loss_type": loss_type, "beta": beta, **options}
 
     def forward(self, logits: Tensor, layout: StepLayout | Tensor, steps_or_pairs=None, **kwargs) -> StepPrefOutput:
@@ -174,14 +184,6 @@ class StepPrefLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.options.items() if v is not None)
-
-
-def layout_from_tensors(logits: Tensor, labels: Tensor, step_ids: Tensor | None, token_weights: Tensor | None) -> StepLayout:
-    check_tensor("layout", labels)
-    if step_ids is None:
-        raise TypeError("step_ids: expected (B, T) step ids beside plain labels, got None; or pass a StepLayout")
-    check_tensor("logits", logits, ndim=3)
-    return StepLayout.from_step_ids(labels, step_ids, token_weights=token_weights, vocab_size=logits.shape[-1])
 
 
 def resolve_pairs(layout: StepLayout, pairs, weights, margins, soft_labels) -> StepPairs:
@@ -192,15 +194,18 @@ def resolve_pairs(layout: StepLayout, pairs, weights, margins, soft_labels) -> S
     elif not isinstance(pairs, StepPairs):
         pairs = StepPairs.from_index(layout, pairs)
     if pairs.num_steps != layout.num_steps:
-        raise ValueError(f"pairs: expected pairs of the layout's {layout.num_steps} steps, got pairs made for {pairs.num_steps}")
+        raise ValueError(
+            f"pairs: expected pairs of the layout's {layout.num_steps} steps, got pairs made for {pairs.num_steps}"
+        )
+    if not torch.compiler.is_compiling() and not torch.equal(pairs.host_step_offsets, layout.host_step_offsets):
+        raise ValueError("pairs: expected pairs made for this layout, got pairs of one whose steps have other lengths")
     if pairs.index.device != layout.device:
         raise ValueError(f"pairs: expected them on {layout.device} (pairs.to(...)), got {pairs.index.device}")
     return pairs.with_values(**per_pair) if any(v is not None for v in per_pair.values()) else pairs
 
 
 def pair_loss_spec(
-    head: PairHead, layout: StepLayout, pairs: StepPairs, ref, beta, label_smoothing, reduction, num_items, loss_options,
-    weights, margins, soft_labels,
+    head: PairHead, layout: StepLayout, pairs: StepPairs, dtype: torch.dtype, ref, beta, label_smoothing, reduction, num_items, loss_options
 ) -> PairLossSpec:  # fmt: skip
     """Validated arguments of one pair loss, shared by the routes."""
     beta = head.options["beta"] if beta is None else beta
@@ -221,20 +226,27 @@ def pair_loss_spec(
         head=head.name,
         options=tuple(options),
         label=1.0 - label_smoothing,
-        scale=_scale(pairs, reduction, num_items),
+        scale=_scale(pairs, reduction, num_items, dtype),
         ref=_reference_sums(ref, layout),
     )
 
 
-def _scale(pairs: StepPairs, reduction: str, num_items: float | Tensor | None) -> Tensor:
+def _scale(pairs: StepPairs, reduction: str, num_items: float | Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(): what the sum over pairs is multiplied by; 0 when there is nothing to divide by."""
     check_choice("reduction", reduction, ("mean", "sum"))
-    if num_items is None:
-        return pairs.mean_scale if reduction == "mean" else torch.ones_like(pairs.mean_scale)
+    device = pairs.index.device
     if isinstance(num_items, Tensor):
         check_shape("num_items", num_items, ())
-        return num_items.to(pairs.mean_scale.device, torch.float32).reciprocal()
-    check_positive("num_items", num_items)
-    return torch.full_like(pairs.mean_scale, 1.0 / num_items)
+        items = num_items.to(device, dtype)
+        return torch.where(items > 0, items.reciprocal(), torch.zeros_like(items))
+    if num_items is not None:
+        check_not_negative("num_items", num_items)
+        return torch.full((), 1.0 / num_items if num_items else 0.0, dtype=dtype, device=device)
+    if reduction == "sum":
+        return torch.ones((), dtype=dtype, device=device)
+    if dtype == torch.float32:
+        return pairs.mean_scale
+    return torch.full((), 1.0 / max(pairs.num_valid, 1), dtype=dtype, device=device)
 
 
 def _reference_sums(ref: StepLogps | Tensor | None, layout: StepLayout) -> Tensor | None:
@@ -242,16 +254,19 @@ def _reference_sums(ref: StepLogps | Tensor | None, layout: StepLayout) -> Tenso
     if ref is None:
         return None
     if isinstance(ref, StepLogps):
-        check_shape("ref.sums", ref.sums, (layout.num_steps,))
-        ref = ref.sums
+        # from the tokens, so that the reference is weighted as this loss is
+        check_shape("ref.tokens", ref.tokens, (layout.num_rows,))
+        return _sum_rows(ref.tokens.detach().to(layout.device), layout)
     check_float("ref", ref)
     check_device("ref", ref, layout.device, "the layout")
     ref, (rows, steps) = ref.detach(), (layout.num_rows, layout.num_steps)
     if ref.ndim == 2 or (ref.ndim == 1 and layout.shape == (1, ref.shape[0]) and ref.shape[0] not in (rows, steps)):
         check_shape("ref", ref if ref.ndim == 2 else ref[None], layout.shape)
         return _sum_rows(ref.reshape(-1)[layout.rows + 1], layout)
-    if ref.ndim == 1 and rows == steps and ref.shape[0] == rows and (layout.host_step_offsets[1:] == layout.host_step_offsets[:-1]).any():
-        raise ValueError(f"ref: {describe(ref)} may be step sums or token log-probs here; pass a StepLogps or (B, T) token log-probs")
+    if ref.shape == (rows,) == (steps,) and (layout.weights is not None or not layout.one_row_per_step):
+        raise ValueError(
+            f"ref: {describe(ref)} may be step sums or token log-probs here; pass a StepLogps or (B, T) token log-probs"
+        )
     if ref.shape == (steps,):
         return ref
     if ref.shape == (rows,):
@@ -262,15 +277,30 @@ def _reference_sums(ref: StepLogps | Tensor | None, layout: StepLayout) -> Tenso
 
 
 def _sum_rows(tokens: Tensor, layout: StepLayout) -> Tensor:
-    return reference.step_sums(tokens.float() if tokens.dtype != torch.float64 else tokens, layout.weights, layout.step_of_row, layout.num_steps)
+    return reference.step_sums(
+        tokens.float() if tokens.dtype != torch.float64 else tokens,
+        layout.weights,
+        layout.step_of_row,
+        layout.num_steps,
+    )
 
 
-def _reference_loss(logits: Tensor, layout: StepLayout, spec: PairLossSpec, a: float, c: float) -> tuple[Tensor, Tensor, Tensor]:
+def reference_loss(
+    logits: Tensor, layout: StepLayout, spec: PairLossSpec, a: float, c: float
+) -> tuple[Tensor, Tensor, Tensor]:
     tokens = reference.token_logps(logits, layout.rows, layout.labels, a, c)
     sums = reference.step_sums(tokens, layout.weights, layout.step_of_row, layout.num_steps)
     pairs = spec.pairs
     losses = reference.pair_losses(
-        sums, layout.counts, spec.ref, pairs.index, pairs.margins, pairs.soft_labels, spec.head, list(spec.options), spec.label
+        sums,
+        layout.counts,
+        spec.ref,
+        pairs.index,
+        pairs.margins,
+        pairs.soft_labels,
+        spec.head,
+        list(spec.options),
+        spec.label,
     )
     weighted = losses if pairs.weights is None else losses * pairs.weights.to(losses.dtype)
     return weighted.sum() * spec.scale.to(losses.dtype), sums, losses

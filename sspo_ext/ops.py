@@ -11,15 +11,14 @@ from torch import Tensor
 from . import backends
 
 _lib = torch.library.Library("sspo", "DEF")
-_lib.define("token_logp_fwd(Tensor logits, Tensor rows, Tensor labels, float a, float c, str backend) -> (Tensor, Tensor)")
-_lib.define(
-    "step_loss_fwd(Tensor logps, Tensor? weights, Tensor step_offsets, Tensor? ref, Tensor pair_index, Tensor adj_offsets, "
-    "Tensor adj_pairs, Tensor? pair_weights, Tensor? pair_margins, Tensor? pair_labels, Tensor scale, str head, float[] options, "
-    "float label, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_BWD = "Tensor row_of, Tensor labels, Tensor lse, Tensor coef, Tensor? upstream, float a, float c, str backend"
-_lib.define(f"token_logp_bwd(Tensor logits, {_BWD}) -> Tensor")
-_lib.define(f"token_logp_bwd_(Tensor(a!) logits, {_BWD}) -> ()")
+
+
+def register(name, schema, fn, fake):
+    """Defines sspo::name and returns its overload. Implemented once for every device: `backend` says whose kernels run."""
+    _lib.define(f"{name}{schema}")
+    _lib.impl(name, fn, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sspo::{name}", fake, lib=_lib)
+    return getattr(torch.ops.sspo, name).default
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -31,8 +30,9 @@ def _token_logp_fwd(logits, rows, labels, a, c, backend):
 
 
 def _token_logp_fwd_fake(logits, rows, labels, a, c, backend):
-    dtype = _accumulator(logits.dtype)
-    return logits.new_empty(rows.shape, dtype=dtype), logits.new_empty(rows.shape, dtype=dtype)
+    return logits.new_empty(rows.shape, dtype=_accumulator(logits.dtype)), logits.new_empty(
+        rows.shape, dtype=torch.float64
+    )
 
 
 def _step_loss_fwd(
@@ -62,15 +62,27 @@ def _token_logp_bwd_fake(logits, *args):
 
 def _token_logp_bwd_(logits, row_of, labels, lse, coef, upstream, a, c, backend):
     backends.load(backend).token_logp_bwd(logits, row_of, labels, lse, coef, upstream, a, c, logits)
+    # the kernels write raw memory, which autograd cannot see
+    torch.autograd.graph.increment_version(logits)
 
 
-def _register(name, fn, fake):
-    _lib.impl(name, fn, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sspo::{name}", fake, lib=_lib)
-    return getattr(torch.ops.sspo, name).default
+_BWD = "Tensor row_of, Tensor labels, Tensor lse, Tensor coef, Tensor? upstream, float a, float c, str backend"
 
-
-token_logp_fwd = _register("token_logp_fwd", _token_logp_fwd, _token_logp_fwd_fake)
-step_loss_fwd = _register("step_loss_fwd", _step_loss_fwd, _step_loss_fwd_fake)
-token_logp_bwd = _register("token_logp_bwd", _token_logp_bwd, _token_logp_bwd_fake)
-token_logp_bwd_ = _register("token_logp_bwd_", _token_logp_bwd_, lambda logits, *args: None)
+token_logp_fwd = register(
+    "token_logp_fwd",
+    "(Tensor logits, Tensor rows, Tensor labels, float a, float c, str backend) -> (Tensor, Tensor)",
+    _token_logp_fwd,
+    _token_logp_fwd_fake,
+)
+step_loss_fwd = register(
+    "step_loss_fwd",
+    "(Tensor logps, Tensor? weights, Tensor step_offsets, Tensor? ref, Tensor pair_index, Tensor adj_offsets, "
+    "Tensor adj_pairs, Tensor? pair_weights, Tensor? pair_margins, Tensor? pair_labels, Tensor scale, str head, float[] options, "
+    "float label, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _step_loss_fwd,
+    _step_loss_fwd_fake,
+)
+token_logp_bwd = register("token_logp_bwd", f"(Tensor logits, {_BWD}) -> Tensor", _token_logp_bwd, _token_logp_bwd_fake)
+token_logp_bwd_ = register(
+    "token_logp_bwd_", f"(Tensor(a!) logits, {_BWD}) -> ()", _token_logp_bwd_, lambda logits, *args: None
+)

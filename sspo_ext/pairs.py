@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_float, check_integer, check_shape
-from .layout import StepLayout, TensorBundle
+from .layout import StepLayout, TensorBundle, constant
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -26,7 +26,11 @@ class StepPairs(TensorBundle):
     soft_labels: Tensor | None  # (P,) float32: probability that the winner is the better step
     num_valid: int
     host_index: Tensor  # (P, 2) int64
-    num_steps: int
+    host_step_offsets: Tensor  # of the layout they were made for
+
+    @property
+    def num_steps(self) -> int:
+        return self.host_step_offsets.shape[0] - 1
 
     @property
     def num_pairs(self) -> int:
@@ -93,7 +97,7 @@ class StepPairs(TensorBundle):
             soft_labels=None,
             num_valid=num_valid,
             host_index=torch.from_numpy(host),
-            num_steps=steps,
+            host_step_offsets=layout.host_step_offsets,
         )
         return pairs.with_values(weights=weights, margins=margins, soft_labels=soft_labels)
 
@@ -112,7 +116,7 @@ class StepPairs(TensorBundle):
                 raise ValueError(f"soft_labels: expected probabilities in [0, 1], got {outside[0].item()}")
         device = self.index.device
         return replace(
-            self, **{k: v.detach().to(device, torch.float32, non_blocking=True) for k, v in given.items() if v is not None}
+            self, **{k: constant(v).to(device, non_blocking=True) for k, v in given.items() if v is not None}
         )
 
     def units(self) -> np.ndarray:

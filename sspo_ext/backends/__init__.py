@@ -25,6 +25,12 @@ def why_not(name: str, device: torch.device | str, dtype: torch.dtype) -> str | 
     return load(name).why_not(torch.device(device), dtype)
 
 
+def reasons(device: torch.device, dtype: torch.dtype) -> str:
+    """Why each backend that cannot run here cannot."""
+    told = {name: why_not(name, device, dtype) for name in BACKENDS}
+    return "; ".join(f"{name}: {reason}" for name, reason in told.items() if reason is not None)
+
+
 @torch.compiler.assume_constant_result
 def select(requested: str, device_type: str, dtype: torch.dtype) -> str:
     """The backend that runs. "auto" takes the first usable one of the table; a name that cannot run raises with the reason."""
@@ -38,5 +44,7 @@ def select(requested: str, device_type: str, dtype: torch.dtype) -> str:
         raise ValueError(f"{source}: expected 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {requested!r}")
     reason = why_not(requested, device_type, dtype)
     if reason is not None:
-        raise ValueError(f"{source}: {requested!r} cannot run on {device_type} {str(dtype).removeprefix('torch.')}: {reason}")
+        raise ValueError(
+            f"{source}: {requested!r} cannot run on {device_type} {str(dtype).removeprefix('torch.')}: {reason}"
+        )
     return requested

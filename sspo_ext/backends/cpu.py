@@ -19,7 +19,7 @@ _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.flo
 
 # The log-sum-exp is kept in the type the ops declare. float64 is supported too, and makes the backward exact where it
 # is large: float32 rounds 1e4 by 5e-4, and the softmax with it.
-_LSE_DTYPE = torch.float32
+_LSE_DTYPE = torch.float64
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -34,7 +34,9 @@ def trace(head: PairHead) -> torch.fx.GraphModule:
         options = {name: named[name] for name in head.options}
 
         def loss(u_w, u_l):
-            return head.fn(PairScores(**{f: named[f] for f in PairScores._fields} | {"u_w": u_w, "u_l": u_l}), **options)
+            return head.fn(
+                PairScores(**{f: named[f] for f in PairScores._fields} | {"u_w": u_w, "u_l": u_l}), **options
+            )
 
         value, pull = torch.func.vjp(loss, named["u_w"], named["u_l"])
         return (value, *pull(torch.ones_like(value)))
@@ -59,7 +61,14 @@ def _infix(symbol: str) -> str:
     return f"({{0}} {symbol} {{1}})"
 
 
-_COMMON = {"add": _infix("+"), "sub": _infix("-"), "mul": _infix("*"), "div": _infix("/"), "gt": _infix(">"), "neg": "(-{0})"}
+_COMMON = {
+    "add": _infix("+"),
+    "sub": _infix("-"),
+    "mul": _infix("*"),
+    "div": _infix("/"),
+    "le": _infix("<="),
+    "neg": "(-{0})",
+}
 CPP = Language(
     lambda v: f"T({v!r})",
     _COMMON | {
@@ -75,7 +84,7 @@ TRITON = Language(
     },
 )  # fmt: skip
 
-_BINARY = {aten.add: "add", aten.sub: "sub", aten.mul: "mul", aten.div: "div", aten.gt: "gt"}
+_BINARY = {aten.add: "add", aten.sub: "sub", aten.mul: "mul", aten.div: "div", aten.le: "le"}
 _UNARY = {aten.exp: "exp", aten.sigmoid: "sigmoid", aten.relu: "relu", aten.neg: "neg"}
 
 
@@ -135,7 +144,8 @@ class Printer:
         if op is aten.log_sigmoid_backward:
             return self.binary("mul", args[0], self.emit("sigmoid", self.emit("neg", args[1])))
         if op is aten.threshold_backward:
-            return self.emit("where", self.emit("gt", args[1], args[2]), args[0], 0.0)
+            # this way round a NaN passes the gradient on, as torch's does
+            return self.emit("where", self.emit("le", args[1], args[2]), 0.0, args[0])
         raise NotImplementedError(f"no spelling for {node.format_node()}: add one line to generate.py")
 
     def run(self, graph: torch.fx.Graph) -> list[str]:
@@ -160,7 +170,11 @@ class Printer:
 
 
 def _strip(expression: str) -> str:
-    return expression[1:-1] if expression.startswith("(") and expression.endswith(")") and expression.count("(") == 1 else expression
+    return (
+        expression[1:-1]
+        if expression.startswith("(") and expression.endswith(")") and expression.count("(") == 1
+        else expression
+    )
 
 
 _CPP_PRELUDE = """\
@@ -207,7 +221,11 @@ def _relu(x):
 
 @triton.jit
 def _logsigmoid(x):
-    return tl.where(x > 0, 0.0, x) - tl.log(1 + tl.exp(-tl.abs(x)))
+    e = tl.exp(-tl.abs(x))
+    u = 1 + e
+    # Kahan's log1p: what rounding lost in u, it lost in u - 1 too
+    log1p = tl.where(u == 1, e, tl.log(u) * (e / (u - 1)))
+    return tl.where(x > 0, 0.0, x) - log1p
 
 
 @triton.jit
@@ -247,7 +265,9 @@ def triton_source() -> str:
         out = printer.run(trace(head).graph)
         body = "".join(f"    {name} = {_strip(text)}\n" for name, text in printer.lines)
         names = "".join(f", {name}" for name in head.options)
-        parts.append(f"@triton.jit\ndef _{head.name}_head({scores}{names}):\n    # {head.formula}\n{body}    return {', '.join(out)}\n")
+        parts.append(
+            f"@triton.jit\ndef _{head.name}_head({scores}{names}):\n    # {head.formula}\n{body}    return {', '.join(out)}\n"
+        )
         args = "".join(f", {o}" for o in options[: len(head.options)])
         keyword = "if" if i == 0 else "elif"
         cases.append(f"    {keyword} HEAD == {i}:\n        loss, du_w, du_l = _{head.name}_head({scores}{args})\n")

@@ -11,7 +11,11 @@ def _relu(x):
 
 @triton.jit
 def _logsigmoid(x):
-    return tl.where(x > 0, 0.0, x) - tl.log(1 + tl.exp(-tl.abs(x)))
+    e = tl.exp(-tl.abs(x))
+    u = 1 + e
+    # Kahan's log1p: what rounding lost in u, it lost in u - 1 too
+    log1p = tl.where(u == 1, e, tl.log(u) * (e / (u - 1)))
+    return tl.where(x > 0, 0.0, x) - log1p
 
 
 @triton.jit
@@ -52,7 +56,7 @@ def _hinge_head(u_w, u_l, n_w, n_l, margin, label, beta):
     sub_1 = mul - margin
     rsub = 1.0 - sub_1
     relu = _relu(rsub)
-    threshold_backward = tl.where((relu > 0.0), 1.0, 0.0)
+    threshold_backward = tl.where((relu <= 0.0), 0.0, 1.0)
     neg = -threshold_backward
     mul_1 = neg * beta
     neg_1 = -mul_1
