@@ -35,7 +35,7 @@ _WAY_OUT = "use route='logits'"
 
 
 class UnsupportedHead(ValueError):
-    """The model's logits are not softcap(scale * (hidden @ weight.T + bias)) of a plain weight; says why, and a way out."""
+    """The logits are not softcap(scale * (hidden @ weight.T + bias)) of a plain weight; says why, and a way out."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def check_head(model: nn.Module, sample_inputs: dict[str, Any]) -> LMHead:
     with torch.no_grad(), _eval_mode(model):
         outputs, tap = _run(model, sample_inputs, _ladder)
         head = model_head(model)
-        theirs = outputs["logits"] if isinstance(outputs, dict) else getattr(outputs, "logits", outputs[0])
+        theirs = outputs.logits if hasattr(outputs, "logits") else outputs[0]
         with torch.autocast(tap.passed.device.type, dtype=tap.autocast[1], enabled=tap.autocast[0]):
             raw = _linear(inner, tap.passed, head)
         if theirs.shape != raw.shape:
