@@ -1,0 +1,256 @@
+"""StepPreferenceTrainer: `transformers.Trainer` with a step-wise preference loss.
+
+What differs from Trainer is here and nothing else: the loss, its normaliser over accumulated micro-batches, the
+reference's log-probs, and metrics. Optimisers, schedules, checkpoints, DDP and logging backends are Trainer's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from .. import StepLogps, StepPrefOutput, step_logps, step_pref_loss
+from ..backends import select
+from ..heads import get_pair_head
+from ..layout import TensorBundle
+from .collator import StepPreferenceCollator
+from .means import Means
+from .models import load_model
+from .reference_cache import TOKEN_COLUMNS, ReferenceCache, add_reference, reference_key
+
+
+@dataclass
+class StepPreferenceConfig(TrainingArguments):
+    """TrainingArguments and the options of the loss. Three defaults differ: unused columns stay, NaN losses are
+    logged as NaN, and something is logged every 10 steps."""
+
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Columns are the collator's, not the model's."}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "True hides a NaN loss from the log."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many updates."})
+    loss_type: str = field(default="sigmoid", metadata={"help": "sigmoid, hinge, ipo or simpo (sspo_ext.heads)."})
+    beta: float | None = field(default=None, metadata={"help": "Reward scale; None is the loss type's own default."})
+    label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a pair's order is wrong."})
+    loss_options: dict | None = field(
+        default=None, metadata={"help": "The loss type's other options, {'simpo_gamma': 0.5}."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Logits are divided by it."})
+    reference_free: bool = field(default=False, metadata={"help": "No reference model: rewards are beta * log pi."})
+    reference_cache: str | None = field(
+        default=None, metadata={"help": "Folder of cached reference log-probs; None is OUTPUT_DIR/reference_cache."}
+    )
+    packing: bool = field(default=False, metadata={"help": "Padding-free batches: sequences end to end in one row."})
+    backend: str = field(default="auto", metadata={"help": "auto, cpu, triton or reference."})
+    inplace_backward: bool | None = field(
+        default=None, metadata={"help": "Write the gradient over the logits; None does where the backend can."}
+    )
+
+
+class StepPreferenceTrainer(Trainer):
+    """Trains a causal LM on tokenized preference rows (`sspo_ext.train.tokenize.tokenize_rows`).
+
+    Args:
+        model: a causal LM, a PEFT model, or a name or path (`load_model`, which then gives the tokenizer too).
+        args: StepPreferenceConfig.
+        train_dataset: list (or datasets.Dataset) of features. Reference log-probs are computed here, before training,
+            with the model as given (PEFT adapters disabled), unless the loss needs none or the features carry
+            `ref_chosen` and `ref_rejected`.
+        eval_dataset: the same, or a dict of them. `evaluate()` returns eval_loss (mean over pairs) and the metrics.
+        processing_class: the tokenizer; pads batches and is saved with checkpoints.
+        peft_config: wraps the model in an adapter (LoraConfig, ...), so that only the adapter is trained.
+        **trainer_kwargs: Trainer's other arguments (callbacks, optimizers, ...).
+
+    Raises ValueError for options that do not fit the loss, a dataset without length where a reference is needed,
+    non-finite reference log-probs, and `packing` with a model that mixes packed sequences.
+
+    Example::
+
+        >>> rows = tokenize_rows(load_preference_rows("pairs.jsonl"), tokenizer)
+        >>> StepPreferenceTrainer(model, StepPreferenceConfig("out"), rows, processing_class=tokenizer).train()
+    """
+
+    # compute_loss divides by the number of pairs of all accumulated micro-batches; Trainer must not divide again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str,
+        args: StepPreferenceConfig,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        data_collator=None,
+        peft_config=None,
+        **trainer_kwargs,
+    ):
+        if not isinstance(args, StepPreferenceConfig):
+            raise TypeError(f"args: expected a StepPreferenceConfig, got {type(args).__name__}")
+        if trainer_kwargs.get("compute_metrics") is not None:
+            raise ValueError(
+                "compute_metrics: expected None, since evaluation keeps no logits; it returns the loss's metrics"
+            )
+        head = get_pair_head(args.loss_type)
+        head.check_options(head.options["beta"] if args.beta is None else args.beta, args.loss_options or {})
+        if isinstance(model, (str, os.PathLike)):
+            model, tokenizer = load_model(model)
+            processing_class = processing_class or tokenizer
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        if data_collator is None:
+            pad = getattr(processing_class, "pad_token_id", None)
+            data_collator = StepPreferenceCollator(0 if pad is None else pad, packed=args.packing)
+        named = ("loss_type", "beta", "label_smoothing", "temperature")
+        self._loss_options = {**{name: getattr(args, name) for name in named}, **(args.loss_options or {})}
+        self._means = {"train": Means(), "eval": Means()}
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **trainer_kwargs)
+        # Versions before loss_is_scaled_for_ga decide by this whether to divide by the accumulation steps.
+        self.model_accepts_loss_kwargs = True
+        if args.packing:
+            self._check_packing(train_dataset if train_dataset is not None else eval_dataset)
+        if not args.reference_free and head.reference != "forbidden":
+            self._add_references()
+
+    def preference_loss(self, model: nn.Module, batch: dict, num_items: float | Tensor | None) -> StepPrefOutput:
+        """The model's forward and the loss of one batch."""
+        args = self.args
+        logits = self._logits(model, batch)
+        inplace = args.inplace_backward
+        if inplace is None:
+            inplace = select(args.backend, logits.device.type, logits.dtype) != "reference"
+        return step_pref_loss(
+            logits,
+            batch["layout"],
+            batch["pairs"],
+            ref=batch.get("ref"),
+            num_items=num_items,
+            backend=args.backend,
+            inplace_backward=inplace and torch.is_grad_enabled(),
+            **self._loss_options,
+        )
+
+    def step_logps(self, model: nn.Module, batch: dict) -> StepLogps:
+        """The model's forward and its step log-probs, as the loss sees them."""
+        logits = self._logits(model, batch)
+        return step_logps(logits, batch["layout"], temperature=self.args.temperature, backend=self.args.backend)
+
+    def _logits(self, model: nn.Module, batch: dict) -> Tensor:
+        # With a cache, or with a mask of ones, the sequences of a packed batch would see each other.
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
+        return model(**inputs, use_cache=False).logits
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        out = self.preference_loss(model, inputs, num_items_in_batch)
+        self._means["train" if model.training else "eval"].add(out)
+        # DDP averages gradients over processes, while num_items counts the pairs of all of them.
+        loss = out.loss if num_items_in_batch is None else out.loss * self.accelerator.num_processes
+        return (loss, out) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> float | Tensor:
+        """Pairs in all accumulated micro-batches, of all processes."""
+        pairs = sum(batch["pairs"].num_valid for batch in batch_samples)
+        if self.accelerator.num_processes == 1:
+            return float(max(pairs, 1))
+        return self.accelerator.gather(torch.tensor(float(pairs), device=device)).sum().clamp(min=1)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        samples = []
+        for _, batch in zip(range(num_batches), epoch_iterator, strict=False):
+            samples.append(batch)
+        return samples, self._get_num_items_in_batch(samples, device)
+
+    def _prepare_input(self, data):
+        return data.to(self.args.device) if isinstance(data, TensorBundle) else super()._prepare_input(data)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """What the collator reads; the default is the model's arguments, of which a preference row has none."""
+        if self._signature_columns is None:
+            self._signature_columns = [*TOKEN_COLUMNS, "pairs", "weight", "margin", "ref_chosen", "ref_rejected"]
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        # Trainer's own gives no loss for a batch without labels.
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._means["eval"] = Means()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # The loop's own eval_loss is a mean over sequences; this one is over pairs, whatever the batch size.
+        means = self._means["eval"].pop(self.accelerator)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:
+            logs.update({k: v for k, v in self._means["train"].pop(self.accelerator).items() if k != "loss"})
+        super().log(logs, *args, **kwargs)
+
+    def _add_references(self) -> None:
+        cache = ReferenceCache(
+            folder=self.args.reference_cache or os.path.join(self.args.output_dir, "reference_cache"),
+            batch_size=self.args.per_device_eval_batch_size,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            barrier=self.accelerator.wait_for_everyone,
+            progress=self.is_world_process_zero() and not self.args.disable_tqdm,
+        )
+        settings = {"temperature": self.args.temperature, "mixed_precision": str(self.accelerator.mixed_precision)}
+        model_key = None
+
+        def reference(dataset, name: str):
+            nonlocal model_key
+            has_length = hasattr(dataset, "__len__")
+            if dataset is None or has_length and len(dataset) and {"ref_chosen", "ref_rejected"} <= set(dataset[0]):
+                return dataset
+            model_key = model_key or reference_key(self.model, settings)
+            with self._reference_model() as model:
+                return add_reference(
+                    dataset, model_key, cache, self.data_collator, lambda b: self._reference_sums(model, b), name
+                )
+
+        for name in ("train_dataset", "eval_dataset"):
+            dataset = getattr(self, name)
+            if isinstance(dataset, dict):
+                setattr(self, name, {key: reference(value, f"{name}[{key!r}]") for key, value in dataset.items()})
+            else:
+                setattr(self, name, reference(dataset, name))
+
+    def _reference_sums(self, model: nn.Module, batch: dict) -> Tensor:
+        with torch.no_grad(), self.accelerator.autocast():
+            return self.step_logps(model, self._prepare_inputs(batch)).sums
+
+    @contextlib.contextmanager
+    def _reference_model(self):
+        """The model before training: adapters off, dropout off."""
+        model, training = self.model, self.model.training
+        model.eval()
+        try:
+            with model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext():
+                yield model
+        finally:
+            model.train(training)
+
+    def _check_packing(self, dataset) -> None:
+        """One row, packed and padded: some models (OPT) let packed sequences see each other, silently."""
+        if not dataset or isinstance(dataset, dict):
+            return
+        pair = [dataset[0]]
+        padded = StepPreferenceCollator(getattr(self.data_collator, "pad_token_id", 0))
+        with self._reference_model() as model:
+            one, other = (self._reference_sums(model, collate(pair)) for collate in (self.data_collator, padded))
+        difference = (one - other).abs().max().item()
+        # Rounding of a step's sum stays far below this; a rejected sequence that sees the chosen one does not.
+        if difference > (0.02 if one.dtype == torch.float32 and self.model.dtype == torch.float32 else 0.5):
+            name = type(self.model).__name__
+            raise ValueError(
+                f"packing: {name} gives other log-probs for packed sequences (by {difference:.3g} in a step); "
+                "use packing=False"
+            )
