@@ -147,7 +147,7 @@ def delimiter_mask(
     vocab_size: int | None = None,
     eos_token_ids: Sequence[int] | None = None,
 ) -> Tensor:
-    """What every token of the vocabulary does to a step: (V,) uint8, for `step_ids_from_tokens`. Made once per tokenizer.
+    """What every token of the vocabulary does to a step: (V,) uint8, for `step_ids_from_tokens`. One per tokenizer.
 
     tokenizer      any Hugging Face tokenizer, fast or slow
     by             "newline", "blank_line" or a regular expression; "numbered" shows in no single token: ValueError
