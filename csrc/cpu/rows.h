@@ -25,18 +25,15 @@ constexpr double kRescale = 0x1p60;   // far from overflow, and no precision is 
 constexpr int kUnroll = 2;            // pairs of vectors per iteration
 constexpr int kPrefetch = 4096;       // bytes ahead; the hardware prefetcher stops at the end of a 4 KiB page
 
-template <class T>
-struct Traits {
-    static constexpr int kDegree = 4;  // the rounding to 16 bits is 100 times larger
-};
-template <>
-struct Traits<float> {
+// Degrees of the exponential. Log-probs are float32 whatever the logits are; a 16-bit gradient is rounded 300 times
+// more coarsely than degree 4 errs.
 #if defined(SSPO_AVX512)
-    static constexpr int kDegree = 5;
+constexpr int kDegree = 5;
 #else
-    static constexpr int kDegree = 6;
+constexpr int kDegree = 6;
 #endif
-};
+template <class T>
+constexpr int kGradDegree = sizeof(T) == 2 ? 4 : kDegree;
 
 // x -> the exponent of 2, up to the shift: k * x, or k * tanh(a * x).
 template <bool CAP>
@@ -90,8 +87,8 @@ float tile_max(const T* x, int64_t n, const Exponent<CAP>& e) {
     return horizontal_max(m);
 }
 
-template <class T, bool CAP, int DEGREE>
-double tile_sum(const T* x, int64_t n, const Exponent<CAP>& e, const Exp2<DEGREE>& exp2_, float shift) {
+template <class T, bool CAP>
+double tile_sum(const T* x, int64_t n, const Exponent<CAP>& e, const Exp2<kDegree>& exp2_, float shift) {
     const F s = splat(shift);
     const auto term = [&](F v) { return exp2_(clamp_exponent(e.map(v) * e.k - s)); };
     F sum[2 * kUnroll] = {};
@@ -136,7 +133,7 @@ double row_lse_exact(const Logits& l, const T* x) {
 }
 
 template <class T, bool CAP>
-double row_lse(const Logits& l, const T* x, const Exponent<CAP>& e, const Exp2<Traits<T>::kDegree>& exp2_) {
+double row_lse(const Logits& l, const T* x, const Exponent<CAP>& e, const Exp2<kDegree>& exp2_) {
     float shift = 0;
     double sum = 0;
     for (int64_t i = 0; i < l.V; i += kTile) {
@@ -165,7 +162,7 @@ template <class T, bool CAP>
 void fwd_rows(const FwdArgs& args, int64_t begin, int64_t end) {
     const Logits& l = args.logits;
     const Exponent<CAP> e(l);
-    const Exp2<Traits<T>::kDegree> exp2_;
+    const Exp2<kDegree> exp2_;
     for (int64_t n = begin; n < end; ++n) {
         const int64_t position = args.rows[n], label = args.labels[n];
         double lse = __builtin_nan(""), logp = lse;
@@ -284,7 +281,7 @@ void bwd_rows(const BwdArgs& args, int64_t begin, int64_t end) {
         const double label_value = label_grad(l, to_double(x[g.label]), g);
         const double exact_shift = g.lse / (CAP ? l.c : l.a) * e.k_value;
         const float shift = (float)exact_shift;
-        const Exp2<Traits<T>::kDegree> exp2_(-g.factor * l.a * (CAP ? l.c : 1.0) * exp2((double)shift - exact_shift));
+        const Exp2<kGradDegree<T>> exp2_(-g.factor * l.a * (CAP ? l.c : 1.0) * exp2((double)shift - exact_shift));
         if (args.stream)
             grad_elements<T, CAP, true>(x, out, l.V, e, exp2_, splat(shift));
         else
