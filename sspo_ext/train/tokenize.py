@@ -70,7 +70,7 @@ def tokenize_row(
 
 
 def tokenize_rows(rows: Iterable[Mapping], tokenizer, **options) -> list[dict]:
-    """`tokenize_row` over all rows, with its options. Rows left out are counted in one warning, by reason, with sources.
+    """`tokenize_row` over all rows, with its options. Rows left out are counted in one warning, by reason and source.
 
     Raises one ValueError naming all rows that are wrong (not only unusable), or if no row is left.
     """
