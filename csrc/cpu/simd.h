@@ -163,6 +163,31 @@ inline void store_fence() {
 #endif
 }
 
+// max(limit, t) and min(limit, t) that keep a NaN in t, in the form that is one instruction.
+inline F at_least(float limit, F t) {
+#if defined(SSPO_AVX512)
+    return (F)_mm512_max_ps(_mm512_set1_ps(limit), (__m512)t);
+#elif defined(SSPO_AVX2)
+    return (F)_mm256_max_ps(_mm256_set1_ps(limit), (__m256)t);
+#elif defined(__x86_64__)
+    return (F)_mm_max_ps(_mm_set1_ps(limit), (__m128)t);
+#else
+    return t < limit ? splat(limit) : t;
+#endif
+}
+
+inline F at_most(float limit, F t) {
+#if defined(SSPO_AVX512)
+    return (F)_mm512_min_ps(_mm512_set1_ps(limit), (__m512)t);
+#elif defined(SSPO_AVX2)
+    return (F)_mm256_min_ps(_mm256_set1_ps(limit), (__m256)t);
+#elif defined(__x86_64__)
+    return (F)_mm_min_ps(_mm_set1_ps(limit), (__m128)t);
+#else
+    return t > limit ? splat(limit) : t;
+#endif
+}
+
 // ---- exp2: 2^t times the factor that was multiplied into the coefficients. Relative error of the polynomials:
 // degree 4: 3e-6, degree 5 and 6: 9e-8, 3e-9 (Remez, relative error, constant term fixed at 1).
 
@@ -191,11 +216,11 @@ struct Exp2 {
         const F f = (F)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // t - floor(t)
         return (F)_mm512_scalef_ps((__m512)poly(f), (__m512)t);                                 // poly * 2^floor(t)
 #else
-        const F shifted = t + 0x1.8p23f;  // its low bits are round(t)
+        t = at_least(-127.0f, t);               // the scale of -127 is 0: -inf and whatever else underflows give 0
+        const F shifted = t + 0x1.8p23f;        // its low bits are round(t)
         const F f = t - (shifted - 0x1.8p23f);
         const F scale = from_bits((bits_of(shifted) << 23) + 0x3f800000u);
-        const F result = poly(f) * scale;
-        return t < -126.0f ? F{} : result;  // a select, so that NaN stays and garbage from |t| >= 2^22 goes
+        return poly(f) * scale;
 #endif
     }
 
@@ -211,13 +236,12 @@ struct Exp2 {
 inline F clamp_exponent(F t) {
 #if defined(SSPO_AVX512)
     return t;
-#elif defined(SSPO_AVX2)
-    return (F)_mm256_min_ps(_mm256_set1_ps(127.0f), (__m256)t);  // this order keeps NaN
 #else
-    return t > 127.0f ? splat(127.0f) : t;
+    return at_most(127.0f, t);
 #endif
 }
 
+// Where one is NaN the result is unspecified: a sum over the same elements tells.
 inline F vector_max(F a, F b) {
 #if defined(SSPO_AVX512)
     return (F)_mm512_max_ps((__m512)a, (__m512)b);
@@ -230,9 +254,7 @@ inline F vector_max(F a, F b) {
 
 // y P(y^2) / Q(y^2), relative error 2e-8; all coefficients are positive, so nothing cancels. tanh(9.02) rounds to 1.
 inline F vector_tanh(F y) {
-    const float kLimit = 9.02f;
-    y = y > kLimit ? splat(kLimit) : y;
-    y = y < -kLimit ? splat(-kLimit) : y;
+    y = at_most(9.02f, at_least(-9.02f, y));
     const F u = y * y;
     F p = u * 1.335587999e-08f + 2.061008975e-05f;
     p = p * u + 3.495654679e-03f;
