@@ -1,0 +1,192 @@
+"""Step kernel: log-probs of rows to step sums, pair losses, the total loss and dL/dlogp of every row, in one launch.
+
+A program per step. It sums its own rows, and again the rows of every step it is paired with: those sums are cheap
+next to a second launch or a grid barrier, and being made by the same instructions in the same order they are bit for
+bit the partner's own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ...heads import head_id
+from ._common import jit, on_device
+from .heads_generated import _pair_head
+
+BLOCK = 256  # rows summed at a time: steps are tens to hundreds of tokens
+
+
+@triton.jit
+def _step_sum(logp_ptr, weights_ptr, begin, end, HAS_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float32)
+    for n in range(begin, end, BLOCK):
+        o = n + tl.arange(0, BLOCK)
+        logp = tl.load(logp_ptr + o, mask=o < end, other=0.0)
+        if HAS_WEIGHTS:
+            logp *= tl.load(weights_ptr + o, mask=o < end, other=0.0).to(tl.float32)
+        total += logp
+    return tl.sum(total, axis=0)
+
+
+@jit
+def _step_loss_fwd_kernel(
+    logp_ptr,  # (N,) float32
+    weights_ptr,  # (N,)
+    step_offsets_ptr,  # (S + 1,) int32
+    ref_ptr,  # (S,)
+    pair_index_ptr,  # (P, 2) int32
+    adj_offsets_ptr,  # (S + 1,) int32
+    adj_pairs_ptr,  # (2 * P,) int32: 2 * pair + (1 if the step is the loser)
+    pair_weights_ptr,  # (P,)
+    pair_margins_ptr,  # (P,)
+    pair_labels_ptr,  # (P,)
+    scale_ptr,  # ()
+    loss_ptr,  # () float32
+    sums_ptr,  # (S,) float32
+    pair_loss_ptr,  # (P,) float32
+    coef_ptr,  # (N,) float32
+    arrived_ptr,  # () int32, zero before and after
+    P: tl.int32,
+    label: tl.float32,
+    o0: tl.float32,
+    o1: tl.float32,
+    o2: tl.float32,
+    o3: tl.float32,
+    HEAD: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    HAS_PAIR_WEIGHTS: tl.constexpr,
+    HAS_MARGINS: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    k = tl.program_id(0)
+    begin = tl.load(step_offsets_ptr + k)
+    end = tl.load(step_offsets_ptr + k + 1)
+    u = _step_sum(logp_ptr, weights_ptr, begin, end, HAS_WEIGHTS, BLOCK)
+    tl.store(sums_ptr + k, u)
+    if HAS_REF:
+        u -= tl.load(ref_ptr + k).to(tl.float32)
+    scale = tl.load(scale_ptr).to(tl.float32)
+
+    du = 0.0
+    for j in range(tl.load(adj_offsets_ptr + k), tl.load(adj_offsets_ptr + k + 1)):
+        entry = tl.load(adj_pairs_ptr + j)
+        pair = entry >> 1
+        is_loser = (entry & 1) == 1
+        other = tl.load(pair_index_ptr + (entry ^ 1))
+        other_begin = tl.load(step_offsets_ptr + other)
+        other_end = tl.load(step_offsets_ptr + other + 1)
+        u_other = _step_sum(logp_ptr, weights_ptr, other_begin, other_end, HAS_WEIGHTS, BLOCK)
+        if HAS_REF:
+            u_other -= tl.load(ref_ptr + other).to(tl.float32)
+        valid = (end > begin) & (other_end > other_begin)
+        # a pair that is dropped is evaluated at 0, as in the reference, so that nothing undefined comes of it
+        u_own = tl.where(valid, u, 0.0)
+        u_other = tl.where(valid, u_other, 0.0)
+        n_own = tl.maximum(end - begin, 1).to(tl.float32)
+        n_other = tl.maximum(other_end - other_begin, 1).to(tl.float32)
+        margin = 0.0
+        if HAS_MARGINS:
+            margin = tl.load(pair_margins_ptr + pair).to(tl.float32)
+        q = label
+        if HAS_LABELS:
+            q = tl.load(pair_labels_ptr + pair).to(tl.float32)
+        loss, du_w, du_l = _pair_head(
+            HEAD,
+            tl.where(is_loser, u_other, u_own),
+            tl.where(is_loser, u_own, u_other),
+            tl.where(is_loser, n_other, n_own),
+            tl.where(is_loser, n_own, n_other),
+            margin, q, o0, o1, o2, o3,
+        )  # fmt: skip
+        d = tl.where(is_loser, du_l, du_w)
+        if HAS_PAIR_WEIGHTS:
+            d *= tl.load(pair_weights_ptr + pair).to(tl.float32)
+        du += tl.where(valid, d, 0.0)
+        tl.store(pair_loss_ptr + pair, tl.where(valid, loss, 0.0), mask=entry & 1 == 0)
+
+    coef = du * scale
+    for n in range(begin, end, BLOCK):
+        o = n + tl.arange(0, BLOCK)
+        if HAS_WEIGHTS:
+            tl.store(
+                coef_ptr + o, coef * tl.load(weights_ptr + o, mask=o < end, other=0.0).to(tl.float32), mask=o < end
+            )
+        else:
+            tl.store(coef_ptr + o, tl.zeros([BLOCK], tl.float32) + coef, mask=o < end)
+
+    # The last program to arrive sees every pair's loss and adds them in the order of the pairs: which one that is
+    # does not show.
+    tl.debug_barrier()
+    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        total = tl.zeros([BLOCK], tl.float32)
+        for p in range(0, P, BLOCK):
+            o = p + tl.arange(0, BLOCK)
+            loss = tl.load(pair_loss_ptr + o, mask=o < P, other=0.0)
+            if HAS_PAIR_WEIGHTS:
+                loss *= tl.load(pair_weights_ptr + o, mask=o < P, other=0.0).to(tl.float32)
+            total += loss
+        tl.store(loss_ptr, tl.sum(total, axis=0) * scale)
+        tl.store(arrived_ptr, 0)
+
+
+_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def _arrival_counter(device: torch.device) -> torch.Tensor:
+    """A zero for the kernel to count in; it leaves it zero. One per stream: launches on one stream do not overlap."""
+    if device.type == "cpu":
+        return torch.zeros((), dtype=torch.int32)
+    if (
+        torch.cuda.is_current_stream_capturing()
+    ):  # a graph's memory is the graph's: zeroed by each replay, not kept for eager calls
+        return torch.zeros((), dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _counters:
+        _counters[key] = torch.zeros((), dtype=torch.int32, device=device)
+    return _counters[key]
+
+
+def step_loss_fwd(
+    logps: torch.Tensor,  # (N,) float32
+    weights: torch.Tensor | None,  # (N,)
+    step_offsets: torch.Tensor,  # (S + 1,) int32, CSR over all N rows
+    ref: torch.Tensor | None,  # (S,)
+    pair_index: torch.Tensor,  # (P, 2) int32: winner step, loser step
+    adj_offsets: torch.Tensor,  # (S + 1,) int32
+    adj_pairs: torch.Tensor,  # (2 * P,) int32: 2 * pair + side, ascending within a step; side 1 is the loser's
+    pair_weights: torch.Tensor | None,  # (P,)
+    pair_margins: torch.Tensor | None,  # (P,)
+    pair_labels: torch.Tensor | None,  # (P,)
+    scale: torch.Tensor,  # () 1 / num_items
+    head: str,  # a name in heads.PAIR_HEADS
+    options: list[float],
+    label: float,  # of every pair, if pair_labels is None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """loss (), sums (S,), pair_loss (P,) unweighted, coef (N,) = dloss/dlogp; all float32.
+
+    A pair with an empty step has loss 0 and gives no gradient.
+    """
+    S, P = step_offsets.shape[0] - 1, pair_index.shape[0]
+    device = logps.device
+    sums = torch.empty(S, dtype=torch.float32, device=device)
+    pair_loss = torch.empty(P, dtype=torch.float32, device=device)
+    if S == 0:  # no program would write the loss
+        return torch.zeros((), dtype=torch.float32, device=device), sums, pair_loss, torch.zeros_like(logps)
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    coef = torch.empty_like(logps)
+    o0, o1, o2, o3 = [*options, 0.0, 0.0, 0.0, 0.0][:4]
+    absent = sums  # a valid address for what the kernel is compiled not to read
+    with on_device(logps):
+        _step_loss_fwd_kernel[(S,)](
+            logps, absent if weights is None else weights, step_offsets, absent if ref is None else ref,
+            pair_index, adj_offsets, adj_pairs,
+            absent if pair_weights is None else pair_weights, absent if pair_margins is None else pair_margins,
+            absent if pair_labels is None else pair_labels,
+            scale, loss, sums, pair_loss, coef, _arrival_counter(device), P, label, o0, o1, o2, o3,
+            HEAD=head_id(head), HAS_WEIGHTS=weights is not None, HAS_REF=ref is not None,
+            HAS_PAIR_WEIGHTS=pair_weights is not None, HAS_MARGINS=pair_margins is not None,
+            HAS_LABELS=pair_labels is not None, BLOCK=BLOCK, num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
+    return loss, sums, pair_loss, coef

@@ -1,0 +1,304 @@
+"""Triton row kernels, interpreted, against float64.
+
+Each of these mutations of the kernels fails here (tried by hand): forward: no rescale of the lane sums; _LOWEST =
+-inf; last masked pass dropped; tail left out of the edges; label + 1; no mask in the masked pass; no second run for
+rows below _LOWEST; `rounding` dropped from log_total. backward: label's gradient not added; barrier-order (label read
+after the loop) in place; edges written by every program; zero rows skipped; `rounding` dropped; upstream ignored;
+shares overlapping or with a gap.
+"""
+
+import pytest
+import torch
+
+from sspo_ext.backends import triton as backend
+from sspo_ext.backends.triton import backward
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PLAIN, TEMPERATURE, SOFTCAP = (1.0, 0.0), (1 / 0.7, 0.0), (1 / 30, 30 / 0.9)
+# around a lane's 16 bytes; a tile (LANES * VEC) and a pass of the loop (four tiles) with one warp; where launches
+# take four warps; their pass
+SIZES_32 = [1, 2, 3, 4, 5, 7, 8, 9, 17, 127, 129, 511, 512, 513, 519, 1025, 4095, 4096, 4097, 6145]
+SIZES_16 = [1, 3, 7, 8, 9, 15, 16, 17, 255, 257, 1023, 1024, 1025, 1033, 2049, 8191, 8192, 8193, 12289]
+SIZES = [(torch.float32, V) for V in SIZES_32] + [(dtype, V) for dtype in DTYPES[1:] for V in SIZES_16]
+EPS = torch.finfo(torch.float32).eps
+
+
+class Rows:
+    """Logits anywhere in memory, some rows of them scored, and the truth about them in float64."""
+
+    def __init__(self, V, dtype, a, c, *, B=2, T=2, offset=0, spread=4.0, positions=(3, 0, 1), coef=(0.7, -1.3, 0.0)):
+        self.storage = torch.full((offset + B * T * V + 8,), float("nan"), dtype=dtype)
+        self.logits = self.storage[offset : offset + B * T * V].view(B, T, V)
+        self.logits.copy_(torch.randn(B, T, V) * spread)
+        self.a, self.c, self.V = a, c, V
+        self.rows = torch.tensor(positions, dtype=torch.int64)
+        self.labels = torch.randint(V, (len(positions),))
+        self.coef = torch.tensor(coef)
+        self.upstream = torch.tensor(1.5)
+        self.row_of = torch.full((B * T,), -1, dtype=torch.int32)
+        self.row_of[self.rows] = torch.arange(len(positions), dtype=torch.int32)
+
+    def forward(self):
+        return backend.token_logp_fwd(self.logits, self.rows, self.labels, self.a, self.c)
+
+    def backward(self, lse, out=None, upstream=True):
+        """Gradient into the middle of a NaN-poisoned buffer, which must stay poisoned around it."""
+        if out is None:
+            # where the logits' rows lie in their 16 bytes, as in a fresh gradient of a fresh tensor
+            offset = self.logits.storage_offset() % 8 + 8
+            storage = torch.full((offset + self.logits.numel() + 8,), float("nan"), dtype=self.logits.dtype)
+            out = storage[offset : offset + self.logits.numel()].view(self.logits.shape)
+        backend.token_logp_bwd(
+            self.logits,
+            self.row_of,
+            self.labels,
+            lse,
+            self.coef,
+            self.upstream if upstream else None,
+            self.a,
+            self.c,
+            out,
+        )
+        if out.data_ptr() != self.logits.data_ptr():
+            assert storage[:offset].isnan().all() and storage[-8:].isnan().all(), "wrote outside the gradient"
+        return out
+
+    def truth(self, dtype=torch.float64, upstream=True):
+        """(logp, lse, gradient) by torch in `dtype`."""
+        x = self.logits.detach().to(dtype).requires_grad_()
+        needed = x.reshape(-1, self.V)[self.rows]
+        z = self.a * needed if self.c == 0 else self.c * torch.tanh(self.a * needed)
+        logp = z.log_softmax(-1).gather(-1, self.labels[:, None])[:, 0]
+        (grad,) = torch.autograd.grad(logp, x, self.coef.to(dtype) * (1.5 if upstream else 1.0))
+        return logp.detach(), z.detach().logsumexp(-1), grad
+
+
+def assert_rule(name, got, truth, by_torch, floor):
+    """err <= 2 * err(torch) + floor, elementwise maxima."""
+    assert torch.isfinite(got).all(), f"{name}: not finite"
+    err, torch_err = (got.double() - truth).abs().max().item(), (by_torch.double() - truth).abs().max().item()
+    assert err <= 2 * torch_err + floor, f"{name}: error {err:.2e}, torch's {torch_err:.2e}, floor {floor:.2e}"
+
+
+def check(case: Rows, in_place=False):
+    logp_truth, lse_truth, grad_truth = case.truth()
+    logp32, lse32, grad32 = case.truth(torch.float32)
+    size = lse_truth.abs().max().item()
+    before = case.storage.clone()
+    logp, lse = case.forward()
+    assert torch.equal(case.storage.view(torch.uint8), before.view(torch.uint8)), "forward changed its input"
+    assert logp.dtype == torch.float32 and lse.dtype == torch.float64
+    assert_rule("logp", logp, logp_truth, logp32, 2 * EPS * max(1, abs(case.c)))
+    assert_rule("lse", lse, lse_truth, lse32, EPS * size)
+    grad = case.backward(lse, out=case.logits if in_place else None)
+    scored = torch.zeros(grad.shape[0] * grad.shape[1], dtype=torch.bool)
+    scored[case.rows[case.coef != 0]] = True
+    assert (grad.reshape(-1, case.V)[~scored] == 0).all(), "gradient where nothing is scored"
+    weight = case.coef.abs().max().item() * 1.5 * case.a * (case.c or 1)
+    assert_rule("gradient", grad, grad_truth, grad32.to(grad.dtype), 2 * weight * EPS)
+    return logp, lse, grad
+
+
+@pytest.mark.parametrize(("dtype", "V"), SIZES, ids=str)
+def test_any_vocabulary(V, dtype):
+    check(Rows(V, dtype, *(PLAIN if V % 3 else TEMPERATURE), offset=V % 7))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("V", [5, 1500, 8193])
+def test_softcap(V, dtype):
+    check(Rows(V, dtype, *SOFTCAP, spread=30.0))
+    check(Rows(V, dtype, *SOFTCAP, spread=0.01, offset=1))
+
+
+@pytest.mark.parametrize("offset", range(9))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_alignment(dtype, offset):
+    check(Rows(2061, dtype, *PLAIN, offset=offset))
+
+
+def test_real_vocabulary():
+    check(Rows(50257, torch.bfloat16, *PLAIN, T=1, positions=(1, 0), coef=(1.0, 2.0), offset=5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("V", [9, 1029, 9001])
+def test_in_place(V, dtype):
+    """Over the logits, bit for bit what goes into a fresh tensor; every label, so also those in head, tail and
+    shares.
+    """
+    for label in {0, V // 2, V - 1}:
+        case = Rows(V, dtype, *PLAIN, offset=3)
+        case.labels[:] = label
+        _, lse, grad = check(case)
+        assert torch.equal(case.backward(lse, out=case.logits), grad)
+
+
+@pytest.mark.parametrize("V", [1029, 9001])
+def test_slices(V):
+    """(B, T, V) views: their rows and the gradient's lie differently in their 16 bytes."""
+    padded = torch.randn(3, 4, V + 3).bfloat16()
+    for view in (padded[1:, 1:-1, :V], padded[:2, ::2, 3:], padded.transpose(0, 1)[1:3, 1:, 1 : V + 1]):
+        case = Rows(V, torch.bfloat16, *TEMPERATURE)
+        case.logits = view
+        case.storage = padded
+        assert view.shape == (2, 2, V)
+        check(case)
+    same_strides = Rows(V, torch.bfloat16, *PLAIN)
+    same_strides.logits = padded[1:, 1:-1, :V]
+    _, lse = same_strides.forward()
+    expected = same_strides.backward(lse)
+    outside = padded.clone()
+    outside[1:, 1:-1, :V] = 0
+    got = same_strides.backward(lse, out=same_strides.logits)
+    assert torch.equal(got, expected)
+    padded[1:, 1:-1, :V] = 0
+    assert torch.equal(padded, outside), "in place, wrote outside the slice"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("V", [64, 1100])
+def test_masked_vocabulary(V, dtype):
+    """-inf, or the lowest finite number, over most of a row: probability 0, gradient 0, no NaN; whole lanes see
+    nothing else.
+    """
+    for mask in (float("-inf"), torch.finfo(dtype).min):
+        case = Rows(V, dtype, *PLAIN)
+        keep = torch.tensor([V // 3, V - 1])
+        masked = torch.full_like(case.logits, mask)
+        masked[..., keep] = case.logits[..., keep]
+        case.logits.copy_(masked)
+        case.labels = keep[torch.tensor([0, 1, 1])]
+        logp_truth, lse_truth, grad_truth = case.truth()
+        logp, lse = case.forward()
+        assert (logp - logp_truth).abs().max() <= 4 * EPS and (lse - lse_truth).abs().max() <= 10 * EPS
+        grad = case.backward(lse)
+        off = torch.ones(V, dtype=torch.bool)
+        off[keep] = False
+        assert (grad[..., off] == 0).all()
+        # the kept probabilities are exact in float32: one rounding to dtype
+        assert (grad.double() - grad_truth).abs().max() <= torch.finfo(dtype).eps * 2 + 10 * EPS
+
+
+def test_masked_label():
+    case = Rows(100, torch.float32, *PLAIN)
+    case.logits.view(-1, 100)[3, 7] = float("-inf")
+    case.labels[0] = 7
+    logp, lse = case.forward()
+    assert logp[0] == float("-inf") and torch.isfinite(logp[1:]).all() and torch.isfinite(lse).all()
+
+
+@pytest.mark.parametrize("V", [7, 1100])
+def test_nonfinite_propagates(V):
+    for value in (float("nan"), float("inf")):
+        for column in (0, V // 2, V - 1):
+            case = Rows(V, torch.bfloat16, *PLAIN)
+            case.logits.view(-1, V)[3, column] = value
+            logp, lse = case.forward()
+            assert logp[0].isnan() and torch.isfinite(logp[1:]).all(), (value, column)
+            grad = case.backward(lse).view(-1, V)
+            assert grad[3].isnan().all() and torch.isfinite(grad[0]).all()
+    case = Rows(V, torch.bfloat16, *PLAIN)
+    case.logits.view(-1, V)[3] = float("-inf")
+    logp, lse = case.forward()
+    assert logp[0].isnan() and torch.isfinite(logp[1:]).all()
+    assert case.backward(lse).view(-1, V)[3].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("V", [20, 1100])
+def test_extreme_rows(V, dtype):
+    """+-1e4, a large constant on a whole row, and a row that is nothing but the lowest number: uniform."""
+    check(Rows(V, dtype, *PLAIN, spread=1e4))
+    case = Rows(V, dtype, *PLAIN)
+    case.logits += 3e4
+    check(case)
+    case.logits[:] = torch.finfo(dtype).min
+    logp, _ = case.forward()
+    assert (logp + torch.tensor(float(V)).log()).abs().max() < 1e-5
+    case.logits[:] = torch.finfo(dtype).max
+    logp, _ = case.forward()
+    assert (logp + torch.tensor(float(V)).log()).abs().max() < 1e-5
+
+
+def test_constant_shift_costs_no_digits():
+    """A row and the same row + 2^13 (exact in float32 here): the same log-probs to float32 accuracy."""
+    case = Rows(5000, torch.float32, *PLAIN)
+    case.logits.copy_((case.logits * 1024).round() / 1024)
+    logp, _ = case.forward()
+    case.logits += 8192
+    shifted, _ = case.forward()
+    assert (logp - shifted).abs().max() <= 8 * EPS
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unscored_rows_do_not_matter(dtype):
+    """Whatever is in them, NaN too, log-probs and gradient are the same; a row with coefficient 0 counts as unscored
+    backward.
+    """
+    case = Rows(1300, dtype, *PLAIN)
+    logp, lse = case.forward()
+    grad = case.backward(lse)
+    case.logits.view(-1, 1300)[2] = float("nan")
+    again, lse = case.forward()
+    assert torch.equal(logp, again)
+    case.logits.view(-1, 1300)[1] = float("nan")  # scored, coefficient 0
+    assert torch.equal(case.backward(lse), grad)
+
+
+def test_upstream():
+    case = Rows(1300, torch.float32, *PLAIN)
+    _, lse = case.forward()
+    torch.testing.assert_close(case.backward(lse, upstream=False) * 1.5, case.backward(lse))
+    case.upstream = torch.tensor(0.0)
+    assert (case.backward(lse) == 0).all()
+    case.upstream = torch.tensor(float("nan"))
+    assert case.backward(lse).view(-1, 1300)[3].isnan().all()
+
+
+def test_label_outside_the_vocabulary():
+    """-1 is a label of another vocabulary shard: logp = -lse, gradient without a onehot. Others: NaN, and no wild access."""
+    case = Rows(100, torch.float32, *PLAIN)
+    case.labels = torch.tensor([-1, 100, 2**40])
+    logp, lse = case.forward()
+    assert torch.equal(logp[0], -lse[0].float())
+    assert logp[1:].isnan().all() and torch.isfinite(lse).all()
+    case.coef = torch.ones(3)
+    grad = case.backward(lse).view(-1, 100)  # minus softmax, and nothing written outside (backward checks)
+    torch.testing.assert_close(grad[case.rows].sum(-1), torch.full((3,), -1.5))
+
+
+def test_nothing():
+    case = Rows(100, torch.float32, *PLAIN, positions=(), coef=())
+    case.labels = torch.empty(0, dtype=torch.int64)
+    logp, lse = case.forward()
+    assert logp.shape == lse.shape == (0,)
+    assert (case.backward(lse) == 0).all()
+    backend.token_logp_bwd(
+        *[case.logits[:0], case.row_of[:0], case.labels, lse, case.coef, None, 1.0, 0.0, case.logits[:0]]
+    )
+
+
+def test_same_bits_every_run():
+    case = Rows(9001, torch.bfloat16, *PLAIN)
+    first, second = case.forward(), case.forward()
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    assert torch.equal(case.backward(first[1]), case.backward(first[1]))
+
+
+@pytest.mark.parametrize("V", [1, 1023, 8200, 17001])
+@pytest.mark.parametrize("shares", [2, 3, 20])
+def test_shares_of_a_row_do_not_show(V, shares, monkeypatch):
+    case = Rows(V, torch.bfloat16, *PLAIN, B=1, T=2, positions=(1,), coef=(1.0,), offset=1)
+    _, lse = case.forward()
+    monkeypatch.setattr(backward, "_column_shares", lambda *args: 1)
+    expected = case.backward(lse)
+    monkeypatch.setattr(backward, "_column_shares", lambda *args: shares)
+    assert torch.equal(case.backward(lse), expected)
+
+
+def test_why_not():
+    cpu = torch.device("cpu")
+    assert all(backend.why_not(cpu, dtype) is None for dtype in DTYPES)
+    assert "float64" in backend.why_not(cpu, torch.float64)
+    assert "meta" in backend.why_not(torch.device("meta"), torch.float32)
