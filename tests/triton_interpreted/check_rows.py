@@ -257,7 +257,9 @@ def test_upstream():
 
 
 def test_label_outside_the_vocabulary():
-    """-1 is a label of another vocabulary shard: logp = -lse, gradient without a onehot. Others: NaN, and no wild access."""
+    """-1 is a label of another vocabulary shard: logp = -lse, gradient without a onehot. Others: NaN, and no wild
+    access.
+    """
     case = Rows(100, torch.float32, *PLAIN)
     case.labels = torch.tensor([-1, 100, 2**40])
     logp, lse = case.forward()

@@ -108,8 +108,8 @@ def _token_logp_bwd_kernel(
             body_ptr = tl.multiple_of(body_ptr, 16)
         label = tl.load(labels_ptr + n)
         lse = tl.load(lse_ptr + n)
-        # softmax = exp2(scale * u + shift). In float32, a large shift is off by more than its exponential may be: what is
-        # cut off it goes into the row's factor.
+        # softmax = exp2(scale * u + shift). A large shift loses in float32 more than its exponential may: what is cut off
+        # it goes into the row's factor.
         exact = -(lse * per_lse + lse * per_lse_lost)
         shift = exact.to(tl.float32)
         overflow = (tl.abs(shift) > _LARGEST) & (tl.abs(lse) < float("inf"))
