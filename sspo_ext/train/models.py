@@ -34,10 +34,15 @@ def load_model(
         raise ValueError(f"model: expected config.json or a .gguf file in {str(path)!r}, found neither")
     else:
         folder = str(name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options, **_without_none(attn_implementation))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options, **attention)
+    except OSError as error:
+        where = "cannot be loaded" if path.exists() else "is no local folder, and the hub does not give it"
+        raise OSError(f"model: {str(name_or_path)!r} {where}: {error}") from error
     return (model if gguf is None else rebuild_gguf(model)), tokenizer
 
 
@@ -69,7 +74,3 @@ def _gguf_file(path: Path) -> Path | None:
         names = ", ".join(f.name for f in files)
         raise ValueError(f"model: expected one .gguf file in {str(path)!r}, got {names}; name one")
     return files[0] if files else None
-
-
-def _without_none(attn_implementation: str | None) -> dict:
-    return {} if attn_implementation is None else {"attn_implementation": attn_implementation}

@@ -1,0 +1,244 @@
+"""The console script `sspo-ext`: info, train, demo. What is wrong with its input is one message, and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or 2 when the arguments, a file or the installation do not allow what was asked."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    try:
+        options.run(options)
+        return 0
+    except ModuleNotFoundError as error:
+        message = f"{error}; install it with: pip install 'sspo-ext[{options.extra}]'" if options.extra else str(error)
+    except (ValueError, TypeError, OSError) as error:
+        if options.traceback:
+            raise
+        message = str(error)
+    print(f"sspo-ext {options.command}: error: {message}", file=sys.stderr)
+    return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sspo-ext", description="Step-wise preference optimisation for causal language models."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run, extra: str | None, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        sub.add_argument("--traceback", action="store_true", help="show where an error came from")
+        sub.set_defaults(run=run, extra=extra)
+        return sub
+
+    command("info", _info, None, "versions, backends, and why a backend cannot run")
+    _add_train(command("train", _train, "train", "train a causal LM on preference rows"))
+    demo = command("demo", _demo, "demo", "train a small model on generated arithmetic, offline, in a few minutes")
+    demo.add_argument("--output-dir", default="sspo-demo", help="picture, numbers and model go here")
+    demo.add_argument("--seed", type=int, default=0, help="of the problems, the model and the order")
+    demo.add_argument("--rounds", type=_positive, default=3, help="of sampling and step preferences")
+    demo.add_argument("--loss-type", default="sigmoid", help="see sspo_ext.heads")
+    return parser
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, help="hub name, folder, folder with one .gguf file, or .gguf file")
+    add(
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="JSONL",
+        help="rows: prompt, chosen, rejected; see sspo_ext.train.data",
+    )
+    add("--eval-data", nargs="+", metavar="JSONL", help="held-out rows, evaluated before and after")
+    add("--output-dir", required=True, help="checkpoints, reference cache and the trained model")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --output-dir")
+
+    add = parser.add_argument_group("steps and pairs").add_argument
+    add("--split-by", default="newline", help="newline, blank_line, numbered, or a regular expression")
+    add("--pairing", default="index", choices=("index", "branch", "sequence"), help="which steps are compared")
+    add("--max-length", type=_positive, default=1024, help="tokens of prompt and response")
+    add("--overflow", default="drop", choices=("drop", "cut", "error"), help="what happens to longer rows")
+
+    add = parser.add_argument_group("loss").add_argument
+    add("--loss-type", default="sigmoid", help="see sspo_ext.heads")
+    add("--beta", type=float, help="reward scale (default: the loss type's)")
+    add("--label-smoothing", type=float, default=0.0, help="probability that a pair's order is wrong")
+    add("--loss-option", type=_assignment, action="append", default=[], metavar="NAME=VALUE", help="as simpo_gamma=0.5")
+    add("--reference-free", action="store_true", help="no reference model")
+    add("--reference-cache", help="folder of cached reference log-probs (default: OUTPUT_DIR/reference_cache)")
+    add("--backend", default="auto", choices=("auto", "cpu", "triton", "reference"), help="see sspo-ext info")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--lr", type=float, default=5e-6, help="peak learning rate")
+    add("--lr-scheduler", default="linear", help="transformers' name of the schedule")
+    add("--warmup-steps", type=int, default=0, help="updates of linear warm-up")
+    add("--optim", default="adamw_torch_fused", help="transformers' name of the optimiser")
+    add("--epochs", type=float, default=1.0, help="passes over the data")
+    add("--max-steps", type=int, default=-1, help="updates; overrides --epochs")
+    add("--batch-size", type=_positive, default=2, help="rows in a micro-batch, on each device")
+    add("--gradient-accumulation", type=_positive, default=1, help="micro-batches in an update")
+    add("--eval-batch-size", type=_positive, default=8, help="rows, for evaluation and the reference pass")
+    add("--lora-r", type=int, default=0, help="rank of a LoRA adapter; 0 trains all weights")
+    add("--lora-alpha", type=int, help="(default: twice the rank)")
+    add("--packing", action="store_true", help="padding-free batches")
+    add("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "auto"), help="of the weights")
+    add("--bf16", action="store_true", help="autocast to bfloat16")
+    add("--seed", type=int, default=0, help="of the order of rows, dropout and adapter")
+
+    add = parser.add_argument_group("running").add_argument
+    add("--logging-steps", type=_positive, default=10, help="updates between log lines")
+    add("--save-steps", type=_positive, default=200, help="updates between checkpoints")
+    add("--eval-steps", type=_positive, help="updates between evaluations (default: before and after training alone)")
+    add("--report-to", default="none", help="transformers' name of a logging integration")
+    add("--attn-implementation", help="eager, sdpa, flash_attention_2, ... (default: the model's)")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def _info(options: argparse.Namespace) -> None:
+    from .info import report
+
+    print(report())
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from .demo import DemoConfig, run
+
+    run(options.output_dir, DemoConfig(seed=options.seed, rounds=options.rounds, loss_type=options.loss_type))
+
+
+def _train(options: argparse.Namespace) -> None:
+    from .heads import get_pair_head
+    from .signals.split import split_text
+    from .train.data import load_preference_rows
+
+    # What can be wrong is looked at in the order of what it costs: arguments, rows, then the model.
+    head = get_pair_head(options.loss_type)
+    loss_options = dict(options.loss_option)
+    head.check_options(head.options["beta"] if options.beta is None else options.beta, loss_options)
+    split_text("", options.split_by)
+    checkpoint = _checkpoint(options)
+    rows = load_preference_rows(options.data)
+    held_out = load_preference_rows(options.eval_data) if options.eval_data else None
+
+    import torch
+    from transformers import set_seed
+
+    from .train.models import load_model
+    from .train.tokenize import tokenize_rows
+    from .train.trainer import StepPreferenceConfig, StepPreferenceTrainer
+
+    lora = _lora(options)
+    model, tokenizer = load_model(
+        options.model,
+        dtype=options.dtype,
+        attn_implementation=options.attn_implementation,
+        trust_remote_code=options.trust_remote_code,
+    )
+    split = {"split_by": options.split_by, "pair_by": options.pairing, "max_length": options.max_length}
+    split["overflow"] = options.overflow
+    train_set, eval_set = (part and tokenize_rows(part, tokenizer, **split) for part in (rows, held_out))
+    args = StepPreferenceConfig(
+        output_dir=options.output_dir,
+        loss_type=options.loss_type,
+        beta=options.beta,
+        label_smoothing=options.label_smoothing,
+        loss_options=loss_options or None,
+        reference_free=options.reference_free,
+        reference_cache=options.reference_cache,
+        packing=options.packing,
+        backend=options.backend,
+        learning_rate=options.lr,
+        lr_scheduler_type=options.lr_scheduler,
+        warmup_steps=options.warmup_steps,
+        optim=options.optim,
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.eval_batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        bf16=options.bf16,
+        seed=options.seed,
+        logging_steps=options.logging_steps,
+        save_steps=options.save_steps,
+        eval_strategy="steps" if options.eval_steps and eval_set else "no",
+        eval_steps=options.eval_steps,
+        report_to=options.report_to,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        # only where it is asked for: transformers has begun to call it activation_checkpointing
+        **({"gradient_checkpointing": True} if options.gradient_checkpointing else {}),
+    )
+    set_seed(options.seed)
+    trainer = StepPreferenceTrainer(model, args, train_set, eval_set, processing_class=tokenizer, peft_config=lora)
+    print(f"{len(train_set)} rows, {sum(len(f['pairs']) for f in train_set)} pairs of steps")
+    before = trainer.evaluate() if eval_set else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    if eval_set:
+        print("\n" + _table(before, trainer.evaluate()))
+    print(f"\nsaved to {options.output_dir}")
+
+
+def _checkpoint(options: argparse.Namespace) -> str | None:
+    folder = Path(options.output_dir)
+    checkpoints = sorted(
+        folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]) if p.name.split("-")[1].isdigit() else -1
+    )
+    if not options.resume and checkpoints:
+        raise ValueError(
+            f"--output-dir: {str(folder)!r} has checkpoints of another run; give --resume or another folder"
+        )
+    if options.resume and not checkpoints:
+        raise ValueError(f"--resume: no checkpoint in {str(folder)!r}")
+    return str(checkpoints[-1]) if checkpoints else None
+
+
+def _lora(options: argparse.Namespace):
+    if not options.lora_r:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError(f"--lora-r: {error}; install it with: pip install peft") from error
+    alpha = 2 * options.lora_r if options.lora_alpha is None else options.lora_alpha
+    return LoraConfig(r=options.lora_r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _table(before: dict, after: dict) -> str:
+    names = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+    lines = ["| held-out | before | after |", "| --- | --- | --- |"]
+    return "\n".join(
+        lines + [f"| {name} | {before[f'eval_{name}']:.4f} | {after[f'eval_{name}']:.4f} |" for name in names]
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
+    return value
+
+
+def _assignment(text: str) -> tuple[str, float]:
+    name, equals, value = text.partition("=")
+    try:
+        return name.strip(), float(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected NAME=NUMBER, got {text!r}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
