@@ -1,0 +1,142 @@
+"""Peak memory beyond the inputs is the chunk budget and the gradients asked for, at any sequence length: measured at the allocator.
+
+Sizes are such that every copy of (N, H), (V, H) or of a chunk shows: each is several times the slack.
+
+Mutations of sspo_ext/{linear,linear_engine}.py, each caught by the test named (run on a copy of the package):
+MUTATIONS
+"""
+
+import pytest
+import torch
+from helpers_linear import memory, peak_bytes, problem
+
+from sspo_ext import StepLayout
+from sspo_ext.linear import linear_step_logps, linear_step_pref_loss
+
+V, H, ROWS = 3000, 96, 256
+NEEDS = {"none": (0, 0, 0), "frozen": (1, 0, 0), "trained": (1, 1, 0), "weight": (0, 1, 0), "bias": (0, 0, 1), "all": (1, 1, 1)}
+
+
+def batch(tokens, step=64):
+    """Two sequences, half of each a prompt, steps of 64 tokens paired by index."""
+    ids = (torch.arange(tokens // 2) - tokens // 4).div(step, rounding_mode="floor").clamp(min=-1)
+    labels = torch.randint(0, V, (2, tokens // 2), generator=torch.Generator().manual_seed(0))
+    layout = StepLayout.from_step_ids(labels, ids.expand(2, -1).contiguous())
+    return layout, layout.pair_by_index()
+
+
+def measure(tokens, needs, dtype, *, fn=None, step=64, **options):
+    """(peak, bytes of the logits budget, bytes of the gradients asked for, layout)."""
+    layout, pairs = batch(tokens, step)
+    p = problem(layout.shape, V, H, hidden_dtype=dtype, weight_dtype=dtype)
+    chunk_bytes = ROWS * V * dtype.itemsize
+
+    def run():
+        leaves = run.leaves
+        if fn is None:
+            loss = linear_step_pref_loss(*leaves[:2], layout, pairs, bias=leaves[2], chunk_bytes=chunk_bytes, **options).loss
+        else:
+            loss = fn(*leaves[:2], layout, bias=leaves[2], chunk_bytes=chunk_bytes, **options).sums.sum()
+        if loss.requires_grad:
+            loss.backward()
+
+    run.leaves = p.leaves(needs)
+    asked = sum(t.numel() * t.element_size() for t in run.leaves if t.requires_grad)
+    peak = peak_bytes(run)
+    assert all(t.grad is not None for t in run.leaves if t.requires_grad)
+    return peak, chunk_bytes, asked, layout
+
+
+def slack(layout, dtype):
+    """Hidden states and gradient of one chunk, and some 100 bytes a row: labels, weights, log-probs, offsets."""
+    return 2 * ROWS * H * max(dtype.itemsize, 4) + 100 * layout.num_rows + 200_000
+
+
+def test_the_profiler_sees_temporaries():
+    x = torch.zeros(1000, 100)
+    assert peak_bytes(lambda: x + x) == 400_000
+    assert peak_bytes(lambda: (x + x).sum()) >= 400_000
+    assert peak_bytes(lambda: [(x + x).sum() for _ in range(3)]) < 500_000, "freed memory does not count again"
+
+
+@pytest.mark.parametrize("case", NEEDS)
+def test_budget_and_gradients(case):
+    peak, budget, asked, layout = measure(4096, NEEDS[case], torch.float32)
+    assert budget <= peak <= budget + asked + slack(layout, torch.float32), (peak, budget, asked)
+
+
+@pytest.mark.parametrize("case", NEEDS)
+def test_budget_and_gradients_bfloat16(case):
+    """The weight's gradient accumulates in float32 over chunks: that accumulator is what it costs beside the result."""
+    peak, budget, asked, layout = measure(2048, NEEDS[case], torch.bfloat16)
+    accumulator = V * H * 4 if NEEDS[case][1] else 0
+    assert peak <= budget + asked + accumulator + slack(layout, torch.bfloat16), (peak, budget, asked, accumulator)
+
+
+@pytest.mark.parametrize("case", ["none", "frozen", "trained", "weight"])
+def test_flat_over_sequence_length(case):
+    """2k, 4k and 8k tokens at one budget: within 5% beyond the gradient of the hidden states, which is as long as they are."""
+    beyond = []
+    for tokens in (2048, 4096, 8192):
+        peak, _, asked, layout = measure(tokens, NEEDS[case], torch.float32)
+        beyond.append(peak - asked - 100 * layout.num_rows)
+    assert max(beyond) <= 1.05 * min(beyond) or max(beyond) <= beyond[0], beyond
+
+
+def test_flat_when_units_are_recomputed():
+    """One pair of steps as long as the batch."""
+    beyond = []
+    for tokens in (2048, 8192):
+        peak, _, asked, layout = measure(tokens, NEEDS["trained"], torch.float32, step=tokens // 4)
+        assert layout.num_steps == 2
+        beyond.append(peak - asked - 100 * layout.num_rows)
+    assert beyond[1] <= 1.05 * beyond[0], beyond
+
+
+@pytest.mark.parametrize("case", ["none", "frozen", "all"])
+def test_step_logps(case):
+    peak, budget, asked, layout = measure(4096, NEEDS[case], torch.float32, fn=linear_step_logps)
+    assert peak <= budget + asked + slack(layout, torch.float32), (peak, budget, asked)
+
+
+def test_frozen_head_allocates_no_weight_gradient():
+    """field.md: others allocate it in full."""
+    frozen, *_ = measure(512, NEEDS["frozen"], torch.float32)
+    trained, *_ = measure(512, NEEDS["trained"], torch.float32)
+    assert trained - frozen >= 0.95 * V * H * 4
+
+
+def test_no_grad_allocates_no_gradient():
+    layout, pairs = batch(2048)
+    leaves = problem(layout.shape, V, H).leaves()
+    chunk_bytes = ROWS * V * 4
+
+    def run():
+        with torch.no_grad():
+            linear_step_pref_loss(*leaves[:2], layout, pairs, bias=leaves[2], chunk_bytes=chunk_bytes)
+
+    assert peak_bytes(run) <= chunk_bytes + slack(layout, torch.float32)
+
+
+@pytest.mark.parametrize("needs", [(0, 0, 0), (1, 0, 0), (1, 1, 1)])
+def test_plan_names_what_is_allocated(needs):
+    """plan.buffer_bytes and plan.gradient_bytes against the allocator."""
+    peak, budget, _, layout = measure(2048, needs, torch.float32)
+    plan = layout.plan(
+        layout.pair_by_index(), vocab=V, hidden=H, chunk_bytes=budget, hidden_gradient=bool(needs[0]),
+        weight_gradient=bool(needs[1]), bias_gradient=bool(needs[2]),
+    )  # fmt: skip
+    named = plan.buffer_bytes + plan.gradient_bytes
+    assert named - 100_000 <= peak <= named + slack(layout, torch.float32), (peak, str(plan))
+
+
+def test_backward_leaves_nothing_behind():
+    """What forward kept goes with the graph: afterwards only the gradients are allocated."""
+    layout, pairs = batch(2048)
+    leaves = problem(layout.shape, V, H).leaves()
+    def run():
+        linear_step_pref_loss(*leaves[:2], layout, pairs, bias=leaves[2], chunk_bytes=ROWS * V * 4).loss.backward()
+
+    _, live = memory(run)
+    gradients = sum(t.numel() * 4 for t in leaves)
+    assert gradients <= live <= gradients + 50_000
