@@ -310,10 +310,11 @@ class StepLayout(TensorBundle):
         hidden_gradient: bool = True,
         weight_gradient: bool = True,
         bias_gradient: bool = False,
+        logps_only: bool = False,
     ) -> LinearPlan:
-        """What the linear route will do with this batch: rows, chunks, GEMMs, FLOPs, bytes. Print it.
+        """What `linear_step_pref_loss` will do with this batch: rows, chunks, GEMMs, FLOPs, bytes. Print it.
 
-        `dtype` is the one GEMMs run in. Without pairs (step log-probs alone) ask for no weight gradient.
+        pairs: default pair by index, as there. dtype: the one GEMMs run in. `logps_only` plans `linear_step_logps`.
         """
         from .plan import plan_for
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from . import backends, linear_ops
-from .autograd import once
 from ._checks import check_device, check_float, check_shape
+from .autograd import refuse_double_backward, scale_kept
 from .backends import reference
 from .heads import get_pair_head
 from .layout import StepLayout
@@ -15,34 +17,45 @@ from .linear_engine import accumulator
 from .logps import PairLossSpec, StepLogps, logit_map, step_loss
 from .losses import StepPrefOutput, pair_loss_spec, reference_loss, resolve_pairs
 from .pairs import StepPairs
-from .tensor_parallel import shard_of
+from .tensor_parallel import local_part, shard_of
 
 
+@dataclass(frozen=True, eq=False)
 class LinearSettings:
     """How the head is applied and its gradients kept; the same for every function of the route."""
 
-    def __init__(self, a, c, dtype, accum_dtype, chunk_bytes, tp_group, vocab_start, backend, weight_grad):
-        self.a, self.c, self.dtype, self.accum_dtype = a, c, dtype, accum_dtype
-        self.chunk_bytes, self.tp_group, self.vocab_start, self.backend = chunk_bytes, tp_group, vocab_start, backend
-        self.weight_grad = weight_grad
+    a: float
+    c: float
+    dtype: torch.dtype  # of the GEMMs
+    accum_dtype: torch.dtype
+    chunk_bytes: int  # 0: the device's default
+    tp_group: str  # "": the whole vocabulary is here
+    vocab_start: int
+    vocab_rows: int  # of the largest shard
+    backend: str
+    weight_grad: Tensor | None
+    record: bool  # whether autograd was on; inside an autograd.Function it never is
+
+    def needs(self, ctx) -> list[bool]:
+        return [need and self.record for need in ctx.needs_input_grad[:3]]
 
     def op_args(self, weight: Tensor) -> tuple:
         grad_dtype = weight.dtype if self.weight_grad is None else self.weight_grad.dtype
         return (
-            self.a,
-            self.c,
-            self.dtype,
-            self.accum_dtype,
-            grad_dtype,
-            self.chunk_bytes,
-            self.tp_group,
-            self.vocab_start,
-            self.backend,
-        )
+            self.a, self.c, self.dtype, self.accum_dtype, grad_dtype, self.chunk_bytes, self.tp_group, self.vocab_start,
+            self.vocab_rows, self.backend,
+        )  # fmt: skip
+
+    def deliver_weight(self, kept: Tensor, upstream: Tensor) -> Tensor | None:
+        """The weight's gradient, or None when it goes into the caller's buffer."""
+        if self.weight_grad is None:
+            return scale_kept(kept, upstream)
+        self.weight_grad.add_(scale_kept(kept, upstream))
+        return None
 
 
 class LinearPrefRoute(torch.autograd.Function):
-    """(N0, H) hidden, (V, H) weight, (V,) bias -> loss (), sums (S,), pair losses (P,). Gradients are accumulated in forward."""
+    """(N0, H) hidden, (V, H) weight, (V,) bias -> loss (), sums (S,), pair losses (P,). Gradients are made in forward."""
 
     @staticmethod
     def forward(
@@ -52,100 +65,115 @@ class LinearPrefRoute(torch.autograd.Function):
         bias: Tensor | None,
         layout: StepLayout,
         spec: PairLossSpec,
-        s: LinearSettings,
+        settings: LinearSettings,
     ):
-        needs = list(ctx.needs_input_grad[:3])
-        acc = accumulator(s.dtype)
-        pairs = spec.pairs
+        needs, acc, pairs = settings.needs(ctx), accumulator(settings.dtype), spec.pairs
+        # float16 gradients wait for the caller's loss scale before they are divided by anything
+        late = settings.dtype == torch.float16
+        scale = spec.scale.to(acc)
 
         def cast(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.to(acc)
 
-        loss, sums, _, pair_losses, coef, d_rows, d_weight, d_bias = linear_ops.linear_pref_fwd(
-            hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, needs, *s.op_args(weight),
-            cast(layout.weights), cast(spec.ref), pairs.host_index, cast(pairs.weights), cast(pairs.margins),
-            cast(pairs.soft_labels), cast(spec.scale), spec.head, list(spec.options), spec.label,
+        loss, sums, pair_losses, coef, d_hidden, d_weight, d_bias = linear_ops.linear_pref_fwd(
+            hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, needs,
+            *settings.op_args(weight), cast(layout.weights), cast(spec.ref), pairs.host_index, cast(pairs.weights),
+            cast(pairs.margins), cast(pairs.soft_labels), torch.ones_like(scale) if late else scale, spec.head,
+            list(spec.options), spec.label,
         )  # fmt: skip
         if any(needs):
-            ctx.save_for_backward(hidden, weight, bias, layout.rows, coef, d_rows, d_weight, d_bias)
-            ctx.settings = (needs, s)
+            ctx.save_for_backward(layout.rows, coef, d_hidden, d_weight, d_bias, scale if late else None)
+            ctx.needs, ctx.settings = needs, settings
+            ctx.dtypes = (hidden.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(sums, pair_losses)
         ctx.set_materialize_grads(False)
-        return loss, sums, pair_losses
+        return loss * scale if late else loss, sums, pair_losses
 
     @staticmethod
     def backward(ctx, d_loss, *_):
         if d_loss is None:
             return (None,) * 6
-        hidden, weight, bias, rows, coef, d_rows, d_weight, d_bias = ctx.saved_tensors
-        needs, s = ctx.settings
-        with torch.no_grad():
-            scale = coef * d_loss if coef.numel() else d_loss.expand(rows.shape)
-            d_hidden = _scatter_rows(d_rows, scale, rows, hidden) if needs[0] else None
-            d_weight = _deliver(d_weight, d_loss, s.weight_grad) if needs[1] else None
-            d_bias = (d_bias * d_loss).to(bias.dtype) if needs[2] else None
-        return *once((d_hidden, d_weight, d_bias), (hidden, weight, bias)), None, None, None
+        refuse_double_backward()
+        rows, coef, d_hidden, d_weight, d_bias, late_scale = ctx.saved_tensors
+        needs, settings, (dtype, bias_dtype) = ctx.needs, ctx.settings, ctx.dtypes
+        upstream = d_loss if late_scale is None else d_loss * late_scale
+        if linear_ops.is_frozen(needs):
+            d_hidden = _scale_rows(d_hidden, rows, coef * upstream).to(dtype)
+        elif needs[0]:
+            d_hidden = scale_kept(d_hidden, upstream)
+        return (
+            d_hidden if needs[0] else None,
+            settings.deliver_weight(d_weight, upstream) if needs[1] else None,
+            (d_bias * upstream).to(bias_dtype) if needs[2] else None,
+            None,
+            None,
+            None,
+        )
 
 
 class LinearLogpsRoute(torch.autograd.Function):
     """(N0, H) hidden, (V, H) weight, (V,) bias -> token log-probs (N,), for gradients known only in backward.
 
-    With a frozen head the gradient is a row scalar times a direction kept from forward; else backward computes the logits again.
+    With a frozen head the gradient is a row scalar times a direction kept from forward; else backward computes the
+    logits again.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, layout: StepLayout, s: LinearSettings):
-        needs = list(ctx.needs_input_grad[:3])
-        frozen = needs == [True, False, False]
-        tokens, lse, d_rows = linear_ops.linear_logps_fwd(
-            hidden,
-            weight,
-            bias,
-            layout.rows,
-            layout.labels,
-            layout.host_step_offsets,
-            [frozen, False, False],
-            *s.op_args(weight),
-        )
-        if any(needs):
-            ctx.save_for_backward(
-                hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, lse, d_rows
-            )
-            ctx.settings = (needs, frozen, s)
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, layout: StepLayout, settings: LinearSettings):
+        needs = settings.needs(ctx)
+        in_forward = [linear_ops.is_frozen(needs), False, False]
+        tokens, lse, directions = linear_ops.linear_logps_fwd(
+            hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, in_forward,
+            *settings.op_args(weight),
+        )  # fmt: skip
+        if in_forward[0]:
+            ctx.save_for_backward(layout.rows, directions)
+        elif any(needs):
+            ctx.save_for_backward(layout.rows, hidden, weight, bias, layout.labels, layout.host_step_offsets, lse)
+        ctx.needs, ctx.settings = needs, settings
+        ctx.dtypes = (hidden.dtype, None if bias is None else bias.dtype)
         return tokens
 
     @staticmethod
     def backward(ctx, d_tokens):
-        needs, frozen, s = ctx.settings
-        hidden, weight, bias, rows, labels, offsets, lse, d_rows = ctx.saved_tensors
-        d_hidden = d_weight = d_bias = None
-        with torch.no_grad():
-            one = d_tokens.new_ones(())
-            if not frozen:
-                d_rows, d_weight, d_bias = linear_ops.linear_logps_bwd(
-                    hidden, weight, bias, rows, labels, offsets, needs, *s.op_args(weight), lse, d_tokens.contiguous()
-                )
-            if needs[0]:
-                d_hidden = _scatter_rows(d_rows, d_tokens if frozen else one.expand(rows.shape), rows, hidden)
-            d_weight = _deliver(d_weight, one, s.weight_grad) if needs[1] else None
-            d_bias = d_bias.to(bias.dtype) if needs[2] else None
-        return *once((d_hidden, d_weight, d_bias), (hidden, weight, bias)), None, None
+        refuse_double_backward()
+        needs, settings, (dtype, bias_dtype) = ctx.needs, ctx.settings, ctx.dtypes
+        if linear_ops.is_frozen(needs):
+            rows, directions = ctx.saved_tensors
+            return _scale_rows(directions, rows, d_tokens).to(dtype), None, None, None, None
+        rows, hidden, weight, bias, labels, offsets, lse = ctx.saved_tensors
+        d_hidden, d_weight, d_bias = linear_ops.linear_logps_bwd(
+            hidden, weight, bias, rows, labels, offsets, needs, *settings.op_args(weight), lse, d_tokens.contiguous()
+        )
+        return (
+            d_hidden if needs[0] else None,
+            settings.deliver_weight(d_weight, d_tokens.new_ones(())) if needs[1] else None,
+            d_bias.to(bias_dtype) if needs[2] else None,
+            None,
+            None,
+        )
 
 
-def _scatter_rows(d_rows: Tensor, scale: Tensor, rows: Tensor, hidden: Tensor) -> Tensor:
-    """(N0, H): scale * d_rows at the scored rows, exactly zero elsewhere. The product is taken in float32 and rounded once."""
-    return torch.zeros_like(hidden).index_copy_(0, rows, (d_rows * scale[:, None]).to(hidden.dtype))
+class StepSums(torch.autograd.Function):
+    """(N,) token log-probs -> (S,) step sums by the backend's ordered reduction."""
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, layout: StepLayout, backend: str):
+        ctx.layout = layout
+        weights = None if layout.weights is None else layout.weights.to(tokens.dtype)
+        return step_loss(tokens, weights, layout, None, backend)[1]
+
+    @staticmethod
+    def backward(ctx, d_sums):
+        per_row = d_sums[ctx.layout.step_of_row]
+        weights = ctx.layout.weights
+        return per_row if weights is None else per_row * weights.to(per_row.dtype), None, None
 
 
-def _deliver(accumulated: Tensor, upstream: Tensor, buffer: Tensor | None) -> Tensor | None:
-    """upstream * accumulated: added to the caller's buffer, or as the gradient autograd gets."""
-    if buffer is not None:
-        buffer.addcmul_(accumulated, upstream.to(accumulated.dtype))
-        return None
-    if not torch.compiler.is_compiling() and upstream.device.type == "cpu":
-        # a read of host memory, not a sync: spares a pass over (V, H) for the usual upstream gradient of 1
-        return accumulated if upstream.item() == 1 else accumulated * upstream.to(accumulated.dtype)
-    return accumulated * upstream.to(accumulated.dtype)
+def _scale_rows(directions: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
+    """(N0, H): directions[rows] times scale (N,); rows that are not scored are zeros already."""
+    everywhere = scale.new_zeros(directions.shape[0]).index_copy_(0, rows, scale)
+    return scale_kept(directions, everywhere[:, None])
 
 
 def linear_step_logps(
@@ -165,55 +193,26 @@ def linear_step_logps(
 ) -> StepLogps:
     """Sum over each step of log_softmax(hidden @ weight.T + bias)[row, label], without storing (N, V); differentiable.
 
-    Only scored rows enter a GEMM. One GEMM (N x H x V) without gradients, two with a frozen head, four with a trained one, since the
-    gradient of each step is known only in backward; `linear_step_pref_loss` does it in three. Arguments and errors as there.
+    Only scored rows enter a GEMM. One GEMM (N x H x V) without gradients, two with a frozen head, four with a trained
+    one, since the gradient of each step is known only in backward; `linear_step_pref_loss` does it in three. Arguments
+    and errors as there.
 
     Example::
 
         >>> with torch.no_grad():
         ...     ref = linear_step_logps(ref_hidden, ref_head.weight, layout).sums
     """
-    hidden, weight, settings = _prepare(
-        hidden,
-        weight,
-        bias,
-        layout,
-        temperature,
-        logit_softcap,
-        logit_scale,
-        chunk_bytes,
-        accum_dtype,
-        weight_grad,
-        tp_group,
-        backend,
-    )
+    hidden, weight, bias, settings = _prepare(
+        hidden, weight, bias, layout, temperature, logit_softcap, logit_scale, chunk_bytes, accum_dtype, weight_grad,
+        tp_group, backend,
+    )  # fmt: skip
     if settings.backend == "reference":
-        tokens = reference.token_logps(
-            _project(hidden, weight, bias, settings), layout.rows, layout.labels, settings.a, settings.c
-        )
-    else:
-        tokens = LinearLogpsRoute.apply(hidden, weight, bias, layout, settings)
-    if settings.backend == "reference":
+        tokens = _reference_tokens(hidden, weight, bias, layout, settings)
         sums = reference.step_sums(tokens, layout.weights, layout.step_of_row, layout.num_steps)
     else:
+        tokens = LinearLogpsRoute.apply(hidden, weight, bias, layout, settings)
         sums = StepSums.apply(tokens, layout, settings.backend)
     return StepLogps(sums, layout.counts, tokens)
-
-
-class StepSums(torch.autograd.Function):
-    """(N,) token log-probs -> (S,) step sums by the backend's ordered reduction."""
-
-    @staticmethod
-    def forward(ctx, tokens: Tensor, layout: StepLayout, backend: str):
-        ctx.layout = layout
-        weights = None if layout.weights is None else layout.weights.to(tokens.dtype)
-        return step_loss(tokens, weights, layout, None, backend)[1]
-
-    @staticmethod
-    def backward(ctx, d_sums):
-        per_row = d_sums[ctx.layout.step_of_row]
-        weights = ctx.layout.weights
-        return per_row if weights is None else per_row * weights.to(per_row.dtype), None, None
 
 
 def linear_step_pref_loss(
@@ -245,24 +244,29 @@ def linear_step_pref_loss(
 ) -> StepPrefOutput:
     """`step_pref_loss(hidden @ weight.T + bias, layout, pairs)`, without ever storing the (N, V) logits.
 
-    Prompt, padding, ignored and zero-weight tokens cost nothing and get exactly zero gradient. Rows are worked on in chunks that fit
-    `chunk_bytes`; extra memory is that budget and the gradients asked for, at any sequence length. Gradients are made in forward:
-    1 GEMM (N x H x V) without gradients, 2 with a frozen head, 3 with a trained one when each connected set of pairs fits in a chunk,
-    4 for a set that does not. `layout.plan(...)` prints it. GEMMs run in the promoted dtype of hidden and weight, or in autocast's;
-    a weight of another dtype is then copied once a call.
+    Prompt, padding, ignored and zero-weight tokens cost nothing and get exactly zero gradient. Rows are worked on in
+    chunks that fit `chunk_bytes`; extra memory is that budget and the gradients asked for, at any sequence length.
+    Gradients are made in forward: 1 GEMM (N x H x V) without gradients, 2 with a frozen head, 3 with a trained one when
+    each connected set of pairs fits in a chunk, 4 for a set that does not. `layout.plan(...)` prints it. GEMMs run in
+    the promoted dtype of hidden and weight, or in autocast's; a weight of another dtype is then copied once a call.
+    The same budget gives the same bits.
 
     Args:
-        hidden: (B, T, H), or (total, H) with a packed layout.
-        weight: (V, H) head weight. May be a DTensor sharded over its rows, with `tp_group` left to it.
-        layout, pairs, ref, loss_type, beta, ... : as in `step_pref_loss`.
+        hidden: (B, T, H), or (total, H) with a packed layout. Copied once if its positions are not evenly strided.
+        weight: (V, H) head weight.
+        layout, pairs, ref, loss_type, beta, ...: as in `step_pref_loss`; a StepLayout is needed here.
         bias: (V,). The distribution is softmax(softcap(logit_scale * (hidden @ weight.T + bias)) / temperature).
         chunk_bytes: budget of the logits buffer; default 128 MiB on CPUs, 512 MiB elsewhere.
-        accum_dtype: dtype in which the weight's gradient accumulates over chunks, float32 by default (float64 for float64).
-        weight_grad: (V, H) buffer that the weight's gradient is added to in backward (`main_grad`); autograd then sees none.
-        tp_group: process group over which the vocabulary is split in equal parts, this rank's rows being `weight` (Megatron's layout).
+        accum_dtype: dtype in which the weight's gradient accumulates over chunks, float32 by default (float64 for
+            float64); the weight's own is allowed.
+        weight_grad: (V, H) buffer that the weight's gradient is added to in backward (`main_grad`); autograd then sees
+            none.
+        tp_group: process group over which the vocabulary is split in equal parts, this rank's rows being `weight`
+            (Megatron's layout; rows that pad V must carry a bias of -inf), or, beside a DTensor weight sharded over
+            its rows, the group of its mesh. Labels and hidden states must be equal on all its ranks.
 
     Returns:
-        StepPrefOutput; `.loss` is float32 (float64 for float64).
+        StepPrefOutput; `.loss` is float32 (float64 for float64). Differentiable once: create_graph=True raises.
 
     Example::
 
@@ -270,29 +274,18 @@ def linear_step_pref_loss(
         >>> linear_step_pref_loss(hidden, model.lm_head.weight, layout, pairs, ref=ref_sums).loss.backward()
     """
     head = get_pair_head(loss_type)
-    if token_weights is not None:
+    if token_weights is not None and isinstance(layout, StepLayout):
         layout = layout.with_row_weights(token_weights)
-    hidden, weight, settings = _prepare(
-        hidden,
-        weight,
-        bias,
-        layout,
-        temperature,
-        logit_softcap,
-        logit_scale,
-        chunk_bytes,
-        accum_dtype,
-        weight_grad,
-        tp_group,
-        backend,
-    )
+    hidden, weight, bias, settings = _prepare(
+        hidden, weight, bias, layout, temperature, logit_softcap, logit_scale, chunk_bytes, accum_dtype, weight_grad,
+        tp_group, backend,
+    )  # fmt: skip
     pairs = resolve_pairs(layout, pairs, weights, margins, soft_labels)
     acc = accumulator(settings.dtype)
     spec = pair_loss_spec(head, layout, pairs, acc, ref, beta, label_smoothing, reduction, num_items, loss_options)
     if settings.backend == "reference":
-        loss, sums, pair_losses = reference_loss(
-            _project(hidden, weight, bias, settings), layout, spec, settings.a, settings.c
-        )
+        tokens = _reference_tokens(hidden, weight, bias, layout, settings)
+        loss, sums, pair_losses = reference_loss(tokens, layout, spec)
     else:
         loss, sums, pair_losses = LinearPrefRoute.apply(hidden, weight, bias, layout, spec, settings)
     return StepPrefOutput(
@@ -301,24 +294,20 @@ def linear_step_pref_loss(
 
 
 def _prepare(
-    hidden,
-    weight,
-    bias,
-    layout,
-    temperature,
-    logit_softcap,
-    logit_scale,
-    chunk_bytes,
-    accum_dtype,
-    weight_grad,
-    tp_group,
-    backend,
-) -> tuple[Tensor, Tensor, LinearSettings]:
-    """Checks; returns (N0, H) hidden states, the local (V, H) weight and the call's settings."""
+    hidden, weight, bias, layout, temperature, logit_softcap, logit_scale, chunk_bytes, accum_dtype, weight_grad,
+    tp_group, backend,
+) -> tuple[Tensor, Tensor, Tensor | None, LinearSettings]:  # fmt: skip
+    """Checks; returns (N0, H) hidden states, the local (V, H) weight and (V,) bias, and the call's settings."""
     if not isinstance(layout, StepLayout):
-        raise TypeError(f"layout: expected a StepLayout, got {type(layout).__name__}")
+        raise TypeError(
+            f"layout: expected a StepLayout, got {type(layout).__name__}; StepLayout.from_step_ids(labels, step_ids) "
+            "builds one from plain tensors"
+        )
     check_float("hidden", hidden, ndim=(2, 3))
-    weight, group_name, vocab_start, vocab = shard_of(weight, tp_group)
+    if hasattr(hidden, "device_mesh"):
+        raise TypeError("hidden: expected a plain tensor, got a DTensor; pass hidden.full_tensor() or its local part")
+    shard = shard_of(weight, tp_group)
+    weight = local_part(weight)
     check_float("weight", weight, ndim=2)
     check_shape("weight", weight, (weight.shape[0], hidden.shape[-1]))
     batch, length = layout.shape
@@ -330,32 +319,42 @@ def _prepare(
             f"layout: expected it on {hidden.device}, where hidden is (layout.to(...)), got {layout.device}"
         )
     if bias is not None:
+        bias = local_part(bias)
         check_float("bias", bias)
         check_shape("bias", bias, (weight.shape[0],))
         check_device("bias", bias, hidden.device, "hidden")
     if weight_grad is not None:
+        weight_grad = local_part(weight_grad)
         check_float("weight_grad", weight_grad)
         check_shape("weight_grad", weight_grad, tuple(weight.shape))
+        check_device("weight_grad", weight_grad, weight.device, "the weight")
+        if torch.is_grad_enabled() and not weight.requires_grad:
+            raise ValueError("weight_grad: expected None for a weight that does not require grad, got a buffer")
     if chunk_bytes is not None and not (isinstance(chunk_bytes, int) and chunk_bytes > 0):
         raise ValueError(f"chunk_bytes: expected a number of bytes above 0, got {chunk_bytes!r}")
-    layout.check_vocab(vocab)
+    layout.check_vocab(shard.vocab)
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
+    accum_dtype = accumulator(dtype) if accum_dtype is None else accum_dtype
+    if accum_dtype not in (accumulator(dtype), dtype):
+        raise ValueError(f"accum_dtype: expected {accumulator(dtype)} or {dtype}, got {accum_dtype!r}")
     name = backends.select(backend, hidden.device.type, dtype)
-    if name == "reference" and (group_name or weight_grad is not None):
+    if name == "reference" and (tp_group is not None or weight_grad is not None):
         raise ValueError("backend: 'reference' has neither tp_group nor weight_grad; use another backend")
     a, c = logit_map(temperature, logit_softcap, logit_scale)
     settings = LinearSettings(
-        a, c, dtype, accumulator(dtype) if accum_dtype is None else accum_dtype, chunk_bytes or 0, group_name, vocab_start, name,
-        weight_grad,
+        a, c, dtype, accum_dtype, chunk_bytes or 0, shard.group_name, shard.start, shard.largest, name, weight_grad,
+        torch.is_grad_enabled(),
     )  # fmt: skip
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    return hidden, weight, settings
+    return hidden.reshape(-1, hidden.shape[-1]), weight, bias, settings
 
 
-def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: LinearSettings) -> Tensor:
+def _reference_tokens(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, layout: StepLayout, settings: LinearSettings
+) -> Tensor:
     dtype = settings.dtype
-    return torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))[
-        None
-    ]
+    needed = hidden[layout.rows].to(dtype)
+    logits = torch.nn.functional.linear(needed, weight.to(dtype), None if bias is None else bias.to(dtype))
+    rows = torch.arange(layout.num_rows, device=hidden.device)
+    return reference.token_logps(logits[None], rows, layout.labels, settings.a, settings.c)

@@ -1,20 +1,23 @@
-"""The chunked engine behind the linear route: hidden rows x head weight -> log-probs, loss and gradients; the logits never exist at once.
+"""The chunked engine behind the linear route: hidden rows x head weight -> log-probs, loss and gradients; the logits
+never exist at once.
 
-GEMMs are torch's (cuBLAS, MKL, oneDNN); between them the row kernels of the chosen backend work in place on one reused buffer.
-Runs inside `torch.library` ops, below autograd, so it may plan on the host and write into what it likes.
+GEMMs are torch's (cuBLAS, MKL, oneDNN); between them the row kernels of the chosen backend work in place on one reused
+buffer. Runs inside `torch.library` ops, below autograd, so it may plan on the host and write into what it likes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import backends
-from .plan import Group, LinearPlan, make_plan, rows_per_chunk
+from .plan import Group, LinearPlan
 from .tensor_parallel import VocabShard
+
+_BLOCK_BYTES = 16 << 20  # temporaries of the gradients' reductions, small beside any chunk budget
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -31,18 +34,18 @@ class Head:
     c: float
     backend: str
     shard: VocabShard | None
-    chunk_rows: int
 
     def __post_init__(self):
         self.kernels = backends.load(self.backend)
         self.vocab = self.weight.shape[0]
         self.acc_dtype = accumulator(self.weight.dtype)
 
-    def allocate(self, num_rows: int) -> None:
-        rows, device = min(self.chunk_rows, num_rows), self.weight.device
+    def allocate(self, plan: LinearPlan) -> None:
+        rows, device = min(plan.chunk_rows, plan.num_rows), self.weight.device
         self.buffer = torch.empty((rows, self.vocab), dtype=self.weight.dtype, device=device)
         self.row_ids = torch.arange(rows, device=device)
         self.row_of = self.row_ids.to(torch.int32)
+        self.ones = torch.ones(rows, dtype=self.acc_dtype, device=device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, V) into the buffer."""
@@ -53,84 +56,115 @@ class Head:
 
     def logps(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(n,) log-probs and log-sum-exps of a chunk, over the whole vocabulary when this is a shard of it."""
-        n = logits.shape[0]
+        row_ids = self.row_ids[: logits.shape[0]]
         if self.shard is None:
-            return self.kernels.token_logp_fwd(logits[None], self.row_ids[:n], labels, self.a, self.c)
+            return self.kernels.token_logp_fwd(logits[None], row_ids, labels, self.a, self.c)
         local = self.shard.local_labels(labels)
-        return self.shard.combine(
-            *self.kernels.token_logp_fwd(logits[None], self.row_ids[:n], local, self.a, self.c), local
-        )
+        logps, lse = self.kernels.token_logp_fwd(logits[None], row_ids, local, self.a, self.c)
+        return self.shard.combine(logps, lse, local)
 
-    def to_gradient(self, logits: Tensor, labels: Tensor, lse: Tensor, coef: Tensor) -> Tensor:
-        """Turns the chunk's logits into d/dlogits, in place."""
-        labels = labels if self.shard is None else self.shard.local_labels(labels)
+    def to_gradient(self, logits: Tensor, labels: Tensor, lse: Tensor, coef: Tensor | None) -> Tensor:
+        """Turns the chunk's logits into d/dlogits, in place; without `coef`, d logp/dlogits."""
         n = logits.shape[0]
-        self.kernels.token_logp_bwd(
-            logits[None], self.row_of[:n], labels, lse, coef, None, self.a, self.c, logits[None]
-        )
+        labels = labels if self.shard is None else self.shard.local_labels(labels)
+        coef = self.ones[:n] if coef is None else coef
+        row_of, out = self.row_of[:n], logits[None]
+        self.kernels.token_logp_bwd(out, row_of, labels, lse, coef, None, self.a, self.c, out)
         return logits
 
 
 class WeightGradient:
     """Sum over chunks of G^T @ hidden: one GEMM straight into place when that loses nothing, else through float32."""
 
-    def __init__(self, head: Head, hidden: int, num_chunks: int, accum_dtype: torch.dtype):
-        self.dtype = head.weight.dtype
-        exact = num_chunks <= 1 or self.dtype == head.acc_dtype
-        acc_dtype = self.dtype if exact else accum_dtype
-        make = torch.empty if num_chunks else torch.zeros
-        self.total = make((head.vocab, hidden), dtype=acc_dtype, device=head.weight.device)
-        self.partial = None if acc_dtype == self.dtype else torch.empty_like(self.total, dtype=self.dtype)
+    def __init__(self, head: Head, plan: LinearPlan, accum_dtype: torch.dtype):
+        dtype, chunks = head.weight.dtype, plan.weight_chunks
+        direct = chunks <= 1 or dtype == head.acc_dtype or accum_dtype == dtype
+        make = torch.empty if chunks else torch.zeros
+        self.total = make(head.weight.shape, dtype=dtype if direct else accum_dtype, device=head.weight.device)
         self.first = True
+        # a product in the GEMM's dtype is added up a block of vocabulary rows at a time
+        block = max(1, _BLOCK_BYTES // max(1, head.weight.shape[1] * dtype.itemsize))
+        self.blocks = [] if direct else [slice(v, v + block) for v in range(0, head.vocab, block)]
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
-        if self.partial is not None:
-            torch.mm(gradient.t(), hidden, out=self.partial)
-            self.total.copy_(self.partial) if self.first else self.total.add_(self.partial)
-        elif self.first:
+        for rows in self.blocks:
+            partial = torch.mm(gradient[:, rows].t(), hidden)
+            self.total[rows].copy_(partial) if self.first else self.total[rows].add_(partial)
+        if not self.blocks and self.first:
             torch.mm(gradient.t(), hidden, out=self.total)
-        else:
+        elif not self.blocks:
             self.total.addmm_(gradient.t(), hidden)
         self.first = False
 
 
 @dataclass
 class Gradients:
-    """What a call accumulates; a field that was not asked for stays empty."""
+    """What a call accumulates; a field that was not asked for is None."""
 
-    hidden: Tensor | None  # (N, H) in the plan's row order
+    hidden: Tensor | None  # (N0, H), zeros where nothing is scored
     weight: WeightGradient | None
     bias: Tensor | None  # (V,) float32
 
-    def add(self, head: Head, gradient: Tensor, hidden: Tensor, start: int, end: int) -> None:
+    def add(self, head: Head, gradient: Tensor, hidden: Tensor, rows: Tensor) -> None:
+        """A chunk's d/dlogits (n, V), hidden states (n, H) and their rows (n,) of the batch."""
         if self.hidden is not None:
-            torch.mm(gradient, head.weight, out=self.hidden[start:end])
+            d_hidden = torch.mm(gradient, head.weight)
+            if head.shard is not None:
+                d_hidden = head.shard.all_reduce(d_hidden.to(head.acc_dtype))
+            self.hidden.index_copy_(0, rows, d_hidden.to(self.hidden.dtype))
         if self.weight is not None:
             self.weight.add(gradient, hidden)
         if self.bias is not None:
-            self.bias.add_(gradient.sum(0, dtype=self.bias.dtype))
+            # a block of columns at a time, because a sum in a wider dtype may first copy what it sums
+            block = max(1, _BLOCK_BYTES // (max(1, len(rows)) * self.bias.itemsize))
+            for v in range(0, head.vocab, block):
+                self.bias[v : v + block] += gradient[:, v : v + block].sum(0, dtype=self.bias.dtype)
 
 
-def start_gradients(head: Head, plan: LinearPlan, bias_gradient: bool, accum_dtype: torch.dtype) -> Gradients:
-    device, dtype = head.weight.device, head.weight.dtype
-    live = [g for g in plan.groups if g.kind != "logps"]
-    rows = plan.num_rows if plan.hidden_gradient else 0
-    # rows of steps in no pair stay 0; everything else is overwritten
-    make = torch.zeros if any(g.kind == "logps" for g in plan.groups) else torch.empty
+def start_gradients(
+    head: Head, plan: LinearPlan, hidden: Tensor, hidden_dtype: torch.dtype, accum_dtype: torch.dtype
+) -> Gradients:
+    device = head.weight.device
     return Gradients(
-        make((rows, plan.hidden), dtype=dtype, device=device) if plan.hidden_gradient else None,
-        WeightGradient(head, plan.hidden, sum(len(g.chunks) for g in live), accum_dtype)
-        if plan.weight_gradient
-        else None,
-        torch.zeros(head.vocab, dtype=head.acc_dtype, device=device) if bias_gradient else None,
+        torch.zeros(hidden.shape, dtype=hidden_dtype, device=device) if plan.hidden_gradient else None,
+        WeightGradient(head, plan, accum_dtype) if plan.weight_gradient else None,
+        torch.zeros(head.vocab, dtype=head.acc_dtype, device=device) if plan.bias_gradient else None,
     )
+
+
+class Rows:
+    """The scored rows in the plan's order: gathered a chunk at a time, never all at once in the GEMM's dtype."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        rows: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        plan: LinearPlan,
+        dtype: torch.dtype,
+    ):
+        self.order = None if plan.order is None else torch.from_numpy(plan.order).to(rows.device, non_blocking=True)
+        self.source, self.dtype = hidden, dtype
+        self.rows, self.labels, self.weights = (
+            t if t is None or self.order is None else t.index_select(0, self.order) for t in (rows, labels, weights)
+        )
+
+    def chunk(self, start: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(n, H) hidden states, (n,) labels, (n,) rows of the batch."""
+        rows = self.rows[start:end]
+        return self.source.index_select(0, rows).to(self.dtype), self.labels[start:end], rows
+
+    def restore(self, values: Tensor) -> Tensor:
+        """From the plan's row order to the layout's."""
+        return values if self.order is None else torch.empty_like(values).index_copy_(0, self.order, values)
 
 
 @dataclass
 class PairProblem:
-    """The pair loss, cut down to the steps of one group. See ops.py for the fields' meaning."""
+    """The pair loss of a whole call; `evaluate` takes it a group at a time. See ops.py for the fields."""
 
-    weights: Tensor | None  # (N,) token weights in the layout's row order
+    weights: Tensor | None  # (N,) token weights in the plan's row order
     ref: Tensor | None
     pair_weights: Tensor | None
     pair_margins: Tensor | None
@@ -139,153 +173,120 @@ class PairProblem:
     head: str
     options: list[float]
     label: float
-    host_step_offsets: np.ndarray
-    host_pair_index: np.ndarray
+    backend: str
 
-    def evaluate(
-        self, group: Group, logps: Tensor, weights: Tensor | None, backend: str
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def prepare(
+        self, plan: LinearPlan, host_step_offsets: np.ndarray, host_pair_index: np.ndarray, device: torch.device
+    ) -> None:
+        """Renumbers each group's steps and pairs from 0; all tables go to the device in one copy."""
+        tables = [_group_tables(group, host_step_offsets, host_pair_index) for group in plan.groups]
+        flat = [table.reshape(-1) for group in tables for table in group]
+        packed = np.concatenate([np.zeros(0, np.int32), *flat]).astype(np.int32)
+        pieces = iter(torch.from_numpy(packed).to(device, non_blocking=True).split([len(t) for t in flat]))
+        self.tables = [[next(pieces) for _ in group] for group in tables]
+
+    def evaluate(self, number: int, group: Group, logps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(loss, sums, pair losses, d loss/d logp) of a group whose rows are `logps`, steps one after the other."""
-        device = logps.device
-        counts = np.diff(self.host_step_offsets)[group.steps]
-        place = np.zeros(len(self.host_step_offsets) - 1, np.int64)
-        place[group.steps] = np.arange(len(group.steps))
-        index = place[self.host_pair_index[group.pairs]]
-        flat = index.reshape(-1)
-        offsets, adjacency = (
-            np.concatenate([[0], np.cumsum(c)]) for c in (counts, np.bincount(flat, minlength=len(counts)))
+        steps, pairs, offsets, index, adj_offsets, adj_pairs = self.tables[number]
+
+        def pick(values: Tensor | None, which: Tensor) -> Tensor | None:
+            return None if values is None else values.index_select(0, which)
+
+        return backends.load(self.backend).step_loss_fwd(
+            logps,
+            None if self.weights is None else self.weights[group.start : group.end],
+            offsets,
+            pick(self.ref, steps),
+            index.view(-1, 2),
+            adj_offsets,
+            adj_pairs,
+            pick(self.pair_weights, pairs),
+            pick(self.pair_margins, pairs),
+            pick(self.pair_labels, pairs),
+            self.scale,
+            self.head,
+            self.options,
+            self.label,
         )
 
-        def tensor(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array.astype(np.int32))).to(device, non_blocking=True)
 
-        def pick(values: Tensor | None, which: np.ndarray) -> Tensor | None:
-            if values is None:
-                return None
-            return values.index_select(0, torch.from_numpy(which).to(device, non_blocking=True)).to(logps.dtype)
-
-        return backends.load(backend).step_loss_fwd(
-            logps, weights, tensor(offsets), pick(self.ref, group.steps), tensor(index), tensor(adjacency),
-            tensor(np.argsort(flat, kind="stable")), pick(self.pair_weights, group.pairs), pick(self.pair_margins, group.pairs),
-            pick(self.pair_labels, group.pairs), self.scale.to(logps.dtype), self.head, self.options, self.label,
-        )  # fmt: skip
-
-
-class Rows:
-    """The scored rows in the plan's order: gathered a chunk at a time, never all at once in the GEMM's dtype."""
-
-    def __init__(
-        self, hidden: Tensor, rows: Tensor, labels: Tensor, weights: Tensor | None, plan: LinearPlan, dtype: torch.dtype
-    ):
-        order = None if plan.order is None else torch.from_numpy(plan.order).to(rows.device, non_blocking=True)
-        self.order = order
-        self.source, self.dtype = hidden, dtype
-        self.rows, self.labels, self.weights = (
-            t if t is None or order is None else t.index_select(0, order) for t in (rows, labels, weights)
-        )
-
-    def chunk(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        return self.source.index_select(0, self.rows[start:end]).to(self.dtype), self.labels[start:end]
-
-    def restore(self, values: Tensor) -> Tensor:
-        """From the plan's row order to the layout's."""
-        if self.order is None:
-            return values
-        return torch.empty_like(values).index_copy_(0, self.order, values)
+def _group_tables(group: Group, offsets: np.ndarray, index: np.ndarray) -> list[np.ndarray]:
+    """steps, pairs, step offsets, pair index, and the pairs each step is in, of one group, in its own numbering."""
+    counts = np.diff(offsets)[group.steps]
+    place = np.zeros(len(offsets) - 1, np.int64)
+    place[group.steps] = np.arange(len(group.steps))
+    own = place[index[group.pairs]]
+    flat = own.reshape(-1)
+    own_offsets, adj_offsets = (
+        np.concatenate([[0], np.cumsum(c)]) for c in (counts, np.bincount(flat, minlength=len(counts)))
+    )
+    return [group.steps, group.pairs, own_offsets, own, adj_offsets, np.argsort(flat, kind="stable")]
 
 
 def run_pref(
-    head: Head, rows: Rows, plan: LinearPlan, problem: PairProblem, gradients: Gradients
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), sums (S,), tokens (N,) in the layout's order, pair losses (P,), coef (N,) [frozen plans; else empty]."""
+    head: Head, rows: Rows, plan: LinearPlan, problem: PairProblem, gradients: Gradients, num_steps: int, num_pairs: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss (), sums (S,), pair losses (P,), and coef (N,) = d loss/d logp, in the layout's row order."""
     device, dtype = rows.labels.device, head.acc_dtype
-    num_pairs, num_steps = len(problem.host_pair_index), len(problem.host_step_offsets) - 1
-    tokens = torch.empty(plan.num_rows, dtype=dtype, device=device)
+    tokens, coef = (torch.zeros(plan.num_rows, dtype=dtype, device=device) for _ in range(2))
     lse = torch.empty(plan.num_rows, dtype=torch.float64, device=device)
-    sums, pair_losses = (
-        torch.zeros(num_steps, dtype=dtype, device=device),
-        torch.zeros(num_pairs, dtype=dtype, device=device),
-    )
-    loss, coef = torch.zeros((), dtype=dtype, device=device), torch.empty(0, dtype=dtype, device=device)
-    ones = torch.ones(min(plan.chunk_rows, plan.num_rows), dtype=dtype, device=device)
-    head.allocate(plan.num_rows)
-    for group in plan.groups:
+    sums, pair_losses = (torch.zeros(size, dtype=dtype, device=device) for size in (num_steps, num_pairs))
+    loss = torch.zeros((), dtype=dtype, device=device)
+    head.allocate(plan)
+    for number, group in enumerate(plan.groups):
         for start, end in group.chunks:
-            hidden, labels = rows.chunk(start, end)
-            logits = head.logits(hidden)
-            tokens[start:end], lse[start:end] = head.logps(logits, labels)
+            chunk = rows.chunk(start, end)
+            logits = head.logits(chunk[0])
+            tokens[start:end], lse[start:end] = head.logps(logits, chunk[1])
             if group.kind == "frozen":
-                direction = head.to_gradient(logits, labels, lse[start:end], ones[: end - start])
-                gradients.add(head, direction, hidden, start, end)
+                _add_chunk(head, gradients, chunk, logits, lse[start:end], None)
         span = slice(group.start, group.end)
-        weights = None if rows.weights is None else rows.weights[span].to(dtype)
-        group_loss, group_sums, group_pairs, group_coef = problem.evaluate(group, tokens[span], weights, head.backend)
+        group_loss, group_sums, group_pairs, coef[span] = problem.evaluate(number, group, tokens[span])
+        steps, pairs = problem.tables[number][:2]
         loss += group_loss
-        sums[torch.from_numpy(group.steps).to(device)] = group_sums
-        pair_losses[torch.from_numpy(group.pairs).to(device)] = group_pairs
-        if group.kind == "frozen":
-            coef = group_coef
-        elif group.kind in ("complete", "recompute"):
-            _backward_group(head, rows, group, lse, group_coef, gradients, hidden, labels, logits)
-    return loss, sums, rows.restore(tokens), pair_losses, coef
-
-
-def _backward_group(head, rows, group, lse, coef, gradients, hidden, labels, logits) -> None:
-    """Gradients of a group, last chunk first: its logits are still in the buffer."""
-    for i, (start, end) in enumerate(reversed(group.chunks)):
-        if i:
-            hidden, labels = rows.chunk(start, end)
-            logits = head.logits(hidden)
-        gradient = head.to_gradient(logits, labels, lse[start:end], coef[start - group.start : end - group.start])
-        gradients.add(head, gradient, hidden, start, end)
+        sums.index_copy_(0, steps.long(), group_sums)
+        pair_losses.index_copy_(0, pairs.long(), group_pairs)
+        if group.kind not in ("complete", "recompute"):
+            continue
+        for i, (start, end) in enumerate(reversed(group.chunks)):
+            if i:  # the last chunk's logits are still in the buffer
+                chunk = rows.chunk(start, end)
+                logits = head.logits(chunk[0])
+            _add_chunk(head, gradients, chunk, logits, lse[start:end], coef[start:end])
+    return loss, sums, pair_losses, rows.restore(coef)
 
 
 def run_logps(head: Head, rows: Rows, plan: LinearPlan, gradients: Gradients) -> tuple[Tensor, Tensor]:
-    """(tokens (N,), lse (N,)); with a frozen plan also the unit gradient direction of each row, into `gradients.hidden`."""
+    """(tokens (N,), lse (N,)); with a frozen plan also d logp/d hidden of each row, into `gradients`."""
     tokens = torch.empty(plan.num_rows, dtype=head.acc_dtype, device=rows.labels.device)
     lse = torch.empty_like(tokens, dtype=torch.float64)
-    ones = tokens.new_ones(min(plan.chunk_rows, plan.num_rows))
-    head.allocate(plan.num_rows)
+    head.allocate(plan)
     for group in plan.groups:
         for start, end in group.chunks:
-            hidden, labels = rows.chunk(start, end)
-            logits = head.logits(hidden)
-            tokens[start:end], lse[start:end] = head.logps(logits, labels)
+            chunk = rows.chunk(start, end)
+            logits = head.logits(chunk[0])
+            tokens[start:end], lse[start:end] = head.logps(logits, chunk[1])
             if group.kind == "frozen":
-                gradients.add(
-                    head, head.to_gradient(logits, labels, lse[start:end], ones[: end - start]), hidden, start, end
-                )
+                _add_chunk(head, gradients, chunk, logits, lse[start:end], None)
     return tokens, lse
 
 
 def run_backward(head: Head, rows: Rows, plan: LinearPlan, lse: Tensor, coef: Tensor, gradients: Gradients) -> None:
     """Gradients for d/dlogp known only now: the logits are computed again."""
-    head.allocate(plan.num_rows)
+    head.allocate(plan)
     for group in plan.groups:
         for start, end in group.chunks:
-            hidden, labels = rows.chunk(start, end)
-            gradient = head.to_gradient(head.logits(hidden), labels, lse[start:end], coef[start:end])
-            gradients.add(head, gradient, hidden, start, end)
+            chunk = rows.chunk(start, end)
+            _add_chunk(head, gradients, chunk, head.logits(chunk[0]), lse[start:end], coef[start:end])
 
 
-def prepare_head(
-    weight: Tensor, bias: Tensor | None, a: float, c: float, backend: str, dtype: torch.dtype, chunk_bytes: int, tp_group: str,
-    vocab_start: int,
-) -> Head:  # fmt: skip
-    """The head in its compute dtype. A weight of another dtype is copied once a call."""
-    shard = VocabShard(tp_group, vocab_start, weight.shape[0]) if tp_group else None
-    rows = rows_per_chunk(weight.shape[0], dtype, chunk_bytes or None, weight.device.type)
-    return Head(weight.to(dtype), None if bias is None else bias.to(dtype), a, c, backend, shard, rows)
-
-
-def with_gradients(plan: LinearPlan, *, hidden: bool, weight: bool) -> LinearPlan:
-    return replace(plan, hidden_gradient=hidden, weight_gradient=weight)
-
-
-def plan_call(
-    host_step_offsets: Tensor, host_pair_index: Tensor, head: Head, hidden: int, needs: tuple[bool, bool, bool]
-) -> LinearPlan:
-    return make_plan(
-        host_step_offsets.numpy(), host_pair_index.numpy(), vocab=head.vocab, hidden=hidden, dtype=head.weight.dtype,
-        chunk_rows=head.chunk_rows, hidden_gradient=needs[0], weight_gradient=needs[1], bias_gradient=needs[2],
-    )  # fmt: skip
+def _add_chunk(
+    head: Head,
+    gradients: Gradients,
+    chunk: tuple[Tensor, Tensor, Tensor],
+    logits: Tensor,
+    lse: Tensor,
+    coef: Tensor | None,
+) -> None:
+    hidden, labels, rows = chunk
+    gradients.add(head, head.to_gradient(logits, labels, lse, coef), hidden, rows)

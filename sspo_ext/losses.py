@@ -153,7 +153,8 @@ def step_pref_loss(
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     spec = pair_loss_spec(head, layout, pairs, dtype, ref, beta, label_smoothing, reduction, num_items, loss_options)
     if name == "reference":
-        loss, sums, pair_losses = reference_loss(logits, layout, spec, a, c)
+        tokens = reference.token_logps(logits, layout.rows, layout.labels, a, c)
+        loss, sums, pair_losses = reference_loss(tokens, layout, spec)
     else:
         loss, sums, _, pair_losses = LogitsRoute.apply(logits, layout, spec, a, c, name, inplace_backward)
     return StepPrefOutput(
@@ -285,10 +286,8 @@ def _sum_rows(tokens: Tensor, layout: StepLayout) -> Tensor:
     )
 
 
-def reference_loss(
-    logits: Tensor, layout: StepLayout, spec: PairLossSpec, a: float, c: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = reference.token_logps(logits, layout.rows, layout.labels, a, c)
+def reference_loss(tokens: Tensor, layout: StepLayout, spec: PairLossSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, sums, pair losses) from token log-probs, by autograd on plain torch."""
     sums = reference.step_sums(tokens, layout.weights, layout.step_of_row, layout.num_steps)
     pairs = spec.pairs
     losses = reference.pair_losses(

@@ -1,8 +1,10 @@
-"""The schedule of the linear route: which rows share a chunk, and how many GEMMs each costs. Made on the host, before any work.
+"""The schedule of the linear route: which rows share a chunk, and how many GEMMs each costs. Made on the host, before
+any work.
 
-A GEMM is N x H x V. Without gradients a row costs one (its logits); with a frozen head two, since d loss/d hidden is a scalar times a
-direction known at once; with a trained head three, when its unit fits in a chunk, because the head's derivative is then known while
-the chunk's logits are still there; only a unit larger than the budget is computed twice (four).
+A GEMM is N x H x V. Without gradients a row costs one (its logits); with a frozen head two, since d loss/d hidden is a
+scalar times a direction known at once; with a trained head three, when its unit fits in a chunk, because the head's
+derivative is then known while the chunk's logits are still there; only a unit larger than the budget is computed twice
+(four). A step in no pair has no gradient and costs one.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from .layout import StepLayout
     from .pairs import StepPairs
 
-# Enough rows for a GEMM to run at speed at vocabularies of 150k, small beside the weights of any model with such a head.
+# Enough rows for a GEMM to run at speed at vocabularies of 150k, small beside any model with such a head.
 DEFAULT_CHUNK_BYTES = {"cpu": 128 << 20}
 _OTHER_DEVICES = 512 << 20
 
@@ -32,9 +34,13 @@ def rows_per_chunk(vocab: int, dtype: torch.dtype, chunk_bytes: int | None, devi
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Rows that are worked on together: their steps' losses depend on each other and on no step outside."""
+    """Rows that are worked on together: their steps' losses depend on each other and on no step outside.
 
-    kind: str  # "logps": logits only; "frozen": logits and direction; "complete": head known inside the one chunk; "recompute"
+    kind: "logps" (logits only), "frozen" (logits and direction), "complete" (the head's derivative is known inside the
+    one chunk), "recompute" (all log-probs first, then the chunks again), "later" (gradients known only in backward).
+    """
+
+    kind: str
     start: int  # its rows are [start, end) of the plan's row order
     end: int
     chunks: list[tuple[int, int]]  # of rows, in the plan's order
@@ -44,7 +50,7 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class LinearPlan:
-    """What `linear_step_pref_loss` is about to do. `print(plan)` shows it."""
+    """What a call of the linear route is about to do. `print(plan)` shows it."""
 
     order: np.ndarray | None = field(repr=False)  # (N,) the layout's row at each place; None when they keep their order
     groups: list[Group] = field(repr=False)
@@ -53,25 +59,26 @@ class LinearPlan:
     vocab: int
     hidden: int
     dtype: torch.dtype
-    weight_gradient: bool
     hidden_gradient: bool
-    weight_bytes_per_element: int = field(repr=False)
+    weight_gradient: bool
+    bias_gradient: bool
 
+    @property
     def gemm_rows(self) -> int:
-        """Rows times GEMMs they enter: the plan's FLOPs are 2 * H * V * gemm_rows()."""
-        total = 0
+        """Rows times the GEMMs they enter."""
+        total, gradients = 0, self.weight_gradient + self.hidden_gradient
         for group in self.groups:
             rows = group.end - group.start
-            gradients = {"logps": 0, "frozen": 1}.get(group.kind, self.weight_gradient + self.hidden_gradient)
-            total += rows * (1 + gradients)
+            total += rows * {"logps": 1, "frozen": 2, "complete": 1 + gradients}.get(group.kind, 2 + gradients)
             if group.kind == "recompute":
                 # the last chunk's logits are still in the buffer when the backward sweep starts with it
-                total += rows - (group.chunks[-1][1] - group.chunks[-1][0])
+                start, end = group.chunks[-1]
+                total -= end - start
         return total
 
     @property
     def flops(self) -> int:
-        return 2 * self.hidden * self.vocab * self.gemm_rows()
+        return 2 * self.hidden * self.vocab * self.gemm_rows
 
     @property
     def buffer_bytes(self) -> int:
@@ -79,30 +86,29 @@ class LinearPlan:
         return min(self.chunk_rows, max(self.num_rows, 1)) * self.vocab * self.dtype.itemsize
 
     @property
-    def gradient_bytes(self) -> int:
-        """Bytes of the gradients kept until backward."""
-        hidden = self.num_rows * self.hidden * self.dtype.itemsize * self.hidden_gradient
-        return hidden + self.vocab * self.hidden * self.weight_bytes_per_element * self.weight_gradient
+    def weight_chunks(self) -> int:
+        """Products that the weight's gradient is the sum of."""
+        return sum(len(group.chunks) for group in self.groups if group.kind != "logps")
 
     def __str__(self) -> str:
-        kinds = {}
+        kinds: dict[str, tuple[int, int]] = {}
         for group in self.groups:
             rows, chunks = kinds.get(group.kind, (0, 0))
             kinds[group.kind] = (rows + group.end - group.start, chunks + len(group.chunks))
-        parts = ", ".join(
+        parts = [
             f"{kind}: {rows} rows in {chunks} chunk{'s' * (chunks != 1)}" for kind, (rows, chunks) in kinds.items()
-        )
-        per_row = self.gemm_rows() / self.num_rows if self.num_rows else 0.0
+        ]
+        per_row = self.gemm_rows / self.num_rows if self.num_rows else 0.0
         return (
-            f"{self.num_rows} rows x H {self.hidden} x V {self.vocab} ({str(self.dtype).removeprefix('torch.')}), "
-            f"at most {self.chunk_rows} rows a chunk; {parts or 'nothing to do'}; {per_row:.2f} GEMMs a row, {self.flops / 1e9:.2f} GFLOP, "
-            f"buffer {self.buffer_bytes / 2**20:.1f} MiB, gradients {self.gradient_bytes / 2**20:.1f} MiB"
+            f"{self.num_rows} rows x H {self.hidden} x V {self.vocab} ({str(self.dtype).removeprefix('torch.')}), at most "
+            f"{self.chunk_rows} rows a chunk; {', '.join(parts) or 'nothing to do'}; {per_row:.2f} GEMMs a row, "
+            f"{self.flops / 1e9:.2f} GFLOP, buffer {self.buffer_bytes / 2**20:.1f} MiB"
         )
 
 
 def make_plan(
     host_step_offsets: np.ndarray,  # (S + 1,)
-    host_pair_index: np.ndarray,  # (P, 2)
+    host_pair_index: np.ndarray | None,  # (P, 2); None: gradients of single steps, known only in backward
     *,
     vocab: int,
     hidden: int,
@@ -111,36 +117,29 @@ def make_plan(
     hidden_gradient: bool,
     weight_gradient: bool,
     bias_gradient: bool,
-    weight_bytes_per_element: int = 4,
 ) -> LinearPlan:
     num_rows, num_steps = int(host_step_offsets[-1]), len(host_step_offsets) - 1
-    all_pairs = np.arange(len(host_pair_index))
+    trained = weight_gradient or bias_gradient
     order = None
-    if weight_gradient or bias_gradient:
-        order, groups = _groups_by_unit(host_step_offsets, host_pair_index, chunk_rows)
+    if host_pair_index is None or not (hidden_gradient or trained):
+        kind = "later" if trained else "frozen" if hidden_gradient else "logps"
+        pairs = np.arange(0 if host_pair_index is None else len(host_pair_index))
+        groups = [Group(kind, 0, num_rows, _cut(0, num_rows, chunk_rows), np.arange(num_steps), pairs)]
     else:
-        kind = "frozen" if hidden_gradient else "logps"
-        groups = [Group(kind, 0, num_rows, _cut(0, num_rows, chunk_rows), np.arange(num_steps), all_pairs)]
+        order, groups = _groups_by_unit(host_step_offsets, host_pair_index, chunk_rows, frozen=not trained)
     return LinearPlan(
-        order,
-        groups,
-        chunk_rows,
-        num_rows,
-        vocab,
-        hidden,
-        dtype,
-        weight_gradient,
-        hidden_gradient,
-        weight_bytes_per_element,
+        order, groups, chunk_rows, num_rows, vocab, hidden, dtype, hidden_gradient, weight_gradient, bias_gradient
     )
 
 
-def _groups_by_unit(offsets: np.ndarray, index: np.ndarray, chunk_rows: int) -> tuple[np.ndarray, list[Group]]:
-    """Rows ordered by unit, whole units packed into chunks first fit in order; a unit larger than a chunk stands alone."""
+def _groups_by_unit(
+    offsets: np.ndarray, index: np.ndarray, chunk_rows: int, frozen: bool
+) -> tuple[np.ndarray, list[Group]]:
+    """Rows ordered by unit, whole units packed into chunks first fit in order; a unit larger than a chunk stands alone.
+    With a frozen head all units are one group, since their chunks may be cut anywhere. Steps in no pair come last."""
     counts = np.diff(offsets)
     # a pair with an empty step is no part of the loss, so it ties no steps together
-    live = (counts[index] > 0).all(axis=1) if len(index) else np.zeros(0, bool)
-    live_pairs = np.flatnonzero(live)
+    live_pairs = np.flatnonzero((counts[index] > 0).all(axis=1)) if len(index) else np.zeros(0, np.int64)
     unit = connected_steps(index[live_pairs], len(counts))
     steps_of: dict[int, list[int]] = {}
     for step, u in enumerate(unit.tolist()):
@@ -157,11 +156,15 @@ def _groups_by_unit(offsets: np.ndarray, index: np.ndarray, chunk_rows: int) -> 
         nonlocal at
         end = at + int(counts[steps].sum())
         if end > at:
-            groups.append(Group(kind, at, end, _cut(at, end, chunk_rows), np.array(steps), np.array(pairs, np.int64)))
+            cut = _cut(at, end, chunk_rows)
+            groups.append(Group(kind, at, end, cut, np.array(steps), np.array(pairs, np.int64)))
         placed.extend(steps)
         at = end
 
     loose = steps_of.pop(-1, [])
+    if frozen:
+        add("frozen", [s for members in steps_of.values() for s in members], live_pairs.tolist())
+        steps_of = {}
     steps, pairs, filled = [], [], 0
     for u, members in steps_of.items():
         size = int(counts[members].sum())
@@ -176,8 +179,8 @@ def _groups_by_unit(offsets: np.ndarray, index: np.ndarray, chunk_rows: int) -> 
         filled += size
     add("complete", steps, pairs)
     add("logps", loose, [])
-    order = np.concatenate([np.arange(offsets[s], offsets[s + 1]) for s in placed]) if placed else np.zeros(0, np.int64)
-    return order, groups
+    rows = [np.arange(offsets[s], offsets[s + 1]) for s in placed]
+    return np.concatenate(rows) if rows else np.zeros(0, np.int64), groups
 
 
 def _cut(start: int, end: int, size: int) -> list[tuple[int, int]]:
@@ -193,15 +196,20 @@ def plan_for(
     *,
     vocab: int,
     hidden: int,
-    dtype: torch.dtype = torch.float32,
-    chunk_bytes: int | None = None,
-    hidden_gradient: bool = True,
-    weight_gradient: bool = True,
-    bias_gradient: bool = False,
+    dtype: torch.dtype,
+    chunk_bytes: int | None,
+    hidden_gradient: bool,
+    weight_gradient: bool,
+    bias_gradient: bool,
 ) -> LinearPlan:
-    index = np.zeros((0, 2), np.int64) if pairs is None else pairs.host_index.numpy()
     return make_plan(
-        layout.host_step_offsets.numpy(), index, vocab=vocab, hidden=hidden, dtype=dtype,
+        layout.host_step_offsets.numpy(),
+        None if pairs is None else pairs.host_index.numpy(),
+        vocab=vocab,
+        hidden=hidden,
+        dtype=dtype,
         chunk_rows=rows_per_chunk(vocab, dtype, chunk_bytes, layout.device.type),
-        hidden_gradient=hidden_gradient, weight_gradient=weight_gradient, bias_gradient=bias_gradient,
-    )  # fmt: skip
+        hidden_gradient=hidden_gradient,
+        weight_gradient=weight_gradient,
+        bias_gradient=bias_gradient,
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -41,26 +43,44 @@ def resolve_group(name: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)
 
 
-def shard_of(weight: Tensor, tp_group) -> tuple[Tensor, str, int, int]:
-    """(local weight, group name or "", first vocabulary row here, size of the whole vocabulary)."""
-    if type(weight) is not Tensor and hasattr(weight, "device_mesh"):
+@dataclass(frozen=True)
+class ShardInfo:
+    """Where a rank's rows of the head are in the vocabulary."""
+
+    group_name: str  # "" when the whole vocabulary is here
+    start: int
+    largest: int  # rows of the largest shard
+    vocab: int
+
+
+def shard_of(weight: Tensor, tp_group) -> ShardInfo:
+    if hasattr(weight, "device_mesh"):
         return _shard_of_dtensor(weight, tp_group)
+    size = weight.shape[0]
     if tp_group is None:
-        return weight, "", 0, weight.shape[0]
-    world, size = dist.get_world_size(tp_group), weight.shape[0]
-    return weight, tp_group.group_name, dist.get_rank(tp_group) * size, world * size
+        return ShardInfo("", 0, size, size)
+    world = dist.get_world_size(tp_group)
+    return ShardInfo(tp_group.group_name, dist.get_rank(tp_group) * size, size, world * size)
 
 
-def _shard_of_dtensor(weight, tp_group) -> tuple[Tensor, str, int, int]:
+def _shard_of_dtensor(weight, tp_group) -> ShardInfo:
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = weight.device_mesh, weight.placements
-    if tp_group is not None:
-        raise ValueError("tp_group: expected None beside a DTensor weight, whose mesh names the group")
     if mesh.ndim != 1 or not isinstance(placements[0], Shard) or placements[0].dim != 0:
+        raise ValueError(f"weight: expected a DTensor sharded over its rows on a 1-D mesh, got {placements} on {mesh}")
+    group = mesh.get_group()
+    if tp_group is None or tp_group.group_name != group.group_name:
         raise ValueError(
-            f"weight: expected a DTensor sharded over its rows on a 1-D mesh, got placements {placements} on {mesh}"
+            "tp_group: expected the group of the weight's mesh (weight.device_mesh.get_group()) beside a DTensor weight; "
+            "if FSDP sharded it over data-parallel ranks, pass weight.full_tensor() or call the loss inside forward"
         )
+    world, vocab = mesh.size(), weight.shape[0]
     _, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
-    return weight.to_local(), mesh.get_group().group_name, offset[0], weight.shape[0]
+    return ShardInfo(group.group_name, offset[0], -(-vocab // world), vocab)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The tensor, or the part of a DTensor on this rank (differentiable)."""
+    return tensor.to_local() if hasattr(tensor, "device_mesh") else tensor
