@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import backends, ops
 from ._checks import check_float, check_positive, check_tensor
-from .autograd import once
+from .autograd import refuse_double_backward
 from .backends import reference
 from .layout import StepLayout
 from .pairs import StepPairs
@@ -86,19 +86,19 @@ class LogitsRoute(torch.autograd.Function):
     def backward(ctx, d_loss, d_sums, d_tokens, _):
         if d_loss is None and d_sums is None and d_tokens is None:
             return (None,) * 7
+        refuse_double_backward()
         logits, lse, coef, weights, labels, row_of, step_of_row = ctx.saved_tensors
         a, c, backend, inplace_backward = ctx.settings
-        with torch.no_grad():
-            if d_sums is not None or d_tokens is not None:
-                coef = _total_coef(coef, weights, step_of_row, d_loss, d_sums, d_tokens)
-                d_loss = None
-            args = (logits, row_of, labels, lse, coef, d_loss, a, c, backend)
-            if inplace_backward:
-                ops.token_logp_bwd_(*args)
-                d_logits = logits
-            else:
-                d_logits = ops.token_logp_bwd(*args)
-        return *once((d_logits,), (logits,)), None, None, None, None, None, None
+        if d_sums is not None or d_tokens is not None:
+            coef = _total_coef(coef, weights, step_of_row, d_loss, d_sums, d_tokens)
+            d_loss = None
+        args = (logits, row_of, labels, lse, coef, d_loss, a, c, backend)
+        if inplace_backward:
+            ops.token_logp_bwd_(*args)
+            d_logits = logits
+        else:
+            d_logits = ops.token_logp_bwd(*args)
+        return d_logits, None, None, None, None, None, None
 
 
 def step_loss(tokens: Tensor, weights: Tensor | None, layout: StepLayout, spec: PairLossSpec | None, backend: str):

@@ -6,7 +6,6 @@ They have no autograd formula on purpose: gradients live in the autograd.Functio
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from . import backends
 
