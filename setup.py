@@ -15,6 +15,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CompileError, PlatformError
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # pip's isolated build does not
+import build_cuda  # noqa: E402
+
 # GCC 12 takes the "undefined" vectors inside its own intrinsics headers for a mistake of ours.
 COMMON_FLAGS = ["-std=c++17", "-fvisibility=hidden", "-pthread", "-g0", "-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
 # Contraction into FMA is part of the kernels' error analysis; the default depends on the compiler.
@@ -43,6 +46,8 @@ class BuildKernels(build_ext):
     """build_ext that compiles every source with the flags of its instruction set, several at a time."""
 
     def build_extension(self, ext: Extension) -> None:
+        if isinstance(ext, build_cuda.CudaExtension):
+            return build_cuda.build(self, ext)
         try:
             if self.compiler.compiler_type == "msvc":
                 raise PlatformError("MSVC has no vector extensions; GCC or Clang is needed")
@@ -81,7 +86,9 @@ def extensions() -> list[Extension]:
     except ImportError as error:
         if not {"build_ext", "develop", "bdist_wheel", "install"} & set(sys.argv):
             return []  # a step that compiles nothing, for example `python setup.py --version`
-        raise SystemExit(f"sspo_ext: building the C++ module needs pybind11 ({error}); or set SSPO_BUILD_CPP=0") from None
+        raise SystemExit(
+            f"sspo_ext: building the C++ module needs pybind11 ({error}); or set SSPO_BUILD_CPP=0"
+        ) from None
     x86 = target_is_x86_64()
     return [
         Extension(
@@ -99,4 +106,5 @@ def extensions() -> list[Extension]:
     ]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})
+cpu = extensions()
+setup(ext_modules=cpu + build_cuda.extensions(skip_auto=not cpu), cmdclass={"build_ext": BuildKernels})

@@ -1,0 +1,199 @@
+"""The kernels of csrc/cuda on torch tensors: the three launches of the logits route, without Triton and without a compiler
+at run time. Imports without a GPU and without the module; `why_not` says what is missing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..heads import head_id
+
+try:
+    from .. import _C_cuda
+
+    _import_error: str | None = None
+except ImportError as error:  # kept: `sspo-ext info` and an explicit request show it
+    _C_cuda = None
+    _import_error = str(error)
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DEVICE_TYPE = "cuda"  # the tests put an emulation on the CPU in the module's place
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason these kernels cannot run, or None."""
+    if device.type != _DEVICE_TYPE:
+        return f"it runs on NVIDIA GPUs only, not on {device.type}"
+    if dtype not in _DTYPE_CODES:
+        return f"it takes {', '.join(str(d).removeprefix('torch.') for d in _DTYPE_CODES)}"
+    if torch.version.hip:
+        return "its kernels are CUDA C++, and this torch is built for ROCm"
+    if _C_cuda is None:
+        return (
+            f"the module sspo_ext._C_cuda could not be imported ({_import_error}); it is built where nvcc is found: "
+            "install again with SSPO_BUILD_CUDA=1"
+        )
+    if torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if not _runs_on(*capability):
+            return (
+                f"sspo_ext._C_cuda is built for {_C_cuda.architectures}, and this GPU is sm_{capability[0]}{capability[1]}; "
+                "install again with TORCH_CUDA_ARCH_LIST naming it"
+            )
+    return None
+
+
+def _runs_on(major: int, minor: int) -> bool:
+    """Machine code runs on later minors of its own major, PTX on everything later."""
+    for name in _C_cuda.architectures.split(";"):
+        kind, number = name.split("_")
+        has_major, has_minor = divmod(int(number), 10)
+        if (has_major, has_minor) <= (major, minor) and (kind == "compute" or has_major == major):
+            return True
+    return False
+
+
+def info() -> dict[str, str]:
+    """What the module was built for; empty without it."""
+    return {} if _C_cuda is None else {"architectures": _C_cuda.architectures}
+
+
+def _pointer(tensor: Tensor | None, dtype: torch.dtype, numel: int, device: torch.device) -> int:
+    """Address of a contiguous tensor of this type and size. The kernels trust it, so this is checked even under -O."""
+    if tensor is None:
+        return 0
+    if tensor.dtype != dtype or tensor.numel() != numel or not tensor.is_contiguous() or tensor.device != device:
+        raise TypeError(
+            f"expected a contiguous tensor of {numel} {dtype} on {device}, got {tuple(tensor.shape)} {tensor.dtype} on "
+            f"{tensor.device}"
+        )
+    return tensor.data_ptr()
+
+
+def _logits_view(logits: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    if logits.device.type != _DEVICE_TYPE or logits.ndim != 3 or (logits.shape[-1] > 1 and logits.stride(-1) != 1):
+        raise TypeError(f"expected (B, T, V) GPU logits with a contiguous last dimension, got {tuple(logits.shape)}")
+    return logits.data_ptr(), _DTYPE_CODES[logits.dtype], tuple(logits.shape), (logits.stride(0), logits.stride(1))
+
+
+def _stream(device: torch.device) -> tuple[int, int]:
+    """Index of the device, and torch's current stream on it."""
+    return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def _arrival_counters(device: torch.device) -> Tensor:
+    """Zeros for the kernels to count blocks in; they leave them zero. One set per stream: launches on one stream do not
+    overlap.
+    """
+    if _DEVICE_TYPE == "cuda" and torch.cuda.is_current_stream_capturing():
+        # a graph's memory is the graph's: zeroed by each replay, not kept for eager calls
+        return torch.zeros(_C_cuda.max_split_rows, dtype=torch.int32, device=device)
+    key = _stream(device)
+    if key not in _counters:
+        _counters[key] = torch.zeros(_C_cuda.max_split_rows, dtype=torch.int32, device=device)
+    return _counters[key]
+
+
+def token_logp_fwd(
+    logits: Tensor,  # (B, T, V) float32, bfloat16 or float16; last dimension contiguous, any strides before it
+    rows: Tensor,  # (N,) int64: position b * T + t of row n
+    labels: Tensor,  # (N,) int64
+    a: float,
+    c: float,
+) -> tuple[Tensor, Tensor]:  # logp (N,) float32, lse (N,) float64
+    """log_softmax(z)[row, label] and logsumexp(z)[row], z = a * x or c * tanh(a * x). Each logit is read once.
+
+    A label of -1 is one of another vocabulary shard: logp = -lse. Other labels, and rows, out of range give NaN.
+    """
+    N, device, V = rows.numel(), logits.device, logits.shape[-1]
+    logp = torch.empty(N, dtype=torch.float32, device=device)
+    lse = torch.empty(N, dtype=torch.float64, device=device)
+    view = _logits_view(logits)
+    splits = _C_cuda.row_splits(N, V, view[1])
+    partials = torch.empty(N * splits * 2, dtype=torch.float32, device=device) if splits > 1 else None
+    arrived = _arrival_counters(device) if splits > 1 else None
+    _C_cuda.token_logp_fwd(
+        *view, _pointer(rows, torch.int64, N, device), _pointer(labels, torch.int64, N, device), N, a, c,
+        logp.data_ptr(), lse.data_ptr(), splits, 0 if partials is None else partials.data_ptr(),
+        0 if arrived is None else arrived.data_ptr(), *_stream(device),
+    )  # fmt: skip
+    return logp, lse
+
+
+def token_logp_bwd(
+    logits: Tensor,  # (B, T, V) as above
+    row_of: Tensor,  # (B * T,) int32: row of a position, -1 where nothing is scored
+    labels: Tensor,  # (N,) int64
+    lse: Tensor,  # (N,) float64
+    coef: Tensor,  # (N,) float32: dL/dlogp
+    upstream: Tensor | None,  # () multiplies coef, read on the device
+    a: float,
+    c: float,
+    out: Tensor,  # (B, T, V) of logits' dtype: a new buffer, or the logits themselves
+) -> None:
+    """out[i, v] = upstream * coef * (onehot - softmax(z))[v] * dz/dx. Rows without a gradient are written as zeros, unread."""
+    N, device = labels.numel(), logits.device
+    if upstream is not None:
+        upstream = upstream.to(torch.float32)
+    data, code, sizes, strides = _logits_view(logits)
+    out_data, out_code, out_sizes, out_strides = _logits_view(out)
+    if (out_code, out_sizes, out.device) != (code, sizes, device):
+        raise TypeError(
+            f"out: expected {sizes} {logits.dtype} on {device}, got {out_sizes} {out.dtype} on {out.device}"
+        )
+    if out_data == data and out_strides != strides and out.numel():
+        raise ValueError("out: overlaps logits with other strides")
+    _C_cuda.token_logp_bwd(
+        data, code, sizes, strides, _pointer(row_of, torch.int32, sizes[0] * sizes[1], device),
+        _pointer(labels, torch.int64, N, device), _pointer(lse, torch.float64, N, device),
+        _pointer(coef, torch.float32, N, device), _pointer(upstream, torch.float32, 1, device), N, a, c,
+        out_data, out_strides, *_stream(device),
+    )  # fmt: skip
+
+
+def step_loss_fwd(
+    logp: Tensor,  # (N,) float32
+    weights: Tensor | None,  # (N,)
+    step_offsets: Tensor,  # (S + 1,) int32, CSR over all N rows
+    ref: Tensor | None,  # (S,)
+    pair_index: Tensor,  # (P, 2) int32: winner step, loser step
+    adj_offsets: Tensor,  # (S + 1,) int32
+    adj_pairs: Tensor,  # (2P,) int32: 2 * pair + side, ascending within a step; side 0 is the winner
+    pair_weights: Tensor | None,  # (P,)
+    pair_margins: Tensor | None,  # (P,)
+    pair_labels: Tensor | None,  # (P,)
+    scale: Tensor,  # ()
+    head: str,
+    options: list[float],
+    label: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss (), sums (S,), pair_loss (P,), coef (N,), all float32
+    """S_k = sum of w * logp over step k, f_p = head(S - ref of the pair's steps), loss = scale * sum_p weight_p f_p.
+
+    coef = d loss/d logp. Sums run in a fixed order, in double. A pair with an empty step gives 0 and no gradient.
+    """
+    N, S, P, device = logp.numel(), step_offsets.numel() - 1, pair_index.shape[0], logp.device
+    out = tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in ((), (S,), (P,), (N,)))
+    if S == 0:  # no block would write the loss
+        out[0].zero_()
+        return out
+
+    def floats(tensor: Tensor | None, numel: int) -> int:
+        return _pointer(tensor, torch.float32, numel, device)
+
+    def ints(tensor: Tensor, numel: int) -> int:
+        return _pointer(tensor, torch.int32, numel, device)
+
+    addresses = [
+        floats(logp, N), floats(weights, N), ints(step_offsets, S + 1), floats(ref, S), ints(pair_index, 2 * P),
+        ints(adj_offsets, S + 1), ints(adj_pairs, 2 * P), floats(pair_weights, P), floats(pair_margins, P),
+        floats(pair_labels, P), floats(scale, 1),
+    ]  # fmt: skip
+    _C_cuda.step_loss_fwd(
+        (N, S, P), addresses, head_id(head), list(options), label, [t.data_ptr() for t in out],
+        _arrival_counters(device).data_ptr(), *_stream(device),
+    )  # fmt: skip
+    return out
