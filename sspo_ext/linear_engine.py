@@ -74,26 +74,33 @@ class Head:
 
 
 class WeightGradient:
-    """Sum over chunks of G^T @ hidden: one GEMM straight into place when that loses nothing, else through float32."""
+    """Sum over chunks of G^T @ hidden. A 16-bit sum of several products goes through float32, a block of vocabulary rows
+    at a time, so that no second (V, H) exists; otherwise GEMMs add straight into place."""
 
     def __init__(self, head: Head, plan: LinearPlan, accum_dtype: torch.dtype):
-        dtype, chunks = head.weight.dtype, plan.weight_chunks
-        direct = chunks <= 1 or dtype == head.acc_dtype or accum_dtype == dtype
+        weight, chunks = head.weight, plan.weight_chunks
+        exact = chunks <= 1 or weight.dtype == head.acc_dtype
         make = torch.empty if chunks else torch.zeros
-        self.total = make(head.weight.shape, dtype=dtype if direct else accum_dtype, device=head.weight.device)
+        self.total = make(weight.shape, dtype=weight.dtype if exact else accum_dtype, device=weight.device)
         self.first = True
-        # a product in the GEMM's dtype is added up a block of vocabulary rows at a time
-        block = max(1, _BLOCK_BYTES // max(1, head.weight.shape[1] * dtype.itemsize))
-        self.blocks = [] if direct else [slice(v, v + block) for v in range(0, head.vocab, block)]
+        self.straight = weight.dtype == head.acc_dtype
+        # oneDNN multiplies a transposed 16-bit operand at half its speed; turning a block of it round is cheaper
+        self.turn_round = not self.straight and weight.device.type == "cpu"
+        self.block = max(1, _BLOCK_BYTES // (max(1, weight.shape[1]) * weight.itemsize))
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
-        for rows in self.blocks:
-            partial = torch.mm(gradient[:, rows].t(), hidden)
-            self.total[rows].copy_(partial) if self.first else self.total[rows].add_(partial)
-        if not self.blocks and self.first:
-            torch.mm(gradient.t(), hidden, out=self.total)
-        elif not self.blocks:
-            self.total.addmm_(gradient.t(), hidden)
+        if self.straight:
+            torch.mm(gradient.t(), hidden, out=self.total) if self.first else self.total.addmm_(gradient.t(), hidden)
+        else:
+            for start in range(0, self.total.shape[0], self.block):
+                total, part = self.total[start : start + self.block], gradient[:, start : start + self.block].t()
+                part = part.contiguous() if self.turn_round else part
+                if self.first and total.dtype == part.dtype:
+                    torch.mm(part, hidden, out=total)
+                elif self.first:
+                    total.copy_(torch.mm(part, hidden))
+                else:
+                    total.add_(torch.mm(part, hidden))
         self.first = False
 
 
