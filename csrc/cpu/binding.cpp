@@ -32,25 +32,24 @@ sspo::Logits to_logits(Address data, int dtype, const std::array<int64_t, 3>& si
     return {at<void>(data), to_dtype(dtype), strides[0], strides[1], B * T, std::max<int64_t>(T, 1), V, a, c};
 }
 
-void token_logp_fwd(Address logits, int dtype, std::array<int64_t, 3> sizes, std::array<int64_t, 2> strides, Address rows,
-                    Address labels, int64_t N, double a, double c, Address logp, Address lse, bool lse_is_double,
+void token_logp_fwd(Address logits, int dtype, std::array<int64_t, 3> sizes, std::array<int64_t, 2> strides,
+                    Address rows, Address labels, int64_t N, double a, double c, Address logp, Address lse,
                     int threads) {
     const sspo::Isa& isa = sspo::choose_isa();
     const sspo::FwdArgs args{to_logits(logits, dtype, sizes, strides, a, c), at<int64_t>(rows), at<int64_t>(labels),
-                             at<void>(logp), at<void>(lse), lse_is_double};
+                             at<void>(logp), at<double>(lse)};
     py::gil_scoped_release release;
     sspo::token_logp_fwd(*isa.kernels, args, N, threads);
 }
 
 void token_logp_bwd(Address logits, int dtype, std::array<int64_t, 3> sizes, std::array<int64_t, 2> strides,
-                    Address row_of, Address labels, Address lse, bool lse_is_double, Address coef, Address upstream,
-                    int64_t N, double a, double c, Address out, std::array<int64_t, 2> out_strides, int threads) {
+                    Address row_of, Address labels, Address lse, Address coef, Address upstream, int64_t N, double a,
+                    double c, Address out, std::array<int64_t, 2> out_strides, int threads) {
     const sspo::Isa& isa = sspo::choose_isa();
     const sspo::BwdArgs args{to_logits(logits, dtype, sizes, strides, a, c),
                              at<int32_t>(row_of),
                              at<int64_t>(labels),
-                             at<void>(lse),
-                             lse_is_double,
+                             at<double>(lse),
                              at<void>(coef),
                              at<void>(upstream),
                              N,
@@ -67,16 +66,24 @@ void step_loss(const std::array<int64_t, 3>& sizes, const std::array<Address, 11
                const std::vector<double>& options, double label, const std::array<Address, 4>& out) {
     std::array<T, sspo::kMaxOptions> values{};
     for (size_t i = 0; i < options.size() && i < values.size(); ++i) values[i] = (T)options[i];
-    sspo::step_loss_fwd<T>({sizes[0], sizes[1], sizes[2], at<T>(in[0]), at<T>(in[1]), at<int32_t>(in[2]), at<T>(in[3]),
-                            at<int32_t>(in[4]), at<int32_t>(in[5]), at<int32_t>(in[6]), at<T>(in[7]), at<T>(in[8]),
-                            at<T>(in[9]), head, values.data(), (T)label, at<T>(in[10]), at<T>(out[0]), at<T>(out[1]),
-                            at<T>(out[2]), at<T>(out[3])});
+    sspo::step_loss_fwd<T>({sizes[0],           sizes[1],
+                            sizes[2],           at<T>(in[0]),
+                            at<T>(in[1]),       at<int32_t>(in[2]),
+                            at<T>(in[3]),       at<int32_t>(in[4]),
+                            at<int32_t>(in[5]), at<int32_t>(in[6]),
+                            at<T>(in[7]),       at<T>(in[8]),
+                            at<T>(in[9]),       head,
+                            values.data(),      (T)label,
+                            at<T>(in[10]),      at<T>(out[0]),
+                            at<T>(out[1]),      at<T>(out[2]),
+                            at<T>(out[3])});
 }
 
 void step_loss_fwd(bool is_double, std::array<int64_t, 3> sizes, std::array<Address, 11> in, int head,
                    std::vector<double> options, double label, std::array<Address, 4> out) {
     if (head < 0 || head >= sspo::kNumPairHeads)
-        throw py::value_error("head " + std::to_string(head) + " is not in this build: sspo_ext._C is older than heads.py");
+        throw py::value_error("head " + std::to_string(head) +
+                              " is not in this build: sspo_ext._C is older than heads.py");
     py::gil_scoped_release release;
     is_double ? step_loss<double>(sizes, in, head, options, label, out)
               : step_loss<float>(sizes, in, head, options, label, out);

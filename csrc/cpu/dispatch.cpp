@@ -25,9 +25,12 @@ constexpr int64_t kLargeBytes = 32 << 20;
 
 int64_t element_size(DType dtype) {
     switch (dtype) {
-        case DType::kFloat64: return 8;
-        case DType::kFloat32: return 4;
-        default: return 2;
+        case DType::kFloat64:
+            return 8;
+        case DType::kFloat32:
+            return 4;
+        default:
+            return 2;
     }
 }
 

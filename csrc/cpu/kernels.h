@@ -7,6 +7,8 @@ namespace sspo {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
+constexpr int64_t kNoLabel = -1;  // the label lies in another shard of the vocabulary
+
 // A logit x becomes z = a * x when c == 0, else z = c * tanh(a * x).
 struct Logits {
     const void* data;
@@ -19,20 +21,18 @@ struct Logits {
 struct FwdArgs {
     Logits logits;
     const int64_t* rows;    // (N,) position of row n
-    const int64_t* labels;  // (N,)
+    const int64_t* labels;  // (N,) kNoLabel: logp is -lse
     void* logp;             // (N,) float32, float64 for float64 logits
-    void* lse;              // (N,) float32, or float64 where lse_is_double
-    bool lse_is_double;
+    double* lse;            // (N,) float32 would round 1e4 by 5e-4, and the softmax of the backward with it
 };
 
 struct BwdArgs {
     Logits logits;
     const int32_t* row_of;  // (positions,) row of a position, or -1
-    const int64_t* labels;  // (N,)
-    const void* lse;        // (N,) float32, or float64 where lse_is_double
-    bool lse_is_double;
-    const void* coef;      // (N,) float32, float64 for float64 logits
-    const void* upstream;  // one number of coef's type, or null
+    const int64_t* labels;  // (N,) kNoLabel: no one-hot term
+    const double* lse;      // (N,)
+    const void* coef;       // (N,) float32, float64 for float64 logits
+    const void* upstream;   // one number of coef's type, or null
     int64_t N;
     void* out;  // may be logits.data, with the same strides
     int64_t out_stride_b, out_stride_t;

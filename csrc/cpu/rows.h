@@ -1,6 +1,6 @@
 // The row kernels, one source for every instruction set. rows_<isa>.cpp defines SSPO_LANES and includes this.
 //
-// Forward, per row: sum of 2^(k x - shift) with k = a log2(e), tile by tile, reading each logit once. The shift is the
+// Forward, per row: sum of 2^(k x - shift), k = a log2(e), tile by tile, reading each logit once. The shift is the
 // maximum of the first tile. Later tiles are summed with the shift as it stands: a sum beyond kRescale (or NaN) tells
 // that it was too small, and only then the tile's maximum is taken and the tile, still in the L1 cache, summed again.
 // Every term lost to underflow is below 2^-126 of the sum, because the shift is the exponent of a logit of the row.
@@ -20,10 +20,10 @@ using sspo::Logits;
 
 constexpr double kLog2e = 1.44269504088896340736;
 constexpr double kLn2 = 0.69314718055994530942;
-constexpr int64_t kTile = 4096;       // elements: 8 or 16 KiB, and few enough for float32 partial sums
-constexpr double kRescale = 0x1p60;   // far from overflow, and no precision is lost below it
-constexpr int kUnroll = 2;            // pairs of vectors per iteration
-constexpr int kPrefetch = 4096;       // bytes ahead; the hardware prefetcher stops at the end of a 4 KiB page
+constexpr int64_t kTile = 4096;      // elements: 8 or 16 KiB, and few enough for float32 partial sums
+constexpr double kRescale = 0x1p60;  // far from overflow, and no precision is lost below it
+constexpr int kUnroll = 2;           // pairs of vectors per iteration
+constexpr int kPrefetch = 4096;      // bytes ahead; the hardware prefetcher stops at the end of a 4 KiB page
 
 // Degrees of the exponential. Log-probs are float32 whatever the logits are; a 16-bit gradient is rounded 300 times
 // more coarsely than degree 4 errs.
@@ -35,7 +35,8 @@ constexpr int kDegree = 6;
 template <class T>
 constexpr int kGradDegree = sizeof(T) == 2 ? 4 : kDegree;
 
-// x -> the exponent of 2, up to the shift: k * x, or k * tanh(a * x).
+// The exponent of 2 of a logit relative to a shift. With FMA it is k m - shift, k m not being rounded; without, it is
+// k (m - shift), as k m alone would lose the digits of a large logit. m is x, or tanh(a x) with a softcap.
 template <bool CAP>
 struct Exponent {
     F k, a;
@@ -48,6 +49,21 @@ struct Exponent {
         a = splat((float)l.a);
     }
     F map(F x) const { return CAP ? vector_tanh(a * x) : x; }
+    // z of one logit by the same tanh as its row's, so that the error cancels where one logit has all the probability.
+    double z(const Logits& l, double x) const { return CAP ? l.c * map(splat((float)x))[0] : l.a * x; }
+#if defined(SSPO_AVX512) || defined(SSPO_AVX2)
+    F relative(F m, F shift) const { return multiply_subtract(m, k, shift); }
+    F to_shift(F m) const { return m * k; }
+    double to_shift(double m) const { return m * k_value; }
+    double from_shift(double shift) const { return shift / k_value; }
+    double exponent(double shift) const { return shift; }
+#else
+    F relative(F m, F shift) const { return (m - shift) * k; }
+    F to_shift(F m) const { return m; }
+    double to_shift(double m) const { return m; }
+    double from_shift(double shift) const { return shift; }
+    double exponent(double shift) const { return shift * k_value; }
+#endif
 };
 
 inline double exact_z(const Logits& l, double x) { return l.c == 0 ? l.a * x : l.c * tanh(l.a * x); }
@@ -74,15 +90,15 @@ float tile_max(const T* x, int64_t n, const Exponent<CAP>& e) {
     int64_t i = 0;
     for (; i + kPair <= n; i += kPair) {
         const F2 v = load2(x + i);
-        m = vector_max(m, vector_max(e.map(v.a) * e.k, e.map(v.b) * e.k));
+        m = vector_max(m, vector_max(e.to_shift(e.map(v.a)), e.to_shift(e.map(v.b))));
     }
     if (i < n) {
         const F2 v = load2_partial(x + i, n - i);
         const Index2 index = lane_index(x);
         const int rest = (int)(n - i);
         const F low = splat(-__builtin_inff());
-        m = vector_max(m, index.a < rest ? e.map(v.a) * e.k : low);
-        m = vector_max(m, index.b < rest ? e.map(v.b) * e.k : low);
+        m = vector_max(m, index.a < rest ? e.to_shift(e.map(v.a)) : low);
+        m = vector_max(m, index.b < rest ? e.to_shift(e.map(v.b)) : low);
     }
     return horizontal_max(m);
 }
@@ -90,7 +106,7 @@ float tile_max(const T* x, int64_t n, const Exponent<CAP>& e) {
 template <class T, bool CAP>
 double tile_sum(const T* x, int64_t n, const Exponent<CAP>& e, const Exp2<kDegree>& exp2_, float shift) {
     const F s = splat(shift);
-    const auto term = [&](F v) { return exp2_(clamp_exponent(e.map(v) * e.k - s)); };
+    const auto term = [&](F v) { return exp2_(clamp_exponent(e.relative(e.map(v), s))); };
     F sum[2 * kUnroll] = {};
     int64_t i = 0;
     for (; i + kUnroll * kPair <= n; i += kUnroll * kPair) {
@@ -144,18 +160,23 @@ double row_lse(const Logits& l, const T* x, const Exponent<CAP>& e, const Exp2<k
         if (first || !(part < kRescale)) {
             const float m = tile_max(x + i, n, e);
             if (isinf(m) || m != m) return row_lse_exact(l, x);  // masked from the start, or not finite, or too large
-            if (first || m > shift) {
-                sum *= exp2((double)shift - m);
-                shift = m;
-            }
+            if (!first && m > shift) sum *= exp2(e.exponent((double)shift - m));
+            if (first || m > shift) shift = m;
             part = tile_sum(x + i, n, e, exp2_, shift);
             if (!(part < kRescale)) return row_lse_exact(l, x);
         }
         sum += part;
     }
-    // Natural logarithm in units of z. The rounding of k is undone where the shift is large; elsewhere it is below
-    // the rounding of the terms.
-    return (CAP ? l.c : l.a) * (shift / e.k_value) + log(sum);
+    // The shift in double: what its rounding took from the terms' exponents, their sum has.
+    return (CAP ? l.c : l.a) * e.from_shift(shift) + log(sum);
+}
+
+template <class Z>
+double log_prob(int64_t label, int64_t V, double lse, const Z& z_of) {
+    if (label == sspo::kNoLabel) return -lse;
+    if (label < 0 || label >= V) return __builtin_nan("");
+    const double logp = z_of(label) - lse;
+    return logp > 0 ? 0 : logp;  // the rounding of lse must not make a probability above 1
 }
 
 template <class T, bool CAP>
@@ -168,14 +189,11 @@ void fwd_rows(const FwdArgs& args, int64_t begin, int64_t end) {
         double lse = __builtin_nan(""), logp = lse;
         if (position >= 0 && position < l.positions) {
             const T* x = row_pointer<T>(l, position);
-            lse = e.k_value != 0 ? row_lse<T, CAP>(l, x, e, exp2_) : row_lse_exact(l, x);
-            if (label >= 0 && label < l.V) logp = exact_z(l, to_double(x[label])) - lse;
+            lse = e.k_value > 0 ? row_lse<T, CAP>(l, x, e, exp2_) : row_lse_exact(l, x);
+            logp = log_prob(label, l.V, lse, [&](int64_t v) { return e.z(l, to_double(x[v])); });
         }
         ((float*)args.logp)[n] = (float)logp;
-        if (args.lse_is_double)
-            ((double*)args.lse)[n] = lse;
-        else
-            ((float*)args.lse)[n] = (float)lse;
+        args.lse[n] = lse;
     }
 }
 
@@ -187,10 +205,10 @@ void fwd_rows_float64(const FwdArgs& args, int64_t begin, int64_t end) {
         if (position >= 0 && position < l.positions) {
             const double* x = row_pointer<double>(l, position);
             lse = row_lse_exact(l, x);
-            if (label >= 0 && label < l.V) logp = exact_z(l, x[label]) - lse;
+            logp = log_prob(label, l.V, lse, [&](int64_t v) { return exact_z(l, x[v]); });
         }
         ((double*)args.logp)[n] = logp;
-        ((double*)args.lse)[n] = lse;
+        args.lse[n] = lse;
     }
 }
 
@@ -201,7 +219,7 @@ template <class T, bool CAP, bool STREAM, int DEGREE>
 void grad_elements(const T* x, T* out, int64_t n, const Exponent<CAP>& e, const Exp2<DEGREE>& exp2_, F shift) {
     const auto grad = [&](F v) {
         const F m = e.map(v);
-        const F p = exp2_(m * e.k - shift);
+        const F p = exp2_(e.relative(m, shift));
         return CAP ? p * (1.0f - m * m) : p;
     };
     const auto partial = [&](int64_t i, int64_t count) {
@@ -235,7 +253,7 @@ void fill(T* out, int64_t n, double value) {
 // What a row's gradient needs: factor = dL/dlogp, lse, and whether the row is zero or not a number altogether.
 struct RowGrad {
     double factor = 0, lse = 0;
-    int64_t label = -1;
+    int64_t label = sspo::kNoLabel;
     enum { kZero, kNaN, kDense } kind = kZero;
 };
 
@@ -248,18 +266,17 @@ RowGrad row_grad(const BwdArgs& args, int64_t position, bool finite_float) {
     if (args.upstream) g.factor *= *(const Coef*)args.upstream;
     if (g.factor == 0) return g;
     g.label = args.labels[row];
-    g.lse = args.lse_is_double ? ((const double*)args.lse)[row] : ((const float*)args.lse)[row];
-    const bool ok = isfinite(g.lse) && g.label >= 0 && g.label < args.logits.V &&
+    g.lse = args.lse[row];
+    const bool ok = isfinite(g.lse) && (g.label == sspo::kNoLabel || (g.label >= 0 && g.label < args.logits.V)) &&
                     (finite_float ? isfinite((float)g.factor) : isfinite(g.factor));
     g.kind = ok ? RowGrad::kDense : RowGrad::kNaN;
     return g;
 }
 
 // The label's element: factor * (1 - p) * dz/dx, without cancellation where p is close to 1.
-inline double label_grad(const Logits& l, double x, const RowGrad& g) {
-    const double tanh_ = l.c == 0 ? 0 : tanh(l.a * x);
-    const double slope = l.c == 0 ? l.a : l.c * l.a * (1 - tanh_ * tanh_);
-    return g.factor * slope * -expm1(exact_z(l, x) - g.lse);
+inline double label_grad(const Logits& l, double z, const RowGrad& g) {
+    const double slope = l.c == 0 ? l.a : l.c * l.a * (1 - z / l.c * (z / l.c));
+    return g.factor * slope * -expm1(z - g.lse);
 }
 
 template <class T, bool CAP>
@@ -278,15 +295,17 @@ void bwd_rows(const BwdArgs& args, int64_t begin, int64_t end) {
             continue;
         }
         const T* x = row_pointer<T>(l, position);
-        const double label_value = label_grad(l, to_double(x[g.label]), g);
-        const double exact_shift = g.lse / (CAP ? l.c : l.a) * e.k_value;
+        const bool labelled = g.label != sspo::kNoLabel;
+        const double label_value = labelled ? label_grad(l, e.z(l, to_double(x[g.label])), g) : 0;
+        const double exact_shift = e.to_shift(g.lse / (CAP ? l.c : l.a));
         const float shift = (float)exact_shift;
-        const Exp2<kGradDegree<T>> exp2_(-g.factor * l.a * (CAP ? l.c : 1.0) * exp2((double)shift - exact_shift));
+        const double correction = exp2(e.exponent(shift - exact_shift));
+        const Exp2<kGradDegree<T>> exp2_(-g.factor * l.a * (CAP ? l.c : 1.0) * correction);
         if (args.stream)
             grad_elements<T, CAP, true>(x, out, l.V, e, exp2_, splat(shift));
         else
             grad_elements<T, CAP, false>(x, out, l.V, e, exp2_, splat(shift));
-        from_double(label_value, out + g.label);
+        if (labelled) from_double(label_value, out + g.label);
     }
     if (args.stream) store_fence();
 }
@@ -301,13 +320,14 @@ void bwd_rows_float64(const BwdArgs& args, int64_t begin, int64_t end) {
             continue;
         }
         const double* x = row_pointer<double>(l, position);
-        const double label_value = label_grad(l, x[g.label], g);
+        const bool labelled = g.label != sspo::kNoLabel;
+        const double label_value = labelled ? label_grad(l, exact_z(l, x[g.label]), g) : 0;
         for (int64_t v = 0; v < l.V; ++v) {
             const double tanh_ = l.c == 0 ? 0 : tanh(l.a * x[v]);
             const double slope = l.c == 0 ? l.a : l.c * l.a * (1 - tanh_ * tanh_);
             out[v] = -g.factor * slope * exp((l.c == 0 ? l.a * x[v] : l.c * tanh_) - g.lse);
         }
-        out[g.label] = label_value;
+        if (labelled) out[g.label] = label_value;
     }
 }
 
@@ -316,20 +336,28 @@ void bwd_rows_float64(const BwdArgs& args, int64_t begin, int64_t end) {
 template <bool CAP>
 void fwd_any(const FwdArgs& args, int64_t begin, int64_t end) {
     switch (args.logits.dtype) {
-        case sspo::DType::kFloat32: return fwd_rows<float, CAP>(args, begin, end);
-        case sspo::DType::kBFloat16: return fwd_rows<bf16, CAP>(args, begin, end);
-        case sspo::DType::kFloat16: return fwd_rows<f16, CAP>(args, begin, end);
-        case sspo::DType::kFloat64: return fwd_rows_float64(args, begin, end);
+        case sspo::DType::kFloat32:
+            return fwd_rows<float, CAP>(args, begin, end);
+        case sspo::DType::kBFloat16:
+            return fwd_rows<bf16, CAP>(args, begin, end);
+        case sspo::DType::kFloat16:
+            return fwd_rows<f16, CAP>(args, begin, end);
+        case sspo::DType::kFloat64:
+            return fwd_rows_float64(args, begin, end);
     }
 }
 
 template <bool CAP>
 void bwd_any(const BwdArgs& args, int64_t begin, int64_t end) {
     switch (args.logits.dtype) {
-        case sspo::DType::kFloat32: return bwd_rows<float, CAP>(args, begin, end);
-        case sspo::DType::kBFloat16: return bwd_rows<bf16, CAP>(args, begin, end);
-        case sspo::DType::kFloat16: return bwd_rows<f16, CAP>(args, begin, end);
-        case sspo::DType::kFloat64: return bwd_rows_float64(args, begin, end);
+        case sspo::DType::kFloat32:
+            return bwd_rows<float, CAP>(args, begin, end);
+        case sspo::DType::kBFloat16:
+            return bwd_rows<bf16, CAP>(args, begin, end);
+        case sspo::DType::kFloat16:
+            return bwd_rows<f16, CAP>(args, begin, end);
+        case sspo::DType::kFloat64:
+            return bwd_rows_float64(args, begin, end);
     }
 }
 

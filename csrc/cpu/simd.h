@@ -19,7 +19,8 @@
 namespace {
 
 constexpr int kLanes = SSPO_LANES;
-constexpr int kPair = 2 * kLanes;  // elements are handled in pairs of vectors, so that 16-bit types fill whole registers
+constexpr int kPair =
+    2 * kLanes;  // elements are handled in pairs of vectors, so that 16-bit types fill whole registers
 
 typedef float F __attribute__((vector_size(4 * SSPO_LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * SSPO_LANES)));
@@ -67,7 +68,8 @@ inline F2 load2(const f16* p) {
             (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
 #else
     const auto widen = [](U h) {
-        // Moves exponent and mantissa into place and multiplies the exponent's bias away, which is exact for subnormals.
+        // Moves exponent and mantissa into place and multiplies the exponent's bias away, which is exact for
+        // subnormals.
         const F magnitude = from_bits((h & 0x7fffu) << 13) * 0x1p112f;
         const U special = (U)((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
         return from_bits(bits_of(magnitude) | special | ((h & 0x8000u) << 16));
@@ -163,6 +165,12 @@ inline void store_fence() {
 #endif
 }
 
+#if defined(SSPO_AVX512)
+inline F multiply_subtract(F a, F b, F c) { return (F)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(SSPO_AVX2)
+inline F multiply_subtract(F a, F b, F c) { return (F)_mm256_fmsub_ps((__m256)a, (__m256)b, (__m256)c); }
+#endif
+
 // max(limit, t) and min(limit, t) that keep a NaN in t, in the form that is one instruction.
 inline F at_least(float limit, F t) {
 #if defined(SSPO_AVX512)
@@ -199,13 +207,18 @@ struct Exp2 {
     explicit Exp2(double factor = 1.0) {
 #if defined(SSPO_AVX512)  // for the fraction in [0, 1)
         static const double k4[] = {1.0, 0.693044845025, 0.241280204074, 0.0522424753446, 0.0134266837168};
-        static const double k5[] = {1.0,           0.693151311818,  0.240164450039,
-                                    0.0557999134252, 0.00901702996253, 0.00186713021195};
+        static const double k5[] = {
+            1.0, 0.693151311818, 0.240164450039, 0.0557999134252, 0.00901702996253, 0.00186713021195};
         const double* k = DEGREE == 4 ? k4 : k5;
 #else  // for the fraction in [-1/2, 1/2]
         static const double k4[] = {1.0, 0.693113604483, 0.240207111005, 0.055976883149, 0.00978291118662};
-        static const double k6[] = {1.0,           0.693147214968,   0.240226527829,   0.0555031055121,
-                                    0.00961769297614, 0.00134066438475, 0.000155946770151};
+        static const double k6[] = {1.0,
+                                    0.693147214968,
+                                    0.240226527829,
+                                    0.0555031055121,
+                                    0.00961769297614,
+                                    0.00134066438475,
+                                    0.000155946770151};
         const double* k = DEGREE == 4 ? k4 : k6;
 #endif
         for (int i = 0; i <= DEGREE; ++i) c[i] = splat((float)(k[i] * factor));
@@ -216,8 +229,8 @@ struct Exp2 {
         const F f = (F)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // t - floor(t)
         return (F)_mm512_scalef_ps((__m512)poly(f), (__m512)t);                                 // poly * 2^floor(t)
 #else
-        t = at_least(-127.0f, t);               // the scale of -127 is 0: -inf and whatever else underflows give 0
-        const F shifted = t + 0x1.8p23f;        // its low bits are round(t)
+        t = at_least(-127.0f, t);         // the scale of -127 is 0: -inf and whatever else underflows give 0
+        const F shifted = t + 0x1.8p23f;  // its low bits are round(t)
         const F f = t - (shifted - 0x1.8p23f);
         const F scale = from_bits((bits_of(shifted) << 23) + 0x3f800000u);
         return poly(f) * scale;

@@ -29,8 +29,10 @@ void step_loss_fwd(const StepLossArgs<T>& a) {
         const int64_t w = a.pair_index[2 * p], l = a.pair_index[2 * p + 1];
         a.pair_loss[p] = 0;
         if (w < 0 || w >= a.S || l < 0 || l >= a.S || count(w) == 0 || count(l) == 0) continue;
-        const PairScores<T> scores{a.sums[w] - (a.ref ? a.ref[w] : T(0)), a.sums[l] - (a.ref ? a.ref[l] : T(0)),
-                                   (T)count(w),                           (T)count(l),
+        const PairScores<T> scores{a.sums[w] - (a.ref ? a.ref[w] : T(0)),
+                                   a.sums[l] - (a.ref ? a.ref[l] : T(0)),
+                                   (T)count(w),
+                                   (T)count(l),
                                    a.pair_margins ? a.pair_margins[p] : T(0),
                                    a.pair_labels ? a.pair_labels[p] : a.label};
         const PairGrad<T> g = pair_head<T>(a.head, scores, a.options);

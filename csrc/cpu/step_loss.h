@@ -8,13 +8,13 @@ namespace sspo {
 template <class T>
 struct StepLossArgs {
     int64_t N, S, P;
-    const T* logp;                // (N,)
-    const T* weights;             // (N,) or null
-    const int32_t* step_offsets;  // (S + 1,)
-    const T* ref;                 // (S,) or null
-    const int32_t* pair_index;    // (P, 2)
-    const int32_t* adj_offsets;   // (S + 1,)
-    const int32_t* adj_pairs;     // (2P,)
+    const T* logp;                                       // (N,)
+    const T* weights;                                    // (N,) or null
+    const int32_t* step_offsets;                         // (S + 1,)
+    const T* ref;                                        // (S,) or null
+    const int32_t* pair_index;                           // (P, 2)
+    const int32_t* adj_offsets;                          // (S + 1,)
+    const int32_t* adj_pairs;                            // (2P,)
     const T *pair_weights, *pair_margins, *pair_labels;  // (P,) or null
     int head;
     const T* options;

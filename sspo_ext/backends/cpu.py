@@ -17,10 +17,6 @@ except ImportError as error:  # kept: `sspo-ext info` and an explicit request sh
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
-# The log-sum-exp is kept in the type the ops declare. float64 is supported too, and makes the backward exact where it
-# is large: float32 rounds 1e4 by 5e-4, and the softmax with it.
-_LSE_DTYPE = torch.float64
-
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason these kernels cannot run, or None."""
@@ -64,20 +60,20 @@ def _logits_view(logits: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, 
 def token_logp_fwd(
     logits: Tensor,  # (B, T, V) float, last dimension contiguous
     rows: Tensor,  # (N,) int64: position b * T + t of row n
-    labels: Tensor,  # (N,) int64
+    labels: Tensor,  # (N,) int64; -1: the label lies in another shard of the vocabulary
     a: float,
     c: float,
-) -> tuple[Tensor, Tensor]:  # logp (N,), lse (N,): float32, float64 for float64 logits
+) -> tuple[Tensor, Tensor]:  # logp (N,) float32 (float64 for float64 logits), lse (N,) float64
     """log_softmax(z)[row, label] and logsumexp(z)[row], z = a * x or c * tanh(a * x). Each logit is read once.
 
-    A row or label out of range gives NaN.
+    For label -1 logp is -lse. Any other row or label out of range gives NaN.
     """
-    N, dtype = rows.numel(), _accumulator(logits.dtype)
-    logp = torch.empty(N, dtype=dtype)
-    lse = torch.empty(N, dtype=torch.promote_types(dtype, _LSE_DTYPE))
+    N = rows.numel()
+    logp = torch.empty(N, dtype=_accumulator(logits.dtype))
+    lse = torch.empty(N, dtype=torch.float64)
     _C.token_logp_fwd(
         *_logits_view(logits), _pointer(rows, torch.int64, N), _pointer(labels, torch.int64, N), N, a, c,
-        logp.data_ptr(), lse.data_ptr(), lse.dtype == torch.float64, torch.get_num_threads(),
+        logp.data_ptr(), lse.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return logp, lse
 
@@ -85,8 +81,8 @@ def token_logp_fwd(
 def token_logp_bwd(
     logits: Tensor,  # (B, T, V) float, last dimension contiguous
     row_of: Tensor,  # (B * T,) int32: row of a position, -1 where nothing is scored
-    labels: Tensor,  # (N,) int64
-    lse: Tensor,  # (N,) float32 or float64
+    labels: Tensor,  # (N,) int64; -1: no one-hot term
+    lse: Tensor,  # (N,) float64
     coef: Tensor,  # (N,) dL/dlogp, float32 (float64 for float64 logits)
     upstream: Tensor | None,  # () multiplies coef
     a: float,
@@ -95,8 +91,6 @@ def token_logp_bwd(
 ) -> None:
     """out[i, v] = upstream * coef * (onehot - softmax(z))[v] * dz/dx. Rows without a gradient are written as zeros, unread."""
     N, dtype = labels.numel(), _accumulator(logits.dtype)
-    if lse.dtype != torch.float64:
-        lse = lse.to(dtype)
     if upstream is not None:
         upstream = upstream.to(dtype)
     data, code, sizes, strides = _logits_view(logits)
@@ -107,7 +101,7 @@ def token_logp_bwd(
         raise ValueError("out: overlaps logits with other strides")
     _C.token_logp_bwd(
         data, code, sizes, strides, _pointer(row_of, torch.int32, sizes[0] * sizes[1]), _pointer(labels, torch.int64, N),
-        _pointer(lse, lse.dtype, N), lse.dtype == torch.float64, _pointer(coef, dtype, N), _pointer(upstream, dtype, 1),
+        _pointer(lse, torch.float64, N), _pointer(coef, dtype, N), _pointer(upstream, dtype, 1),
         N, a, c, out_data, out_strides, torch.get_num_threads(),
     )  # fmt: skip
 
