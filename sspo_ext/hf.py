@@ -47,7 +47,7 @@ class LMHead:
     within one last bit of the quotient, less than another order of summation in the product changes.
     """
 
-    weight: Tensor  # (V, H) float
+    weight: Tensor  # (V, H) float; under tensor parallelism a DTensor with placements (Shard(0),)
     bias: Tensor | None = None  # (V,)
     logit_scale: float = 1.0
     logit_softcap: float | None = None
@@ -55,7 +55,10 @@ class LMHead:
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments beside the weight of `linear_step_pref_loss`, `linear_step_logps` and their like."""
-        return {"bias": self.bias, "logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
+        options = {"bias": self.bias, "logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
+        if hasattr(self.weight, "device_mesh"):
+            options["tp_group"] = self.weight.device_mesh.get_group()
+        return options
 
     def post(self, raw: Tensor) -> Tensor:
         """(..., V) what the head's matrix product gives -> the logits the model means; same dtype."""
@@ -262,11 +265,17 @@ def _check_weight(inner: nn.Module, head: nn.Module, weight: Any, name: str = "w
     if weight.is_meta:
         raise _unsupported(inner, f"{what} is offloaded (on the meta device)", "keep the head on one device")
     if hasattr(weight, "placements"):
-        raise _unsupported(
-            inner,
-            f"{what} is a sharded DTensor here",
-            "take it after the forward, with reshard_after_forward=False where the head is or after model.unshard()",
-        )
+        from torch.distributed.fsdp import FSDPModule
+
+        # FSDP2 and tensor parallelism leave the same type. Only the latter's ranks see the same tokens.
+        if any(isinstance(module, FSDPModule) for module in inner.modules()):
+            raise _unsupported(
+                inner,
+                f"{what} is sharded by FSDP2 here",
+                "take it after the forward, with reshard_after_forward=False at the head or after model.unshard()",
+            )
+        if ndim != 2 or len(weight.placements) != 1 or not weight.placements[0].is_shard(0):
+            raise _unsupported(inner, f"{what} is a DTensor {weight.placements}, expected a weight with (Shard(0),)")
     if weight.ndim != ndim or weight.numel() == 0:
         raise _unsupported(
             inner,
@@ -302,8 +311,9 @@ def _head_map(inner: nn.Module) -> tuple[float, float | None, int | None]:
 
 
 def _linear(inner: nn.Module, hidden: Tensor, head: LMHead) -> Tensor:
+    weight = head.weight.full_tensor() if hasattr(head.weight, "full_tensor") else head.weight
     try:
-        return F.linear(hidden, head.weight, head.bias)
+        return F.linear(hidden, weight, head.bias)
     except RuntimeError as error:
         raise _unsupported(inner, f"its output head is not one matrix product ({error})") from error
 
@@ -311,16 +321,17 @@ def _linear(inner: nn.Module, hidden: Tensor, head: LMHead) -> Tensor:
 def _compare(inner: nn.Module, head: LMHead, raw: Tensor, theirs: Tensor) -> None:
     """Rows of the ladder one by one: the roundings of the model's own map are relative, so each row has a bound."""
     eps = max(torch.finfo(raw.dtype).eps, torch.finfo(theirs.dtype).eps)
+    wide = torch.promote_types(raw.dtype, torch.float32)
     spread = 0.0
     for k in range(raw.shape[1]):
-        ours, other = head.post(raw[:, k].float()), theirs[:, k].float()
+        ours, other = head.post(raw[:, k].to(wide)), theirs[:, k].to(wide)
         if not (torch.isfinite(ours).all() and torch.isfinite(raw[:, k]).all()):
             # Half precision overflows up the ladder. The first row has the activations as they are.
             if k == 0:
                 raise _unsupported(inner, "gives non-finite logits on the sample inputs, so its head cannot be checked")
             break
         difference, size = (ours - other).abs().max().item(), other.abs().max().item()
-        spread = max(spread, raw[:, k].float().abs().max().item())
+        spread = max(spread, raw[:, k].abs().max().item())
         if not difference <= 4 * eps * max(size, ours.abs().max().item()):
             raise _unsupported(
                 inner,
