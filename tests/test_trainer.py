@@ -302,7 +302,7 @@ def forwards(model, count):
 
 def test_reference_is_computed_once(tmp_path):
     features, folder = make_features(6), tmp_path / "cache"
-    options = {"reference_cache": str(folder), "per_device_eval_batch_size": 2}
+    options = {"reference_cache": str(folder), "per_device_eval_batch_size": 2, "route": "logits"}
     first, second, third, fourth = [], [], [], []
     a = StepPreferenceTrainer(forwards(make_model(), first), config(tmp_path / "a", **options), features, features[:2])
     b = StepPreferenceTrainer(forwards(make_model(), second), config(tmp_path / "b", **options), features, features[:2])
@@ -377,7 +377,7 @@ def test_non_finite_reference_names_the_row(tmp_path):
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"train_dataset: reference log-probs of row \d+ \(test:\d+\) are not finite"):
-        StepPreferenceTrainer(model, config(tmp_path), make_features(2))
+        StepPreferenceTrainer(model, config(tmp_path, route="logits"), make_features(2))
 
 
 def test_given_reference_is_used(tmp_path):

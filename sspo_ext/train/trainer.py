@@ -7,6 +7,7 @@ reference's log-probs, and metrics. Optimisers, schedules, checkpoints, DDP and 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from dataclasses import dataclass, field
 
@@ -14,14 +15,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from .. import StepLogps, StepPrefOutput, step_logps, step_pref_loss
+from .. import StepLogps, StepPrefOutput, linear_step_logps, linear_step_pref_loss, step_logps, step_pref_loss
+from .._checks import check_choice
 from ..backends import select
 from ..heads import get_pair_head
+from ..hf import UnsupportedHead, check_head, forward_hidden, model_head
 from ..layout import TensorBundle
 from .collator import StepPreferenceCollator
 from .means import Means
 from .models import load_model
 from .reference_cache import TOKEN_COLUMNS, ReferenceCache, add_reference, reference_key
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -47,8 +52,17 @@ class StepPreferenceConfig(TrainingArguments):
     )
     packing: bool = field(default=False, metadata={"help": "Padding-free batches: sequences end to end in one row."})
     backend: str = field(default="auto", metadata={"help": "auto, cpu, triton or reference."})
+    route: str = field(
+        default="linear",
+        metadata={
+            "help": "linear: from hidden states, the logits are never stored; raises for a model whose head it cannot "
+            "take. logits: from the model's own logits. auto: linear, or logits with a warning."
+        },
+    )
+    chunk_bytes: int | None = field(default=None, metadata={"help": "Budget of the linear route's logits buffer."})
     inplace_backward: bool | None = field(
-        default=None, metadata={"help": "Write the gradient over the logits; None does where the backend can."}
+        default=None,
+        metadata={"help": "Logits route: write the gradient over the logits; None does where the backend can."},
     )
 
 
@@ -113,6 +127,7 @@ class StepPreferenceTrainer(Trainer):
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **trainer_kwargs)
         # Versions before loss_is_scaled_for_ga decide by this whether to divide by the accumulation steps.
         self.model_accepts_loss_kwargs = True
+        self.route = self._choose_route()
         if args.packing:
             self._check_packing(train_dataset if train_dataset is not None else eval_dataset)
         if not args.reference_free and head.reference != "forbidden":
@@ -120,31 +135,47 @@ class StepPreferenceTrainer(Trainer):
 
     def preference_loss(self, model: nn.Module, batch: dict, num_items: float | Tensor | None) -> StepPrefOutput:
         """The model's forward and the loss of one batch."""
-        args = self.args
-        logits = self._logits(model, batch)
+        args, layout, pairs = self.args, batch["layout"], batch["pairs"]
+        options = {"ref": batch.get("ref"), "num_items": num_items, "backend": args.backend, **self._loss_options}
+        if self.route == "linear":
+            hidden, _ = forward_hidden(model, **_model_inputs(batch))
+            head = model_head(model)
+            options.update(head.options, chunk_bytes=args.chunk_bytes)
+            return linear_step_pref_loss(hidden, head.weight, layout, pairs, **options)
+        logits = model(**_model_inputs(batch), use_cache=False).logits
         inplace = args.inplace_backward
         if inplace is None:
             inplace = select(args.backend, logits.device.type, logits.dtype) != "reference"
-        return step_pref_loss(
-            logits,
-            batch["layout"],
-            batch["pairs"],
-            ref=batch.get("ref"),
-            num_items=num_items,
-            backend=args.backend,
-            inplace_backward=inplace and torch.is_grad_enabled(),
-            **self._loss_options,
-        )
+        return step_pref_loss(logits, layout, pairs, inplace_backward=inplace and torch.is_grad_enabled(), **options)
 
     def step_logps(self, model: nn.Module, batch: dict) -> StepLogps:
         """The model's forward and its step log-probs, as the loss sees them."""
-        logits = self._logits(model, batch)
-        return step_logps(logits, batch["layout"], temperature=self.args.temperature, backend=self.args.backend)
+        options = {"temperature": self.args.temperature, "backend": self.args.backend}
+        if self.route == "linear":
+            hidden, _ = forward_hidden(model, **_model_inputs(batch))
+            head = model_head(model)
+            options.update(head.options, chunk_bytes=self.args.chunk_bytes)
+            return linear_step_logps(hidden, head.weight, batch["layout"], **options)
+        return step_logps(model(**_model_inputs(batch), use_cache=False).logits, batch["layout"], **options)
 
-    def _logits(self, model: nn.Module, batch: dict) -> Tensor:
-        # With a cache, or with a mask of ones, the sequences of a packed batch would see each other.
-        inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
-        return model(**inputs, use_cache=False).logits
+    def _choose_route(self) -> str:
+        """`args.route`, after the linear route's self-check on the model itself."""
+        route = self.args.route
+        check_choice("route", route, ("linear", "logits", "auto"))
+        if route == "logits":
+            return route
+        vocab = self.model.get_input_embeddings().weight.shape[0]
+        # from the middle, where no padding row of zeros is
+        ids = (vocab // 2 + torch.arange(8, device=self.args.device)[None]) % vocab
+        try:
+            check_head(self.model.to(self.args.device), {"input_ids": ids})
+        except UnsupportedHead as error:
+            if route == "linear":
+                raise
+            logger.warning("logits route, since the linear one cannot take this model: %s", error)
+            return "logits"
+        logger.info("linear route: the logits are never stored")
+        return "linear"
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         out = self.preference_loss(model, inputs, num_items_in_batch)
@@ -254,3 +285,8 @@ class StepPreferenceTrainer(Trainer):
                 f"packing: {name} gives other log-probs for packed sequences (by {difference:.3g} in a step); "
                 "use packing=False"
             )
+
+
+def _model_inputs(batch: dict) -> dict[str, Tensor]:
+    """No labels, and no mask for packed sequences: with a mask of ones, or a cache, they would see each other."""
+    return {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
