@@ -1,7 +1,7 @@
 """Builds sspo_ext._C, the CPU kernels.
 
 One kernel source is compiled once per instruction set, each file with its own flags; the module picks one at run time,
-so a wheel runs on every CPU of its architecture. SSPO_BUILD_CPP=0 leaves the module out: the package then runs on torch.
+so a wheel runs on every CPU of its architecture. SSPO_BUILD_CPP=0 leaves it out: the package then runs on torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError, CompileError, PlatformError
+from setuptools.errors import BaseError, CompileError, LinkError, PlatformError
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # pip's isolated build does not
 import build_cuda  # noqa: E402
@@ -52,11 +52,11 @@ class BuildKernels(build_ext):
             if self.compiler.compiler_type == "msvc":
                 raise PlatformError("MSVC has no vector extensions; GCC or Clang is needed")
             self._build(ext)
-        except (BaseError, OSError) as error:
+        except (BaseError, CompileError, LinkError, OSError) as error:
             raise SystemExit(
-                f"\nsspo_ext: the C++ module {ext.name} could not be built: {error}. It needs a C++17 compiler (GCC 9 or "
-                "Clang 10 and later) and the Python headers; the compiler's own messages stand above. To install without "
-                "the C++ module (the package then runs on torch alone, several times slower on CPUs), set the environment "
+                f"\nsspo_ext: the C++ module {ext.name} could not be built: {error}. It needs a C++17 compiler (GCC 9, "
+                "Clang 10 or later) and the Python headers; the compiler's own messages stand above. To install "
+                "without it (the package then runs on torch alone, several times slower on CPUs), set the environment "
                 "variable SSPO_BUILD_CPP=0 and install again.\n"
             ) from error
 

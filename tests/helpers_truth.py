@@ -16,12 +16,13 @@ def assert_fp64_rule(
     name: str,
     scale: float | None = None,  # what rounding errors are relative to; default: the largest finite magnitude of truth
 ) -> None:
-    """err(got, truth) <= 2 * err(same_dtype_torch, truth) + eps(got) * scale * log2(2 * reduction_length), errors being maxima.
+    """err(got, truth) <= 2 * err(same_dtype_torch, truth) + eps(got) * scale * log2(2 * reduction_length).
 
-    NaN and infinities must stand where they stand in truth.
+    Errors are maxima over the elements. NaN and infinities must stand where they stand in truth.
     """
     assert truth.dtype == torch.float64, f"{name}: truth must be float64, is {truth.dtype}"
-    assert got.shape == truth.shape == same_dtype_torch.shape, f"{name}: {got.shape}, {truth.shape}, {same_dtype_torch.shape}"
+    shapes = {tuple(t.shape) for t in (got, same_dtype_torch, truth)}
+    assert len(shapes) == 1, f"{name}: shapes differ: {shapes}"
     value, finite = got.detach().double(), truth.isfinite()
     special = ~finite
     assert torch.equal(value.isfinite(), finite), f"{name}: finite where truth is not, or the reverse"

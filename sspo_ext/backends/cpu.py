@@ -1,4 +1,4 @@
-"""The kernels of csrc/cpu on torch tensors. Every function takes and returns plain tensors and knows nothing of autograd."""
+"""The kernels of csrc/cpu on torch tensors: plain tensors in and out, no autograd."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in _DTYPE_CODES:
         return f"it takes {', '.join(str(d).removeprefix('torch.') for d in _DTYPE_CODES)}"
     if _C is None:
-        return f"the C++ module sspo_ext._C could not be imported ({_import_error}); install again without SSPO_BUILD_CPP=0"
+        return f"sspo_ext._C could not be imported ({_import_error}); install again without SSPO_BUILD_CPP=0"
     return None
 
 
@@ -45,9 +45,8 @@ def _pointer(tensor: Tensor | None, dtype: torch.dtype, numel: int) -> int:
     if tensor is None:
         return 0
     if tensor.dtype != dtype or tensor.numel() != numel or not tensor.is_contiguous() or tensor.device.type != "cpu":
-        raise TypeError(
-            f"expected a contiguous CPU tensor of {numel} {dtype}, got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-        )
+        came = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+        raise TypeError(f"expected a contiguous CPU tensor of {numel} {dtype}, got {came}")
     return tensor.data_ptr()
 
 
@@ -89,7 +88,10 @@ def token_logp_bwd(
     c: float,
     out: Tensor,  # (B, T, V) of logits' dtype: a new buffer, or the logits themselves
 ) -> None:
-    """out[i, v] = upstream * coef * (onehot - softmax(z))[v] * dz/dx. Rows without a gradient are written as zeros, unread."""
+    """out[i, v] = upstream * coef * (onehot - softmax(z))[v] * dz/dx.
+
+    Rows without a gradient are written as zeros and not read. A row whose coef or lse is not finite is NaN.
+    """
     N, dtype = labels.numel(), _accumulator(logits.dtype)
     if upstream is not None:
         upstream = upstream.to(dtype)
@@ -100,9 +102,9 @@ def token_logp_bwd(
     if out_data == data and out_strides != strides and out.numel():
         raise ValueError("out: overlaps logits with other strides")
     _C.token_logp_bwd(
-        data, code, sizes, strides, _pointer(row_of, torch.int32, sizes[0] * sizes[1]), _pointer(labels, torch.int64, N),
-        _pointer(lse, torch.float64, N), _pointer(coef, dtype, N), _pointer(upstream, dtype, 1),
-        N, a, c, out_data, out_strides, torch.get_num_threads(),
+        data, code, sizes, strides, _pointer(row_of, torch.int32, sizes[0] * sizes[1]),
+        _pointer(labels, torch.int64, N), _pointer(lse, torch.float64, N), _pointer(coef, dtype, N),
+        _pointer(upstream, dtype, 1), N, a, c, out_data, out_strides, torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -127,11 +129,12 @@ def step_loss_fwd(
     coef = d loss/d logp. Sums run in row and pair order in double. A pair with an empty step gives 0 and no gradient.
     """
     N, S, P, dtype = logp.numel(), step_offsets.numel() - 1, pair_index.shape[0], logp.dtype
-    out = (torch.empty((), dtype=dtype), torch.empty(S, dtype=dtype), torch.empty(P, dtype=dtype), torch.empty(N, dtype=dtype))
+    out = tuple(torch.empty(shape, dtype=dtype) for shape in ((), S, P, N))
     addresses = [
-        _pointer(logp, dtype, N), _pointer(weights, dtype, N), _pointer(step_offsets, torch.int32, S + 1), _pointer(ref, dtype, S),
-        _pointer(pair_index, torch.int32, 2 * P), _pointer(adj_offsets, torch.int32, S + 1), _pointer(adj_pairs, torch.int32, 2 * P),
-        _pointer(pair_weights, dtype, P), _pointer(pair_margins, dtype, P), _pointer(pair_labels, dtype, P), _pointer(scale, dtype, 1),
+        _pointer(logp, dtype, N), _pointer(weights, dtype, N), _pointer(step_offsets, torch.int32, S + 1),
+        _pointer(ref, dtype, S), _pointer(pair_index, torch.int32, 2 * P), _pointer(adj_offsets, torch.int32, S + 1),
+        _pointer(adj_pairs, torch.int32, 2 * P), _pointer(pair_weights, dtype, P), _pointer(pair_margins, dtype, P),
+        _pointer(pair_labels, dtype, P), _pointer(scale, dtype, 1),
     ]  # fmt: skip
     _C.step_loss_fwd(
         dtype == torch.float64, (N, S, P), addresses, head_id(head), list(options), label, [t.data_ptr() for t in out]
