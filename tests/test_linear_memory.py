@@ -10,11 +10,18 @@ import pytest
 import torch
 from helpers_linear import memory, peak_bytes, problem
 
-from sspo_ext import StepLayout
+from sspo_ext import StepLayout, autograd, linear_engine
 from sspo_ext.linear import linear_step_logps, linear_step_pref_loss
 
 V, H, ROWS = 3000, 96, 256
 NEEDS = {"none": (0, 0, 0), "frozen": (1, 0, 0), "trained": (1, 1, 0), "weight": (0, 1, 0), "bias": (0, 0, 1), "all": (1, 1, 1)}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Work on a matrix in blocks of a few MiB is no part of the budget; at these sizes a block would be the whole matrix."""
+    monkeypatch.setattr(linear_engine, "_BLOCK_BYTES", 1 << 15)
+    monkeypatch.setattr(autograd, "_BLOCK_ELEMENTS", 1 << 13)
 
 
 def batch(tokens, step=64):
@@ -25,7 +32,7 @@ def batch(tokens, step=64):
     return layout, layout.pair_by_index()
 
 
-def measure(tokens, needs, dtype, *, fn=None, step=64, **options):
+def measure(tokens, needs, dtype, *, fn=None, step=64, H=H, **options):
     """(peak, bytes of the logits budget, bytes of the gradients asked for, layout)."""
     layout, pairs = batch(tokens, step)
     p = problem(layout.shape, V, H, hidden_dtype=dtype, weight_dtype=dtype)
@@ -47,9 +54,10 @@ def measure(tokens, needs, dtype, *, fn=None, step=64, **options):
     return peak, chunk_bytes, asked, layout
 
 
-def slack(layout, dtype):
-    """Hidden states and gradient of one chunk, and some 100 bytes a row: labels, weights, log-probs, offsets."""
-    return 2 * ROWS * H * max(dtype.itemsize, 4) + 100 * layout.num_rows + 200_000
+def slack(layout, dtype, H=H):
+    """Hidden states and gradient of one chunk, some 100 bytes a row (labels, weights, log-probs, offsets), oneDNN's packing."""
+    packing = 800_000 if dtype.itemsize == 2 else 0
+    return 2 * ROWS * H * dtype.itemsize + 100 * layout.num_rows + 200_000 + packing
 
 
 def test_the_profiler_sees_temporaries():
@@ -68,9 +76,12 @@ def test_budget_and_gradients(case):
 @pytest.mark.parametrize("case", NEEDS)
 def test_budget_and_gradients_bfloat16(case):
     """The weight's gradient accumulates in float32 over chunks: that accumulator is what it costs beside the result."""
-    peak, budget, asked, layout = measure(2048, NEEDS[case], torch.bfloat16)
-    accumulator = V * H * 4 if NEEDS[case][1] else 0
-    assert peak <= budget + asked + accumulator + slack(layout, torch.bfloat16), (peak, budget, asked, accumulator)
+    wide = 320
+    peak, budget, asked, layout = measure(2048, NEEDS[case], torch.bfloat16, H=wide)
+    accumulator = V * wide * 4 if NEEDS[case][1] else 0
+    allowed = slack(layout, torch.bfloat16, wide)
+    assert allowed < 0.9 * V * wide * 2, "a second (V, H) would not be seen"
+    assert peak <= budget + asked + accumulator + allowed, (peak, budget, asked, accumulator)
 
 
 @pytest.mark.parametrize("case", ["none", "frozen", "trained", "weight"])
@@ -118,16 +129,12 @@ def test_no_grad_allocates_no_gradient():
     assert peak_bytes(run) <= chunk_bytes + slack(layout, torch.float32)
 
 
-@pytest.mark.parametrize("needs", [(0, 0, 0), (1, 0, 0), (1, 1, 1)])
-def test_plan_names_what_is_allocated(needs):
-    """plan.buffer_bytes and plan.gradient_bytes against the allocator."""
-    peak, budget, _, layout = measure(2048, needs, torch.float32)
-    plan = layout.plan(
-        layout.pair_by_index(), vocab=V, hidden=H, chunk_bytes=budget, hidden_gradient=bool(needs[0]),
-        weight_gradient=bool(needs[1]), bias_gradient=bool(needs[2]),
-    )  # fmt: skip
-    named = plan.buffer_bytes + plan.gradient_bytes
-    assert named - 100_000 <= peak <= named + slack(layout, torch.float32), (peak, str(plan))
+@pytest.mark.parametrize("tokens", [256, 2048])
+def test_the_plan_names_the_buffer(tokens):
+    """The largest allocation of a call without gradients is plan.buffer_bytes, short batch or long."""
+    peak, budget, _, layout = measure(tokens, NEEDS["none"], torch.float32)
+    named = layout.plan(layout.pair_by_index(), vocab=V, hidden=H, chunk_bytes=budget, hidden_gradient=False, weight_gradient=False).buffer_bytes  # fmt: skip
+    assert named <= peak <= named + slack(layout, torch.float32), (peak, named)
 
 
 def test_backward_leaves_nothing_behind():

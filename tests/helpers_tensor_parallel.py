@@ -1,0 +1,152 @@
+"""What each process of tests/test_tensor_parallel.py runs. In a module of its own, because spawned processes import it by name."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from helpers_linear import Problem, pairs_of, problem
+from torch import Tensor
+
+from sspo_ext import StepLayout
+from sspo_ext.linear import linear_step_logps, linear_step_pref_loss
+
+SHAPE, H = (4, 10), 9
+
+
+@dataclass
+class Case:
+    """One call on `world` processes. `V` is the whole vocabulary; `rows` those of a chunk on the largest shard."""
+
+    world: int
+    V: int
+    kind: str = "megatron"  # or "dtensor"
+    needs: tuple[int, int, int] = (1, 1, 1)
+    rows: int = 1000
+    dtype: torch.dtype = torch.float32
+    logps: bool = False
+    buffer: bool = False
+    upstream: float = 1.0
+    options: dict = field(default_factory=dict)
+
+
+CASES = {
+    f"{kind}, {world}, {name}": Case(world, V, kind, **more)
+    for kind, world, V in (("megatron", 2, 40), ("megatron", 4, 40), ("dtensor", 2, 37), ("dtensor", 4, 37))
+    for name, more in {
+        "all": {},
+        "frozen": {"needs": (1, 0, 0), "rows": 6},
+        "recompute": {"rows": 3, "upstream": -0.7},
+        "no gradient": {"needs": (0, 0, 0), "rows": 6},
+        "step log-probs": {"logps": True, "rows": 6},
+        "step log-probs, frozen": {"logps": True, "needs": (1, 0, 0)},
+        "weight alone": {"needs": (0, 1, 0), "rows": 6},
+        "softcap": {"options": {"logit_softcap": 4.0, "temperature": 0.8}, "rows": 6},
+        "bfloat16": {"dtype": torch.bfloat16, "rows": 6},
+        "float64": {"dtype": torch.float64, "rows": 6},
+        "buffer": {"buffer": True, "rows": 6},
+    }.items()
+}
+CASES["dtensor, 4, a shard without rows"] = Case(4, 5, "dtensor", rows=6)
+CASES["dtensor, 2, one label in all"] = Case(2, 2, "dtensor")
+
+
+def inputs(case: Case) -> tuple[StepLayout, object, Problem]:
+    """The same on every rank and in the parent."""
+    g = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, case.V, SHAPE, generator=g)
+    ids = (torch.arange(SHAPE[1]) - 2).div(3, rounding_mode="floor").clamp(min=-1).expand(SHAPE).contiguous()
+    layout = StepLayout.from_step_ids(labels, ids, token_weights=torch.rand(SHAPE, generator=g) + 0.5)
+    pairs = pairs_of(layout, (0, 3), (1, 4), (1, 7), (6, 9), (8, 11))
+    p = problem(SHAPE, case.V, H, hidden_dtype=case.dtype, weight_dtype=case.dtype, scale=2.0)
+    return layout, pairs, p
+
+
+def call(case: Case, leaves, layout, pairs, **more) -> tuple[Tensor, Tensor]:
+    """(loss, what every rank must agree on)."""
+    largest = -(-case.V // case.world)
+    more = {**more, **case.options, "chunk_bytes": case.rows * largest * case.dtype.itemsize, "bias": leaves[2]}
+    if case.logps:
+        out = linear_step_logps(*leaves[:2], layout, **more)
+        factors = torch.arange(1, layout.num_steps + 1, dtype=out.sums.dtype)
+        return (out.sums * factors).sum() / 100, out.tokens.detach()
+    out = linear_step_pref_loss(*leaves[:2], layout, pairs, **more)
+    return out.loss, out.step_logps
+
+
+def run_case(case: Case, group, mesh, rank: int) -> dict[str, Tensor | None]:
+    layout, pairs, p = inputs(case)
+    hidden, weight, bias = p.leaves(case.needs)
+    size = -(-case.V // case.world)
+    mine = slice(rank * size, min((rank + 1) * size, case.V))
+    if case.kind == "megatron":
+        weight, bias = (t.detach()[mine].clone().requires_grad_(t.requires_grad) for t in (weight, bias))
+    else:
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        weight, bias = (distribute_tensor(t.detach(), mesh, [Shard(0)]).requires_grad_(t.requires_grad) for t in (weight, bias))
+    rows = len(range(*mine.indices(case.V)))
+    buffer = torch.ones(rows, H, dtype=case.dtype) if case.buffer else None
+    more = {} if buffer is None else {"weight_grad": buffer}
+    loss, agreed = call(case, (hidden, weight, bias), layout, pairs, tp_group=group, backend="cpu", **more)
+    if loss.requires_grad:
+        (loss * case.upstream).backward()
+
+    def local(grad):
+        return grad.to_local() if hasattr(grad, "to_local") else grad
+
+    d_weight = local(weight.grad) if buffer is None else buffer - 1
+    assert buffer is None or weight.grad is None
+    return {"loss": loss.detach(), "agreed": agreed, "hidden": hidden.grad, "weight": d_weight, "bias": local(bias.grad)}
+
+
+def refusals(group, mesh) -> dict[str, str]:
+    """Calls that must raise before any rank waits for another."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    layout, pairs, p = inputs(Case(2, 36))
+    shard = p.weight[:18]
+    replicated = distribute_tensor(p.weight, mesh, [Replicate()])
+    columns = distribute_tensor(p.weight, mesh, [Shard(1)])
+    sharded = distribute_tensor(p.weight, mesh, [Shard(0)])
+    messages = {}
+    for name, weight, more in (
+        ("replicated", replicated, {"tp_group": group}),
+        ("columns", columns, {"tp_group": group}),
+        ("unsaid", sharded, {}),
+        ("reference", shard, {"tp_group": group, "backend": "reference"}),
+    ):
+        try:
+            linear_step_pref_loss(p.hidden, weight, layout, pairs, **more)
+            messages[name] = "did not raise"
+        except (ValueError, TypeError) as error:
+            messages[name] = str(error)
+    return messages
+
+
+def worker(rank: int, world: int, folder: str) -> None:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    torch.set_num_threads(1)
+    # a rank that waits for a collective that no other enters fails instead of hanging
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=40)
+    )
+    groups, meshes = {4: dist.group.WORLD, 2: dist.new_group([0, 1])}, {}
+    meshes[4] = DeviceMesh("cpu", [0, 1, 2, 3])
+    meshes[2] = DeviceMesh("cpu", [0, 1]) if rank < 2 else None
+    results = {}
+    for name, case in CASES.items():
+        if rank < case.world:
+            group = groups[case.world] if case.kind == "megatron" else meshes[case.world].get_group()
+            try:
+                results[name] = run_case(case, group, meshes[case.world], rank)
+            except Exception as error:  # noqa: BLE001  told by the test of this case, so that the others still run
+                results[name] = f"{type(error).__name__}: {error}"
+    if rank < 2:
+        results["refusals"] = refusals(groups[2], meshes[2])
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
