@@ -1,6 +1,7 @@
 """Step-wise preference optimisation for language models, made fast.
 
-`step_pref_loss` turns logits, or hidden states in its `linear_` twin, into a step-wise preference loss and its gradient.
+`step_pref_loss` turns logits, or hidden states in its `linear_` twin, into a step-wise preference loss and its
+gradient.
 """
 
 from .layout import StepLayout

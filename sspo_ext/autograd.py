@@ -10,8 +10,8 @@ _BLOCK_ELEMENTS = 1 << 22
 
 def refuse_double_backward() -> None:
     """Raises inside a backward that is itself being recorded. `once_differentiable` would not do: it refuses only a
-    gradient that comes in with a graph, which that of a loss has not, and the result would then be taken for a constant,
-    silently."""
+    gradient that comes in with a graph, which that of a loss has not, and the result would then be taken for a
+    constant, silently."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "sspo_ext: create_graph=True asks for a second derivative, and step losses and log-probabilities have only "
@@ -20,7 +20,8 @@ def refuse_double_backward() -> None:
 
 
 def scale_kept(kept: Tensor, scale: Tensor) -> Tensor:
-    """scale * kept for a gradient (R, C) kept from forward and a scale () or (R, 1): the product in float32, rounded once.
+    """scale * kept for a gradient (R, C) kept from forward and a scale () or (R, 1): the product in float32, rounded
+    once.
 
     Over `kept` itself unless the graph is kept for another backward, so that no second copy of it exists. A row whose
     scale is 0 is zeros, whatever it held.

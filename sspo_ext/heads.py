@@ -1,7 +1,7 @@
 """The losses as functions of step scores: one definition each, in torch ops, differentiated by autograd.
 
-`python -m sspo_ext.backends.generate` traces these definitions and their autograd derivatives and writes the fused forms
-(csrc/heads_generated.h, backends/triton/heads_generated.py), so no loss is written twice by hand.
+`python -m sspo_ext.backends.generate` traces these definitions and their autograd derivatives and writes the fused
+forms (csrc/heads_generated.h, backends/triton/heads_generated.py), so no loss is written twice by hand.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def _logistic(z: Tensor, label: Tensor) -> Tensor:
     options={"beta": 0.1},
     soft_labels=True,
     formula="-q ls(z) - (1 - q) ls(-z),  z = beta (u_w - u_l) - margin",
-    source="DPO (arXiv 2305.18290); label smoothing: cDPO; per step: Step-DPO (2406.18629), Segment-Supervised PO (2508.08550)",
+    source="DPO (arXiv 2305.18290); label smoothing: cDPO; per step: Step-DPO (2406.18629), Segment-Supervised PO "
+    "(2508.08550)",
 )
 def _sigmoid(s: PairScores, beta):
     return _logistic(beta * (s.u_w - s.u_l) - s.margin, s.label)

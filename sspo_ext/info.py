@@ -17,7 +17,8 @@ _SETTINGS = ("SSPO_BACKEND", "SSPO_CPU_ISA", "TRITON_INTERPRET")
 def report() -> str:
     """Versions, devices, each backend with the reason it cannot run, and which one `backend="auto"` takes."""
     lines = [
-        f"sspo_ext {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()} {platform.system()}",
+        f"sspo_ext {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{platform.machine()} {platform.system()}",
         f"cpu: {torch.get_num_threads()} threads{_isa()}",
         f"gpu: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none that torch can see'}",
         "",

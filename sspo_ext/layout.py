@@ -1,7 +1,8 @@
 """Which rows of the logits are scored, and which step each belongs to: built once, on the host.
 
-Everything that would need a device sync later (validation, compaction, step boundaries) happens here, so that a loss is only kernels.
-Build layouts in the collator: labels and step ids are then already on the host, and `.to(device)` is a handful of small async copies.
+Everything that would need a device sync later (validation, compaction, step boundaries) happens here, so that a loss is
+only kernels. Build layouts in the collator: labels and step ids are then already on the host, and `.to(device)` is a
+handful of small async copies.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class TensorBundle:
 class StepLayout(TensorBundle):
     """Rows and steps of a batch of B sequences of padded length T. Build it with a `from_...` classmethod.
 
-    `labels` are unshifted, like Hugging Face's: the logits at position t - 1 predict the label at t, in the same sequence.
-    A sequence's first token has no row. Rows are ascending, and the rows of a step are contiguous.
+    `labels` are unshifted, like Hugging Face's: the logits at position t - 1 predict the label at t, in the same
+    sequence. A sequence's first token has no row. Rows are ascending, and the rows of a step are contiguous.
     """
 
     rows: Tensor  # (N,) int64: position b*T + t of the logits that predict the scored token
@@ -94,11 +95,13 @@ class StepLayout(TensorBundle):
         ignore_index: int = -100,
         vocab_size: int | None = None,  # checks labels here and not first at the loss
     ) -> StepLayout:
-        """Layout of a padded batch. Tensors on a device are copied to the host once (a sync); the result lives where `labels` does.
+        """Layout of a padded batch. Tensors on a device are copied to the host once (a sync); the result lives where
+        `labels` does.
 
-        A step is the tokens of one sequence with the same id. Unscored tokens inside it (a tool's output) leave it one step; an id that
-        is left out, or whose tokens are all unscored, is an empty step. Raises ValueError, naming sequence and position, for a label
-        outside [0, vocab_size), step ids that go backwards and shapes that do not agree.
+        A step is the tokens of one sequence with the same id. Unscored tokens inside it (a tool's output) leave it one
+        step; an id that is left out, or whose tokens are all unscored, is an empty step. Raises ValueError, naming
+        sequence and position, for a label outside [0, vocab_size), step ids that go backwards and shapes that do not
+        agree.
 
         Example::
 
@@ -139,9 +142,11 @@ class StepLayout(TensorBundle):
     ) -> StepLayout:
         """Layout of a packed (padding-free) batch, whose logits are (total, V) or (1, total, V).
 
-        With S + 1 offsets steps follow each other from 0 to total without gaps (prompt tokens in them carry ignore_index), so every
-        sequence starts a step; with (S, 2) spans, tokens between spans are not scored. A step that crosses a sequence boundary raises
-        ValueError: no label is ever predicted from another sequence. An empty step belongs to the sequence in which it starts.
+        With S + 1 offsets steps follow each other from 0 to total without gaps (prompt tokens in them carry
+        ignore_index), so every sequence starts a step; with (S, 2) spans, tokens between spans are not scored. A step
+        that crosses a sequence boundary raises
+        ValueError: no label is ever predicted from another sequence. An empty step belongs to the sequence in which it
+        starts.
         """
         check_integer("labels", labels, ndim=1)
         check_integer("cu_seqlens", cu_seqlens, ndim=1)
@@ -158,8 +163,8 @@ class StepLayout(TensorBundle):
                 raise ValueError("step_offsets: expected S + 1 offsets or (S, 2) spans, got an empty tensor")
             if spans[0] != 0 or spans[-1] != total:
                 raise ValueError(
-                    f"step_offsets: expected S + 1 offsets from 0 to {total} (the length of labels), got {spans[0]} to {spans[-1]}; "
-                    "pass (S, 2) spans to leave tokens out"
+                    f"step_offsets: expected S + 1 offsets from 0 to {total} (the length of labels), got {spans[0]} to "
+                    f"{spans[-1]}; pass (S, 2) spans to leave tokens out"
                 )
             spans = np.stack([spans[:-1], spans[1:]], axis=1)
         if spans.shape[1:] != (2,):
@@ -264,8 +269,8 @@ class StepLayout(TensorBundle):
     def with_row_weights(self, weights: Tensor) -> StepLayout:
         """The same layout with constant weights (N,) on its rows, or (B, T) on the tokens, replacing any it had.
 
-        Nothing is compacted away, so a weight of 0 would still count as a scored token: ValueError on the host, unchecked on a device.
-        Weights with zeros belong to `from_step_ids(..., token_weights=)`.
+        Nothing is compacted away, so a weight of 0 would still count as a scored token: ValueError on the host,
+        unchecked on a device. Weights with zeros belong to `from_step_ids(..., token_weights=)`.
         """
         check_float("token_weights", weights)
         if weights.ndim == 2:
@@ -278,12 +283,14 @@ class StepLayout(TensorBundle):
             and not (weights.isfinite() & (weights != 0)).all()
         ):
             raise ValueError(
-                "token_weights: expected finite weights other than 0 beside a StepLayout; zeros belong to StepLayout.from_...(token_weights=)"
+                "token_weights: expected finite weights other than 0 beside a StepLayout; zeros belong to "
+                "StepLayout.from_...(token_weights=)"
             )
         return replace(self, weights=constant(weights).to(self.device))
 
     def pair_by_index(self) -> StepPairs:
-        """Pairs step k of sequence i (chosen) with step k of sequence i + B/2 (rejected); steps without a partner are left out."""
+        """Pairs step k of sequence i (chosen) with step k of sequence i + B/2 (rejected); steps without a partner are
+        left out."""
         from .pairs import StepPairs
 
         half, odd = divmod(self.num_sequences, 2)
@@ -319,8 +326,8 @@ class StepLayout(TensorBundle):
         from .plan import plan_for
 
         return plan_for(
-            self, pairs, vocab=vocab, hidden=hidden, dtype=dtype, chunk_bytes=chunk_bytes, hidden_gradient=hidden_gradient,
-            weight_gradient=weight_gradient, bias_gradient=bias_gradient,
+            self, None if logps_only else pairs, vocab=vocab, hidden=hidden, dtype=dtype, chunk_bytes=chunk_bytes,
+            hidden_gradient=hidden_gradient, weight_gradient=weight_gradient, bias_gradient=bias_gradient,
         )  # fmt: skip
 
     def check_logits(self, logits: Tensor) -> Tensor:
@@ -331,15 +338,16 @@ class StepLayout(TensorBundle):
         expected = (length, vocab) if logits.ndim == 2 and batch == 1 else (batch, length, vocab)
         if tuple(logits.shape) != expected:
             raise ValueError(
-                f"logits: expected shape {expected} (labels are unshifted: pass the logits of every position), got {describe(logits)}"
+                f"logits: expected shape {expected} (labels are unshifted: pass the logits of every position), "
+                f"got {describe(logits)}"
             )
         self.check_vocab(vocab)
         logits = logits if logits.ndim == 3 else logits[None]
         return logits if logits.stride(-1) == 1 or vocab <= 1 else logits.contiguous()
 
     def check_vocab(self, vocab: int) -> None:
-        """Raises if a label is not below `vocab`. Skipped while compiling (a guard on a label's value would recompile for every
-        batch): the kernels then give NaN for such a label and never read out of bounds."""
+        """Raises if a label is not below `vocab`. Skipped while compiling (a guard on a label's value would recompile
+        for every batch): the kernels then give NaN for such a label and never read out of bounds."""
         if not torch.compiler.is_compiling() and self.max_label is not None and self.max_label[0] >= vocab:
             raise ValueError(_label_message(self.max_label, vocab, None))
 

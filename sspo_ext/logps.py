@@ -19,7 +19,7 @@ from .pairs import StepPairs
 class StepLogps:
     """Log-probabilities of a batch's steps and of their tokens."""
 
-    sums: Tensor  # (S,) float32 (float64 for float64 logits): sum of w * log pi over the step's scored tokens, 0 for an empty step
+    sums: Tensor  # (S,) float32 (float64 for float64 logits): sum of w * log pi over the step, 0 for an empty one
     counts: Tensor  # (S,) int32: scored tokens
     tokens: Tensor  # (N,) float32 (float64): log pi of each scored token, in row order
 
@@ -57,8 +57,8 @@ def logit_map(temperature: float, logit_softcap: float | None, logit_scale: floa
 class LogitsRoute(torch.autograd.Function):
     """(B, T, V) logits -> loss (), step sums (S,), token log-probs (N,), pair losses (P,).
 
-    Forward is launches 1 and 2: the log-probs with their log-sum-exp, then sums, loss and d loss/d logp. Backward is launch 3.
-    Only the log-sum-exp and d loss/d logp, one float each a row, are kept beside the logits.
+    Forward is launches 1 and 2: the log-probs with their log-sum-exp, then sums, loss and d loss/d logp. Backward is
+    launch 3. Only the log-sum-exp and d loss/d logp, one float each a row, are kept beside the logits.
     """
 
     @staticmethod
@@ -107,8 +107,8 @@ def step_loss(tokens: Tensor, weights: Tensor | None, layout: StepLayout, spec: 
     if spec is None:
         no_pairs, no_adj = offsets.new_empty((0, 2)), offsets.new_empty(0)
         return ops.step_loss_fwd(
-            tokens, weights, offsets, None, no_pairs, torch.zeros_like(offsets), no_adj, None, None, None, tokens.new_zeros(()),
-            "sigmoid", [1.0], 1.0, backend,
+            tokens, weights, offsets, None, no_pairs, torch.zeros_like(offsets), no_adj, None, None, None,
+            tokens.new_zeros(()), "sigmoid", [1.0], 1.0, backend,
         )  # fmt: skip
     pairs = spec.pairs
 
@@ -117,7 +117,8 @@ def step_loss(tokens: Tensor, weights: Tensor | None, layout: StepLayout, spec: 
 
     return ops.step_loss_fwd(
         tokens, weights, offsets, cast(spec.ref), pairs.index, pairs.adj_offsets, pairs.adj_pairs, cast(pairs.weights),
-        cast(pairs.margins), cast(pairs.soft_labels), cast(spec.scale), spec.head, list(spec.options), spec.label, backend,
+        cast(pairs.margins), cast(pairs.soft_labels), cast(spec.scale), spec.head, list(spec.options), spec.label,
+        backend,
     )  # fmt: skip
 
 
@@ -147,9 +148,9 @@ def step_logps(
     """log_softmax(logits)[row, label] of every scored token, and its weighted sum over each step; differentiable.
 
     Reads each scored row once and stores no softmax. log-probs accumulate in float32 (float64 for float64 logits). With
-    `inplace_backward=True` the gradient overwrites the logits: nothing else may need their values in backward (autograd raises if
-    something does). Differentiable once: a second backward raises. Logits whose last dimension is not contiguous are copied once.
-    Also takes plain (B, T) tensors, `step_logps(logits, labels, step_ids)`.
+    `inplace_backward=True` the gradient overwrites the logits: nothing else may need their values in backward (autograd
+    raises if something does). Differentiable once: a second backward raises. Logits whose last dimension is not
+    contiguous are copied once. Also takes plain (B, T) tensors, `step_logps(logits, labels, step_ids)`.
 
     Raises ValueError or TypeError naming the argument when shapes, dtypes or devices do not fit the layout.
 
@@ -189,10 +190,11 @@ def layout_of(
 
 
 def prepare(
-    logits: Tensor, layout: StepLayout, temperature: float, logit_softcap: float | None, logit_scale: float, backend: str,
-    inplace_backward: bool,
+    logits: Tensor, layout: StepLayout, temperature: float, logit_softcap: float | None, logit_scale: float,
+    backend: str, inplace_backward: bool,
 ) -> tuple[Tensor, tuple[float, float], str]:  # fmt: skip
-    """Checks what every function of the logits route takes; returns (B, T, V) logits, the logit map and the backend's name."""
+    """Checks what every function of the logits route takes; returns (B, T, V) logits, the logit map and the backend's
+    name."""
     check_float("logits", logits)
     if logits.device != layout.device:
         raise ValueError(

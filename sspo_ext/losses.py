@@ -32,17 +32,19 @@ class StepPrefOutput:
 
     @property
     def rewards(self) -> Tensor:
-        """(S,): r_k = beta * (S_k - S_k_ref); divided by the step's token count for losses on per-token means (simpo)."""
+        """(S,): r_k = beta * (S_k - S_k_ref); divided by the step's token count for losses on per-token means
+        (simpo)."""
         u = self.step_logps if self.ref is None else self.step_logps - self.ref.to(self.step_logps.dtype)
         return self.beta * (u / self.layout.counts.clamp(min=1) if self.per_token_reward else u)
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """0-dim tensors on the device, made when asked for, without a host sync. Means over pairs whose steps both have tokens:
+        """0-dim tensors on the device, made when asked for, without a host sync. Means over pairs whose steps both have
+        tokens:
 
-        rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen, logps/rejected (TRL's names);
-        over steps: steps/logps (mean S_k of steps with tokens), steps/tokens (mean length), steps/count, steps/empty;
-        over pairs: pairs/count, pairs/dropped.
+        rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen, logps/rejected (TRL's
+        names); over steps: steps/logps (mean S_k of steps with tokens), steps/tokens (mean length), steps/count,
+        steps/empty; over pairs: pairs/count, pairs/dropped.
         """
         if self._metrics:
             return self._metrics
@@ -108,33 +110,39 @@ def step_pref_loss(
         u = S - S_ref
         loss = (weights * head(u[winner], u[loser])).sum() / (number of pairs, or num_items)
 
-    Called as `step_pref_loss(logits, layout, pairs)` with a StepLayout, or as `step_pref_loss(logits, labels, step_ids)` with plain
-    (B, T) tensors whose rows are [chosen_0.., rejected_0..]: step k of a chosen sequence is then paired with step k of its rejected
-    one and unmatched steps are left out, unless `pairs=` says otherwise. Plain tensors on a GPU cost a copy to the host; build
-    layout and pairs in the collator to avoid it. Under torch.compile pass a StepLayout and StepPairs: host work cannot be traced.
+    Called as `step_pref_loss(logits, layout, pairs)` with a StepLayout, or as `step_pref_loss(logits, labels,
+    step_ids)` with plain (B, T) tensors whose rows are [chosen_0.., rejected_0..]: step k of a chosen sequence is then
+    paired with step k of its rejected one and unmatched steps are left out, unless `pairs=` says otherwise. Plain
+    tensors on a GPU cost a copy to the host; build layout and pairs in the collator to avoid it. Under torch.compile
+    pass a StepLayout and StepPairs: host work cannot be traced.
 
     Args:
-        logits: (B, T, V), or (total, V) for a packed layout. float32, bfloat16, float16 or float64. A last dimension that is not
-            contiguous is copied once.
+        logits: (B, T, V), or (total, V) for a packed layout. float32, bfloat16, float16 or float64. Copied once if its
+            last dimension is not contiguous.
         layout: StepLayout, or unshifted labels (B, T) int with -100 where nothing is scored (also by name, `labels=`).
         steps_or_pairs: pairs when `layout` is a StepLayout; step_ids (B, T) when it is labels (also `step_ids=`).
         pairs: StepPairs or (P, 2) int indices (winner step, loser step). Default: pair by index.
-        ref: the reference's StepLogps, step sums (S,), or token log-probs as (N,) rows or (B, T) aligned with the labels; detached.
-            None is reference-free.
+        ref: the reference's StepLogps, step sums (S,), or token log-probs as (N,) rows or (B, T) aligned with the
+            labels; detached. None is reference-free.
         loss_type: 'sigmoid', 'hinge', 'ipo' or 'simpo'; see `sspo_ext.heads` for formula and source.
         beta: reward scale; default is the loss type's (0.1; 2.0 for simpo).
-        label_smoothing: probability in [0, 0.5) that a pair's order is wrong. soft_labels: (P,) in [0, 1], the probability that the
-            winner is better. Either one, and only for losses that have them.
-        weights: (P,) multiply the pairs' losses (the mean still divides by their number). margins: (P,), in units of the reward.
+        label_smoothing: probability in [0, 0.5) that a pair's order is wrong; for losses that have it.
+        soft_labels: (P,) in [0, 1], the probability that the winner is better; instead of label_smoothing.
+        weights: (P,) multiply the pairs' losses (the mean still divides by their number).
+        margins: (P,), in units of the reward.
         temperature, logit_softcap, logit_scale: the distribution is softmax(softcap(logit_scale * logits) / temperature).
-        token_weights: (B, T), or (N,) in row order with a StepLayout; constants. Zeros belong to the layout's construction.
-        reduction: 'mean' over pairs whose steps both have tokens, or 'sum'. num_items: divides the sum instead (a global number of
-            pairs, under gradient accumulation or data parallel); a number or a 0-dim tensor.
-        backend: 'auto', 'cpu', 'triton' or 'reference'. inplace_backward: write the gradient over the logits.
+        token_weights: (B, T), or (N,) in row order with a StepLayout; constants. Zeros belong to the layout's
+            construction.
+        reduction: 'mean' over pairs whose steps both have tokens, or 'sum'.
+        num_items: divides the sum instead (a global number of pairs, under gradient accumulation or data parallel); a
+            number or a 0-dim tensor.
+        backend: 'auto', 'cpu', 'triton' or 'reference'.
+        inplace_backward: write the gradient over the logits.
         **loss_options: further options of the loss type (`simpo_gamma`). One that it does not have raises TypeError.
 
     Returns:
-        StepPrefOutput; `.loss` is float32 (float64 for float64 logits). With nothing to score it is 0, with zero gradients.
+        StepPrefOutput; `.loss` is float32 (float64 for float64 logits). With nothing to score it is 0, with zero
+        gradients.
 
     Example::
 
@@ -206,7 +214,8 @@ def resolve_pairs(layout: StepLayout, pairs, weights, margins, soft_labels) -> S
 
 
 def pair_loss_spec(
-    head: PairHead, layout: StepLayout, pairs: StepPairs, dtype: torch.dtype, ref, beta, label_smoothing, reduction, num_items, loss_options
+    head: PairHead, layout: StepLayout, pairs: StepPairs, dtype: torch.dtype, ref, beta, label_smoothing, reduction,
+    num_items, loss_options,
 ) -> PairLossSpec:  # fmt: skip
     """Validated arguments of one pair loss, shared by the routes."""
     beta = head.options["beta"] if beta is None else beta
@@ -273,7 +282,8 @@ def _reference_sums(ref: StepLogps | Tensor | None, layout: StepLayout) -> Tenso
     if ref.shape == (rows,):
         return _sum_rows(ref, layout)
     raise ValueError(
-        f"ref: expected step sums ({steps},), token log-probs ({rows},) or {layout.shape}, or a StepLogps, got {describe(ref)}"
+        f"ref: expected step sums ({steps},), token log-probs ({rows},) or {layout.shape}, or a StepLogps, "
+        f"got {describe(ref)}"
     )
 
 

@@ -13,7 +13,8 @@ _lib = torch.library.Library("sspo", "DEF")
 
 
 def register(name, schema, fn, fake):
-    """Defines sspo::name and returns its overload. Implemented once for every device: `backend` says whose kernels run."""
+    """Defines sspo::name and returns its overload. Implemented once for every device: `backend` says whose kernels
+    run."""
     _lib.define(f"{name}{schema}")
     _lib.impl(name, fn, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sspo::{name}", fake, lib=_lib)
@@ -35,12 +36,12 @@ def _token_logp_fwd_fake(logits, rows, labels, a, c, backend):
 
 
 def _step_loss_fwd(
-    logps, weights, step_offsets, ref, pair_index, adj_offsets, adj_pairs, pair_weights, pair_margins, pair_labels, scale, head,
-    options, label, backend,
+    logps, weights, step_offsets, ref, pair_index, adj_offsets, adj_pairs, pair_weights, pair_margins, pair_labels,
+    scale, head, options, label, backend,
 ):  # fmt: skip
     return backends.load(backend).step_loss_fwd(
-        logps, weights, step_offsets, ref, pair_index, adj_offsets, adj_pairs, pair_weights, pair_margins, pair_labels, scale,
-        head, options, label,
+        logps, weights, step_offsets, ref, pair_index, adj_offsets, adj_pairs, pair_weights, pair_margins, pair_labels,
+        scale, head, options, label,
     )  # fmt: skip
 
 
@@ -76,8 +77,8 @@ token_logp_fwd = register(
 step_loss_fwd = register(
     "step_loss_fwd",
     "(Tensor logps, Tensor? weights, Tensor step_offsets, Tensor? ref, Tensor pair_index, Tensor adj_offsets, "
-    "Tensor adj_pairs, Tensor? pair_weights, Tensor? pair_margins, Tensor? pair_labels, Tensor scale, str head, float[] options, "
-    "float label, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor adj_pairs, Tensor? pair_weights, Tensor? pair_margins, Tensor? pair_labels, Tensor scale, str head, "
+    "float[] options, float label, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _step_loss_fwd,
     _step_loss_fwd_fake,
 )

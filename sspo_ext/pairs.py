@@ -42,7 +42,8 @@ class StepPairs(TensorBundle):
         return self.num_pairs - self.num_valid
 
     def __repr__(self) -> str:
-        return f"StepPairs(pairs={self.num_pairs}, dropped={self.num_dropped}, steps={self.num_steps}, device={self.index.device})"
+        sizes = f"pairs={self.num_pairs}, dropped={self.num_dropped}, steps={self.num_steps}"
+        return f"StepPairs({sizes}, device={self.index.device})"
 
     @classmethod
     def from_index(
@@ -54,9 +55,11 @@ class StepPairs(TensorBundle):
         margins: Tensor | None = None,  # (P,) float: subtracted from the reward margin
         soft_labels: Tensor | None = None,  # (P,) float in [0, 1]
     ) -> StepPairs:
-        """Checks the pairs against the layout and moves them to its device. An index on a device is copied to the host once (a sync).
+        """Checks the pairs against the layout and moves them to its device. An index on a device is copied to the host
+        once (a sync).
 
-        A step may be in any number of pairs. Raises ValueError for an index outside [0, S) or a step paired with itself.
+        A step may be in any number of pairs. Raises ValueError for an index outside [0, S) or a step paired with
+        itself.
         """
         index = torch.as_tensor(index)
         if index.numel() == 0:
@@ -120,12 +123,14 @@ class StepPairs(TensorBundle):
         )
 
     def units(self) -> np.ndarray:
-        """(S,) int64: the connected component of each step, -1 for a step in no pair. Losses of different units are independent."""
+        """(S,) int64: the connected component of each step, -1 for a step in no pair. Losses of different units are
+        independent."""
         return connected_steps(self.host_index.numpy(), self.num_steps)
 
 
 def connected_steps(index: np.ndarray, num_steps: int) -> np.ndarray:
-    """(S,) int64: the smallest step of the connected component of each step, -1 for a step in no pair of `index` (P, 2)."""
+    """(S,) int64: the smallest step of the connected component of each step, -1 for a step in no pair of `index` (P,
+    2)."""
     parent = np.arange(num_steps)
 
     def root(i: int) -> int:

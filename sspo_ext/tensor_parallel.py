@@ -22,7 +22,8 @@ class VocabShard:
         return torch.where((local >= 0) & (local < self.size), local, -1)
 
     def combine(self, logps: Tensor, lse: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probs and log-sum-exp over the whole vocabulary from those over the shards (for a label of -1, logp is -lse).
+        """Log-probs and log-sum-exp over the whole vocabulary from those over the shards (for a label of -1, logp is
+        -lse).
 
         One all-gather of two floats a row; every rank then adds up in the same order, so all ranks hold the same bits.
         """
@@ -73,8 +74,8 @@ def _shard_of_dtensor(weight, tp_group) -> ShardInfo:
     group = mesh.get_group()
     if tp_group is None or tp_group.group_name != group.group_name:
         raise ValueError(
-            "tp_group: expected the group of the weight's mesh (weight.device_mesh.get_group()) beside a DTensor weight; "
-            "if FSDP sharded it over data-parallel ranks, pass weight.full_tensor() or call the loss inside forward"
+            "tp_group: expected the group of the weight's mesh (weight.device_mesh.get_group()) beside a DTensor "
+            "weight; if FSDP sharded it over data-parallel ranks, pass weight.full_tensor() or call the loss inside forward"
         )
     world, vocab = mesh.size(), weight.shape[0]
     _, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)

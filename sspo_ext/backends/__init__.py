@@ -1,6 +1,7 @@
 """Which implementation runs: argument `backend=` > SSPO_BACKEND > the table below.
 
-A backend is a module with `why_not(device, dtype)` and the row and step functions `ops.py` calls; `reference` is autograd on plain torch.
+A backend is a module with `why_not(device, dtype)` and the row and step functions `ops.py` calls; `reference` is
+autograd on plain torch.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def reasons(device: torch.device, dtype: torch.dtype) -> str:
 
 @torch.compiler.assume_constant_result
 def select(requested: str, device_type: str, dtype: torch.dtype) -> str:
-    """The backend that runs. "auto" takes the first usable one of the table; a name that cannot run raises with the reason."""
+    """The backend that runs. "auto" takes the first usable one of the table; a name that cannot run raises with the
+    reason."""
     source = "backend"
     if requested == "auto":
         requested, source = os.environ.get("SSPO_BACKEND") or "auto", "SSPO_BACKEND"

@@ -1,8 +1,10 @@
-"""Writes the fused heads: each definition in heads.py and its autograd derivative, traced and printed as C++ and as Triton.
+"""Writes the fused heads: each definition in heads.py and its autograd derivative, traced and printed as C++ and as
+Triton.
 
     python -m sspo_ext.backends.generate [--check]
 
-The traced graph is ATen pointwise ops on scalars, so printing it is a table of one line per op. `--check` fails if a file is stale.
+The traced graph is ATen pointwise ops on scalars, so printing it is a table of one line per op. `--check` fails if a
+file is stale.
 """
 
 from __future__ import annotations
@@ -244,14 +246,16 @@ def cpp_source() -> str:
         unpack += "".join(f"  const T {name} = o[{j}]; (void){name};\n" for j, name in enumerate(head.options))
         body = "".join(f"  const auto {name} = {_strip(text)};\n" for name, text in printer.lines)
         parts.append(
-            f"// {head.formula}\ntemplate <class T> SSPO_HD inline PairGrad<T> {head.name}_head(const PairScores<T>& s, const T* o) {{\n"
+            f"// {head.formula}\ntemplate <class T> "
+            f"SSPO_HD inline PairGrad<T> {head.name}_head(const PairScores<T>& s, const T* o) {{\n"
             f"{unpack}{body}  return {{{', '.join(out)}}};\n}}\n"
         )
         cases.append(f"    case {i}: return {head.name}_head(s, o);\n")
     parts.append(
         f"constexpr int kNumPairHeads = {len(PAIR_HEADS)};\nconstexpr int kMaxOptions = {MAX_OPTIONS};\n\n"
         "template <class T> SSPO_HD inline PairGrad<T> pair_head(int head, const PairScores<T>& s, const T* o) {\n"
-        f"  switch (head) {{\n{''.join(cases)}    default: return {{T(NAN), T(NAN), T(NAN)}};\n  }}\n}}\n\n}}  // namespace sspo\n"
+        f"  switch (head) {{\n{''.join(cases)}    default: return {{T(NAN), T(NAN), T(NAN)}};\n  }}\n}}\n\n"
+        "}  // namespace sspo\n"
     )
     return "\n".join(parts)
 
@@ -266,13 +270,15 @@ def triton_source() -> str:
         body = "".join(f"    {name} = {_strip(text)}\n" for name, text in printer.lines)
         names = "".join(f", {name}" for name in head.options)
         parts.append(
-            f"@triton.jit\ndef _{head.name}_head({scores}{names}):\n    # {head.formula}\n{body}    return {', '.join(out)}\n"
+            f"@triton.jit\ndef _{head.name}_head({scores}{names}):\n"
+            f"    # {head.formula}\n{body}    return {', '.join(out)}\n"
         )
         args = "".join(f", {o}" for o in options[: len(head.options)])
         keyword = "if" if i == 0 else "elif"
         cases.append(f"    {keyword} HEAD == {i}:\n        loss, du_w, du_l = _{head.name}_head({scores}{args})\n")
     parts.append(
-        f"@triton.jit\ndef _pair_head(HEAD: tl.constexpr, {scores}, {', '.join(options)}):\n{''.join(cases)}    return loss, du_w, du_l\n"
+        f"@triton.jit\ndef _pair_head(HEAD: tl.constexpr, {scores}, {', '.join(options)}):\n"
+        f"{''.join(cases)}    return loss, du_w, du_l\n"
     )
     return "\n\n".join(parts)
 

@@ -1,4 +1,5 @@
-"""The specification: plain torch, differentiable by autograd, exact in float64. Every other backend is tested against this file."""
+"""The specification: plain torch, differentiable by autograd, exact in float64. Every other backend is tested against
+this file."""
 
 from __future__ import annotations
 
