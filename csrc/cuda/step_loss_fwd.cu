@@ -100,10 +100,11 @@ __global__ void __launch_bounds__(kWarp) step_loss_fwd_kernel(const StepParams p
         __threadfence();
     }
     if (!__shfl_sync(0xffffffffu, is_last, 0)) return;
+    __syncwarp();  // a shuffle carries values and orders no memory
     const double total = weighted_sum(p.pair_loss, p.pair_weights, 0, p.P);
     if (first_lane) {
         *p.loss = static_cast<float>(total * *p.scale);
-        *p.arrived = 0;
+        atomicExch(p.arrived, 0u);
     }
 }
 

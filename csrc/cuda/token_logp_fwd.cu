@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) token_logp_fwd_kernel(
         if (!is_last) return;
         row_sum = Running<T, kSoftcap>(map);
         for (int i = 0; i < p.splits; ++i) row_sum.add(map, {__ldcg(&shares[i].x_max), __ldcg(&shares[i].sum)});
-        if (threadIdx.x == 0) p.arrived[n] = 0;
+        if (threadIdx.x == 0) atomicExch(p.arrived + n, 0u);
     }
 
     float total = row_sum.sum, u_max = mapped<kSoftcap>(map, row_sum.x_max);
