@@ -162,7 +162,7 @@ def check_head(model: nn.Module, sample_inputs: dict[str, Any]) -> LMHead:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The Hugging Face or PEFT model inside DDP, FSDP1, DeepSpeed and torch.compile wrappers."""
+    """The Hugging Face or PEFT model inside DDP, FSDP1, DeepSpeed and torch.compile wrappers, or the model itself."""
     while True:
         for name in ("_orig_mod", "_fsdp_wrapped_module", "module"):
             if name in model._modules and not hasattr(type(model), "get_output_embeddings"):
@@ -239,6 +239,9 @@ def _find_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     if isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph:
         raise _unsupported(model, "with static_graph=True reduces gradients only through its own outputs", "unset it")
     inner = unwrap(model)
+    if "_fsdp_wrapped_module" in model._modules:
+        # Its options decide whether the weight is whole after a forward, and not on all ranks alike.
+        raise _unsupported(inner, "is wrapped in FSDP1", "use FSDP2 (fully_shard)")
     for module in (model, inner):
         if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
             raise _unsupported(
@@ -279,8 +282,8 @@ def _check_weight(inner: nn.Module, head: nn.Module, weight: Any, name: str = "w
     if weight.ndim != ndim or weight.numel() == 0:
         raise _unsupported(
             inner,
-            f"{what} has shape {tuple(weight.shape)} here (sharded by FSDP1 or ZeRO-3?)",
-            "gather it first (summon_full_params, GatheredParameters)",
+            f"{what} has shape {tuple(weight.shape)} here (sharded by ZeRO-3?)",
+            "gather it first (deepspeed.zero.GatheredParameters)",
         )
 
 

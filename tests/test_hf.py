@@ -357,6 +357,12 @@ class TestWrappers:
         assert unwrap(Engine(Engine(model))) is model
         assert check_head(Engine(model), SAMPLE).weight is model.lm_head.weight
 
+    def test_fsdp1(self):
+        wrapper = nn.Module()
+        wrapper._fsdp_wrapped_module = llama()
+        with pytest.raises(UnsupportedHead, match="LlamaForCausalLM: is wrapped in FSDP1"):
+            model_head(wrapper)
+
     @pytest.mark.parametrize(
         "make",
         [
