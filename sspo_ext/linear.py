@@ -55,7 +55,7 @@ class LinearSettings:
 
 
 class LinearPrefRoute(torch.autograd.Function):
-    """(N0, H) hidden, (V, H) weight, (V,) bias -> loss (), sums (S,), pair losses (P,). Gradients are made in forward."""
+    """(N0, H) hidden, (V, H) weight, (V,) bias -> loss (), sums (S,), pair losses (P,), with gradients from forward."""
 
     @staticmethod
     def forward(

@@ -74,8 +74,8 @@ class Head:
 
 
 class WeightGradient:
-    """Sum over chunks of G^T @ hidden. A 16-bit sum of several products goes through float32, a block of vocabulary rows
-    at a time, so that no second (V, H) exists; otherwise GEMMs add straight into place."""
+    """Sum over chunks of G^T @ hidden. A 16-bit sum of several products goes through float32, a block of vocabulary
+    rows at a time, so that no second (V, H) exists; otherwise GEMMs add straight into place."""
 
     def __init__(self, head: Head, plan: LinearPlan, accum_dtype: torch.dtype):
         weight, chunks = head.weight, plan.weight_chunks

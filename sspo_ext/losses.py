@@ -130,7 +130,7 @@ def step_pref_loss(
         soft_labels: (P,) in [0, 1], the probability that the winner is better; instead of label_smoothing.
         weights: (P,) multiply the pairs' losses (the mean still divides by their number).
         margins: (P,), in units of the reward.
-        temperature, logit_softcap, logit_scale: the distribution is softmax(softcap(logit_scale * logits) / temperature).
+        temperature, logit_softcap, logit_scale: the distribution is softmax(cap(logit_scale * logits) / temperature).
         token_weights: (B, T), or (N,) in row order with a StepLayout; constants. Zeros belong to the layout's
             construction.
         reduction: 'mean' over pairs whose steps both have tokens, or 'sum'.

@@ -75,7 +75,7 @@ def _shard_of_dtensor(weight, tp_group) -> ShardInfo:
     if tp_group is None or tp_group.group_name != group.group_name:
         raise ValueError(
             "tp_group: expected the group of the weight's mesh (weight.device_mesh.get_group()) beside a DTensor "
-            "weight; if FSDP sharded it over data-parallel ranks, pass weight.full_tensor() or call the loss inside forward"
+            "weight; if FSDP sharded it over data-parallel ranks, pass weight.full_tensor() or call the loss in forward"
         )
     world, vocab = mesh.size(), weight.shape[0]
     _, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
