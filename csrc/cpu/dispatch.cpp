@@ -117,7 +117,8 @@ void parallel_for(int64_t count, int64_t block, int threads, const std::function
         for (int64_t b; (b = next.fetch_add(1)) < blocks;) work(b * block, std::min(count, (b + 1) * block));
     };
     std::vector<std::thread> helpers;
-    const int64_t wanted = std::min<int64_t>(threads, blocks) - 1;
+    const int64_t wanted = std::max<int64_t>(std::min<int64_t>(threads, blocks) - 1, 0);
+    helpers.reserve(wanted);
     try {
         for (int64_t t = 0; t < wanted; ++t) helpers.emplace_back(run);
     } catch (const std::system_error&) {

@@ -19,14 +19,13 @@ using sspo::FwdArgs;
 using sspo::Logits;
 
 constexpr double kLog2e = 1.44269504088896340736;
-constexpr double kLn2 = 0.69314718055994530942;
-constexpr int64_t kTile = 4096;      // elements: 8 or 16 KiB, and few enough for float32 partial sums
-constexpr double kRescale = 0x1p60;  // far from overflow, and no precision is lost below it
-constexpr int kUnroll = 2;           // pairs of vectors per iteration
-constexpr int kPrefetch = 4096;      // bytes ahead; the hardware prefetcher stops at the end of a 4 KiB page
+constexpr int64_t kTile = 256 * kLanes;  // fits the L1 cache; a lane adds 64 terms in float32, the rest is in double
+constexpr double kRescale = 0x1p60;      // far from overflow, and no precision is lost below it
+constexpr int kUnroll = 2;               // pairs of vectors per iteration
+constexpr int kPrefetch = 4096;          // bytes ahead; the hardware prefetcher stops at the end of a 4 KiB page
 
-// Degrees of the exponential. Log-probs are float32 whatever the logits are; a 16-bit gradient is rounded 300 times
-// more coarsely than degree 4 errs.
+// Degrees of the exponential. Log-probs are float32 whatever the logits are; a 16-bit gradient is rounded more
+// than 100 times more coarsely than degree 4 errs.
 #if defined(SSPO_AVX512)
 constexpr int kDegree = 5;
 #else
@@ -159,7 +158,8 @@ double row_lse(const Logits& l, const T* x, const Exponent<CAP>& e, const Exp2<k
         if (!first) part = tile_sum(x + i, n, e, exp2_, shift);
         if (first || !(part < kRescale)) {
             const float m = tile_max(x + i, n, e);
-            if (isinf(m) || m != m) return row_lse_exact(l, x);  // masked from the start, or not finite, or too large
+            if (m == -__builtin_inff() && tile_sum(x + i, n, e, exp2_, 0) == 0) continue;  // masked, and no NaN
+            if (isinf(m) || m != m) return row_lse_exact(l, x);  // not finite, or beyond float32 as an exponent
             if (!first && m > shift) sum *= exp2(e.exponent((double)shift - m));
             if (first || m > shift) shift = m;
             part = tile_sum(x + i, n, e, exp2_, shift);
@@ -167,6 +167,7 @@ double row_lse(const Logits& l, const T* x, const Exponent<CAP>& e, const Exp2<k
         }
         sum += part;
     }
+    if (sum == 0) return row_lse_exact(l, x);
     // The shift in double: what its rounding took from the terms' exponents, their sum has.
     return (CAP ? l.c : l.a) * e.from_shift(shift) + log(sum);
 }
