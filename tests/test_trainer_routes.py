@@ -70,3 +70,25 @@ def test_auto_falls_back(tmp_path, caplog):
 def test_unknown_route(tmp_path):
     with pytest.raises(ValueError, match="route: expected one of 'linear', 'logits', 'auto', got 'lin'"):
         StepPreferenceTrainer(make_model(), config(tmp_path, route="lin"), make_features())
+
+
+@pytest.mark.parametrize("route", ["linear", "logits"])
+def test_router_loss_is_kept(tmp_path, route):
+    """Gradients of the router with and without the balance loss, which hidden states alone do not carry."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    def update(coefficient):
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(
+            MixtralConfig(
+                vocab_size=61, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=1, num_local_experts=4, output_router_logits=True, pad_token_id=0,
+                router_aux_loss_coef=coefficient, max_position_embeddings=64,
+            )
+        )  # fmt: skip
+        options = {"route": route, "max_steps": 1, "learning_rate": 1.0, "gradient_accumulation_steps": 2}
+        trainer = StepPreferenceTrainer(model, config(tmp_path / str(coefficient), **options), make_features())
+        trainer.train()
+        return torch.cat([p.detach().reshape(-1) for name, p in model.named_parameters() if "gate" in name])
+
+    assert (update(0.0) - update(1.0)).abs().max() > 1e-4

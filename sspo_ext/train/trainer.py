@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -138,15 +138,28 @@ class StepPreferenceTrainer(Trainer):
         args, layout, pairs = self.args, batch["layout"], batch["pairs"]
         options = {"ref": batch.get("ref"), "num_items": num_items, "backend": args.backend, **self._loss_options}
         if self.route == "linear":
-            hidden, _ = forward_hidden(model, **_model_inputs(batch))
+            hidden, outputs = forward_hidden(model, **_model_inputs(batch))
             head = model_head(model)
             options.update(head.options, chunk_bytes=args.chunk_bytes)
-            return linear_step_pref_loss(hidden, head.weight, layout, pairs, **options)
-        logits = model(**_model_inputs(batch), use_cache=False).logits
-        inplace = args.inplace_backward
+            out = linear_step_pref_loss(hidden, head.weight, layout, pairs, **options)
+            return self._with_router_loss(out, outputs, num_items)
+        outputs = model(**_model_inputs(batch), use_cache=False)
+        logits, inplace = outputs.logits, args.inplace_backward
         if inplace is None:
             inplace = select(args.backend, logits.device.type, logits.dtype) != "reference"
-        return step_pref_loss(logits, layout, pairs, inplace_backward=inplace and torch.is_grad_enabled(), **options)
+        inplace = inplace and torch.is_grad_enabled()
+        out = step_pref_loss(logits, layout, pairs, inplace_backward=inplace, **options)
+        return self._with_router_loss(out, outputs, num_items)
+
+    def _with_router_loss(self, out: StepPrefOutput, outputs, num_items: float | Tensor | None) -> StepPrefOutput:
+        """Adds a mixture of experts' balance loss, which models add only to a loss of their own; weighted by this
+        batch's share of the pairs."""
+        aux = getattr(outputs, "aux_loss", None)
+        coefficient = getattr(self.model.config, "router_aux_loss_coef", None)
+        if aux is None or not coefficient or not out.loss.requires_grad:
+            return out
+        share = 1.0 if num_items is None else out.pairs.num_valid / num_items
+        return replace(out, loss=out.loss + coefficient * share * aux.to(out.loss.device))
 
     def step_logps(self, model: nn.Module, batch: dict) -> StepLogps:
         """The model's forward and its step log-probs, as the loss sees them."""
