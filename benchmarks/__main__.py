@@ -1,0 +1,31 @@
+"""python -m benchmarks COMMAND [options]: one entry for every measurement. Only the module that is asked for is run."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+COMMANDS = {
+    "report": ("report", "every table below that is not measured yet; RESULTS.md, CSV and plots"),
+    "logits": ("logits", "logits route: time and memory beside eager, torch.compile, cross_entropy, TRL"),
+    "linear": ("linear", "linear route: time and memory beside Liger, torch, TRL and the bare GEMMs"),
+    "traffic": ("traffic", "bytes that the Triton kernels load and store, counted in the interpreter"),
+    "machine-code": ("machine_code", "what the Triton kernels compile to: registers, spills, widths of loads"),
+    "families": ("families", "linear against logits route on tiny models of many families"),
+    "real-run": ("real_run", "a real model trained on real reasoning steps"),
+}
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] not in COMMANDS:
+        print("usage: python -m benchmarks COMMAND [options]\n")
+        print("\n".join(f"  {name:13} {text}" for name, (_, text) in COMMANDS.items()))
+        return 0 if arguments[:1] in ([], ["-h"], ["--help"]) else 2
+    # as a main program: one of them must set the environment before it imports Triton
+    sys.argv = [f"python -m benchmarks {arguments[0]}", *arguments[1:]]
+    runpy.run_module(f"benchmarks.{COMMANDS[arguments[0]][0]}", run_name="__main__", alter_sys=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,157 @@
+"""Logits route: step preference loss forward and backward from (N, V) logits, in time and memory, beside its peers.
+
+python -m benchmarks logits [--only logits-fp32 ...] [--redo] [--quick]
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from . import peers, tables
+from .measure import Case, extra_peak_mib, interleave, ratio
+from .problems import LogitsProblem, LogitsSpec
+from .tables import Settings, Table, ms, short
+
+INPLACE, NEW = "sspo_ext, gradient in place", "sspo_ext, gradient in a new buffer"
+COPY = "one copy of the logits into an existing buffer"
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+def our_cases(problem: LogitsProblem) -> list[Case]:
+    """The in-place case overwrites the logits, so `reset` puts them back from a copy, off the clock."""
+    leaf, source = problem.leaf(), problem.logits.clone()
+
+    def restore() -> None:
+        leaf.grad = None
+        problem.logits.copy_(source)
+
+    def clear() -> None:
+        leaf.grad = None
+
+    return [
+        Case(INPLACE, lambda: peers.run_ours(problem, leaf, True), restore),
+        Case(NEW, lambda: peers.run_ours(problem, leaf, False), clear),
+    ]
+
+
+def peer_cases(problem: LogitsProblem) -> tuple[list[Case], list[str]]:
+    """The peers that run here, and a note on each that does not."""
+    leaf = problem.scored_leaf()
+
+    def clear() -> None:
+        leaf.grad = None
+
+    cases, notes = [], []
+    for peer in peers.LOGITS_PEERS:
+        reason = peer.why_not(DEVICE)
+        if reason is not None:
+            notes.append(f"* {peer.name} was not run: {reason}.")
+            continue
+        cases.append(Case(peer.name, lambda peer=peer: peers.run_logits_peer(peer, problem, leaf), clear))
+    return cases, notes
+
+
+def check(problem: LogitsProblem, cases: list[Case]) -> None:
+    """All contestants must agree before any clock starts: a benchmark of a wrong answer is worth nothing."""
+    leaf, rows = problem.leaf(), problem.layout.num_rows
+    peers.run_ours(problem, leaf, False)
+    ours = leaf.grad[:rows]
+    for peer in peers.LOGITS_PEERS:
+        if any(case.name == peer.name for case in cases):
+            theirs = problem.scored_leaf()
+            peers.run_logits_peer(peer, problem, theirs)
+            error = (theirs.grad.float() - ours.float()).norm() / ours.float().norm()
+            if not error < (0.05 if problem.spec.dtype != torch.float32 else 1e-3):
+                raise RuntimeError(f"{peer.name}: its gradient differs from ours by {error:.2g}; nothing was measured")
+
+
+def check_all(dtype: torch.dtype) -> None:
+    problem = LogitsProblem(LogitsSpec(64, 997, dtype, step=8), DEVICE)
+    check(problem, peer_cases(problem)[0])
+
+
+def time_table(settings: Settings, dtype: torch.dtype) -> Table:
+    check_all(dtype)
+    spec = LogitsSpec(settings.size(1024, 64), settings.size(128256, 4000), dtype)
+    problem = LogitsProblem(spec, DEVICE)
+    existing = torch.zeros_like(problem.logits)
+    others, notes = peer_cases(problem)
+    cases = [*our_cases(problem), *others, Case(COPY, lambda: existing.copy_(problem.logits))]
+    times = interleave(cases, settings.count(9), limit_s=settings.limit_s)
+    table = Table(
+        "",
+        f"Logits route, [{spec.rows} x {spec.vocab}] {short(dtype)}, loss and gradient",
+        ["", "ms", "quartiles", "x in place", "x new buffer"],
+        notes=["Ratios are a contestant's time over ours, medians of per-round ratios.", *notes],
+    )
+    for case in cases:
+        table.rows.append(
+            [case.name, *ms(times[case.name]), *(round(ratio(times, case.name, own), 2) for own in (INPLACE, NEW))]
+        )
+    copies = [f"{ratio(times, own, COPY):.2f}" for own in (INPLACE, NEW)]
+    table.notes.append(f"* In place over one copy: {copies[0]}; new buffer over one copy: {copies[1]}.")
+    table.note_rounds(times)
+    return table
+
+
+def memory_table(settings: Settings) -> Table:
+    rows, vocab = settings.size(1024, 64), settings.size(128256, 4000)
+    dtypes = (torch.float32, torch.bfloat16)
+    columns = [f"{short(dtype)} {unit}" for dtype in dtypes for unit in ("MiB", "% of logits")]
+    table = Table(
+        "",
+        f"Logits route, [{rows} x {vocab}]: peak memory beyond the logits themselves, gradient included",
+        ["", *columns],
+        notes=["Rise of the process's peak resident memory over one loss and backward, each in a fresh process."],
+    )
+    names = [INPLACE, NEW, *(p.name for p in peers.LOGITS_PEERS if p.why_not(DEVICE) is None)]
+    for name in names:
+        row = [name]
+        for dtype in dtypes:
+            extra = extra_peak_mib(peers.build_logits, name, LogitsSpec(rows, vocab, dtype))
+            row += [round(extra, 1), round(100 * extra / (rows * vocab * dtype.itemsize / 2**20), 2)]
+        table.rows.append(row)
+    return table
+
+
+def scaling_table(settings: Settings) -> Table:
+    """Time in proportion to N * V: the same nanoseconds an element everywhere."""
+    dtype = torch.bfloat16
+    all_rows = (256, 1024, 4096) if not settings.quick else (16, 64)
+    vocabularies = (32000, 128256, 256000) if not settings.quick else (1000, 4000)
+    table = Table(
+        "",
+        f"Logits route, {short(dtype)}: cost against N and V",
+        ["N", "V", "in place, ms", "quartiles", "ns per element", "new buffer, ms", "quartiles", "ns per element"],
+    )
+    for rows in all_rows:
+        for vocab in vocabularies:
+            problem = LogitsProblem(LogitsSpec(rows, vocab, dtype), DEVICE)
+            times = interleave(our_cases(problem), settings.count(7), limit_s=settings.limit_s / 9)
+            row = [rows, vocab]
+            for name in (INPLACE, NEW):
+                median, quartiles = ms(times[name])
+                row += [median, quartiles, round(1e6 * median / (rows * vocab), 3)]
+            table.rows.append(row)
+            table.note_rounds(times)
+            del problem
+    return table
+
+
+TABLES = {
+    "logits-fp32": lambda settings: time_table(settings, torch.float32),
+    "logits-bf16": lambda settings: time_table(settings, torch.bfloat16),
+    "logits-memory": memory_table,
+    "logits-scaling": scaling_table,
+}
+
+
+def main(argv: list[str]) -> None:
+    tables.run(TABLES, argv, __doc__.splitlines()[0])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
