@@ -100,7 +100,7 @@ def count_traffic() -> Iterator[Traffic]:
 class Work:
     """Two sequences of one step each, a pair; prompt positions and the last are not scored."""
 
-    def __init__(self, V: int, dtype: torch.dtype, T: int = 5, prompt: int = 2):
+    def __init__(self, V: int, dtype: torch.dtype, T: int = 4, prompt: int = 1):
         generator = torch.Generator().manual_seed(0)
         self.logits = torch.randn(2, T, V, generator=generator).to(dtype)
         self.labels = torch.randint(V, (2, T), generator=generator)

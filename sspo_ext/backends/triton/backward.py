@@ -27,10 +27,10 @@ _LARGEST = tl.constexpr(3e38)
 
 
 @triton.jit
-def _grad(x, a, scale, shift, weight, SOFTCAP: tl.constexpr):
+def _grad(x, a, scale, shift, weight, SOFTCAP: tl.constexpr, VEC: tl.constexpr):
     """weight * softmax(z) * dz/dx, what is constant in the row being in `weight`."""
     if SOFTCAP:
-        u, sech2 = tanh_sech2(a * x)
+        u, sech2 = tanh_sech2(a * x, VEC > 4)
         return tl.exp2(tl.fma(u, scale, shift)) * (weight * sech2)
     else:
         return tl.exp2(tl.fma(x, scale, shift)) * weight
@@ -42,10 +42,10 @@ def _write_tiles(
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     x0, x1, x2, x3 = load_tiles(logits_ptr, lanes, MASKED, ALIGNED, LANES, VEC)
-    x0 = _grad(x0, a, scale, shift, weight, SOFTCAP)
-    x1 = _grad(x1, a, scale, shift, weight, SOFTCAP)
-    x2 = _grad(x2, a, scale, shift, weight, SOFTCAP)
-    x3 = _grad(x3, a, scale, shift, weight, SOFTCAP)
+    x0 = _grad(x0, a, scale, shift, weight, SOFTCAP, VEC)
+    x1 = _grad(x1, a, scale, shift, weight, SOFTCAP, VEC)
+    x2 = _grad(x2, a, scale, shift, weight, SOFTCAP, VEC)
+    x3 = _grad(x3, a, scale, shift, weight, SOFTCAP, VEC)
     store_tiles(out_ptr, x0, x1, x2, x3, lanes, MASKED, LANES, VEC)
 
 
@@ -108,8 +108,8 @@ def _token_logp_bwd_kernel(
             body_ptr = tl.multiple_of(body_ptr, 16)
         label = tl.load(labels_ptr + n)
         lse = tl.load(lse_ptr + n)
-        # softmax = exp2(scale * u + shift). A large shift loses in float32 more than its exponential may: what is cut off
-        # it goes into the row's factor.
+        # softmax = exp2(scale * u + shift). In float32 a large shift loses more than its exponential may: what is cut
+        # off it goes into the row's factor.
         exact = -(lse * per_lse + lse * per_lse_lost)
         shift = exact.to(tl.float32)
         overflow = (tl.abs(shift) > _LARGEST) & (tl.abs(lse) < float("inf"))
@@ -136,13 +136,13 @@ def _token_logp_bwd_kernel(
                 out_body_ptr + g_loop_end * VEC, body_ptr + g_loop_end * VEC, g_end - g_loop_end,
                 a, scale, shift, softmax_weight, True, SOFTCAP, ALIGNED, LANES, VEC,
             )  # fmt: skip
-        d_edge = _grad(x_edge, a, scale, shift, softmax_weight, SOFTCAP)
+        d_edge = _grad(x_edge, a, scale, shift, softmax_weight, SOFTCAP, VEC)
         tl.store(out_row_ptr + columns, d_edge.to(out_ptr.dtype.element_ty), mask=at_edge)
         tl.debug_barrier()
         if SOFTCAP:
-            _, sech2 = tanh_sech2(a * x_label)
+            _, sech2 = tanh_sech2(a * x_label, VEC > 4)
             weight = weight * sech2
-        d_label = weight + _grad(x_label, a, scale, shift, softmax_weight, SOFTCAP)
+        d_label = weight + _grad(x_label, a, scale, shift, softmax_weight, SOFTCAP, VEC)
         tl.store(out_row_ptr + label, d_label.to(out_ptr.dtype.element_ty), mask=mine)
 
 

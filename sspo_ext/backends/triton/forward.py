@@ -30,9 +30,9 @@ _LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
-def _mapped(x, a, SOFTCAP: tl.constexpr):
+def _mapped(x, a, SOFTCAP: tl.constexpr, VEC: tl.constexpr):
     if SOFTCAP:
-        x, _ = tanh_sech2(a * x)
+        x, _ = tanh_sech2(a * x, VEC > 4)
     return x
 
 
@@ -48,10 +48,10 @@ def _accumulate(
     """
     x0, x1, x2, x3 = load_tiles(ptr, lanes, MASKED, True, LANES, VEC)
     if SOFTCAP:
-        x0 = _mapped(x0, a, SOFTCAP)
-        x1 = _mapped(x1, a, SOFTCAP)
-        x2 = _mapped(x2, a, SOFTCAP)
-        x3 = _mapped(x3, a, SOFTCAP)
+        x0 = _mapped(x0, a, SOFTCAP, VEC)
+        x1 = _mapped(x1, a, SOFTCAP, VEC)
+        x2 = _mapped(x2, a, SOFTCAP, VEC)
+        x3 = _mapped(x3, a, SOFTCAP, VEC)
         if MASKED:  # tanh(-inf) is -1, a value like any other
             lane = tl.arange(0, LANES)[:, None]
             x0 = tl.where(lane < lanes, x0, float("-inf"))
@@ -68,18 +68,18 @@ def _accumulate(
 
 
 @triton.jit
-def _max_and_sum_in_two_passes(row_ptr, V, a, scale, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
+def _max_and_sum_in_two_passes(row_ptr, V, a, scale, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):
     """(max, sum of exp2(scale * (x - max))): for rows so large that scale * x overflows, or all below _LOWEST."""
     o = tl.arange(0, BLOCK)
     m = tl.full([BLOCK], float("-inf"), tl.float32)
     for v in range(0, V, BLOCK):
         x = tl.load(row_ptr + v + o, mask=o < V - v, other=float("-inf")).to(tl.float32)
-        m = tl.maximum(m, tl.where(o < V - v, _mapped(x, a, SOFTCAP), float("-inf")))
+        m = tl.maximum(m, tl.where(o < V - v, _mapped(x, a, SOFTCAP, VEC), float("-inf")))
     top = tl.max(m, axis=0)
     s = tl.zeros([BLOCK], tl.float32)
     for v in range(0, V, BLOCK):
         x = tl.load(row_ptr + v + o, mask=o < V - v, other=float("-inf")).to(tl.float32)
-        s += tl.where(o < V - v, tl.exp2((_mapped(x, a, SOFTCAP) - top) * scale), 0.0)
+        s += tl.where(o < V - v, tl.exp2((_mapped(x, a, SOFTCAP, VEC) - top) * scale), 0.0)
     return top, tl.sum(s, axis=0)
 
 
@@ -118,10 +118,10 @@ def _token_logp_fwd_kernel(
     # the latency of these passes behind the loop
     label = tl.load(labels_ptr + n)
     in_vocabulary = (label >= 0) & (label < V)
-    u_label = _mapped(tl.load(row_ptr + label, mask=in_vocabulary, other=float("nan")).to(tl.float32), a, SOFTCAP)
+    u_label = _mapped(tl.load(row_ptr + label, mask=in_vocabulary, other=float("nan")).to(tl.float32), a, SOFTCAP, VEC)
     columns, at_edge = edge_columns(head, groups, V, VEC)
     x = tl.load(row_ptr + columns, mask=at_edge, other=float("-inf")).to(tl.float32)
-    u_edge = tl.where(at_edge, _mapped(x, a, SOFTCAP), float("-inf"))
+    u_edge = tl.where(at_edge, _mapped(x, a, SOFTCAP, VEC), float("-inf"))
 
     m = tl.full([LANES], _LOWEST, tl.float32)
     s = tl.zeros([LANES, VEC], tl.float32)
@@ -138,7 +138,7 @@ def _token_logp_fwd_kernel(
     rounding = tl.fma(u_max, scale, -top)  # the sums are relative to `top`, which is u_max * scale only up to this
     ordinary = total > 0.0
     if not ordinary:
-        u_max, total = _max_and_sum_in_two_passes(row_ptr, V, a, scale, SOFTCAP, 4 * LANES)
+        u_max, total = _max_and_sum_in_two_passes(row_ptr, V, a, scale, SOFTCAP, 4 * LANES, VEC)
         rounding = 0.0
     log_total = tl.log(total) - rounding * LN2
     # float64: the backward subtracts it from logits as large as itself

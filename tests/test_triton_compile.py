@@ -1,0 +1,68 @@
+"""The Triton kernels compile ahead of time, without a GPU, to the machine code that they were written for
+(benchmarks/machine_code.py).
+
+The bounds on instructions are a little above what Triton 3.9 gives (forward 5.5, backward 5.3 on sm_90): other
+versions differ by a few per cent, and what the bounds are for costs far more. Caught, tried by hand: rows without
+`tl.multiple_of` (2-byte accesses), max and sum over the block in each pass (barriers and shuffles), the label tested
+in the loop (instructions), a 64-element lane (spills).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+# What is asked of the loops: at most 7.5 and 6 instructions a bfloat16 element on sm_90, so that they are bound by
+# memory on an H200.
+MOST_INSTRUCTIONS = {("token_logp_fwd", "90"): 7.5, ("token_logp_bwd", "90"): 6.0}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """In a process of its own: elsewhere in the tests kernels are interpreted, and such cannot be compiled."""
+    directory = tmp_path_factory.mktemp("machine_code")
+    reports = []
+    for kernel, archs in (("token_logp", ("90", "gfx942")), ("step_loss", ("90",))):
+        report = directory / f"{kernel}.json"
+        command = [sys.executable, "-m", "benchmarks.machine_code", "--kernel", kernel, "--arch", *archs]
+        command += ["--json", str(report), "--dtype", "bfloat16" if kernel == "token_logp" else "float32"]
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        reports += json.loads(report.read_text())
+    return reports
+
+
+def test_nothing_spills(reports):
+    assert {report["arch"] for report in reports} == {"90", "gfx942"}
+    assert all(report["spills"] == 0 for report in reports)
+
+
+def test_main_loops_of_the_row_kernels(reports):
+    loops = [report for report in reports if report["kernel"].startswith("token_logp")]
+    assert len(loops) == 2 * 6
+    for report in loops:
+        assert report["elements"] == 32, report
+        assert report["loop_barriers"] == report["loop_shuffles"] == 0, report
+        if "aligned otherwise" not in report["facts"]:
+            assert report["loop_loads"] == {"16": 4}, report
+        assert report["loop_stores"] == ({"16": 4} if report["kernel"] == "token_logp_bwd" else {}), report
+        bound = MOST_INSTRUCTIONS.get((report["kernel"], report["arch"]))
+        if bound and not report["facts"]:
+            assert report["instructions_per_element"] <= bound, report
+            assert report["loop_special"] <= 33, report  # one exponential an element, and one to rescale
+
+
+def test_masked_pass_is_as_wide(reports):
+    """What the loop leaves over is loaded 16 bytes at a time too: as many wide loads outside the loop as in it."""
+    for report in reports:
+        if report["kernel"] == "token_logp_fwd" or report["facts"] == "":
+            if report["kernel"].startswith("token_logp"):
+                assert report["loads"]["16"] >= 8, report
