@@ -30,6 +30,8 @@ struct Fiber {
     bool done;
     const Barrier* awaited;  // null if it can run
     uint64_t awaited_pass;
+    bool has_fenced;    // since the last atomic
+    void* last_atomic;
     char* stack;
     void* sanitizer;  // ThreadSanitizer's fiber, AddressSanitizer's fake stack
 };
@@ -53,7 +55,7 @@ struct Block {
 
 thread_local Block* block;
 int fail_next;
-char fence_word, finished_word;
+char finished_word;
 
 [[noreturn]] void fail(const char* message) {
     fprintf(stderr, "emulation: %s\n", message);
@@ -144,6 +146,8 @@ void* run_block(void* p) {
         f.index = i;
         f.done = false;
         f.awaited = nullptr;
+        f.has_fenced = false;
+        f.last_atomic = nullptr;
 #if defined(EMULATION_TSAN)
         if (!f.sanitizer) f.sanitizer = __tsan_create_fiber(0);  // kept: it takes half a millisecond
 #else
@@ -206,9 +210,18 @@ uint64_t shuffle(uint64_t value, int lane, bool is_xor) {
     return received;
 }
 
+// What a thread wrote before a fence is seen by those that fence after an atomic that followed it.
 void fence() {
-    acquire(&fence_word);
-    release(&fence_word);
+    Fiber& f = *block->current;
+    if (f.last_atomic) acquire(f.last_atomic);
+    f.has_fenced = true;
+}
+
+void before_atomic(void* p) {
+    Fiber& f = *block->current;
+    if (f.has_fenced) release(p);
+    f.has_fenced = false;
+    f.last_atomic = p;
 }
 
 int run(dim3 grid, dim3 size, void (*body)(const void*), const void* argument) {

@@ -44,6 +44,7 @@ void block_barrier();
 void warp_barrier();
 uint64_t shuffle(uint64_t value, int source_lane, bool is_xor);
 void fence();
+void before_atomic(void* p);
 int run(dim3 grid, dim3 block, void (*body)(const void*), const void* argument);
 
 template <class T>
@@ -87,9 +88,15 @@ T __shfl_sync(unsigned, T value, int lane) {
     return emulation::shuffled(value, lane, false);
 }
 
-// Atomic, and ordered with nothing, as on the device.
-inline unsigned atomicAdd(unsigned* p, unsigned v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
-inline unsigned atomicExch(unsigned* p, unsigned v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }
+// Atomic, and ordered with nothing but through fences before and after, as on the device.
+inline unsigned atomicAdd(unsigned* p, unsigned v) {
+    emulation::before_atomic(p);
+    return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
+}
+inline unsigned atomicExch(unsigned* p, unsigned v) {
+    emulation::before_atomic(p);
+    return __atomic_exchange_n(p, v, __ATOMIC_RELAXED);
+}
 
 template <class T>
 T __ldcg(const T* p) {
