@@ -1,0 +1,39 @@
+"""Set before sspo_ext is imported: without a GPU, Triton kernels run in the interpreter (it reads this when kernels are defined)."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.pop("SSPO_BACKEND", None)  # a developer's shell must not choose what the tests test
+sys.path.insert(0, str(Path(__file__).parent))  # the helpers_*.py beside the tests
+
+
+def pytest_generate_tests(metafunc):
+    """`backend`: every fused backend that can run here. The reference is not among them: it is what they are held to.
+
+    The Triton interpreter is a thousand times slower than a kernel, so on the CPU only tests marked `interpreted` ask it.
+    """
+    if "backend" in metafunc.fixturenames:
+        from helpers_batch import fused_backends
+
+        names = fused_backends()
+        if metafunc.definition.get_closest_marker("interpreted") is None:
+            names = [n for n in names if n != "triton"]
+        marks = [] if names else [pytest.mark.skip(reason="no fused backend can run here")]
+        metafunc.parametrize("backend", [pytest.param(name, marks=marks) for name in names or ["none"]])
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "interpreted: also runs on interpreted Triton kernels")
+
+
+@pytest.fixture
+def batch():
+    from helpers_batch import random_batch
+
+    return random_batch(seed=0)

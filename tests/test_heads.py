@@ -1,0 +1,222 @@
+"""The loss definitions: golden values worked out by hand, closed forms, fp64 gradcheck; the generated forms against the definitions.
+
+Mutations of sspo_ext/heads.py and backends/generate.py, each caught by the test named (run on a copy of the package):
+MUTATIONS
+"""
+
+import math
+
+import pytest
+import torch
+from helpers_batch import fused_backends
+
+from sspo_ext.backends import generate
+from sspo_ext.heads import MAX_OPTIONS, PAIR_HEADS, PairScores, get_pair_head, head_id
+
+F64 = torch.float64
+NAMES = list(PAIR_HEADS)
+# every head with options away from their defaults too
+OPTIONS = [(n, {}) for n in NAMES] + [
+    ("sigmoid", {"beta": 0.7}),
+    ("hinge", {"beta": 1.3}),
+    ("ipo", {"beta": 0.05}),
+    ("simpo", {"beta": 2.5, "simpo_gamma": 1.4}),
+    ("simpo", {"simpo_gamma": 0.0}),
+]
+
+
+def scores(u_w, u_l, n_w=1.0, n_l=1.0, margin=0.0, label=1.0):
+    return PairScores(*(torch.as_tensor(v, dtype=F64) for v in (u_w, u_l, n_w, n_l, margin, label)))
+
+
+def call(name, s, options=None):
+    head = get_pair_head(name)
+    values = head.check_options(
+        (options or {}).get("beta", head.options["beta"]), {k: v for k, v in (options or {}).items() if k != "beta"}
+    )
+    return head.fn(s, **dict(zip(head.options, values, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("name", "s", "options", "want"),
+    [
+        # equal steps: -log sigmoid(0) = ln 2
+        ("sigmoid", scores(-3.0, -3.0), {}, math.log(2)),
+        # z = .1 (5 - 1) = .4 ; log(1 + e^-.4) = log(1.670320046) = .513015
+        ("sigmoid", scores(5.0, 1.0), {}, 0.5130152523999526),
+        # label .9: .9 * .5130152524 + .1 * log(1 + e^.4) (= .9130152524) = .5530152524
+        ("sigmoid", scores(5.0, 1.0, label=0.9), {}, 0.5530152523999526),
+        # margin .4 brings z back to 0
+        ("sigmoid", scores(5.0, 1.0, margin=0.4), {}, math.log(2)),
+        # torchtune's DPO test: log-ratios of policy - reference; z = .1 (-.5 - (-.1 - .4)) = 0
+        ("sigmoid", scores(-0.5, -0.5), {}, 0.6931471805599453),
+        # 1 - .1 * (5 - 1) = .6 ; with margin .2: .8 ; far right: 0 ; wrong order: 1 + .1 * 30 = 4
+        ("hinge", scores(5.0, 1.0), {}, 0.6),
+        ("hinge", scores(5.0, 1.0, margin=0.2), {}, 0.8),
+        ("hinge", scores(30.0, 1.0), {}, 0.0),
+        ("hinge", scores(-10.0, 20.0), {}, 4.0),
+        # means -6/3 = -2 and -8/2 = -4: (2 - 1/(2 * .1))^2 = 9 ; margin .1 / beta .1 = 1: (2 - 1 - 5)^2 = 16
+        ("ipo", scores(-6.0, -8.0, 3, 2), {}, 9.0),
+        ("ipo", scores(-6.0, -8.0, 3, 2, margin=0.1), {}, 16.0),
+        # the minimum: a margin of means of 1 / (2 beta) = 1
+        ("ipo", scores(-3.0, -8.0, 1, 2), {"beta": 0.5}, 0.0),
+        # beta 2, gamma .5: z = 2 (-2 + 4) - .5 = 3.5 ; log(1 + e^-3.5) = log(1.0301973834) = .0297504
+        ("simpo", scores(-6.0, -8.0, 3, 2), {}, 0.029750418272620567),
+        # margin comes off as well: z = 3.5 - 3.5 = 0
+        ("simpo", scores(-6.0, -8.0, 3, 2, margin=3.5), {}, math.log(2)),
+        # gamma 4 = 2 (-2 + 4): z = 0
+        ("simpo", scores(-6.0, -8.0, 3, 2), {"simpo_gamma": 4.0}, math.log(2)),
+        # label 0 turns the pair round: log(1 + e^3.5) = 3.5 + .0297504
+        ("simpo", scores(-6.0, -8.0, 3, 2, label=0.0), {}, 3.529750418272620567),
+    ],
+)  # fmt: skip
+def test_golden(name, s, options, want):
+    assert call(name, s, options).item() == pytest.approx(want, rel=1e-12, abs=1e-15)
+
+
+def test_closed_form_derivatives():
+    # d/du_w: sigmoid -beta sig(-z), hinge -beta while z < 1, ipo 2 (m - 1/(2 beta)) / n, simpo -beta sig(-z) / n
+    s = scores(-6.0, -8.0, 3, 2)
+    u_w, u_l = s.u_w.clone().requires_grad_(), s.u_l.clone().requires_grad_()
+
+    def gradients(name):
+        return [g.item() for g in torch.autograd.grad(call(name, s._replace(u_w=u_w, u_l=u_l)), (u_w, u_l))]
+
+    sig = 1 / (1 + math.exp(0.2))
+    assert gradients("sigmoid") == pytest.approx([-0.1 * sig, 0.1 * sig], rel=1e-12)
+    assert gradients("hinge") == pytest.approx([-0.1, 0.1], rel=1e-12)
+    assert gradients("ipo") == pytest.approx([2 * (2 - 5) / 3, -2 * (2 - 5) / 2], rel=1e-12)
+    sig = 1 / (1 + math.exp(3.5))
+    assert gradients("simpo") == pytest.approx([-2 * sig / 3, 2 * sig / 2], rel=1e-12)
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_gradcheck(name, options):
+    g = torch.Generator().manual_seed(0)
+    u_w, u_l = (torch.randn(16, generator=g, dtype=F64).mul(8).requires_grad_() for _ in range(2))
+    n_w, n_l = (torch.randint(1, 9, (16,), generator=g).to(F64) for _ in range(2))
+    margin, label = torch.rand(16, generator=g, dtype=F64), torch.rand(16, generator=g, dtype=F64)
+    assert torch.autograd.gradcheck(
+        lambda a, b: call(name, PairScores(a, b, n_w, n_l, margin, label), options), (u_w, u_l)
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_finite_far_out(name, dtype):
+    z = torch.tensor([-1e4, -1e3, -100, -89, -1, 0, 1, 89, 100, 1e3, 1e4], dtype=dtype)
+    u = (z / 0.1).requires_grad_()
+    loss = call(
+        name,
+        PairScores(
+            u, -u.detach(), torch.ones_like(z), torch.ones_like(z), torch.zeros_like(z), 0.9 + torch.zeros_like(z)
+        ),
+    )
+    (du,) = torch.autograd.grad(loss.sum(), u)
+    assert loss.isfinite().all() and du.isfinite().all()
+
+
+def test_options():
+    head = get_pair_head("simpo")
+    assert head.check_options(3.0, {"simpo_gamma": 1}) == [3.0, 1.0]
+    assert head.check_options(3.0, {}) == [3.0, 0.5]
+    with pytest.raises(TypeError, match="simpo_gamma: .*loss_type 'sigmoid'"):
+        get_pair_head("sigmoid").check_options(0.1, {"simpo_gamma": 1.0})
+    with pytest.raises(TypeError, match="simpo_gamma: expected a number, got '1'"):
+        head.check_options(0.1, {"simpo_gamma": "1"})
+    with pytest.raises(TypeError, match="beta: expected a number"):
+        head.check_options(torch.tensor(0.1), {})
+    with pytest.raises(ValueError, match="simpo_gamma: expected a finite number, got nan"):
+        head.check_options(0.1, {"simpo_gamma": float("nan")})
+    for beta in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="beta: expected a"):
+            head.check_options(beta, {})
+    with pytest.raises(ValueError, match="loss_type: expected one of 'sigmoid', 'hinge', 'ipo', 'simpo'.*, got 'dpo'"):
+        get_pair_head("dpo")
+
+
+def test_table():
+    assert [head_id(n) for n in NAMES] == list(range(len(NAMES)))
+    for name, head in PAIR_HEADS.items():
+        assert head.name == name and head.formula and head.source
+        assert next(iter(head.options)) == "beta" and len(head.options) <= MAX_OPTIONS
+
+
+# ---- the generated forms
+
+
+def test_generated_files_are_up_to_date():
+    assert generate.main(["--check"]) == 0, "run python -m sspo_ext.backends.generate"
+
+
+def test_check_notices_a_stale_file(tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "heads_generated.h"
+    copy.write_text(generate.CPP_FILE.read_text() + "\n")
+    monkeypatch.setattr(generate, "ROOT", tmp_path)
+    monkeypatch.setattr(generate, "CPP_FILE", copy)
+    monkeypatch.setattr(generate, "TRITON_FILE", tmp_path / "new" / "heads_generated.py")
+    before = copy.read_text()
+    assert generate.main(["--check"]) == 1 and "stale: heads_generated.h" in capsys.readouterr().out
+    assert copy.read_text() == before
+    assert generate.main([]) == 0 and generate.main(["--check"]) == 0
+    assert copy.read_text() == before[:-1]
+
+
+def pairs_of_one_row_steps(backend, dtype, name, options, s: PairScores, labelled: bool):
+    """The fused head of a backend on P pairs: step 2p against step 2p + 1. Returns losses and d/du of both sides.
+
+    Steps have n rows each, so that the counts are the head's; all of a step's log-prob is in its first row.
+    """
+    from sspo_ext import backends
+
+    P = len(s.u_w)
+    counts = torch.stack([s.n_w, s.n_l], 1).reshape(-1).to(torch.int64)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    logp = torch.zeros(int(offsets[-1]), dtype=dtype)
+    logp[offsets[:-1]] = torch.stack([s.u_w, s.u_l], 1).reshape(-1).to(dtype)
+    codes = torch.arange(2 * P, dtype=torch.int32)
+    head = get_pair_head(name)
+    values = head.check_options(
+        options.get("beta", head.options["beta"]), {k: v for k, v in options.items() if k != "beta"}
+    )
+    _, sums, losses, coef = backends.load(backend).step_loss_fwd(
+        logp, None, offsets.to(torch.int32), None, codes.reshape(P, 2), torch.arange(2 * P + 1, dtype=torch.int32), codes, None,
+        s.margin.to(dtype), s.label.to(dtype) if labelled else None, torch.ones((), dtype=dtype), name, values, float(s.label[0]),
+    )  # fmt: skip
+    return losses, coef[offsets[:-1]].reshape(P, 2)
+
+
+def grid(dtype, few):
+    g = torch.Generator().manual_seed(1)
+    u = torch.cat(
+        [torch.randn(40, generator=g, dtype=F64) * 20, torch.tensor([-3000.0, -40, -1, 0, 0, 1, 40, 3000], dtype=F64)]
+    )
+    u_l = torch.cat(
+        [torch.randn(40, generator=g, dtype=F64) * 20, torch.tensor([0.0, 0, 0, 0, 1e-3, 0, 0, 0], dtype=F64)]
+    )
+    n_w, n_l = (torch.randint(1, 6, (48,), generator=g).to(F64) for _ in range(2))
+    margin, label = torch.rand(48, generator=g, dtype=F64), torch.rand(48, generator=g, dtype=F64)
+    keep = slice(34, 48) if few else slice(None)
+    return PairScores(*(v[keep].to(dtype).to(F64) for v in (u, u_l, n_w, n_l, margin, label)))
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_generated_equals_the_definition(backend, name, options):
+    """Loss and both derivatives, pair by pair, against autograd of the one definition in float64."""
+    labelled = bool(options)  # a label for each pair in some cases, one for all in the others
+    for dtype in (torch.float32, F64):
+        if backend not in fused_backends(dtype):
+            continue
+        s = grid(dtype, few=backend == "triton")
+        if not labelled:
+            s = s._replace(label=torch.full_like(s.label, 0.75))
+        u_w, u_l = s.u_w.clone().requires_grad_(), s.u_l.clone().requires_grad_()
+        want = call(name, s._replace(u_w=u_w, u_l=u_l), options)
+        grads = torch.stack(torch.autograd.grad(want.sum(), (u_w, u_l)), 1)
+        losses, du = pairs_of_one_row_steps(backend, dtype, name, options, s, labelled)
+        # every term a head adds up may be rounded: the bound is some eps of the largest of them
+        size = 1 + s.u_w.abs() + s.u_l.abs() + (1 / options.get("beta", 0.1)) ** 2
+        eps = 16 * torch.finfo(dtype).eps
+        assert ((losses.to(F64) - want).abs() <= eps * (want.abs() + size * want.abs().sqrt() + 1)).all()
+        assert ((du.to(F64) - grads).abs() <= eps * (grads.abs() + size[:, None])).all()

@@ -1,0 +1,162 @@
+"""Against independent authors, where their packages are installed. One step per sequence is what they compute.
+
+Where they differ from us on purpose:
+  TRL `sigmoid` and `hinge` ignore label_smoothing; ours smooths sigmoid, and hinge refuses it.
+  TRL `ipo` divides by completion_mask.sum(), the unshifted count: one more than the scored tokens only if the mask covers a
+  sequence's first token, which a prompt prevents. Liger refuses ipo.
+  Liger's losses are sums over pairs divided by the number of pairs: our reduction="mean" when no pair is dropped.
+"""
+
+import types
+from collections import defaultdict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers_batch import random_batch
+
+from sspo_ext import StepLayout, step_logps, step_pref_loss
+
+F64 = torch.float64
+
+
+def sequences(seed=0, B=6, T=15, V=23, dtype=torch.float32):
+    """One step per sequence: prompt tokens, then a completion; no empty one."""
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(B, T, V, generator=g, dtype=F64).mul(3).to(dtype)
+    input_ids = torch.randint(0, V, (B, T), generator=g)
+    mask = torch.zeros(B, T, dtype=torch.bool)
+    for b in range(B):
+        start = int(torch.randint(1, 5, (), generator=g))
+        mask[b, start : int(torch.randint(start + 1, T + 1, (), generator=g))] = True
+    layout = StepLayout.from_step_ids(input_ids.masked_fill(~mask, -100), torch.where(mask, 0, -1))
+    return logits, input_ids, mask, layout, torch.randn(B, generator=g, dtype=F64).to(dtype) * 4
+
+
+def trl_oracle(loss_type, per_token, mask, input_ids, ref, beta):
+    """TRL 1.16's own DPOTrainer._compute_loss, unbound, with a model that hands it these per-token log-probs."""
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    if not trl.__version__.startswith("1.16."):
+        pytest.skip(f"trl {trl.__version__}: the private oracle is pinned to 1.16")
+    from trl import DPOTrainer
+
+    B = len(ref)
+    zero = torch.zeros(())
+
+    def model(**kw):
+        return types.SimpleNamespace(
+            log_probs=per_token,
+            entropy=zero.expand(per_token.shape),
+            mean_logits=zero.expand(per_token.shape),
+            is_top1=torch.zeros_like(per_token, dtype=torch.bool),
+        )
+
+    model.training = True
+    accelerator = types.SimpleNamespace(device=per_token.device, gather=lambda x: x, gather_for_metrics=lambda x: x)
+    fake = types.SimpleNamespace(
+        model=types.SimpleNamespace(training=True), accelerator=accelerator, aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True,
+        f_divergence_type="reverse_kl", f_alpha_divergence_coef=1.0, loss_types=[loss_type], loss_weights=[1.0], beta=beta,
+        label_smoothing=0.0, use_weighting=False, args=types.SimpleNamespace(discopop_tau=0.05), _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0, _tp_size=1,
+    )  # fmt: skip
+    inputs = {
+        "input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "completion_mask": mask.long(),
+        "ref_chosen_logps": ref[: B // 2], "ref_rejected_logps": ref[B // 2 :],
+    }  # fmt: skip
+    loss = DPOTrainer._compute_loss(fake, model, inputs, False)
+    return loss, {k: v[0] for k, v in fake._metrics["train"].items() if k.startswith(("rewards", "logps"))}
+
+
+def test_token_log_probs_equal_trl(backend):
+    utils = pytest.importorskip("trl.trainer.utils", reason="trl is not installed")
+    logits, input_ids, mask, layout, _ = sequences()
+    want = utils.selective_log_softmax(logits[:, :-1].double(), input_ids[:, 1:])
+    got = step_logps(logits, layout, backend=backend)
+    torch.testing.assert_close(got.tokens.double(), want[mask[:, 1:]], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.sums.double(), (want * mask[:, 1:]).sum(1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
+def test_loss_gradient_and_metrics_equal_trl(backend, loss_type):
+    utils = pytest.importorskip("trl.trainer.utils", reason="trl is not installed")
+    logits, input_ids, mask, layout, ref = sequences(dtype=F64)
+    leaf = logits.clone().requires_grad_()
+    per_token = utils.selective_log_softmax(leaf[:, :-1], input_ids[:, 1:]) * mask[:, 1:]
+    want, metrics = trl_oracle(loss_type, per_token, mask, input_ids, ref, 0.3)
+    want.backward()
+    for name, dtype in (("reference", F64), (backend, torch.float32)):
+        ours = logits.detach().to(dtype, copy=True).requires_grad_()
+        out = step_pref_loss(ours, layout, ref=ref, loss_type=loss_type, beta=0.3, backend=name)
+        out.loss.backward()
+        tight = dtype == F64
+        assert out.loss.item() == pytest.approx(want.item(), rel=1e-12 if tight else 1e-5)
+        torch.testing.assert_close(
+            ours.grad.to(F64), leaf.grad, rtol=1e-10 if tight else 1e-4, atol=1e-12 if tight else 1e-6
+        )
+        assert {k: out.metrics[k].item() for k in metrics} == pytest.approx(metrics, rel=1e-6)
+    assert len(metrics) == 6
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
+def test_loss_equals_liger(backend, loss_type):
+    module = pytest.importorskip("liger_kernel.chunked_loss.dpo_loss", reason="liger-kernel is not installed")
+    logits, input_ids, mask, layout, ref = sequences(1)
+    sums = (logits.double().log_softmax(-1)[:, :-1].gather(-1, input_ids[:, 1:, None]).squeeze(-1) * mask[:, 1:]).sum(1)
+    B = len(sums) // 2
+
+    def liger():
+        return module.LigerFusedLinearDPOFunction.preference_loss_fn(
+            sums[:B], sums[B:], input_ids, ref[:B].double(), ref[B:].double(), beta=0.3, loss_type=loss_type
+        )
+
+    if loss_type == "ipo":  # Liger refuses it for want of counts; older versions squared unnormalised sums
+        try:
+            liger()
+        except NotImplementedError:
+            pytest.skip("this Liger refuses ipo: it has no token counts")
+        pytest.skip("this Liger's ipo has no length normalisation")
+    want = liger()
+    want = (want[0] if isinstance(want, tuple) else want).item()
+    got = step_pref_loss(logits, layout, ref=ref, loss_type=loss_type, beta=0.3, backend=backend)
+    assert got.loss.item() == pytest.approx(want, rel=1e-5)
+
+
+def test_simpo_equals_its_formula_as_trl_writes_it(backend):
+    """TRL's CPOTrainer: logits = mean_w - mean_l - gamma / beta; loss = -ls(beta * logits) (1 - e) - ls(-beta * logits) e."""
+    logits, input_ids, mask, layout, _ = sequences(2)
+    per_token = logits.double().log_softmax(-1)[:, :-1].gather(-1, input_ids[:, 1:, None]).squeeze(-1) * mask[:, 1:]
+    means = per_token.sum(1) / mask[:, 1:].sum(1)
+    beta, gamma, e = 2.5, 1.4, 0.1
+    z = means[:3] - means[3:] - gamma / beta
+    want = (-F.logsigmoid(beta * z) * (1 - e) - F.logsigmoid(-beta * z) * e).mean().item()
+    got = step_pref_loss(
+        logits, layout, loss_type="simpo", beta=beta, simpo_gamma=gamma, label_smoothing=e, backend=backend
+    )
+    assert got.loss.item() == pytest.approx(want, rel=1e-5)
+
+
+def test_dpo_golden_of_torchtune():
+    """torchtune's test_dpo_loss.py gives sums and expects these losses: beta .1, label smoothing 0, one pair at a time.
+
+    policy chosen [-.5, -10, -1], rejected [-.1, -30, -21]; reference chosen [-.5, -10.1, -.1], rejected [-.1, -20.1, -.1].
+    log-ratios: 0, .1 - (-9.9) = 10, -.9 - (-20.9) = 20. Losses ln 2, log(1 + e^-1), log(1 + e^-2).
+    """
+    from sspo_ext.backends import reference
+
+    sums = torch.tensor([-0.5, -10.0, -1.0, -0.1, -30.0, -21.0], dtype=F64)
+    ref = torch.tensor([-0.5, -10.1, -0.1, -0.1, -20.1, -0.1], dtype=F64)
+    index, counts = torch.tensor([[0, 3], [1, 4], [2, 5]]), torch.ones(6, dtype=torch.int64)
+    losses = reference.pair_losses(sums, counts, ref, index, None, None, "sigmoid", [0.1], 1.0)
+    assert losses.tolist() == pytest.approx([0.6931471805599453, 0.31326168751822286, 0.12692801104297263], rel=1e-12)
+
+
+def test_step_dpo_is_dpo_on_the_step():
+    """Step-DPO (2406.18629): the shared prefix is prompt, the step after it is the whole completion."""
+    batch = random_batch(0, B=2, T=10, dtype=F64)
+    ids = torch.full((2, 10), -1)
+    ids[0, 4:7], ids[1, 4:9] = 0, 0
+    batch.labels = torch.randint(0, 11, (2, 10), generator=torch.Generator().manual_seed(0))
+    out = step_pref_loss(batch.logits, batch.labels, ids, beta=0.4, backend="reference")
+    lp = batch.logits.log_softmax(-1)[:, :-1].gather(-1, batch.labels[:, 1:, None]).squeeze(-1)
+    want = -F.logsigmoid(0.4 * (lp[0, 3:6].sum() - lp[1, 3:8].sum()))
+    assert out.loss.item() == pytest.approx(want.item(), rel=1e-13)
