@@ -7,6 +7,9 @@
 #include <system_error>
 #include <thread>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -38,6 +41,13 @@ int64_t rows_per_block(const Logits& l, int64_t bytes = kBlockBytes) {
     return std::max<int64_t>(1, bytes / std::max<int64_t>(1, l.V * element_size(l.dtype)));
 }
 
+#if defined(__x86_64__)
+bool has_f16c() {  // __builtin_cpu_supports knows the name in newer compilers only
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 std::vector<Isa> detect() {
     std::vector<Isa> found = {{"baseline", "", &kRowsBaseline}};
 #if defined(__x86_64__)
@@ -48,7 +58,7 @@ std::vector<Isa> detect() {
     };
     need(missing2, __builtin_cpu_supports("avx2"), "AVX2");
     need(missing2, __builtin_cpu_supports("fma"), "FMA");
-    need(missing2, __builtin_cpu_supports("f16c"), "F16C");
+    need(missing2, has_f16c(), "F16C");
     need(missing512, __builtin_cpu_supports("avx512f"), "AVX512F");
     need(missing512, __builtin_cpu_supports("avx512bw"), "AVX512BW");
     need(missing512, __builtin_cpu_supports("avx512dq"), "AVX512DQ");
