@@ -1,4 +1,4 @@
-"""Set before sspo_ext is imported: without a GPU, Triton kernels run in the interpreter (it reads this when kernels are defined)."""
+"""Before sspo_ext is imported: without a GPU, Triton kernels are interpreted (Triton asks when kernels are defined)."""
 
 import os
 import sys
@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # the helpers_*.py beside the te
 def pytest_generate_tests(metafunc):
     """`backend`: every fused backend that can run here. The reference is not among them: it is what they are held to.
 
-    The Triton interpreter is a thousand times slower than a kernel, so on the CPU only tests marked `interpreted` ask it.
+    The Triton interpreter is a thousand times slower than a kernel, so on the CPU only tests marked `interpreted` use
+    it.
     """
     if "backend" in metafunc.fixturenames:
         from helpers_batch import fused_backends

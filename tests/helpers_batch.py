@@ -1,6 +1,7 @@
-"""Random ragged batches, and an oracle for them written with Python loops over tokens: it shares no code with the package.
+"""Random ragged batches, and an oracle for them: Python loops over tokens, which share no code with the package.
 
-Every test that needs a batch takes it from here, so that all of them meet the awkward cases: prompts of different lengths, padding,
+Every test that needs a batch takes it from here, so that all of them meet the awkward cases: prompts of different
+lengths, padding,
 unscored spans inside a step, step ids left out, steps whose tokens are all unscored, sequences without any step.
 """
 
@@ -98,7 +99,8 @@ def random_pairs(layout: StepLayout, seed: int, P: int | None = None, **values) 
 def pack(batch: Batch) -> tuple[Tensor, StepLayout, Tensor, Tensor]:
     """The same sequences without padding, one after the other: logits (total, V), layout, labels (total,), cu_seqlens.
 
-    Steps are given as (S, 2) spans, from a step's first to past its last token. The last position of a sequence is followed directly
+    Steps are given as (S, 2) spans, from a step's first to past its last token. The last position of a sequence is
+    followed directly
     by the next sequence's first token: the place where a shift by one leaks.
     """
     logits, labels, weights, spans, cu = [], [], [], [], [0]

@@ -1,6 +1,6 @@
 """Which backend runs: argument > SSPO_BACKEND > the table; a reason for everything that cannot.
 
-Mutations of sspo_ext/backends/__init__.py, each caught by the test named (run on a copy of the package):
+Mutations of sspo_ext/backends/__init__.py, each caught by the test named (on a copy of the package):
 MUTATIONS
 """
 
@@ -85,7 +85,7 @@ def test_reasons_of_the_real_ones():
 
 
 def test_a_broken_module_keeps_its_message_and_auto_runs_without_it():
-    """What an install without a compiler, or with a broken library, sees: `auto` works, an explicit request says why it cannot."""
+    """An install without a compiler, or with a broken library: `auto` works, an explicit request says why it cannot."""
     code = """
 import sys
 sys.modules["sspo_ext._C"] = None  # import raises ImportError

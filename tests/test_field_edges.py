@@ -1,6 +1,6 @@
-"""The edges at which other libraries crash, give NaN or silently give a wrong number (each case names who, as reproduced).
+"""The edges at which other libraries crash, give NaN or, silently, a wrong number (each case names who).
 
-Mutations, each caught by the test named (run on a copy of the package):
+Mutations, each caught by the test named (on a copy of the package):
 MUTATIONS
 """
 
@@ -15,7 +15,8 @@ from sspo_ext import StepLayout, step_logps, step_pref_loss
 LOSSES = ["sigmoid", "hinge", "ipo", "simpo"]
 
 
-# Case: label -100 or >= V inside the log-prob function. TRL, prime-rl and Liger's dual chunk give the finite wrong value -logZ, with gradient.
+# Case: label -100 or >= V inside the log-prob function. TRL, prime-rl and Liger's dual chunk give the finite wrong
+# value -logZ, with gradient.
 
 
 @pytest.mark.interpreted
@@ -42,7 +43,8 @@ def test_labels_out_of_range_raise_before_any_kernel(backend, bad):
         step_logps(logits, StepLayout.from_step_ids(labels, ids), backend=backend)
 
 
-# Case: N = 0, no valid tokens on this rank. Liger's scaled cross-entropy raises ValueError. (All kinds of nothing: test_losses.py)
+# Case: N = 0, no valid tokens on this rank. Liger's scaled cross-entropy raises ValueError. (All kinds of nothing:
+# test_losses.py)
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -53,7 +55,8 @@ def test_no_valid_tokens_on_this_rank(backend, loss_type):
     assert out.loss == 0 and (logits.grad == 0).all()
 
 
-# Case: hidden and head of different dtypes belongs to the linear route. Here: logits, reference and weights of different dtypes.
+# Case: hidden and head of different dtypes belongs to the linear route. Here: logits, reference and weights of
+# different dtypes.
 
 
 def test_mixed_dtypes(backend):
@@ -71,7 +74,8 @@ def test_mixed_dtypes(backend):
             assert got.loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-# Case: fp16 logits up to 65504 (and a sum of exponentials beyond it): NaN everywhere in the field; float32 accumulation stays finite.
+# Case: fp16 logits up to 65504 (and a sum of exponentials beyond it): NaN everywhere in the field; float32
+# accumulation stays finite.
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -235,7 +239,8 @@ def test_unscored_rows_are_neither_read_nor_left_unwritten(backend):
         assert (logits.grad.view(-1, 11)[layout.row_of < 0] == 0).all()
 
 
-# Case: verl's phantom vocabulary mass: V not a multiple of a block, logits all negative (a phantom 0 would hold all of the mass).
+# Case: verl's phantom vocabulary mass: V not a multiple of a block, logits all negative (a phantom 0 would hold all
+# of the mass).
 
 
 @pytest.mark.parametrize("V", [1, 2, 3, 7, 8, 9, 31, 33, 127, 129, 251, 1000, 1023, 1025])

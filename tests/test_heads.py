@@ -1,6 +1,6 @@
-"""The loss definitions: golden values worked out by hand, closed forms, fp64 gradcheck; the generated forms against the definitions.
+"""The loss definitions: golden values worked out by hand, closed forms, gradcheck; generated forms against definitions.
 
-Mutations of sspo_ext/heads.py and backends/generate.py, each caught by the test named (run on a copy of the package):
+Mutations of sspo_ext/heads.py and backends/generate.py, each caught by the test named (on a copy of the package):
 MUTATIONS
 """
 
@@ -180,8 +180,9 @@ def pairs_of_one_row_steps(backend, dtype, name, options, s: PairScores, labelle
         options.get("beta", head.options["beta"]), {k: v for k, v in options.items() if k != "beta"}
     )
     _, sums, losses, coef = backends.load(backend).step_loss_fwd(
-        logp, None, offsets.to(torch.int32), None, codes.reshape(P, 2), torch.arange(2 * P + 1, dtype=torch.int32), codes, None,
-        s.margin.to(dtype), s.label.to(dtype) if labelled else None, torch.ones((), dtype=dtype), name, values, float(s.label[0]),
+        logp, None, offsets.to(torch.int32), None, codes.reshape(P, 2), torch.arange(2 * P + 1, dtype=torch.int32),
+        codes, None, s.margin.to(dtype), s.label.to(dtype) if labelled else None, torch.ones((), dtype=dtype), name,
+        values, float(s.label[0]),
     )  # fmt: skip
     return losses, coef[offsets[:-1]].reshape(P, 2)
 

@@ -1,8 +1,9 @@
 """StepLayout: which tokens are scored, where, and every message of the validation.
 
-Mutations of sspo_ext/layout.py, each caught by the test named (run on a copy of the package):
+Mutations of sspo_ext/layout.py, each caught by the test named (on a copy of the package):
 MUTATIONS
 """
+# ruff: noqa: E501 (tables of calls and their messages)
 
 import pickle
 

@@ -1,8 +1,9 @@
-"""step_pref_loss and step_logps: every fused backend against the reference, forward and each gradient alone; the public contract.
+"""step_pref_loss and step_logps: fused backends against the reference, each gradient alone; the public contract.
 
-Mutations of sspo_ext/{losses,logps,autograd}.py and ops.py, each caught by the test named (run on a copy of the package):
+Mutations of sspo_ext/{losses,logps,autograd}.py and ops.py, each caught by the test named (on a copy of the package):
 MUTATIONS
 """
+# ruff: noqa: E501 (tables of calls and their messages)
 
 import math
 
@@ -27,7 +28,7 @@ CASES = {
 
 
 def tolerance(dtype):
-    """Of values and gradients against a float64 reference on the same (rounded) logits. Gradients are rounded to the logits' type."""
+    """Against a float64 reference on the same (rounded) logits. Gradients are rounded to the logits' type."""
     return {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 5e-3, torch.float16: 7e-4}[dtype]
 
 
@@ -50,7 +51,7 @@ def assert_near(got, want, rel, what):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_backend_equals_reference(backend, case, seed):
-    """Everything at once: token and pair weights, margins, a reference, pairs that share steps, empty steps, three dtypes."""
+    """Everything at once: token and pair weights, margins, a reference, pairs that share steps, empty steps, dtypes."""
     options = dict(CASES[case])
     for dtype in dtypes_of(backend):
         batch = random_batch(seed, V=37, weighted=True, dtype=dtype)
@@ -174,7 +175,7 @@ def test_same_bits_every_run_and_at_any_thread_count(backend):
 @pytest.mark.skipif("triton" not in fused_backends(), reason="Triton runs neither on a GPU nor interpreted here")
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_triton_equals_reference(loss_type):
-    """The public route over the Triton kernels on a small batch; the kernels themselves are tested in test_triton_*.py."""
+    """The public route over the Triton kernels on a small batch; the kernels themselves: test_triton_kernels.py."""
     batch = random_batch(9, B=2, T=7, V=19, weighted=True)
     layout = batch.layout
     pairs = random_pairs(layout, 0, 3, weights=torch.tensor([1.0, 0.5, 2.0]), margins=torch.tensor([0.1, 0.0, 0.3]))
@@ -531,7 +532,8 @@ def test_packed_equals_padded(backend, weighted):
 def test_metrics_by_hand():
     """Probabilities 1/8, 2/8, 5/8 everywhere; beta 0.5, reference sums given; chosen sequence 0, rejected sequence 1.
 
-    step 0: chosen labels 2, 2 -> S = 2 ln(5/8); rejected 0, 1 -> ln(1/8) + ln(2/8). step 1: chosen 0 -> ln(1/8); rejected 2 -> ln(5/8).
+    step 0: chosen labels 2, 2 -> S = 2 ln(5/8); rejected 0, 1 -> ln(1/8) + ln(2/8). step 1: chosen 0 -> ln(1/8);
+    rejected 2 -> ln(5/8).
     step 2: chosen 1 -> ln(2/8); rejected has none: dropped.
     """
     logits = torch.tensor([1.0, 2.0, 5.0], dtype=F64).log().repeat(2, 5, 1)

@@ -1,6 +1,6 @@
 """The private ops under torch.library's own checks, and every public function under torch.compile(fullgraph=True).
 
-Mutations of sspo_ext/ops.py, each caught by the test named (run on a copy of the package):
+Mutations of sspo_ext/ops.py, each caught by the test named (on a copy of the package):
 MUTATIONS
 """
 
@@ -29,10 +29,11 @@ def step_arguments(batch, backend, **values):
     layout = batch.layout
     pairs = random_pairs(layout, 0, 5, **values)
     _, tokens, _ = row_arguments(batch, backend)
+    weights = None if layout.weights is None else layout.weights.to(tokens.dtype)
+    ref, scale = torch.randn(layout.num_steps, dtype=tokens.dtype), torch.tensor(0.2, dtype=tokens.dtype)
     return (
-        tokens, layout.weights, layout.step_offsets, torch.randn(layout.num_steps, dtype=tokens.dtype), pairs.index, pairs.adj_offsets,
-        pairs.adj_pairs, pairs.weights, pairs.margins, pairs.soft_labels, torch.tensor(0.2, dtype=tokens.dtype), "sigmoid", [0.1], 1.0,
-        backend,
+        tokens, weights, layout.step_offsets, ref, pairs.index, pairs.adj_offsets, pairs.adj_pairs, pairs.weights,
+        pairs.margins, pairs.soft_labels, scale, "sigmoid", [0.1], 1.0, backend,
     )  # fmt: skip
 
 
@@ -87,9 +88,9 @@ def test_fakes_describe_what_the_kernels_return(backend, arrange, dtype):
     layout, tokens, lse = row_arguments(batch, backend)
     calls = [
         (ops.token_logp_fwd, (batch.logits, layout.rows, layout.labels, 1.0, 0.0, backend)),
-        (ops.token_logp_bwd, (batch.logits, layout.row_of, layout.labels, lse, torch.ones_like(tokens), None, 1.0, 0.0, backend)),
-        (ops.step_loss_fwd, tuple(a.to(tokens.dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in step_arguments(batch, backend))),
-    ]  # fmt: skip
+        (ops.token_logp_bwd, (batch.logits, layout.row_of, layout.labels, lse, tokens, None, 1.0, 0.0, backend)),
+        (ops.step_loss_fwd, step_arguments(batch, backend)),
+    ]
     for op, args in calls:
         real = op(*args)
         with FakeTensorMode() as mode:
@@ -173,7 +174,7 @@ def test_compiled_step_logps_equal_eager(backend):
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "simpo"])
 def test_every_loss_compiles(loss_type):
-    """Also the options that take another way: auto, packed, num_items as a tensor, a reference by token, weights, no gradient."""
+    """Also what takes another way: auto, packed, num_items as a tensor, a reference by token, weights, no gradient."""
     batch = random_batch(3)
     logits, layout, _, _ = pack(batch)
     pairs = layout.pair_by_index()
@@ -246,7 +247,7 @@ def test_host_work_is_refused_with_a_sentence():
 
 
 def test_labels_out_of_range_give_nan_when_unchecked(backend):
-    """Under torch.compile labels are not compared with V (it would recompile for every batch): NaN, and no wild read."""
+    """Compiled, labels are not compared with V (it would recompile for every batch): NaN, and no wild read."""
     ids = torch.tensor([[-1, 0, 0, 0]])
     layout = StepLayout.from_step_ids(torch.tensor([[0, 1, 10**9, 2]]), ids)
     logits = torch.randn(1, 4, 5)

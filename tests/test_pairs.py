@@ -1,8 +1,9 @@
 """StepPairs: by index, explicit, what launch 2 reads of them, units, and the messages.
 
-Mutations of sspo_ext/pairs.py and StepLayout.pair_by_index, each caught by the test named (run on a copy of the package):
+Mutations of sspo_ext/pairs.py and StepLayout.pair_by_index, each caught by the test named (on a copy of the package):
 MUTATIONS
 """
+# ruff: noqa: E501 (tables of calls and their messages)
 
 import pickle
 
@@ -114,8 +115,8 @@ def test_units_are_connected_components(seed):
     layout = random_batch(seed, B=6, T=16).layout
     pairs = random_pairs(layout, seed, P=layout.num_steps // 2)
     reach = torch.eye(layout.num_steps, dtype=torch.bool)
-    for w, l in pairs.index.tolist():
-        reach[w, l] = reach[l, w] = True
+    for a, b in pairs.index.tolist():
+        reach[a, b] = reach[b, a] = True
     for k in range(layout.num_steps):
         reach |= reach[:, k : k + 1] & reach[k : k + 1, :]
     units = torch.as_tensor(pairs.units())

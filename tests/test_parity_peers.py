@@ -2,7 +2,8 @@
 
 Where they differ from us on purpose:
   TRL `sigmoid` and `hinge` ignore label_smoothing; ours smooths sigmoid, and hinge refuses it.
-  TRL `ipo` divides by completion_mask.sum(), the unshifted count: one more than the scored tokens only if the mask covers a
+  TRL `ipo` divides by completion_mask.sum(), the unshifted count: one more than the scored tokens only if the mask
+  covers a
   sequence's first token, which a prompt prevents. Liger refuses ipo.
   Liger's losses are sums over pairs divided by the number of pairs: our reduction="mean" when no pair is dropped.
 """
@@ -54,10 +55,10 @@ def trl_oracle(loss_type, per_token, mask, input_ids, ref, beta):
     model.training = True
     accelerator = types.SimpleNamespace(device=per_token.device, gather=lambda x: x, gather_for_metrics=lambda x: x)
     fake = types.SimpleNamespace(
-        model=types.SimpleNamespace(training=True), accelerator=accelerator, aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True,
-        f_divergence_type="reverse_kl", f_alpha_divergence_coef=1.0, loss_types=[loss_type], loss_weights=[1.0], beta=beta,
-        label_smoothing=0.0, use_weighting=False, args=types.SimpleNamespace(discopop_tau=0.05), _metrics={"train": defaultdict(list)},
-        _total_train_tokens=0, _tp_size=1,
+        model=types.SimpleNamespace(training=True), accelerator=accelerator, aux_loss_enabled=False, ld_alpha=None,
+        precompute_ref_logps=True, f_divergence_type="reverse_kl", f_alpha_divergence_coef=1.0, loss_types=[loss_type],
+        loss_weights=[1.0], beta=beta, label_smoothing=0.0, use_weighting=False, _total_train_tokens=0, _tp_size=1,
+        args=types.SimpleNamespace(discopop_tau=0.05), _metrics={"train": defaultdict(list)},
     )  # fmt: skip
     inputs = {
         "input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "completion_mask": mask.long(),
@@ -122,7 +123,7 @@ def test_loss_equals_liger(backend, loss_type):
 
 
 def test_simpo_equals_its_formula_as_trl_writes_it(backend):
-    """TRL's CPOTrainer: logits = mean_w - mean_l - gamma / beta; loss = -ls(beta * logits) (1 - e) - ls(-beta * logits) e."""
+    """TRL's CPOTrainer: x = mean_w - mean_l - gamma / beta; loss = -ls(beta x) (1 - e) - ls(-beta x) e."""
     logits, input_ids, mask, layout, _ = sequences(2)
     per_token = logits.double().log_softmax(-1)[:, :-1].gather(-1, input_ids[:, 1:, None]).squeeze(-1) * mask[:, 1:]
     means = per_token.sum(1) / mask[:, 1:].sum(1)
@@ -138,7 +139,8 @@ def test_simpo_equals_its_formula_as_trl_writes_it(backend):
 def test_dpo_golden_of_torchtune():
     """torchtune's test_dpo_loss.py gives sums and expects these losses: beta .1, label smoothing 0, one pair at a time.
 
-    policy chosen [-.5, -10, -1], rejected [-.1, -30, -21]; reference chosen [-.5, -10.1, -.1], rejected [-.1, -20.1, -.1].
+    policy chosen [-.5, -10, -1], rejected [-.1, -30, -21]; reference chosen [-.5, -10.1, -.1], rejected [-.1, -20.1,
+    -.1].
     log-ratios: 0, .1 - (-9.9) = 10, -.9 - (-20.9) = 20. Losses ln 2, log(1 + e^-1), log(1 + e^-2).
     """
     from sspo_ext.backends import reference

@@ -1,6 +1,6 @@
 """What must hold for any batch, found out by hypothesis: invariances, conservation, finite differences.
 
-Mutations, each caught by the test named (run on a copy of the package):
+Mutations, each caught by the test named (on a copy of the package):
 MUTATIONS
 """
 
@@ -68,7 +68,7 @@ def test_padding_changes_nothing(any_backend, size, loss_type, more):
 @given(size=sizes, data=st.data())
 @EXAMPLES
 def test_packing_order_changes_nothing(any_backend, size, data):
-    """Sequences packed in any order: each step's sum and gradient are the same bits, the loss of the same pairs is the same."""
+    """Sequences packed in any order: each step's sum and the loss of the same pairs are the same bits."""
     batch = make(size)
     B, V = len(batch.labels), batch.logits.shape[-1]
     order = data.draw(st.permutations(range(B)))
@@ -163,7 +163,7 @@ def test_finite_differences(any_backend, size, loss_type, direction):
 @given(size=sizes, loss_type=losses)
 @EXAMPLES
 def test_swapping_a_pair_with_its_soft_label(any_backend, size, loss_type):
-    """Logistic losses: (winner, loser, q) and (loser, winner, 1 - q) are one statement. The margin turns with the order."""
+    """Logistic losses: (winner, loser, q) and (loser, winner, 1 - q) say the same. The margin turns with the order."""
     if loss_type in ("hinge", "ipo"):
         return
     batch = make(size)

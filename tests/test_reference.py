@@ -1,6 +1,7 @@
-"""The reference backend is the specification, so it is tested against hand-made numbers and loops over tokens, not against a backend.
+"""The reference backend is the specification: tested against hand-made numbers and loops over tokens.
 
-Mutations of sspo_ext/backends/reference.py and logps.logit_map, each caught by the test named (run on a copy of the package):
+Mutations of sspo_ext/backends/reference.py and logps.logit_map, each caught by the test named (on a copy of the
+package):
 MUTATIONS
 """
 
@@ -70,7 +71,8 @@ def test_step_logps_equal_the_oracle(options, weighted):
 def test_loss_golden():
     """Two sequences of one step of two tokens, probabilities 1/8, 2/8, 5/8 everywhere; beta = 1.
 
-    chosen: labels 2, 2: S = 2 ln(5/8); rejected: labels 0, 1: S = ln(1/8) + ln(2/8). u_w - u_l = ln(25/64 / (2/64)) = ln 12.5.
+    chosen: labels 2, 2: S = 2 ln(5/8); rejected: labels 0, 1: S = ln(1/8) + ln(2/8). u_w - u_l = ln(25/64 / (2/64)) =
+    ln 12.5.
     sigmoid: -log(12.5 / 13.5). Reference sums ln(1/2) and ln(1/4) take ln 2 off: 6.25 / 7.25.
     """
     logits = torch.tensor([1.0, 2.0, 5.0], dtype=F64).log().repeat(2, 3, 1)
@@ -90,8 +92,8 @@ def test_float64_is_exact_to_float64():
     pairs = random_pairs(layout, 0, P=3)
     sums, counts, _ = oracle_steps(batch)
     losses = [
-        math.log1p(math.exp(-0.1 * float(sums[w] - sums[l]))) if counts[w] and counts[l] else 0.0
-        for w, l in pairs.index.tolist()
+        math.log1p(math.exp(-0.1 * float(sums[w] - sums[b]))) if counts[w] and counts[b] else 0.0
+        for w, b in pairs.index.tolist()
     ]
     out = step_pref_loss(batch.logits, layout, pairs, backend="reference")
     assert out.loss.item() == pytest.approx(sum(losses) / pairs.num_valid, rel=1e-13)
