@@ -79,6 +79,11 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--loss-option", type=_assignment, action="append", default=[], metavar="NAME=VALUE", help="as simpo_gamma=0.5")
     add("--reference-free", action="store_true", help="no reference model")
     add("--reference-cache", help="folder of cached reference log-probs (default: OUTPUT_DIR/reference_cache)")
+    route_help = (
+        "linear: never stores the logits; logits: the model's own; auto: linear where the model's head allows it"
+    )
+    add("--route", default="linear", choices=("linear", "logits", "auto"), help=route_help)
+    add("--chunk-bytes", type=_positive, help="linear route: budget of the logits buffer (default: sspo_ext's)")
     add("--backend", default="auto", choices=("auto", "cpu", "triton", "reference"), help="see sspo-ext info")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -161,6 +166,8 @@ def _train(options: argparse.Namespace) -> None:
         reference_cache=options.reference_cache,
         packing=options.packing,
         backend=options.backend,
+        route=options.route,
+        chunk_bytes=options.chunk_bytes,
         learning_rate=options.lr,
         lr_scheduler_type=options.lr_scheduler,
         warmup_steps=options.warmup_steps,
