@@ -1,8 +1,9 @@
 """Batches for the linear route, its truth in float64, and profilers that see inside the package's ops.
 
-The truth is the reference backend on float64 logits, which tests/test_reference.py holds to an oracle; the yardstick is the same
-reference in the dtype the GEMMs run in, differentiated by autograd. An error may be twice the yardstick's, in the largest element and in the root mean
-square (which sees a common factor that the largest element hides).
+The truth is the reference backend on float64 logits, which tests/test_reference.py holds to an oracle. The
+yardstick is the same reference in the dtype the GEMMs run in, differentiated by autograd. An error may be twice the
+yardstick's, in the largest element and in the root mean square (which sees a common factor that the largest element
+hides).
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from sspo_ext import StepLayout, StepPairs, step_pref_loss
 
-GRADIENTS = {"hidden": (1, 0, 0), "weight": (0, 1, 0), "bias": (0, 0, 1), "hidden+weight": (1, 1, 0), "all": (1, 1, 1), "hidden+bias": (1, 0, 1)}  # fmt: skip
+GRADIENTS = {
+    "hidden": (1, 0, 0),
+    "weight": (0, 1, 0),
+    "bias": (0, 0, 1),
+    "hidden+weight": (1, 1, 0),
+    "all": (1, 1, 1),
+    "hidden+bias": (1, 0, 1),
+}
 
 
 def layout_of_lengths(lengths: list[int], V: int = 11, seed: int = 0) -> StepLayout:
@@ -95,7 +103,8 @@ def errors(got: Tensor, truth: Tensor) -> tuple[float, float]:
 
 
 def assert_fp64_rule(name: str, got: Tensor, torch_: Tensor, truth: Tensor, gemm_dtype: torch.dtype) -> None:
-    """err(got) <= 2 err(torch in the same dtype) + floor, where the floor is the result's own rounding and a few float32 operations."""
+    """err(got) <= 2 err(torch in the same dtype) + floor, where the floor is the result's own rounding and a few
+    float32 operations."""
     assert got.shape == truth.shape and torch.isfinite(got).all(), f"{name}: {got}"
     accumulator = torch.finfo(torch.float64 if gemm_dtype == torch.float64 else torch.float32).eps
     unit = torch.finfo(got.dtype).eps / 2 + 8 * accumulator
@@ -112,7 +121,8 @@ _GEMMS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm
 
 
 def gemm_flops(fn: Callable[[], object]) -> int:
-    """FLOPs of the matrix products that ran, from the shapes the profiler recorded. A vector times a matrix does not count."""
+    """FLOPs of the matrix products that ran, from the shapes the profiler recorded. A vector times a matrix does
+    not count."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as p:
         fn()
     total = 0

@@ -1,4 +1,5 @@
-"""What each process of tests/test_tensor_parallel.py runs. In a module of its own, because spawned processes import it by name."""
+"""What each process of tests/test_tensor_parallel.py runs. In a module of its own, because spawned processes
+import it by name."""
 
 from __future__ import annotations
 
@@ -86,7 +87,9 @@ def run_case(case: Case, group, mesh, rank: int) -> dict[str, Tensor | None]:
     else:
         from torch.distributed.tensor import Shard, distribute_tensor
 
-        weight, bias = (distribute_tensor(t.detach(), mesh, [Shard(0)]).requires_grad_(t.requires_grad) for t in (weight, bias))
+        weight, bias = (
+            distribute_tensor(t.detach(), mesh, [Shard(0)]).requires_grad_(t.requires_grad) for t in (weight, bias)
+        )
     rows = len(range(*mine.indices(case.V)))
     buffer = torch.ones(rows, H, dtype=case.dtype) if case.buffer else None
     more = {} if buffer is None else {"weight_grad": buffer}
@@ -99,7 +102,13 @@ def run_case(case: Case, group, mesh, rank: int) -> dict[str, Tensor | None]:
 
     d_weight = local(weight.grad) if buffer is None else buffer - 1
     assert buffer is None or weight.grad is None
-    return {"loss": loss.detach(), "agreed": agreed, "hidden": hidden.grad, "weight": d_weight, "bias": local(bias.grad)}
+    return {
+        "loss": loss.detach(),
+        "agreed": agreed,
+        "hidden": hidden.grad,
+        "weight": d_weight,
+        "bias": local(bias.grad),
+    }
 
 
 def refusals(group, mesh) -> dict[str, str]:
@@ -132,7 +141,11 @@ def worker(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     # a rank that waits for a collective that no other enters fails instead of hanging
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=40)
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=40),
     )
     groups, meshes = {4: dist.group.WORLD, 2: dist.new_group([0, 1])}, {}
     meshes[4] = DeviceMesh("cpu", [0, 1, 2, 3])
@@ -143,7 +156,7 @@ def worker(rank: int, world: int, folder: str) -> None:
             group = groups[case.world] if case.kind == "megatron" else meshes[case.world].get_group()
             try:
                 results[name] = run_case(case, group, meshes[case.world], rank)
-            except Exception as error:  # noqa: BLE001  told by the test of this case, so that the others still run
+            except Exception as error:  # told by the test of this case, so that the others still run
                 results[name] = f"{type(error).__name__}: {error}"
     if rank < 2:
         results["refusals"] = refusals(groups[2], meshes[2])

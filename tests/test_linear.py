@@ -1,7 +1,24 @@
-"""The linear route against float64 truth and against the logits route: every case of the schedule, every gradient, every dtype.
+"""The linear route against float64 truth and against the logits route: every case of the schedule, every gradient,
+every dtype.
 
-Mutations of sspo_ext/{linear,linear_engine,linear_ops,plan}.py, each caught by the test named (run on a copy of the package):
-MUTATIONS
+Mutations of sspo_ext/{linear,linear_engine,linear_ops,autograd}.py, and the test that catches each:
+* upstream gradient dropped; late float16 scale not applied to gradients: test_fp64_rule
+* coef, token weights, reference, pair weights or margins of the wrong rows, steps or pairs: test_fp64_rule
+* loss of the last group alone; coef not put back in the layout's order: test_fp64_rule
+* weight or bias gradient of the last chunk alone; bias not added; hidden gradient not started at 0: test_fp64_rule
+* 16-bit weight gradient accumulated in place: test_autocast
+* float16 gradients divided before the loss scale reaches them: test_upstream_gradient
+* kept gradient overwritten though the graph is kept: test_backward_twice
+* upstream rounded to the kept dtype; rows of factor 0 not cleared: test_scaling_what_was_kept
+* softcap dropped in the gradient: test_head_details
+* bias gradient rounded to the weight's dtype: test_bias_in_its_own_dtype
+* step sums or pair losses not put back in order: test_equals_the_logits_route
+* weight gradient not zero with nothing to score: test_nothing_to_score
+* buffer filled in forward, overwritten, or its gradient given to autograd too: test_weight_grad_buffer
+* autocast ignored: test_autocast
+* token weights dropped from d sums: test_step_logps
+* double backward not refused: test_second_derivative_is_refused
+* labels not checked: test_label_outside_the_vocabulary
 """
 
 import itertools
@@ -10,10 +27,18 @@ import pytest
 import torch
 from helpers_batch import random_batch, random_pairs
 from helpers_linear import (
-    GRADIENTS, assert_fp64_rule, collect, errors, layout_of_lengths, logits_route, pairs_of, problem, truth_of,
-)  # fmt: skip
+    GRADIENTS,
+    assert_fp64_rule,
+    collect,
+    errors,
+    layout_of_lengths,
+    logits_route,
+    pairs_of,
+    problem,
+    truth_of,
+)
 
-from sspo_ext import StepLayout, StepPairs, step_logps, step_pref_loss
+from sspo_ext import StepLayout, StepPairs, autograd, step_logps, step_pref_loss
 from sspo_ext.linear import linear_step_logps, linear_step_pref_loss
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -27,14 +52,17 @@ def budget(rows, dtype, vocab=V):
 
 
 def units_batch(seed=0, weighted=True):
-    """Ragged steps (some empty, some in no pair), pairs that share steps, weights, margins and a reference: several units."""
+    """Ragged steps (some empty, some in no pair), pairs that share steps, weights, margins and a reference:
+    several units."""
     batch = random_batch(seed, *SHAPE, V=V, weighted=weighted)
     layout = batch.layout
     S = layout.num_steps
     g = torch.Generator().manual_seed(seed)
     # neighbours in a shuffled order share steps in threes, and the last steps stay without a partner
     order = torch.randperm(S, generator=g)
-    index = [(order[i], order[i + 1]) for i in range(0, S - 2, 3)] + [(order[i + 2], order[i]) for i in range(0, S - 4, 3)]
+    index = [(order[i], order[i + 1]) for i in range(0, S - 2, 3)] + [
+        (order[i + 2], order[i]) for i in range(0, S - 4, 3)
+    ]
     P = len(index)
     pairs = StepPairs.from_index(
         layout, torch.tensor(index), weights=torch.rand(P, generator=g) * 2, margins=torch.rand(P, generator=g)
@@ -141,18 +169,27 @@ def test_head_details(head):
 @pytest.mark.parametrize("upstream", [1 / 3, -2.0, 65536.0])
 @pytest.mark.parametrize("gradients", ["hidden", "all"])
 def test_upstream_gradient(dtype, upstream, gradients):
-    """1/3: gradient accumulation, a factor that bfloat16 cannot hold. 65536: GradScaler's first scale, which float16 cannot hold."""
+    """1/3: gradient accumulation, a factor that bfloat16 cannot hold. 65536: GradScaler's first scale, which
+    float16 cannot hold."""
     layout, pairs, options = units_batch(seed=3)
     p = problem(SHAPE, V, H, hidden_dtype=dtype, weight_dtype=dtype)
     # small enough that scaled float16 gradients stay below 65504
     for rows in (10_000, 4):
         assert_rule(
-            p, layout, pairs, needs=GRADIENTS[gradients], rows=rows, upstream=upstream, num_items=2e4 if upstream > 1e4 else None, **options
-        )  # fmt: skip
+            p,
+            layout,
+            pairs,
+            needs=GRADIENTS[gradients],
+            rows=rows,
+            upstream=upstream,
+            num_items=2e4 if upstream > 1e4 else None,
+            **options,
+        )
 
 
 def test_float16_gradients_survive_a_small_scale():
-    """With many items d loss/d logit is below float16's smallest number; the loss scale must reach it before it is rounded."""
+    """With many items d loss/d logit is below float16's smallest number; the loss scale must reach it before it is
+    rounded."""
     layout, pairs, options = units_batch(seed=3)
     p = problem(SHAPE, V, H, hidden_dtype=F16, weight_dtype=F16)
     for needs in ((1, 0, 0), (1, 1, 1)):
@@ -170,26 +207,74 @@ def test_zero_upstream_and_unused_loss():
 
 
 @pytest.mark.parametrize("needs", [(1, 0, 0), (1, 1, 1)])
-def test_backward_twice(needs):
-    """retain_graph: the second backward adds the same gradient, even when the first one's .grad was changed in place."""
+@pytest.mark.parametrize("upstream", [1.0, 0.5])
+def test_backward_twice(needs, upstream):
+    """retain_graph: the second backward adds the same gradient again."""
     layout, pairs, options = units_batch()
     p = problem(SHAPE, V, H)
     want = linear_route(p, layout, pairs, needs=needs, rows=5, **options)
-    for upstream in (1.0, 0.5):
-        leaves = p.leaves(needs)
-        loss = linear_step_pref_loss(*leaves[:2], layout, pairs, bias=leaves[2], chunk_bytes=budget(5, F32), **options).loss
-        (loss * upstream).backward(retain_graph=True)
-        for t in leaves:
-            if t.grad is not None:
-                t.grad.zero_()
-        (loss * upstream).backward()
+    leaves = p.leaves(needs)
+    loss = linear_step_pref_loss(*leaves[:2], layout, pairs, bias=leaves[2], chunk_bytes=budget(5, F32), **options).loss
+    (loss * upstream).backward(retain_graph=True)
+    (loss * upstream).backward()
+    for t, g in zip(leaves, want[1:], strict=True):
+        if t.grad is not None:
+            torch.testing.assert_close(t.grad, 2 * g * upstream, rtol=1e-5, atol=1e-9)
+
+
+def test_gradients_zeroed_between_two_backwards():
+    """optimizer.zero_grad(set_to_none=False) between them: right, or autograd's error about a changed tensor;
+    never a wrong number."""
+    layout, pairs, options = units_batch()
+    p = problem(SHAPE, V, H)
+    want = linear_route(p, layout, pairs, **options)
+    leaves = p.leaves()
+    loss = linear_step_pref_loss(*leaves[:2], layout, pairs, bias=leaves[2], **options).loss
+    loss.backward(retain_graph=True)
+    for t in leaves:
+        t.grad.zero_()
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        assert "modified" in str(error)
+    else:
         for t, g in zip(leaves, want[1:], strict=True):
-            if t.grad is not None:
-                torch.testing.assert_close(t.grad, g * upstream, rtol=1e-5, atol=1e-9)
+            torch.testing.assert_close(t.grad, g)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32, F64])
+@pytest.mark.parametrize("shape", [(7, 5), (1, 5), (0, 5)])
+def test_scaling_what_was_kept(monkeypatch, dtype, shape):
+    """The product in float32, rounded once, block by block; factors that the kept dtype cannot hold; rows of
+    factor 0 are zeros."""
+    monkeypatch.setattr(autograd, "_BLOCK_ELEMENTS", 10)
+    g = torch.Generator().manual_seed(0)
+    kept = torch.randn(shape, generator=g, dtype=F64).to(dtype) * 1e-3
+    wide = torch.promote_types(dtype, F32)
+    for scale in (torch.tensor(1 / 3), torch.tensor(1e5), torch.tensor(1.0), torch.rand(shape[0], 1, generator=g)):
+        assert torch.equal(
+            autograd.scale_kept(kept.clone(), scale.to(wide)), (kept.to(wide) * scale.to(wide)).to(dtype)
+        )
+    if shape[0] > 2:
+        scale, broken = torch.ones(shape[0], 1), kept.clone()
+        scale[2], broken[2] = 0.0, float("nan")
+        assert torch.count_nonzero(autograd.scale_kept(broken.clone(), scale.to(wide))[2]) == 0
+
+
+def test_gradient_of_one_step_is_not_touched_by_another():
+    """A frozen head, NaN in a step whose sum gets no gradient."""
+    layout = layout_of_lengths([3, 4], V)
+    p = problem((1, layout.shape[1]), V, H)
+    p.hidden[0, 4] = float("nan")
+    for needs in ((1, 0, 0), (1, 1, 1)):
+        leaves = p.leaves(needs)
+        linear_step_logps(*leaves[:2], layout, bias=leaves[2]).sums[0].backward()
+        assert torch.count_nonzero(leaves[0].grad[0, 3:7]) == 0 and leaves[0].grad[0, :3].abs().sum() > 0
 
 
 def test_kept_gradient_handed_out_and_changed():
-    """autograd.grad may hand out what is kept for a second backward: changing it is an error or harmless, never a wrong number."""
+    """autograd.grad may hand out what is kept for a second backward: changing it is an error or harmless, never a
+    wrong number."""
     layout, pairs, options = units_batch()
     hidden, weight, bias = problem(SHAPE, V, H).leaves()
     loss = linear_step_pref_loss(hidden, weight, layout, pairs, bias=bias, **options).loss
@@ -229,7 +314,8 @@ def test_chunk_budget_changes_nothing(needs):
 
 @pytest.mark.parametrize("needs", [(1, 0, 0), (1, 1, 1), (1, 0, 1)])
 def test_unscored_rows_are_not_touched(needs):
-    """NaN in every prompt, padding, ignored and zero-weight position: nothing of it comes back, and those rows get exactly 0."""
+    """NaN in every prompt, padding, ignored and zero-weight position: nothing of it comes back, and those rows get
+    exactly 0."""
     layout, pairs, options = units_batch(seed=5)
     p = problem(SHAPE, V, H)
     clean = linear_route(p, layout, pairs, needs=needs, rows=6, **options)
@@ -333,7 +419,9 @@ def test_pairs_by_index_are_the_default():
 def test_packed_batch():
     """(total, H) and (1, total, H), steps of several sequences."""
     labels = torch.randint(0, V, (20,), generator=torch.Generator().manual_seed(0))
-    layout = StepLayout.from_offsets(labels, torch.tensor([0, 8, 20]), torch.tensor([[2, 5], [5, 8], [10, 14], [14, 20]]))
+    layout = StepLayout.from_offsets(
+        labels, torch.tensor([0, 8, 20]), torch.tensor([[2, 5], [5, 8], [10, 14], [14, 20]])
+    )
     pairs = StepPairs.from_index(layout, torch.tensor([[0, 2], [3, 1]]))
     p = problem((20,), V, H, hidden_dtype=F64, weight_dtype=F64)
     want = truth_of(p, layout, pairs)
@@ -394,7 +482,8 @@ def test_same_bits_every_run(needs):
 @pytest.mark.parametrize("dtype", [BF16, F16])
 @pytest.mark.parametrize("needs", [(1, 0, 0), (1, 1, 1)])
 def test_autocast(dtype, needs):
-    """Float32 tensors, GEMMs in autocast's dtype, float32 gradients; backward runs outside of autocast, as trainers do."""
+    """Float32 tensors, GEMMs in autocast's dtype, float32 gradients; backward runs outside of autocast, as
+    trainers do."""
     layout, pairs, options = units_batch()
     p = problem(SHAPE, V, H)
     truth = truth_of(p, layout, pairs, needs=needs, **options)
@@ -402,7 +491,9 @@ def test_autocast(dtype, needs):
     for rows in (10_000, 4):
         leaves = p.leaves(needs)
         with torch.autocast("cpu", dtype):
-            loss = linear_step_pref_loss(*leaves[:2], layout, pairs, bias=leaves[2], chunk_bytes=budget(rows, dtype), **options).loss
+            loss = linear_step_pref_loss(
+                *leaves[:2], layout, pairs, bias=leaves[2], chunk_bytes=budget(rows, dtype), **options
+            ).loss
         for name, a, b, t in zip(NAMES, collect(loss, leaves), same, truth, strict=True):
             if a is not None:
                 assert a.dtype == F32
@@ -416,7 +507,8 @@ def test_autocast(dtype, needs):
 @pytest.mark.parametrize("buffer_dtype, weight_dtype", [(F32, F32), (F32, BF16), (BF16, BF16), (F64, F64), (F32, F16)])
 @pytest.mark.parametrize("rows", [10_000, 4])
 def test_weight_grad_buffer(buffer_dtype, weight_dtype, rows):
-    """Added to, in backward only, once per backward, times the upstream gradient; autograd sees no gradient of the weight."""
+    """Added to, in backward only, once per backward, times the upstream gradient; autograd sees no gradient of the
+    weight."""
     layout, pairs, options = units_batch()
     p = problem(SHAPE, V, H, hidden_dtype=weight_dtype, weight_dtype=weight_dtype)
     plain = linear_route(p, layout, pairs, rows=rows, **options)
@@ -445,7 +537,9 @@ def test_weight_grad_that_cannot_be_filled():
     for buffer in (torch.zeros(V, H + 1), torch.zeros(V, H, dtype=torch.int64), torch.zeros(V, H, device="meta")):
         with pytest.raises((ValueError, TypeError), match="weight_grad"):
             linear_step_pref_loss(p.hidden, p.leaves()[1], layout, pairs, weight_grad=buffer)
-    with pytest.raises(ValueError, match="weight_grad"):  # a frozen weight: the buffer would stay as it is, without a word
+    with pytest.raises(
+        ValueError, match="weight_grad"
+    ):  # a frozen weight: the buffer would stay as it is, without a word
         linear_step_pref_loss(p.leaves()[0], p.weight, layout, pairs, weight_grad=torch.zeros(V, H))
 
 
@@ -457,7 +551,8 @@ def test_accumulates_in_float32():
     p.hidden = p.hidden.abs()  # one sign, so that sums grow
     truth = truth_of(p, layout, pairs)[2]
     error = {
-        dtype: errors(linear_route(p, layout, pairs, rows=1, accum_dtype=dtype)[2], truth)[1] for dtype in (None, F32, BF16)
+        dtype: errors(linear_route(p, layout, pairs, rows=1, accum_dtype=dtype)[2], truth)[1]
+        for dtype in (None, F32, BF16)
     }
     assert error[None] == error[F32] < 0.5 * error[BF16]
     assert error[F32] <= 2 * torch.finfo(BF16).eps * truth.square().mean().sqrt()
@@ -480,7 +575,9 @@ EMPTY = {
     "all weights zero": lambda: StepLayout.from_step_ids(
         torch.zeros(SHAPE, dtype=torch.int64), torch.zeros(SHAPE, dtype=torch.int64), token_weights=torch.zeros(SHAPE)
     ),
-    "no pairs": lambda: StepLayout.from_step_ids(torch.zeros(SHAPE, dtype=torch.int64), torch.zeros(SHAPE, dtype=torch.int64)),
+    "no pairs": lambda: StepLayout.from_step_ids(
+        torch.zeros(SHAPE, dtype=torch.int64), torch.zeros(SHAPE, dtype=torch.int64)
+    ),
 }
 
 
@@ -601,7 +698,10 @@ def test_step_logps(gradients, rows):
     needs = GRADIENTS[gradients]
     layout, _, _ = units_batch(seed=2)
     g = torch.Generator().manual_seed(1)
-    to_sums, to_tokens = torch.randn(layout.num_steps, generator=g, dtype=F64), torch.randn(layout.num_rows, generator=g, dtype=F64)
+    to_sums, to_tokens = (
+        torch.randn(layout.num_steps, generator=g, dtype=F64),
+        torch.randn(layout.num_rows, generator=g, dtype=F64),
+    )
     head = {"logit_softcap": 6.0, "temperature": 0.9}
     for dtype in (F64, F32, BF16):
         p = problem(SHAPE, V, H, scale=2.0, hidden_dtype=dtype, weight_dtype=dtype)
@@ -642,7 +742,10 @@ def test_step_logps_into_a_policy_loss():
     layout, _, _ = units_batch(seed=3, weighted=False)
     p = problem(SHAPE, V, H, hidden_dtype=F64, weight_dtype=F64)
     g = torch.Generator().manual_seed(2)
-    old, advantage = torch.randn(layout.num_steps, generator=g, dtype=F64), torch.randn(layout.num_steps, generator=g, dtype=F64)
+    old, advantage = (
+        torch.randn(layout.num_steps, generator=g, dtype=F64),
+        torch.randn(layout.num_steps, generator=g, dtype=F64),
+    )
 
     def loss(sums):
         ratio = torch.exp((sums - sums.detach() + 0.1 * old).clamp(-1, 1))

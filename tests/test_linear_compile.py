@@ -1,4 +1,5 @@
-"""The linear route under torch.compile: ops that pass opcheck, no graph break, eager's results, no recompile for another batch.
+"""The linear route under torch.compile: ops that pass opcheck, no graph break, eager's results, no recompile for
+another batch.
 
 Mutations of sspo_ext/{linear_ops,linear}.py, each caught by the test named (run on a copy of the package):
 MUTATIONS
@@ -38,7 +39,8 @@ def batch(seed, B=4, T=12, dtype=torch.float32, weighted=True):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", ["linear_pref_fwd", "linear_logps_fwd", "linear_logps_bwd"])
 def test_opcheck(monkeypatch, op, needs, dtype):
-    """With the very arguments that the public functions pass: schema, aliasing, fakes (shapes, dtypes, strides), tracing."""
+    """With the very arguments that the public functions pass: schema, aliasing, fakes (shapes, dtypes, strides),
+    tracing."""
     calls = []
     real = getattr(linear_ops, op)
     monkeypatch.setattr(linear_ops, op, lambda *args: (calls.append(args), real(*args))[1])
@@ -62,7 +64,9 @@ def test_opcheck(monkeypatch, op, needs, dtype):
 
 
 def pref(hidden, weight, bias, layout, pairs, ref):
-    out = linear_step_pref_loss(hidden, weight, layout, pairs, bias=bias, ref=ref, chunk_bytes=5 * V * 4, logit_softcap=9.0)
+    out = linear_step_pref_loss(
+        hidden, weight, layout, pairs, bias=bias, ref=ref, chunk_bytes=5 * V * 4, logit_softcap=9.0
+    )
     return out.loss, out.step_logps, out.metrics["rewards/margins"]
 
 
@@ -79,7 +83,9 @@ def results(fn, p, needs, layout, pairs, ref):
     return [t.detach() for t in out] + [t.grad for t in leaves]
 
 
-@pytest.mark.parametrize("fn, needs", [(pref, "none"), (pref, "frozen"), (pref, "all"), (logps, "frozen"), (logps, "all")])
+@pytest.mark.parametrize(
+    "fn, needs", [(pref, "none"), (pref, "frozen"), (pref, "all"), (logps, "frozen"), (logps, "all")]
+)
 def test_fullgraph_equals_eager(fn, needs):
     layout, pairs, p = batch(1)
     ref = torch.randn(layout.num_steps, generator=torch.Generator().manual_seed(0))
@@ -112,7 +118,8 @@ def test_upstream_gradient_compiled(dtype):
 
 @pytest.mark.parametrize("needs", ["frozen", "all"])
 def test_no_recompile_over_batches(needs):
-    """Other numbers of rows, steps, pairs and positions: one graph for the first shape, one with all of them dynamic."""
+    """Other numbers of rows, steps, pairs and positions: one graph for the first shape, one with all of them
+    dynamic."""
     counter = CompileCounterWithBackend("eager")
     fn = torch.compile(pref, fullgraph=True, backend=counter)
     for seed, (B, T) in enumerate([(4, 12), (6, 23), (2, 31), (8, 14), (4, 40)]):

@@ -1,7 +1,11 @@
-"""The schedule is a fact: FLOPs of the matrix products that ran, counted by the profiler, equal the plan's and the number in design.
+"""The schedule is a fact: FLOPs of the matrix products that ran, counted by the profiler, equal the plan's and the
+number in design.
 
-Mutations of sspo_ext/{plan,linear,linear_engine}.py, each caught by the test named (run on a copy of the package):
-MUTATIONS
+Mutations of sspo_ext/{plan,linear,linear_engine}.py, and the test that catches each:
+* recompute looks at the last chunk again: test_what_ran_is_what_was_planned
+* hidden gradient always made: test_what_ran_is_what_was_planned
+* grad mode not looked at: test_evaluation_of_a_trained_model_is_one_gemm
+* step_logps makes directions without need: test_step_logps
 """
 
 import pytest
@@ -38,9 +42,14 @@ def run(case, needs, *, grad_mode=True):
 
     wanted = [bool(n) and grad_mode for n in needs]
     plan = layout.plan(
-        pairs, vocab=V, hidden=H, chunk_bytes=chunk_bytes, hidden_gradient=wanted[0], weight_gradient=wanted[1],
+        pairs,
+        vocab=V,
+        hidden=H,
+        chunk_bytes=chunk_bytes,
+        hidden_gradient=wanted[0],
+        weight_gradient=wanted[1],
         bias_gradient=wanted[2],
-    )  # fmt: skip
+    )
     return gemm_flops(step), plan, 2 * layout.num_rows * H * V
 
 
@@ -61,10 +70,12 @@ def test_what_ran_is_what_was_planned(case, gradients):
 
 @pytest.mark.parametrize("case", ["one chunk", "units fit", "one large unit"])
 @pytest.mark.parametrize(
-    "needs, gemms", [((0, 0, 0), 1), ((1, 0, 0), 2), ((0, 1, 0), 2), ((1, 1, 0), 3), ((1, 1, 1), 3), ((0, 0, 1), 1), ((1, 0, 1), 2)]
+    "needs, gemms",
+    [((0, 0, 0), 1), ((1, 0, 0), 2), ((0, 1, 0), 2), ((1, 1, 0), 3), ((1, 1, 1), 3), ((0, 0, 1), 1), ((1, 0, 1), 2)],
 )
 def test_gemms_of_the_schedule(case, needs, gemms):
-    """1 without gradients, 2 with a frozen head, 3 with a trained one; a second look only at the rows of a unit above the budget."""
+    """1 without gradients, 2 with a frozen head, 3 with a trained one; a second look only at the rows of a unit
+    above the budget."""
     ran, _, one = run(case, needs)
     if case == "one large unit" and (needs[1] or needs[2]):
         assert gemms * one < ran < (gemms + 1) * one  # but for the last chunk, which is still there
@@ -93,22 +104,21 @@ def test_step_logps(needs, gemms):
     assert gemm_flops(step) == gemms * 2 * layout.num_rows * H * V
 
 
+def flops_of_backward(layout, pairs, needs):
+    leaves = problem((1, layout.shape[1]), V, H).leaves(needs)
+    return gemm_flops(lambda: linear_step_pref_loss(*leaves[:2], layout, pairs, bias=leaves[2]).loss.backward())
+
+
 def test_unscored_rows_cost_nothing():
     """The same scored tokens behind a prompt ten times as long."""
-    flops = []
     for prompt in (1, 130):
         total = prompt + 13
-        layout = StepLayout.from_offsets(
-            torch.zeros(total, dtype=torch.int64), torch.tensor([0, total]), torch.tensor([[prompt, prompt + 6], [prompt + 6, total]])
-        )  # fmt: skip
-        leaves = problem((1, total), V, H).leaves()
-        flops.append(gemm_flops(lambda: linear_step_pref_loss(*leaves[:2], layout, pairs_of(layout, (0, 1))).loss.backward()))  # noqa: B023
-    assert flops[0] == flops[1] == 3 * 2 * 13 * H * V
+        spans = torch.tensor([[prompt, prompt + 6], [prompt + 6, total]])
+        layout = StepLayout.from_offsets(torch.zeros(total, dtype=torch.int64), torch.tensor([0, total]), spans)
+        assert flops_of_backward(layout, pairs_of(layout, (0, 1)), (1, 1, 1)) == 3 * 2 * 13 * H * V
 
 
 def test_a_loose_step_costs_one():
+    layout = layout_of_lengths([6, 7, 20], V)
     for needs, gemms in (((1, 0, 0), 2), ((1, 1, 0), 3)):
-        layout = layout_of_lengths([6, 7, 20], V)
-        leaves = problem((1, layout.shape[1]), V, H).leaves(needs)
-        ran = gemm_flops(lambda: linear_step_pref_loss(*leaves[:2], layout, pairs_of(layout, (0, 1))).loss.backward())  # noqa: B023
-        assert ran == 2 * H * V * (gemms * 13 + 20)
+        assert flops_of_backward(layout, pairs_of(layout, (0, 1)), needs) == 2 * H * V * (gemms * 13 + 20)

@@ -1,4 +1,5 @@
-"""Peak memory beyond the inputs is the chunk budget and the gradients asked for, at any sequence length: measured at the allocator.
+"""Peak memory beyond the inputs is the chunk budget and the gradients asked for, at any sequence length: measured
+at the allocator.
 
 Sizes are such that every copy of (N, H), (V, H) or of a chunk shows: each is several times the slack.
 
@@ -14,12 +15,20 @@ from sspo_ext import StepLayout, autograd, linear_engine
 from sspo_ext.linear import linear_step_logps, linear_step_pref_loss
 
 V, H, ROWS = 3000, 96, 256
-NEEDS = {"none": (0, 0, 0), "frozen": (1, 0, 0), "trained": (1, 1, 0), "weight": (0, 1, 0), "bias": (0, 0, 1), "all": (1, 1, 1)}
+NEEDS = {
+    "none": (0, 0, 0),
+    "frozen": (1, 0, 0),
+    "trained": (1, 1, 0),
+    "weight": (0, 1, 0),
+    "bias": (0, 0, 1),
+    "all": (1, 1, 1),
+}
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Work on a matrix in blocks of a few MiB is no part of the budget; at these sizes a block would be the whole matrix."""
+    """Work on a matrix in blocks of a few MiB is no part of the budget; at these sizes a block would be the whole
+    matrix."""
     monkeypatch.setattr(linear_engine, "_BLOCK_BYTES", 1 << 15)
     monkeypatch.setattr(autograd, "_BLOCK_ELEMENTS", 1 << 13)
 
@@ -32,7 +41,7 @@ def batch(tokens, step=64):
     return layout, layout.pair_by_index()
 
 
-def measure(tokens, needs, dtype, *, fn=None, step=64, H=H, **options):
+def measure(tokens, needs, dtype, *, fn=None, step=64, H=H, upstream=1.0, **options):
     """(peak, bytes of the logits budget, bytes of the gradients asked for, layout)."""
     layout, pairs = batch(tokens, step)
     p = problem(layout.shape, V, H, hidden_dtype=dtype, weight_dtype=dtype)
@@ -41,11 +50,13 @@ def measure(tokens, needs, dtype, *, fn=None, step=64, H=H, **options):
     def run():
         leaves = run.leaves
         if fn is None:
-            loss = linear_step_pref_loss(*leaves[:2], layout, pairs, bias=leaves[2], chunk_bytes=chunk_bytes, **options).loss
+            loss = linear_step_pref_loss(
+                *leaves[:2], layout, pairs, bias=leaves[2], chunk_bytes=chunk_bytes, **options
+            ).loss
         else:
             loss = fn(*leaves[:2], layout, bias=leaves[2], chunk_bytes=chunk_bytes, **options).sums.sum()
         if loss.requires_grad:
-            loss.backward()
+            (loss * upstream).backward()
 
     run.leaves = p.leaves(needs)
     asked = sum(t.numel() * t.element_size() for t in run.leaves if t.requires_grad)
@@ -55,7 +66,8 @@ def measure(tokens, needs, dtype, *, fn=None, step=64, H=H, **options):
 
 
 def slack(layout, dtype, H=H):
-    """Hidden states and gradient of one chunk, some 100 bytes a row (labels, weights, log-probs, offsets), oneDNN's packing."""
+    """Hidden states and gradient of one chunk, some 100 bytes a row (labels, weights, log-probs, offsets),
+    oneDNN's packing."""
     packing = 800_000 if dtype.itemsize == 2 else 0
     return 2 * ROWS * H * dtype.itemsize + 100 * layout.num_rows + 200_000 + packing
 
@@ -86,7 +98,8 @@ def test_budget_and_gradients_bfloat16(case):
 
 @pytest.mark.parametrize("case", ["none", "frozen", "trained", "weight"])
 def test_flat_over_sequence_length(case):
-    """2k, 4k and 8k tokens at one budget: within 5% beyond the gradient of the hidden states, which is as long as they are."""
+    """2k, 4k and 8k tokens at one budget: within 5% beyond the gradient of the hidden states, which is as long as
+    they are."""
     beyond = []
     for tokens in (2048, 4096, 8192):
         peak, _, asked, layout = measure(tokens, NEEDS[case], torch.float32)
@@ -108,6 +121,14 @@ def test_flat_when_units_are_recomputed():
 def test_step_logps(case):
     peak, budget, asked, layout = measure(4096, NEEDS[case], torch.float32, fn=linear_step_logps)
     assert peak <= budget + asked + slack(layout, torch.float32), (peak, budget, asked)
+
+
+@pytest.mark.parametrize("case", ["frozen", "trained"])
+def test_upstream_gradient_makes_no_copy(case):
+    """Gradients larger than the budget, and a factor to multiply them by: over what was kept, not beside it."""
+    peak, budget, asked, layout = measure(4096, NEEDS[case], torch.float32, H=400, upstream=0.5)
+    assert asked > 2 * budget
+    assert peak <= budget + asked + slack(layout, torch.float32, 400), (peak, budget, asked)
 
 
 def test_frozen_head_allocates_no_weight_gradient():
@@ -133,7 +154,9 @@ def test_no_grad_allocates_no_gradient():
 def test_the_plan_names_the_buffer(tokens):
     """The largest allocation of a call without gradients is plan.buffer_bytes, short batch or long."""
     peak, budget, _, layout = measure(tokens, NEEDS["none"], torch.float32)
-    named = layout.plan(layout.pair_by_index(), vocab=V, hidden=H, chunk_bytes=budget, hidden_gradient=False, weight_gradient=False).buffer_bytes  # fmt: skip
+    named = layout.plan(
+        layout.pair_by_index(), vocab=V, hidden=H, chunk_bytes=budget, hidden_gradient=False, weight_gradient=False
+    ).buffer_bytes
     assert named <= peak <= named + slack(layout, torch.float32), (peak, named)
 
 
@@ -141,6 +164,7 @@ def test_backward_leaves_nothing_behind():
     """What forward kept goes with the graph: afterwards only the gradients are allocated."""
     layout, pairs = batch(2048)
     leaves = problem(layout.shape, V, H).leaves()
+
     def run():
         linear_step_pref_loss(*leaves[:2], layout, pairs, bias=leaves[2], chunk_bytes=ROWS * V * 4).loss.backward()
 

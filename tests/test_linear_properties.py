@@ -21,8 +21,13 @@ V, H = 7, 3
 
 @st.composite
 def cases(draw):
-    """A packed batch: sequences of steps (some empty) behind prompts, pairs that share steps, weights, a chunk budget in rows."""
-    sequences = draw(st.lists(st.tuples(st.integers(1, 3), st.lists(st.integers(0, 4), min_size=1, max_size=4)), min_size=1, max_size=4))  # fmt: skip
+    """A packed batch: sequences of steps (some empty) behind prompts, pairs that share steps, weights, a chunk
+    budget in rows."""
+    sequences = draw(
+        st.lists(
+            st.tuples(st.integers(1, 3), st.lists(st.integers(0, 4), min_size=1, max_size=4)), min_size=1, max_size=4
+        )
+    )
     spans, cu = [], [0]
     for prompt, steps in sequences:
         at = cu[-1] + prompt
@@ -130,7 +135,8 @@ def test_upstream_gradient_is_a_factor(case, upstream):
 @FEW
 @given(cases())
 def test_sums_and_their_gradient(case):
-    """linear_step_logps: sums over steps are the sums of weighted tokens, and d sum_k S_k / d hidden is that of the sequence."""
+    """linear_step_logps: sums over steps are the sums of weighted tokens, and d sum_k S_k / d hidden is that of
+    the sequence."""
     layout, _, p, needs, rows, _ = case
     leaves = p.leaves(needs)
     out = linear_step_logps(*leaves[:2], layout, bias=leaves[2], chunk_bytes=rows * V * 8)
@@ -138,9 +144,16 @@ def test_sums_and_their_gradient(case):
     logp = torch.log_softmax(torch.nn.functional.linear(p.hidden, p.weight, p.bias), -1)
     tokens = logp[layout.rows].gather(1, layout.labels[:, None])[:, 0]
     torch.testing.assert_close(out.tokens, tokens, rtol=1e-9, atol=1e-12)
-    want = torch.stack([(weights * tokens)[s:e].sum() for s, e in zip(layout.host_step_offsets[:-1], layout.host_step_offsets[1:], strict=True)])  # fmt: skip
+    want = torch.stack(
+        [
+            (weights * tokens)[s:e].sum()
+            for s, e in zip(layout.host_step_offsets[:-1], layout.host_step_offsets[1:], strict=True)
+        ]
+    )
     torch.testing.assert_close(out.sums, want, rtol=1e-9, atol=1e-12)
     if any(needs):
         twins = p.leaves(needs)
-        truth = torch.log_softmax(torch.nn.functional.linear(*twins), -1)[layout.rows].gather(1, layout.labels[:, None])[:, 0]
+        truth = torch.log_softmax(torch.nn.functional.linear(*twins), -1)[layout.rows].gather(
+            1, layout.labels[:, None]
+        )[:, 0]
         assert_equal(collect(out.sums.sum(), leaves)[1:], collect((weights * truth).sum(), twins)[1:])

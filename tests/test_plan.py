@@ -1,7 +1,15 @@
 """The schedule of the linear route, on layouts small enough to plan by hand.
 
-Mutations of sspo_ext/plan.py, each caught by the test named (run on a copy of the package):
-MUTATIONS
+Mutations of sspo_ext/plan.py, and the test that catches each:
+* rows keep the layout's order: test_loose_steps_cost_one_gemm
+* pairs with an empty step tie steps together: test_empty_step_ties_nothing_together
+* a unit that fills the chunk exactly is recomputed: test_trained_head_three_gemms_when_units_fit
+* a chunk is overfilled by one unit: test_rows_are_ordered_by_unit
+* the last unit of a chunk is cut short: test_trained_head_three_gemms_when_units_fit
+* recompute forgets the buffered chunk: test_unit_one_row_over_the_budget_is_computed_twice
+* uneven cuts: test_cuts_are_few_and_even
+* a frozen plan keeps loose rows: test_loose_steps_cost_one_gemm
+* the budget ignores the dtype; no row at all in a chunk: test_rows_per_chunk
 """
 
 import numpy as np
@@ -18,9 +26,15 @@ V, H = 11, 8
 def plan(lengths, pairs, chunk_rows, *, hidden=True, weight=True, bias=False, dtype=torch.float32):
     layout = layout_of_lengths(lengths, V)
     return layout.plan(
-        pairs_of(layout, *pairs), vocab=V, hidden=H, dtype=dtype, chunk_bytes=chunk_rows * V * dtype.itemsize,
-        hidden_gradient=hidden, weight_gradient=weight, bias_gradient=bias,
-    )  # fmt: skip
+        pairs_of(layout, *pairs),
+        vocab=V,
+        hidden=H,
+        dtype=dtype,
+        chunk_bytes=chunk_rows * V * dtype.itemsize,
+        hidden_gradient=hidden,
+        weight_gradient=weight,
+        bias_gradient=bias,
+    )
 
 
 def shape_of(p):
@@ -175,10 +189,13 @@ def test_buffer_bytes():
 
 
 def test_step_logps_of_a_trained_head():
-    """Without pairs: gradients of single steps, known only in backward."""
+    """Gradients of single steps, known only in backward."""
     layout = layout_of_lengths([3, 4], V)
     for hidden, weight, count in ((True, True, 4), (False, True, 3), (True, False, 2), (False, False, 1)):
-        assert gemms(layout.plan(vocab=V, hidden=H, hidden_gradient=hidden, weight_gradient=weight)) == count
+        assert (
+            gemms(layout.plan(logps_only=True, vocab=V, hidden=H, hidden_gradient=hidden, weight_gradient=weight))
+            == count
+        )
 
 
 # ---- the object
@@ -186,7 +203,18 @@ def test_step_logps_of_a_trained_head():
 
 def test_prints_what_it_will_do():
     text = str(plan([3, 4, 20, 20, 6], [(0, 1), (2, 3)], 10))
-    for part in ("53 rows", f"H {H}", f"V {V}", "float32", "complete: 7 rows in 1 chunk;", "recompute: 40 rows in 4 chunks", "logps: 6 rows", "GEMMs a row", "GFLOP", "MiB"):  # fmt: skip
+    for part in (
+        "53 rows",
+        f"H {H}",
+        f"V {V}",
+        "float32",
+        "complete: 7 rows in 1 chunk;",
+        "recompute: 40 rows in 4 chunks",
+        "logps: 6 rows",
+        "GEMMs a row",
+        "GFLOP",
+        "MiB",
+    ):
         assert part.rstrip(";") in text, (part, text)
 
 
@@ -210,7 +238,9 @@ def test_every_row_once_and_every_live_pair_once():
             assert sorted(order_of(p)) == list(range(sum(lengths)))
             at = 0
             for g in p.groups:
-                assert g.start == at and [c for pair in zip(g.chunks[:-1], g.chunks[1:], strict=True) for c in (pair[0][1] - pair[1][0],)] == [0] * (len(g.chunks) - 1)  # fmt: skip
+                assert g.start == at and [
+                    c for pair in zip(g.chunks[:-1], g.chunks[1:], strict=True) for c in (pair[0][1] - pair[1][0],)
+                ] == [0] * (len(g.chunks) - 1)
                 assert all(0 < e - s <= chunk for s, e in g.chunks)
                 assert sum(e - s for s, e in g.chunks) == g.end - g.start == sum(lengths[k] for k in g.steps)
                 assert all(set(pairs[q]) <= set(g.steps.tolist()) for q in g.pairs)
@@ -219,3 +249,10 @@ def test_every_row_once_and_every_live_pair_once():
             live = [q for q, (w, loser) in enumerate(pairs) if lengths[w] and lengths[loser]]
             held = sorted(q for g in p.groups for q in g.pairs.tolist() if q in live)
             assert held == live
+
+
+def test_pairs_by_index_are_the_default():
+    """As for the loss itself."""
+    layout = StepLayout.from_step_ids(torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2, 8, dtype=torch.int64))
+    default, given = layout.plan(vocab=V, hidden=H), layout.plan(layout.pair_by_index(), vocab=V, hidden=H)
+    assert shape_of(default) == shape_of(given) and default.flops == given.flops

@@ -1,8 +1,10 @@
-"""A vocabulary split over 2 and 4 gloo processes against one process: loss, log-probs and every gradient, Megatron's layout and DTensor.
+"""A vocabulary split over 2 and 4 gloo processes against one process: loss, log-probs and every gradient,
+Megatron's layout and DTensor.
 
 All cases run in one start of four processes, since importing torch is most of the time.
 
-Mutations of sspo_ext/{tensor_parallel,linear_engine,linear}.py, each caught by the test named (run on a copy of the package):
+Mutations of sspo_ext/{tensor_parallel,linear_engine,linear}.py, each caught by the test named (run on a copy of the
+package):
 MUTATIONS
 """
 
@@ -15,7 +17,9 @@ import torch.multiprocessing as mp
 from helpers_linear import assert_fp64_rule
 from helpers_tensor_parallel import CASES, call, inputs, worker
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo"
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,13 @@ def one_process(case, dtype, backend):
     loss, agreed = call(case, leaves, layout, pairs, backend=backend)
     if loss.requires_grad:
         (loss * case.upstream).backward()
-    return dict(zip(("loss", "agreed", "hidden", "weight", "bias"), (loss.detach(), agreed, *(t.grad for t in leaves)), strict=True))
+    return dict(
+        zip(
+            ("loss", "agreed", "hidden", "weight", "bias"),
+            (loss.detach(), agreed, *(t.grad for t in leaves)),
+            strict=True,
+        )
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
