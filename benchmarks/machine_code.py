@@ -201,8 +201,8 @@ def tables(reports: list[Report]) -> str:
         return ", ".join(f"{count} x {width} B" for width, count in (widths or {}).items()) or "-"
 
     lines = _head(
-        "kernel", "dtype", "", "arch", "registers", "spills", "loop loads", "loop stores", "elements", "instructions/el",
-        "special/el", "barriers", "shuffles",
+        "kernel", "dtype", "", "arch", "registers", "spills", "loop loads", "loop stores", "elements",
+        "instructions/el", "special/el", "barriers", "shuffles",
     )  # fmt: skip
     for r in reports:
         special = f"{r.loop_special / r.elements:.2f}" if r.elements else "-"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sspo_ext.backends import triton as backend
-from sspo_ext.backends.triton import backward
+from sspo_ext.backends.triton import backward, forward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLAIN, TEMPERATURE, SOFTCAP = (1.0, 0.0), (1 / 0.7, 0.0), (1 / 30, 30 / 0.9)
@@ -286,6 +286,29 @@ def test_same_bits_every_run():
     first, second = case.forward(), case.forward()
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
     assert torch.equal(case.backward(first[1]), case.backward(first[1]))
+
+
+@pytest.mark.parametrize(("V", "programs"), [(8191, 2), (40009, 2), (40009, 3)])
+def test_programs_of_a_row_do_not_show(V, programs, monkeypatch):
+    """Few rows are shared by several programs, with the bits of one; the counters are left at zero."""
+    case = Rows(V, torch.bfloat16, *PLAIN, B=1, T=3, positions=(2, 0), coef=(1.0, 0.5), offset=5)
+    case.logits.view(3, V)[2, : V // 2] = float("-inf")
+    case.labels = torch.tensor([V - 1, 0])
+    counters = torch.zeros(2, dtype=torch.int32)
+    monkeypatch.setattr(forward, "arrival_counters", lambda device: counters)
+    monkeypatch.setattr(forward, "_programs_per_row", lambda *args: 1)
+    expected = case.forward()
+    monkeypatch.setattr(forward, "_programs_per_row", lambda *args: programs)
+    assert all(torch.equal(x, y) for x, y in zip(case.forward(), expected, strict=True))
+    assert (counters == 0).all()
+    logp, lse, _ = case.truth()
+    assert (expected[0] - logp).abs().max() < 1e-5 and (expected[1] - lse).abs().max() < 1e-5
+
+
+def test_programs_per_row():
+    assert forward._programs_per_row(1, 8) == 8
+    assert forward._programs_per_row(264, 8) == 2
+    assert forward._programs_per_row(528, 8) == forward._programs_per_row(5, 0) == 1
 
 
 @pytest.mark.parametrize("V", [1, 1023, 8200, 17001])

@@ -132,8 +132,8 @@ def test_nonfinite_propagates():
 
 
 def test_same_bits_every_run_and_counter_left_at_zero(monkeypatch):
-    counter = torch.zeros((), dtype=torch.int32)
-    monkeypatch.setattr(steps, "_arrival_counter", lambda device: counter)
+    counter = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(steps, "arrival_counters", lambda device: counter)
     inputs = make([7, 300, 5, 9], [(0, 1), (2, 3), (1, 3)], weights=True, ref=True, per_pair=True)
     runs = [check(inputs) for _ in range(2)]
     assert counter == 0

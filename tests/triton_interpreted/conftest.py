@@ -26,6 +26,22 @@ def _cast_rounding_to_nearest(cast_impl):
 interpreter.InterpreterBuilder.cast_impl = _cast_rounding_to_nearest(interpreter.InterpreterBuilder.cast_impl)
 
 
+def _checking_hints():
+    """`tl.multiple_of` is a promise that the interpreter ignores; on a GPU a broken one is a misaligned access."""
+    patch_core = interpreter._patch_lang_core
+
+    def multiple_of(value, divisor):
+        address = np.asarray(value.handle.data).astype(np.int64)
+        assert (address % divisor == 0).all(), f"not a multiple of {divisor}: {address}"
+        return value
+
+    def patch(lang, scope):
+        patch_core(lang, scope)
+        scope.set_attr(lang, "multiple_of", multiple_of)
+
+    interpreter._patch_lang_core = patch
+
+
 def _patching_once_per_launch():
     """The interpreter patches triton.language again at every call of a device function: a third of the time."""
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
@@ -45,6 +61,7 @@ def _patching_once_per_launch():
     interpreter.GridExecutor.__call__ = launch_kernel
 
 
+_checking_hints()
 _patching_once_per_launch()
 
 

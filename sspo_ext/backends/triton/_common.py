@@ -10,6 +10,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+MOST_COUNTERS = 1024
 WARP = 64 if torch.version.hip else 32  # threads
 
 
@@ -51,6 +52,24 @@ def two_floats(x: float) -> tuple[float, float]:
     return high, x - high
 
 
+_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def arrival_counters(device: torch.device) -> torch.Tensor:
+    """Zeros for programs to count themselves in, in kernels that leave them zero: no launch of their own is needed.
+
+    One tensor per stream: what is launched on one stream does not overlap.
+    """
+    if device.type == "cpu":
+        return torch.zeros(MOST_COUNTERS, dtype=torch.int32)
+    if torch.cuda.is_current_stream_capturing():  # zeroed by each replay, and not kept: a graph's memory is the graph's
+        return torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _counters:
+        _counters[key] = torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
+    return _counters[key]
+
+
 @triton.jit
 def row_offset(i, T, stride_b, stride_t):
     """Elements from the first logit to position i = b * T + t; all int64, N * V exceeds 2^31 in practice."""
@@ -58,12 +77,10 @@ def row_offset(i, T, stride_b, stride_t):
 
 
 @triton.jit
-def head_length(row_ptr, V, VEC: tl.constexpr):
-    """Elements before the row's first 16-byte boundary, at most V. Rows start anywhere: V is odd, or the logits are a
-    slice.
-    """
+def head_length(row_ptr, VEC: tl.constexpr):
+    """Elements before the row's first 16-byte boundary; rows start anywhere: V is odd, or the logits are a slice."""
     ITEM: tl.constexpr = 16 // VEC
-    return tl.minimum(((0 - row_ptr.to(tl.int64)) & 15).to(tl.int32) // ITEM, V)
+    return ((0 - row_ptr.to(tl.int64)) & 15).to(tl.int32) // ITEM
 
 
 @triton.jit
@@ -71,7 +88,7 @@ def edge_columns(head, groups, V, VEC: tl.constexpr):
     """Columns of the ragged ends, fewer than VEC elements each: [0, head) and [head + groups * VEC, V)."""
     e = tl.arange(0, 2 * VEC)
     columns = tl.where(e < VEC, e, head + groups * VEC + e - VEC)  # (2 * VEC,)
-    return columns, tl.where(e < VEC, e < head, columns < V)
+    return columns, (columns < V) & ((e < head) | (e >= VEC))
 
 
 @triton.jit
@@ -127,9 +144,9 @@ def store_tiles(ptr, x0, x1, x2, x3, lanes, MASKED: tl.constexpr, LANES: tl.cons
 
 @triton.jit
 def tanh_sech2(y, NARROW: tl.constexpr):
-    """(tanh y, 1 - tanh^2 y), absolute error 1e-7; relative too unless NARROW. No target has an accurate tanh instruction.
+    """(tanh y, 1 - tanh^2 y) with an absolute error of 1e-7, and tanh with a relative one unless NARROW.
 
-    NARROW is for 16-bit logits, whose own rounding hides the difference.
+    No target has an accurate tanh instruction. NARROW is for 16-bit logits, whose own rounding hides the difference.
     """
     t = tl.exp2(-2.8853900817779268 * tl.abs(y))  # e^(-2|y|)
     # 1 / (1 + t) by iteration: a division costs more instructions, and a special function, which are scarcer still

@@ -78,8 +78,8 @@ def _token_logp_bwd_kernel(
     i = tl.program_id(0).to(tl.int64)
     # this program's share of the row: groups [g_begin, g_end), and the edges if it is the last
     out_row_ptr = out_ptr + row_offset(i, T, stride_ob, stride_ot)
-    head = head_length(out_row_ptr, V, VEC)
-    groups = (V - head) // VEC
+    head = head_length(out_row_ptr, VEC)
+    groups = tl.maximum(V - head, 0) // VEC
     out_body_ptr = tl.multiple_of(out_row_ptr + head, 16)
     STEP: tl.constexpr = 4 * LANES
     share = tl.cdiv(tl.cdiv(groups, STEP), tl.num_programs(1)) * STEP

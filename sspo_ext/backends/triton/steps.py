@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ...heads import head_id
-from ._common import jit, on_device
+from ._common import arrival_counters, jit, on_device
 from .heads_generated import _pair_head
 
 BLOCK = 256  # rows summed at a time: steps are tens to hundreds of tokens
@@ -45,7 +45,7 @@ def _step_loss_fwd_kernel(
     sums_ptr,  # (S,) float32
     pair_loss_ptr,  # (P,) float32
     coef_ptr,  # (N,) float32
-    arrived_ptr,  # () int32, zero before and after
+    arrived_ptr,  # one int32, zero before and after
     P: tl.int32,
     label: tl.float32,
     o0: tl.float32,
@@ -131,23 +131,6 @@ def _step_loss_fwd_kernel(
         tl.store(arrived_ptr, 0)
 
 
-_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
-
-
-def _arrival_counter(device: torch.device) -> torch.Tensor:
-    """A zero for the kernel to count in; it leaves it zero. One per stream: launches on one stream do not overlap."""
-    if device.type == "cpu":
-        return torch.zeros((), dtype=torch.int32)
-    if (
-        torch.cuda.is_current_stream_capturing()
-    ):  # a graph's memory is the graph's: zeroed by each replay, not kept for eager calls
-        return torch.zeros((), dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _counters:
-        _counters[key] = torch.zeros((), dtype=torch.int32, device=device)
-    return _counters[key]
-
-
 def step_loss_fwd(
     logps: torch.Tensor,  # (N,) float32
     weights: torch.Tensor | None,  # (N,)
@@ -184,7 +167,7 @@ def step_loss_fwd(
             pair_index, adj_offsets, adj_pairs,
             absent if pair_weights is None else pair_weights, absent if pair_margins is None else pair_margins,
             absent if pair_labels is None else pair_labels,
-            scale, loss, sums, pair_loss, coef, _arrival_counter(device), P, label, o0, o1, o2, o3,
+            scale, loss, sums, pair_loss, coef, arrival_counters(device), P, label, o0, o1, o2, o3,
             HEAD=head_id(head), HAS_WEIGHTS=weights is not None, HAS_REF=ref is not None,
             HAS_PAIR_WEIGHTS=pair_weights is not None, HAS_MARGINS=pair_margins is not None,
             HAS_LABELS=pair_labels is not None, BLOCK=BLOCK, num_warps=1, enable_fp_fusion=False,
