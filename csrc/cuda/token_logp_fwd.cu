@@ -160,15 +160,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) token_logp_fwd_kernel(
     }
 
     float total = row_sum.sum, u_max = mapped<kSoftcap>(map, row_sum.x_max);
-    float rounding = fmaf(u_max, map.scale, -row_sum.top);  // `sum` is relative to `top`: scale * u_max only up to this
+    // `sum` is relative to `top`, which is scale * u_max only up to rounding; with one logit the quotient is 1 exactly.
+    total /= exp2f(fmaf(u_max, map.scale, -row_sum.top));
     if (!(total > 0)) {
         const Partial again = sum_in_two_passes<T, kSoftcap>(row, p.V, map);
-        total = again.sum, u_max = mapped<kSoftcap>(map, again.x_max), rounding = 0;
+        total = again.sum, u_max = mapped<kSoftcap>(map, again.x_max);
     }
     if (threadIdx.x == 0) {
         // float64: the backward subtracts lse from logits as large as itself. logp takes the difference before the
         // scale, so a constant added to the whole row costs no digits.
-        const double log_total = static_cast<double>(logf(total)) - rounding * kLn2;
+        const double log_total = logf(total);
         const double lse = u_max * map.factor + log_total;
         const double u_label = mapped<kSoftcap>(map, x_label);
         p.lse[n] = lse;

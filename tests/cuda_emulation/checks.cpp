@@ -89,8 +89,8 @@ void check_rows(int V, bool softcap, int offset, int out_offset, int splits, boo
         expect("lse", lse[n], exact, 1e-5, V, -1);
         expect("logp", logp[n], label_z - exact, 2e-5, V, labels[n]);
         for (int v = 0; v < V; ++v)
-            truth[rows[n] * V + v] = 1.5 * coef[n] * slope(value(row[v])) *
-                                     ((v == labels[n]) - std::exp(z(value(row[v])) - exact));
+            truth[rows[n] * V + v] =
+                1.5 * coef[n] * slope(value(row[v])) * ((v == labels[n]) - std::exp(z(value(row[v])) - exact));
     }
 
     BwdParams b = {};

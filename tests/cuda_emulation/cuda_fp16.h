@@ -12,8 +12,9 @@ struct __half2 {
 
 inline float __half2float(__half v) {
     const int exponent = v.bits >> 10 & 31, mantissa = v.bits & 1023;
-    const float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
-                                           : ldexpf(exponent ? 1024 + mantissa : mantissa, (exponent ? exponent : 1) - 25);
+    const float magnitude = exponent == 31
+                                ? (mantissa ? NAN : INFINITY)
+                                : ldexpf(exponent ? 1024 + mantissa : mantissa, (exponent ? exponent : 1) - 25);
     return v.bits & 0x8000 ? -magnitude : magnitude;
 }
 inline __half __float2half_rn(float v) {

@@ -30,7 +30,7 @@ struct Fiber {
     bool done;
     const Barrier* awaited;  // null if it can run
     uint64_t awaited_pass;
-    bool has_fenced;    // since the last atomic
+    bool has_fenced;  // since the last atomic
     void* last_atomic;
     char* stack;
     void* sanitizer;  // ThreadSanitizer's fiber, AddressSanitizer's fake stack
@@ -236,7 +236,8 @@ int run(dim3 grid, dim3 size, void (*body)(const void*), const void* argument) {
     if (!blocks) blocks = static_cast<Block*>(calloc(kConcurrentBlocks, sizeof(Block)));
     if (size.x > prepared) {
         for (unsigned i = 0; i < kConcurrentBlocks; ++i) {
-            blocks[i].fibers = static_cast<Fiber*>(realloc(static_cast<void*>(blocks[i].fibers), size.x * sizeof(Fiber)));
+            blocks[i].fibers =
+                static_cast<Fiber*>(realloc(static_cast<void*>(blocks[i].fibers), size.x * sizeof(Fiber)));
             for (unsigned t = prepared; t < size.x; ++t) {
                 blocks[i].fibers[t].stack = static_cast<char*>(malloc(kStackBytes));
                 blocks[i].fibers[t].sanitizer = nullptr;
@@ -247,7 +248,8 @@ int run(dim3 grid, dim3 size, void (*body)(const void*), const void* argument) {
     const uint64_t count = static_cast<uint64_t>(grid.x) * grid.y;
     for (uint64_t first = 0; first < count; first += kConcurrentBlocks) {
         pthread_t threads[kConcurrentBlocks];
-        const unsigned together = static_cast<unsigned>(count - first < kConcurrentBlocks ? count - first : kConcurrentBlocks);
+        const unsigned together =
+            static_cast<unsigned>(count - first < kConcurrentBlocks ? count - first : kConcurrentBlocks);
         for (unsigned i = 0; i < together; ++i) {
             Block& b = blocks[i];
             b.grid = grid;

@@ -3,8 +3,9 @@
 //
 // A thread is a fiber, a block is a system thread that switches between its fibers at barriers and shuffles only, and
 // some blocks run at the same time. For ThreadSanitizer every fiber is a thread of its own, and only what orders memory
-// on a GPU orders it here: barriers, fences with atomics, the ends of a launch. A shuffle does not. So a missing barrier
-// is a reported race whatever the order in which fibers happened to run. A barrier that not all threads reach aborts.
+// on a GPU orders it here: barriers, fences with atomics, the ends of a launch. A shuffle does not. So a missing
+// barrier is a reported race whatever the order in which fibers happened to run. A barrier that not all threads reach
+// aborts.
 #pragma once
 
 #include <cmath>
