@@ -110,9 +110,10 @@ def build(command, ext: CudaExtension) -> None:
         print(done.stdout, end="", flush=True)
         if done.returncode != 0:
             raise SystemExit(
-                f"\nsspo_ext: the CUDA module {ext.name} could not be built: {' '.join(arguments)} failed, its messages "
-                "stand above. nvcc 11.8 or later and a C++ compiler it accepts are needed. To install without the CUDA "
-                "module (Triton is used on GPUs then), set the environment variable SSPO_BUILD_CUDA=0 and install again.\n"
+                f"\nsspo_ext: the CUDA module {ext.name} could not be built: {' '.join(arguments)} failed, its "
+                "messages stand above. nvcc 11.8 or later and a C++ compiler it accepts are needed. To install without "
+                "the CUDA module (Triton is used on GPUs then), set the environment variable SSPO_BUILD_CUDA=0 and "
+                "install again.\n"
             )
 
     def compile_kernels(source: str) -> list[str]:

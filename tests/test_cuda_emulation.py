@@ -136,7 +136,7 @@ def test_real_vocabularies(V):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("V", [9, 1029, 9001])
 def test_in_place(V, dtype):
-    """Over the logits, bit for bit what goes into a fresh tensor; every label, so also those in head, tail and splits."""
+    """Over the logits, bit for bit what goes into a fresh tensor; labels in head, tail and splits."""
     for label in sorted({0, V // 2, V - 1}):
         case = Rows(V, dtype, *PLAIN, offset=3)
         case.labels[:] = label

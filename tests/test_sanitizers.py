@@ -43,27 +43,52 @@ def test_cuda_kernels(sound_program, sanitizer):
     assert status == 0 and "0 differences" in output, output[-4000:]
 
 
-FAULTS = {
-    "label shifted by one": ("none", "token_logp_bwd.cu", "to_float(row[label])", "to_float(row[(label + 1) % p.V])", "gradient"),
-    "label not the last to be written": ("none", "token_logp_bwd.cu", "if (label_is_mine) {", "if (false) {", "gradient"),
-    "sums not rescaled": ("none", "token_logp_fwd.cu", "sum *= exp2f(before - top);", "(void)before;", "lse"),
-    "tail forgotten": ("none", "rows.cuh", "tail = V - tail_begin;", "tail = 0;", "lse"),
-    "wrong side's derivative": ("none", "step_loss_fwd.cu", "is_loser ? g.du_l : g.du_w", "g.du_w", "coef"),
-    "group past the row's end": ("address", "rows.cuh", "(V - head) / kVec;", "(V - head + kVec - 1) / kVec;", "heap-buffer-overflow"),
-    "load across the row's end": (
-        "address", "token_logp_bwd.cu", "column < before || column - before + 2 * kVec > V", "column < before", "heap-buffer-overflow",
-    ),
-    "groups not on 16-byte boundaries": ("address", "rows.cuh", "head = min(to_boundary, V);", "head = 0;", "misaligned address"),
-    "missing barrier": ("thread", "token_logp_fwd.cu", "    __syncthreads();\n    Running", "    Running", "data race"),
-    "partial not fenced before it is announced": ("thread", "token_logp_fwd.cu", "__threadfence();\n            is_last", "is_last", "data race"),
-    "losses read without a fence": (
-        "thread", "step_loss_fwd.cu", "gridDim.x - 1;\n        __threadfence();", "gridDim.x - 1;", "data race",
-    ),
-    "a shuffle taken for a barrier": ("thread", "step_loss_fwd.cu", "__syncwarp();", "", "data race"),
+FWD, BWD, STEPS, ROWS = "token_logp_fwd.cu", "token_logp_bwd.cu", "step_loss_fwd.cu", "rows.cuh"
+FAULTS = {  # sanitizer, file, what stands there, what is planted, what must be told
+    "label shifted by one": ("none", BWD, "to_float(row[label])", "to_float(row[(label + 1) % p.V])", "gradient"),
+    "label's gradient forgotten": ("none", BWD, "if (label_is_mine) {", "if (false) {", "gradient"),
+    "sums not rescaled": ("none", FWD, "sum *= exp2f(before - top);", "(void)before;", "lse"),
+    "tail forgotten": ("none", ROWS, "tail = V - tail_begin;", "tail = 0;", "lse"),
+    "wrong side's derivative": ("none", STEPS, "is_loser ? g.du_l : g.du_w", "g.du_w", "coef"),
     "barrier not reached by all": (
-        "none", "token_logp_fwd.cu", "    __syncthreads();\n    Running", "    if (threadIdx.x) __syncthreads();\n    Running", "deadlock|lse|logp",
+        "none",
+        FWD,
+        "    __syncthreads();\n    Running",
+        "    if (threadIdx.x) __syncthreads();\n    Running",
+        "deadlock|lse|logp",
     ),
-}  # fmt: skip
+    "group past the row's end": (
+        "address",
+        ROWS,
+        "(V - head) / kVec;",
+        "(V - head + kVec - 1) / kVec;",
+        "heap-buffer-overflow",
+    ),
+    "load across the row's end": (
+        "address",
+        BWD,
+        "column < before || column - before + 2 * kVec > V",
+        "column < before",
+        "heap-buffer-overflow",
+    ),
+    "groups off their boundaries": ("address", ROWS, "head = min(to_boundary, V);", "head = 0;", "misaligned address"),
+    "missing barrier": ("thread", FWD, "    __syncthreads();\n    Running", "    Running", "data race"),
+    "no fence before the announcement": (
+        "thread",
+        FWD,
+        "__threadfence();\n            is_last",
+        "is_last",
+        "data race",
+    ),
+    "no fence after it": (
+        "thread",
+        STEPS,
+        "gridDim.x - 1;\n        __threadfence();",
+        "gridDim.x - 1;",
+        "data race",
+    ),
+    "shuffle taken for a barrier": ("thread", STEPS, "__syncwarp();", "", "data race"),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

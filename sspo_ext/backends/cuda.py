@@ -1,5 +1,5 @@
-"""The kernels of csrc/cuda on torch tensors: the three launches of the logits route, without Triton and without a compiler
-at run time. Imports without a GPU and without the module; `why_not` says what is missing.
+"""The kernels of csrc/cuda on torch tensors: the three launches of the logits route, without Triton and without a
+compiler at run time. Imports without a GPU and without the module; `why_not` says what is missing.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         if not _runs_on(*capability):
             return (
-                f"sspo_ext._C_cuda is built for {_C_cuda.architectures}, and this GPU is sm_{capability[0]}{capability[1]}; "
-                "install again with TORCH_CUDA_ARCH_LIST naming it"
+                f"sspo_ext._C_cuda is built for {_C_cuda.architectures}, and this GPU is "
+                f"sm_{capability[0]}{capability[1]}; install again with TORCH_CUDA_ARCH_LIST naming it"
             )
     return None
 
@@ -135,7 +135,9 @@ def token_logp_bwd(
     c: float,
     out: Tensor,  # (B, T, V) of logits' dtype: a new buffer, or the logits themselves
 ) -> None:
-    """out[i, v] = upstream * coef * (onehot - softmax(z))[v] * dz/dx. Rows without a gradient are written as zeros, unread."""
+    """out[i, v] = upstream * coef * (onehot - softmax(z))[v] * dz/dx. Rows without a gradient are written as
+    zeros, unread.
+    """
     N, device = labels.numel(), logits.device
     if upstream is not None:
         upstream = upstream.to(torch.float32)

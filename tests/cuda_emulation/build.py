@@ -1,5 +1,5 @@
-"""Compiles the CUDA kernels against the emulation: as the Python module sspo_ext._C_cuda, and as a program of checks for
-the sanitizers.
+"""Compiles the CUDA kernels against the emulation: as the Python module sspo_ext._C_cuda, and as a program of checks
+for the sanitizers.
 """
 
 from __future__ import annotations
