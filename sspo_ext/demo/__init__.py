@@ -35,7 +35,7 @@ from .task import Problem, apply, branch_row, demonstration, make_tokenizer, pro
 class DemoConfig:
     seed: int = 0
     held_out: int = 400
-    imitation_steps: int = 800
+    imitation_steps: int = 1000
     imitation_lr: float = 3e-3
     rounds: int = 3
     problems_per_round: int = 600
@@ -128,7 +128,7 @@ def write(model, tokenizer, todo: Sequence[Problem], *, sample: bool) -> list[st
     """One solution to each problem: sampled at temperature 1, or greedy."""
     model.eval()
     inputs = tokenizer([p.prompt for p in todo], padding=True, return_tensors="pt", return_token_type_ids=False)
-    longest = 8 * 7 + 2  # four operations and four repeats of six words and a newline, and the answer
+    longest = 10 * 7 + 10  # five operations and five repeats of up to six words and a newline, and the answer
     out = model.generate(**inputs, max_new_tokens=longest, do_sample=sample, top_k=0, renormalize_logits=False)
     return [text_of(tokenizer, ids) for ids in out[:, inputs.input_ids.shape[1] :].tolist()]
 

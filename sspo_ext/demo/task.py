@@ -11,8 +11,8 @@ import random
 from dataclasses import dataclass
 from functools import cached_property
 
-_SIZES = {"min_terms": 3, "max_terms": 5, "min_digits": 1, "max_digits": 1}
-LIMIT = 50  # running totals of five one-digit terms stay within, with and without slips
+_SIZES = {"min_terms": 4, "max_terms": 6, "min_digits": 1, "max_digits": 1}
+LIMIT = 60  # running totals of six one-digit terms stay within, with and without slips
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def slip(op: str, a: int, b: int) -> int | None:
     return None
 
 
-def demonstration(problem: Problem, rng: random.Random, slips: float = 0.6, repeats: float = 0.65) -> str:
+def demonstration(problem: Problem, rng: random.Random, slips: float = 0.55, repeats: float = 0.65) -> str:
     """A solution as the teacher writes it."""
     total, lines = problem.terms[0][1], []
     for op, b in problem.terms[1:]:
