@@ -60,7 +60,7 @@ def _rounds(outcome, training, histogram, result: dict) -> None:
         title="Held-out problems, greedy", xlabel="rounds of step preferences", ylim=(-0.03, 1.03), xticks=list(rounds)
     )
     outcome.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
-    outcome.legend(frameon=False, loc="center right")
+    outcome.legend(frameon=False, loc="best")
 
     log = result["log"]
     updates = range(1, len(log) + 1)
