@@ -145,7 +145,7 @@ def worker(rank: int, world: int, folder: str) -> None:
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=40),
+        timeout=datetime.timedelta(seconds=120),
     )
     groups, meshes = {4: dist.group.WORLD, 2: dist.new_group([0, 1])}, {}
     meshes[4] = DeviceMesh("cpu", [0, 1, 2, 3])

@@ -1,8 +1,8 @@
 """The linear route under torch.compile: ops that pass opcheck, no graph break, eager's results, no recompile for
 another batch.
 
-Mutations of sspo_ext/{linear_ops,linear}.py, each caught by the test named (run on a copy of the package):
-MUTATIONS
+Mutations of sspo_ext/linear_ops.py, and the test that catches each:
+* fake with another size of coef, one empty tensor returned twice, fake lse in float32: test_opcheck
 """
 
 import pytest

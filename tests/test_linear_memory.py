@@ -3,8 +3,11 @@ at the allocator.
 
 Sizes are such that every copy of (N, H), (V, H) or of a chunk shows: each is several times the slack.
 
-Mutations of sspo_ext/{linear,linear_engine}.py, each caught by the test named (run on a copy of the package):
-MUTATIONS
+Mutations of sspo_ext/{linear_engine,linear_ops,autograd}.py, and the test that catches each:
+* a second copy of the weight gradient; a buffer or gathered hidden states of all rows: test_budget_and_gradients
+* bias summed at once, a 16-bit weight gradient at once: test_budget_and_gradients_bfloat16
+* kept gradient scaled beside itself: test_upstream_gradient_makes_no_copy
+* grad mode not looked at: test_no_grad_allocates_no_gradient
 """
 
 import pytest

@@ -1,7 +1,7 @@
 """Properties of the linear route over random layouts, pairs and chunk budgets.
 
-Mutations, each caught by the test named (run on a copy of the package):
-MUTATIONS
+Mutations of sspo_ext/linear_engine.py, and the test that catches each:
+* winner and loser exchanged: test_equals_the_reference
 """
 
 from dataclasses import replace

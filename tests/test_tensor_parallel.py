@@ -3,9 +3,12 @@ Megatron's layout and DTensor.
 
 All cases run in one start of four processes, since importing torch is most of the time.
 
-Mutations of sspo_ext/{tensor_parallel,linear_engine,linear}.py, each caught by the test named (run on a copy of the
-package):
-MUTATIONS
+Mutations of sspo_ext/{tensor_parallel,linear_engine,linear_ops}.py, and the test that catches each:
+* label looked for on the wrong shard: test_equals_one_process
+* log-sum-exp of one shard: test_equals_one_process
+* hidden gradient not reduced: test_equals_one_process
+* a shard without rows adds NaN as its label's logit: test_equals_one_process[dtensor, 4, a shard without rows]
+* chunks cut by a rank's own rows (ranks then wait for each other): test_equals_one_process
 """
 
 import os
