@@ -1,7 +1,7 @@
 """What the Triton kernels read and write, against the least that the work needs. benchmarks/traffic.py counts it.
 
-Mutations that this catches (tried by hand): unscored rows read in the backward; the label's row read twice; the
-masked pass of a row loading all its lanes; the row read again for the label's gradient; a fourth launch.
+Meant to fail here: unscored rows read in the backward; the masked pass of a row loading all its lanes; a row read again
+for the label's gradient; a fourth launch.
 """
 
 import json

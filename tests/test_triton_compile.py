@@ -1,10 +1,9 @@
-"""The Triton kernels compile ahead of time, without a GPU, to the machine code that they were written for
-(benchmarks/machine_code.py).
+"""The Triton kernels compile ahead of time, without a GPU, to the machine code that they were written for.
 
-The bounds on instructions are a little above what Triton 3.9 gives (forward 5.5, backward 5.3 on sm_90): other
-versions differ by a few per cent, and what the bounds are for costs far more. Caught, tried by hand: rows without
-`tl.multiple_of` (2-byte accesses), max and sum over the block in each pass (barriers and shuffles), the label tested
-in the loop (instructions), a 64-element lane (spills).
+benchmarks/machine_code.py reads it. The bounds on instructions are above what Triton 3.9 gives (forward 5.7, backward
+5.4 an element on sm_90): versions differ by a few per cent, and what the bounds are for costs far more. Shown to fail:
+rows without `tl.multiple_of` (2-byte accesses, barriers). Meant to: max and sum over the block in each pass (barriers,
+shuffles), the label tested in the loop (instructions).
 """
 
 import json

@@ -1,10 +1,11 @@
 """Triton row kernels, interpreted, against float64.
 
-Each of these mutations of the kernels fails here (tried by hand): forward: no rescale of the lane sums; _LOWEST =
--inf; last masked pass dropped; tail left out of the edges; label + 1; no mask in the masked pass; no second run for
-rows below _LOWEST; `rounding` dropped from log_total. backward: label's gradient not added; barrier-order (label read
-after the loop) in place; edges written by every program; zero rows skipped; `rounding` dropped; upstream ignored;
-shares overlapping or with a gap.
+Shown to fail here by breaking the kernel: no rescale of the lane sums; no second run for rows outside the range of the
+first; the rounding of u_max * scale dropped from log_total; a promise of alignment (`tl.multiple_of`) that does not hold.
+
+Meant to fail, each to be tried when the kernels next change. Forward: _LOWEST = -inf; last masked pass dropped; tail
+left out of the edges; label + 1; no mask in the masked pass. Backward: label's gradient not added; label read after the
+loop (in place); edges written by every program; zero rows skipped; upstream ignored; shares with a gap.
 """
 
 import pytest

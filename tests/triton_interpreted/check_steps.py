@@ -1,9 +1,8 @@
 """Triton step kernel, interpreted, against the reference in float64; and the whole route through the public loss.
 
-Each of these mutations of the kernel fails here (tried by hand): partner's sum not recomputed beyond the first block;
-weights left out of the sum, or of the coefficients; reference not subtracted from the partner; sides swapped; du
-overwritten and not added up; pair weights left out of the loss; empty steps kept; n of the wrong side; scale left
-out; counter not reset.
+Meant to fail here: partner's sum not continued beyond the first block; weights left out of the sum, or of the
+coefficients; reference not subtracted from the partner; sides swapped; du overwritten and not added up; pair weights
+left out of the loss; empty steps kept; n of the wrong side; scale left out; counter not reset.
 """
 
 import pytest
