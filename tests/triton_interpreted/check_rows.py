@@ -1,7 +1,7 @@
 """Triton row kernels, interpreted, against float64.
 
 Shown to fail here by breaking the kernel: no rescale of the lane sums; no second run for rows outside the range of the
-first; the rounding of u_max * scale dropped from log_total; a promise of alignment (`tl.multiple_of`) that does not hold.
+first; the rounding of u_max * scale dropped from log_total; a `tl.multiple_of` that does not hold.
 
 Meant to fail, each to be tried when the kernels next change. Forward: _LOWEST = -inf; last masked pass dropped; tail
 left out of the edges; label + 1; no mask in the masked pass. Backward: label's gradient not added; label read after the
