@@ -68,15 +68,15 @@ struct SkewedLoad {
     }
 };
 
-template <class Load, class Grad>
+template <int kLoads, class Load, class Grad>
 __device__ __forceinline__ void write_groups(const LogitMap& map, const Walk& walk, uint4* out, Load load, Grad grad) {
     int g = walk.g_begin + static_cast<int>(threadIdx.x);
-    for (; g + kPass - kThreads < walk.g_end; g += kPass) {
-        uint4 w[kUnroll];
+    for (; g + (kLoads - 1) * kThreads < walk.g_end; g += kLoads * kThreads) {
+        uint4 w[kLoads];
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) w[u] = load(g + u * kThreads);
+        for (int u = 0; u < kLoads; ++u) w[u] = load(g + u * kThreads);
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) out[g + u * kThreads] = grad(map, w[u]);
+        for (int u = 0; u < kLoads; ++u) out[g + u * kThreads] = grad(map, w[u]);
     }
     for (; g < walk.g_end; g += kThreads) out[g] = grad(map, load(g));
 }
@@ -137,9 +137,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) token_logp_bwd_kernel(
     } else {
         if (skew == 0) {
             const uint4* body = reinterpret_cast<const uint4*>(row + walk.head);
-            write_groups(map, walk, out_body, [body](int g) { return body[g]; }, grad);
+            write_groups<kUnroll>(map, walk, out_body, [body](int g) { return body[g]; }, grad);
         } else {
-            write_groups(map, walk, out_body, SkewedLoad<T>{row, p.V, walk.head, skew}, grad);
+            write_groups<kUnroll / 2>(map, walk, out_body, SkewedLoad<T>{row, p.V, walk.head, skew}, grad);
         }
         if (edge >= 0) out_row[edge] = Traits<T>::from_float(grad(map, x_edge));
     }
