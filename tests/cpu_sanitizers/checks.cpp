@@ -1,0 +1,193 @@
+// The CPU kernels of every instruction set that runs here, and the step kernel, against float64, as one program: what
+// the sanitizers run. Prints what differs; exit status 1 if anything does. Buffers end where their data ends.
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <random>
+#include <vector>
+
+#include "../heads_generated.h"
+#include "dispatch.h"
+#include "step_loss.h"
+
+using namespace sspo;
+
+namespace {
+
+constexpr int kThreads = 3;
+
+std::mt19937 generator(0);
+int failures = 0;
+
+double uniform(double low, double high) { return std::uniform_real_distribution<double>(low, high)(generator); }
+int integer(int low, int high) { return std::uniform_int_distribution<int>(low, high - 1)(generator); }
+
+void expect(const char* what, double got, double truth, double tolerance, const char* isa, int64_t V, int64_t column) {
+    if (fabs(got - truth) <= tolerance) return;
+    if (++failures <= 20)
+        printf("%s: got %.9g, truth %.9g (%s, V = %ld, column %ld)\n", what, got, truth, isa, (long)V, (long)column);
+}
+
+size_t size_of(DType d) { return d == DType::kFloat64 ? 8 : d == DType::kFloat32 ? 4 : 2; }
+
+// Numbers that every type holds exactly, so that storing them needs no rounding: multiples of 1/8 in [-8, 8).
+void store(void* p, DType d, int64_t i, float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (d == DType::kFloat64) ((double*)p)[i] = x;
+    if (d == DType::kFloat32) ((float*)p)[i] = x;
+    if (d == DType::kBFloat16) ((uint16_t*)p)[i] = (uint16_t)(bits >> 16);
+    if (d == DType::kFloat16) {
+        const uint16_t magnitude = (uint16_t)(((bits & 0x7fffffffu) >> 13) - (112 << 10));
+        ((uint16_t*)p)[i] = x == 0 ? 0 : (uint16_t)((bits >> 16 & 0x8000u) | magnitude);
+    }
+}
+
+double load(const void* p, DType d, int64_t i) {
+    if (d == DType::kFloat64) return ((const double*)p)[i];
+    if (d == DType::kFloat32) return ((const float*)p)[i];
+    const uint16_t h = ((const uint16_t*)p)[i];
+    if (d == DType::kBFloat16) {
+        const uint32_t bits = (uint32_t)h << 16;
+        float x;
+        memcpy(&x, &bits, 4);
+        return x;
+    }
+    const int exponent = h >> 10 & 31, mantissa = h & 1023;
+    const double m = ldexp(exponent ? 1024 + mantissa : mantissa, (exponent ? exponent : 1) - 25);
+    return h & 0x8000 ? -m : m;
+}
+
+void check_rows(const Isa& isa, DType dtype, int64_t V, int64_t positions, bool softcap, int offset, bool in_place) {
+    const double a = softcap ? 1.0 / 20 : 1.25, c = softcap ? 22.0 : 0.0,
+                 eps = dtype == DType::kFloat64 ? 0x1p-52 : 0x1p-23;
+    const double coarse = dtype == DType::kBFloat16 ? 0x1p-8 : dtype == DType::kFloat16 ? 0x1p-11 : eps;
+    const auto z = [&](double x) { return softcap ? c * tanh(a * x) : a * x; };
+    const size_t bytes = size_of(dtype) * (size_t)(offset + positions * V);
+    char *x = (char*)malloc(bytes), *fresh = (char*)malloc(bytes);
+    void* data = x + size_of(dtype) * (size_t)offset;
+    for (int64_t i = 0; i < positions * V; ++i) store(data, dtype, i, (float)integer(-64, 64) / 8);
+    std::vector<int64_t> rows, labels;
+    std::vector<int32_t> row_of((size_t)positions, -1);
+    for (int64_t i = 0; i < positions; i += i == 0 && positions > 2 ? 2 : 1) {  // one position is not scored
+        row_of[(size_t)i] = (int32_t)rows.size();
+        rows.push_back(i);
+        labels.push_back(integer(0, (int)V));
+    }
+    const int64_t N = (int64_t)rows.size();
+    const bool wide = dtype == DType::kFloat64;
+    std::vector<double> lse((size_t)N), coef_wide((size_t)N), logp_wide((size_t)N);
+    std::vector<float> coef((size_t)N), logp((size_t)N);
+    for (int64_t n = 0; n < N; ++n) coef[(size_t)n] = (float)uniform(-1, 1), coef_wide[(size_t)n] = coef[(size_t)n];
+    const float upstream = 1.5f;
+    const double upstream_wide = 1.5;
+
+    const Logits logits = {data, dtype, 0, V, positions, positions, V, a, c};
+    void* logp_out = wide ? (void*)logp_wide.data() : (void*)logp.data();
+    token_logp_fwd(*isa.kernels, FwdArgs{logits, rows.data(), labels.data(), logp_out, lse.data()}, N, kThreads);
+
+    std::vector<double> truth((size_t)(positions * V), 0.0);
+    for (int64_t n = 0; n < N; ++n) {
+        double sum = 0;
+        for (int64_t v = 0; v < V; ++v) sum += exp(z(load(data, dtype, rows[n] * V + v)));
+        const double exact = log(sum);
+        expect("lse", lse[n], exact, 100 * eps, isa.name.c_str(), V, -1);
+        expect("logp", wide ? logp_wide[n] : logp[n], z(load(data, dtype, rows[n] * V + labels[n])) - exact, 200 * eps,
+               isa.name.c_str(), V, labels[n]);
+        for (int64_t v = 0; v < V; ++v) {
+            const double value = load(data, dtype, rows[n] * V + v), t = tanh(a * value);
+            truth[rows[n] * V + v] =
+                1.5 * coef[n] * (softcap ? c * a * (1 - t * t) : a) * ((v == labels[n]) - exp(z(value) - exact));
+        }
+    }
+
+    void* out = in_place ? data : fresh + size_of(dtype) * (size_t)offset;
+    const void* coef_in = wide ? (const void*)coef_wide.data() : (const void*)coef.data();
+    const void* upstream_in = wide ? (const void*)&upstream_wide : (const void*)&upstream;
+    token_logp_bwd(*isa.kernels,
+                   BwdArgs{logits, row_of.data(), labels.data(), lse.data(), coef_in, upstream_in, N, out, 0, V, false},
+                   kThreads);
+    for (int64_t i = 0; i < positions * V; ++i)
+        expect("gradient", load(out, dtype, i), truth[i], 200 * eps + coarse * fabs(truth[i]), isa.name.c_str(), V,
+               i % V);
+    free(x);
+    free(fresh);
+}
+
+template <class T>
+void check_steps(int head) {
+    // step 1 is empty; a pair with it, and a step in two pairs
+    const std::vector<int32_t> offsets = {0, 3, 3, 5, 9}, pairs = {0, 2, 3, 1, 3, 0}, adj_offsets = {0, 2, 3, 4, 6};
+    const std::vector<int32_t> adj_pairs = {0, 5, 3, 1, 2, 4};
+    const int N = 9, S = 4, P = 3;
+    std::vector<T> logp(N), weights(N), ref(S), pair_weights(P), margins(P), labels(P), sums(S), pair_loss(P), coef(N);
+    for (auto* values : {&logp, &weights, &ref, &pair_weights, &margins, &labels})
+        for (T& v : *values) v = (T)uniform(0, 1);
+    const T options[kMaxOptions] = {T(0.3), T(0.5)}, scale = T(0.5);
+    T loss = NAN;
+    step_loss_fwd<T>({N,
+                      S,
+                      P,
+                      logp.data(),
+                      weights.data(),
+                      offsets.data(),
+                      ref.data(),
+                      pairs.data(),
+                      adj_offsets.data(),
+                      adj_pairs.data(),
+                      pair_weights.data(),
+                      margins.data(),
+                      labels.data(),
+                      head,
+                      options,
+                      T(1),
+                      &scale,
+                      &loss,
+                      sums.data(),
+                      pair_loss.data(),
+                      coef.data()});
+    double u[4] = {}, du[4] = {}, total = 0;
+    for (int k = 0; k < S; ++k) {
+        for (int n = offsets[k]; n < offsets[k + 1]; ++n) u[k] += (double)weights[n] * (double)logp[n];
+        expect("sum", sums[k], u[k], 1e-6, "steps", S, k);
+        u[k] -= ref[k];
+    }
+    const double wide_options[kMaxOptions] = {(double)options[0], (double)options[1]};
+    for (int p = 0; p < P; ++p) {
+        const int w = pairs[2 * p], l = pairs[2 * p + 1], n_w = offsets[w + 1] - offsets[w],
+                  n_l = offsets[l + 1] - offsets[l];
+        PairGrad<double> g = {0, 0, 0};
+        if (n_w && n_l)
+            g = pair_head<double>(head, {u[w], u[l], (double)n_w, (double)n_l, (double)margins[p], (double)labels[p]},
+                                  wide_options);
+        expect("pair loss", pair_loss[p], g.loss, 1e-5, "steps", S, p);
+        total += (double)pair_weights[p] * g.loss;
+        du[w] += (double)pair_weights[p] * g.du_w, du[l] += (double)pair_weights[p] * g.du_l;
+    }
+    expect("loss", loss, total * scale, 1e-5, "steps", S, -1);
+    for (int k = 0; k < S; ++k)
+        for (int n = offsets[k]; n < offsets[k + 1]; ++n)
+            expect("coef", coef[n], du[k] * scale * (double)weights[n], 1e-5, "steps", S, n);
+}
+
+}  // namespace
+
+int main() {
+    for (const Isa& isa : isas()) {
+        if (!isa.why_not.empty()) continue;
+        for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64}) {
+            for (int64_t V : {1, 7, 33, 301, 4111}) {
+                check_rows(isa, dtype, V, 3, V % 2 == 0, 3, false);
+                check_rows(isa, dtype, V, 2, V % 3 == 0, 0, true);
+            }
+        }
+        // several blocks of a megabyte, so that all threads have work
+        check_rows(isa, DType::kFloat32, 131075, 5, false, 1, false);
+        printf("%s\n", isa.name.c_str());
+    }
+    for (int head = 0; head < kNumPairHeads; ++head) check_steps<float>(head), check_steps<double>(head);
+    printf("%d differences\n", failures);
+    return failures != 0;
+}
