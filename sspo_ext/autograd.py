@@ -27,12 +27,12 @@ def scale_kept(kept: Tensor, scale: Tensor) -> Tensor:
     scale is 0 is zeros, whatever it held.
     """
     if torch.compiler.is_compiling():
-        return torch.where(scale == 0, 0.0, kept * scale.to(torch.promote_types(scale.dtype, kept.dtype))).to(
-            kept.dtype
-        )
+        # the 0-dim scale alone would not widen the product
+        product = kept.to(torch.promote_types(kept.dtype, scale.dtype)) * scale
+        return torch.where(scale == 0, 0.0, product).to(kept.dtype)
     if scale.ndim == 0 and scale.device.type == "cpu" and scale.item() == 1:
         # a read of host memory, not a sync: the usual upstream gradient of 1 costs nothing
-        return kept
+        return kept.clone() if _graph_is_kept() else kept
     out = torch.empty_like(kept) if _graph_is_kept() else kept
     block = max(1, _BLOCK_ELEMENTS // max(1, kept[:1].numel()))
     for start in range(0, kept.shape[0], block):

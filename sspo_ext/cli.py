@@ -84,7 +84,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     add("--route", default="linear", choices=("linear", "logits", "auto"), help=route_help)
     add("--chunk-bytes", type=_positive, help="linear route: budget of the logits buffer (default: sspo_ext's)")
-    add("--backend", default="auto", choices=("auto", "cpu", "triton", "reference"), help="see sspo-ext info")
+    add("--backend", default="auto", choices=("auto", "cpu", "triton", "cuda", "reference"), help="see sspo-ext info")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=float, default=5e-6, help="peak learning rate")

@@ -30,7 +30,8 @@ def report() -> str:
             lines.append(f"{device} / {name}: {'runs' if reason is None else reason}")
         lines.append(f"{device}: auto takes {_auto(device)}")
     if len(devices) == 1:
-        lines.append(f"cuda / triton: {backends.why_not('triton', 'cuda', torch.bfloat16) or 'would run on a GPU'}")
+        for name in ("triton", "cuda"):
+            lines.append(f"cuda / {name}: {backends.why_not(name, 'cuda', torch.bfloat16) or 'would run on a GPU'}")
     lines += ["", *(f"{name}: {_version(name)}" for name in _OPTIONAL)]
     lines += [f"{name}={os.environ[name]}" for name in _SETTINGS if name in os.environ]
     return "\n".join(lines)

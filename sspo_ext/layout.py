@@ -325,6 +325,8 @@ class StepLayout(TensorBundle):
         """
         from .plan import plan_for
 
+        if pairs is None and not logps_only:
+            pairs = self.pair_by_index()
         return plan_for(
             self, None if logps_only else pairs, vocab=vocab, hidden=hidden, dtype=dtype, chunk_bytes=chunk_bytes,
             hidden_gradient=hidden_gradient, weight_gradient=weight_gradient, bias_gradient=bias_gradient,

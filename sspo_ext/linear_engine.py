@@ -86,7 +86,8 @@ class WeightGradient:
         self.straight = weight.dtype == head.acc_dtype
         # oneDNN multiplies a transposed 16-bit operand at half its speed; turning a block of it round is cheaper
         self.turn_round = not self.straight and weight.device.type == "cpu"
-        self.block = max(1, _BLOCK_BYTES // (max(1, weight.shape[1]) * weight.itemsize))
+        widest = max(1, weight.shape[1], min(plan.chunk_rows, plan.num_rows))
+        self.block = max(1, min(_BLOCK_BYTES, plan.buffer_bytes) // (widest * weight.itemsize))
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
         if self.straight:
@@ -123,7 +124,8 @@ class Gradients:
             self.weight.add(gradient, hidden)
         if self.bias is not None:
             # a block of columns at a time, because a sum in a wider dtype may first copy what it sums
-            block = max(1, _BLOCK_BYTES // (max(1, len(rows)) * self.bias.itemsize))
+            budget = min(_BLOCK_BYTES, gradient.nbytes)
+            block = max(1, budget // (max(1, len(rows)) * self.bias.itemsize))
             for v in range(0, head.vocab, block):
                 self.bias[v : v + block] += gradient[:, v : v + block].sum(0, dtype=self.bias.dtype)
 

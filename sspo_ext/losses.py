@@ -136,7 +136,7 @@ def step_pref_loss(
         reduction: 'mean' over pairs whose steps both have tokens, or 'sum'.
         num_items: divides the sum instead (a global number of pairs, under gradient accumulation or data parallel); a
             number or a 0-dim tensor.
-        backend: 'auto', 'cpu', 'triton' or 'reference'.
+        backend: 'auto', 'cpu', 'triton', 'cuda' or 'reference'.
         inplace_backward: write the gradient over the logits.
         **loss_options: further options of the loss type (`simpo_gamma`). One that it does not have raises TypeError.
 

@@ -101,8 +101,8 @@ class LinearPlan:
         per_row = self.gemm_rows / self.num_rows if self.num_rows else 0.0
         return (
             f"{self.num_rows} rows x H {self.hidden} x V {self.vocab} ({str(self.dtype).removeprefix('torch.')}), "
-            f"at most {self.chunk_rows} rows a chunk; {', '.join(parts) or 'nothing to do'}; {per_row:.2f} GEMMs a row, "
-            f"{self.flops / 1e9:.2f} GFLOP, buffer {self.buffer_bytes / 2**20:.1f} MiB"
+            f"at most {self.chunk_rows} rows a chunk; {', '.join(parts) or 'nothing to do'}; "
+            f"{per_row:.2f} GEMMs a row, {self.flops / 1e9:.2f} GFLOP, buffer {self.buffer_bytes / 2**20:.1f} MiB"
         )
 
 

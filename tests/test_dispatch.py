@@ -22,7 +22,7 @@ F32 = torch.float32
 @pytest.fixture
 def fakes(monkeypatch):
     """Stand-ins for the three backends, with the reasons a test asks for; records which one a call would load."""
-    reasons = {"cpu": None, "triton": "no GPU", "reference": None}
+    reasons = {"cpu": None, "triton": "no GPU", "cuda": "no GPU", "reference": None}
 
     def load(name):
         return types.SimpleNamespace(why_not=lambda device, dtype: reasons[name])
@@ -62,8 +62,10 @@ def test_an_explicit_backend_that_cannot_run_raises_with_the_reason(fakes, monke
 
 
 def test_unknown_names(fakes, monkeypatch):
-    for bad in ("cuda", "CPU", None, 3):
-        with pytest.raises(ValueError, match="backend: expected 'auto' or one of 'cpu', 'triton', 'reference', got"):
+    for bad in ("gpu", "CPU", None, 3):
+        with pytest.raises(
+            ValueError, match="backend: expected 'auto' or one of 'cpu', 'triton', 'cuda', 'reference', got"
+        ):
             backends.select(bad, "cpu", F32)
     monkeypatch.setenv("SSPO_BACKEND", "fast")
     with pytest.raises(ValueError, match="SSPO_BACKEND: expected 'auto' or one of .*got 'fast'"):

@@ -31,9 +31,13 @@ NEEDS = {
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Work on a matrix in blocks of a few MiB is no part of the budget; at these sizes a block would be the whole
-    matrix."""
+    matrix. One thread, because oneDNN packs an operand for each."""
     monkeypatch.setattr(linear_engine, "_BLOCK_BYTES", 1 << 15)
     monkeypatch.setattr(autograd, "_BLOCK_ELEMENTS", 1 << 13)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def batch(tokens, step=64):

@@ -1,8 +1,8 @@
 """The trainer's two routes: the linear one by default, with the same loss and update as the logits route.
 
 Mutations tried, and what caught each: `head.options` left out -> test_routes_agree[gemma2]; linear falls back and auto
-raises -> test_linear_refuses_an_adapter_on_the_head; no self-check at the start -> test_auto_falls_back; router loss times
-0 -> test_router_loss_is_kept.
+raises -> test_linear_refuses_an_adapter_on_the_head; no self-check at the start -> test_auto_falls_back; router loss
+times 0 -> test_router_loss_is_kept.
 """
 
 import logging

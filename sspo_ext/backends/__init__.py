@@ -12,9 +12,9 @@ from types import ModuleType
 
 import torch
 
-BACKENDS = ("cpu", "triton", "reference")
+BACKENDS = ("cpu", "triton", "cuda", "reference")
 # Fastest first. `reference` is right on every device and ends each list.
-_TABLE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference"), "xpu": ("triton", "reference")}
+_TABLE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference"), "xpu": ("triton", "reference")}
 
 
 def load(name: str) -> ModuleType:

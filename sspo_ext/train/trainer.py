@@ -51,7 +51,7 @@ class StepPreferenceConfig(TrainingArguments):
         default=None, metadata={"help": "Folder of cached reference log-probs; None is OUTPUT_DIR/reference_cache."}
     )
     packing: bool = field(default=False, metadata={"help": "Padding-free batches: sequences end to end in one row."})
-    backend: str = field(default="auto", metadata={"help": "auto, cpu, triton or reference."})
+    backend: str = field(default="auto", metadata={"help": "auto, cpu, triton, cuda or reference."})
     route: str = field(
         default="linear",
         metadata={
