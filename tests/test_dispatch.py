@@ -37,6 +37,8 @@ def test_auto_takes_the_first_usable_of_the_table(fakes):
     fakes["cpu"] = "not built"
     assert backends.select("auto", "cpu", F32) == "reference"
     assert backends.select("auto", "cuda", F32) == "reference"
+    fakes["cuda"] = None
+    assert backends.select("auto", "cuda", F32) == "cuda"
     fakes["triton"] = None
     assert backends.select("auto", "cuda", F32) == "triton"
     assert backends.select("auto", "cpu", F32) == "reference", "never interpreted Triton by accident"
