@@ -32,32 +32,39 @@ def synchronize() -> None:
 
 
 def interleave(
-    cases: list[Case], rounds: int, *, warmup: int = 1, limit_s: float | None = None
+    cases: list[Case], rounds: int, *, limit_s: float | None = None, patience_s: float = 20.0
 ) -> dict[str, list[float]]:
     """Seconds of each case in each round. Every round runs every case once, in a new order, so that a slow moment of
-    the machine meets all of them alike. Stops early, after at least 3 rounds, when `limit_s` is spent."""
+    the machine meets all of them alike. A round before them warms up. Stops early, after at least 3 rounds, when
+    `limit_s` is spent. A case that takes longer than `patience_s` to warm up is not run again: that is its figure."""
     order, times = list(cases), {case.name: [] for case in cases}
     shuffle = random.Random(0).shuffle
     started = time.perf_counter()
-    for done in range(-warmup, rounds):
+    for number in range(rounds + 1):
         for case in order:
-            case.reset()
-            gc.collect()
-            gc.disable()
-            synchronize()
-            start = time.perf_counter()
-            result = case.run()
-            synchronize()
-            elapsed = time.perf_counter() - start
-            gc.enable()
-            del result
-            case.reset()
-            if done >= 0:
+            elapsed = _timed(case)
+            if number > 0 or elapsed > patience_s:
                 times[case.name].append(elapsed)
+        order = [case for case in order if number > 0 or not times[case.name]]
         shuffle(order)
-        if limit_s is not None and done >= 2 and time.perf_counter() - started > limit_s:
+        if limit_s is not None and number >= 3 and time.perf_counter() - started > limit_s:
             break
     return times
+
+
+def _timed(case: Case) -> float:
+    case.reset()
+    gc.collect()
+    gc.disable()
+    synchronize()
+    start = time.perf_counter()
+    result = case.run()
+    synchronize()
+    elapsed = time.perf_counter() - start
+    gc.enable()
+    del result
+    case.reset()
+    return elapsed
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,9 @@ class Spread:
 
 
 def ratio(times: dict[str, list[float]], over: str, under: str) -> float:
-    """Median over rounds of times[over] / times[under]: both of a pair were taken seconds apart."""
+    """Median over rounds of times[over] / times[under], taken seconds apart; with one figure on a side, of medians."""
+    if len(times[over]) != len(times[under]):
+        return statistics.median(times[over]) / statistics.median(times[under])
     return statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
 
 

@@ -1,7 +1,7 @@
 """The peers, each behind one small interface: a name, the reason it cannot run here (or None), and what it does.
 
-A logits peer turns (N, V) logits and (N,) labels into (N,) log-probs; a few torch ops (`problems.pair_loss`) make the loss
-of them. A linear peer makes the loss of a whole step from a `LinearProblem`, reference included unless its
+A logits peer turns (N, V) logits and (N,) labels into (N,) log-probs; a few torch ops (`problems.pair_loss`) make the
+loss of them. A linear peer makes the loss of a whole step from a `LinearProblem`, reference included unless its
 sums are cached. Gradients are taken by `.backward()`. Nothing of a peer is copied here: it is imported from where it
 lives, or it is not run.
 """
@@ -151,6 +151,12 @@ def torch_loss(problem: LinearProblem) -> Tensor:
     return _from_token_logps(problem, lambda h, w: _torch_logps(h, w, labels))
 
 
+def torch_float_loss(problem: LinearProblem) -> Tensor:
+    """As the original DPO code does it: logits in the model's dtype, everything after them in float32."""
+    labels = problem.targets.flatten().clamp(min=0)
+    return _from_token_logps(problem, lambda h, w: eager_logps((h @ w.t()).float(), labels))
+
+
 def compiled_loss(problem: LinearProblem) -> Tensor:
     labels = problem.targets.flatten().clamp(min=0)
     return _from_token_logps(problem, lambda h, w: _compiled(_torch_logps)(h, w, labels))
@@ -198,7 +204,7 @@ def _liger_dpo():
 
 
 def liger_dpo_loss(problem: LinearProblem) -> Tensor:
-    """One step a sequence is all it knows. It cannot take cached reference sums: without a reference the work is the same."""
+    """One step a sequence is all it knows. It cannot take cached reference sums: without one the work is the same."""
     live = problem.spec.ref == "live"
     module = _liger_dpo()(beta=BETA, compiled=False, use_ref_model=live)
     extra = {"ref_input": problem.ref_hidden, "ref_weight": problem.ref_weight} if live else {}
@@ -212,6 +218,11 @@ TRL = LinearPeer("TRL chunked log-probs", trl_chunked_loss, imported(_trl_chunke
 LINEAR_PEERS = [
     LIGER,
     TORCH,
+    LinearPeer(
+        "plain torch, float32 log_softmax",
+        torch_float_loss,
+        lambda problem: "in float32 it is plain torch" if problem.spec.dtype == torch.float32 else None,
+    ),
     LinearPeer("plain torch, scored rows only", torch_scored_loss),
     LinearPeer("torch.compile", compiled_loss),
     TRL,

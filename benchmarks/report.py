@@ -16,8 +16,8 @@ from .tables import Table
 INTRODUCTION = """# Results
 
 Made by `python -m benchmarks report`: every table names the command that makes it again. Contestants run interleaved in
-one process, each once a round in shuffled order; times are medians, ratios are medians of per-round ratios, memory is the
-rise of a fresh process's peak resident set. Before a clock starts, gradients are compared on a small problem.
+one process, each once a round in shuffled order. Times are medians, ratios medians of per-round ratios; memory is the
+rise of a fresh process's resident set. Before a clock starts, gradients are compared on a small problem.
 """
 
 

@@ -35,8 +35,11 @@ class Table:
     seconds: float = 0.0
 
     def note_rounds(self, times: dict[str, list[float]]) -> None:
-        count = len(next(iter(times.values())))
+        count = max(len(values) for values in times.values())
         self.rounds = min(self.rounds, count) if self.rounds else count
+        single = [name for name, values in times.items() if len(values) < count]
+        if single:
+            self.notes.append(f"* One run only, for its length: {', '.join(single)}.")
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
