@@ -29,6 +29,7 @@ SOURCES = {
     "csrc/cpu/binding.cpp": ["-O2"],
     "csrc/cpu/dispatch.cpp": ["-O2"],
     "csrc/cpu/step_loss.cpp": ["-O2"],
+    "csrc/cpu/turn.cpp": ["-O2"],
     "csrc/cpu/rows_baseline.cpp": KERNEL_FLAGS,
 }
 X86_SOURCES = {

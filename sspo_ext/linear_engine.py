@@ -17,7 +17,7 @@ from . import backends
 from .plan import Group, LinearPlan
 from .tensor_parallel import VocabShard
 
-_BLOCK_BYTES = 16 << 20  # temporaries of the gradients' reductions, small beside any chunk budget
+_BLOCK_BYTES = 4 << 20  # temporaries of the gradients' reductions: near the size of a core's cache
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -42,10 +42,15 @@ class Head:
 
     def allocate(self, plan: LinearPlan) -> None:
         rows, device = min(plan.chunk_rows, plan.num_rows), self.weight.device
-        self.buffer = torch.empty((rows, self.vocab), dtype=self.weight.dtype, device=device)
+        self.buffer = self.empty((rows, self.vocab), self.weight.dtype)
         self.row_ids = torch.arange(rows, device=device)
         self.row_of = self.row_ids.to(torch.int32)
         self.ones = torch.ones(rows, dtype=self.acc_dtype, device=device)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self.backend == "cpu":
+            return self.kernels.empty(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=self.weight.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, V) into the buffer."""
@@ -80,22 +85,26 @@ class WeightGradient:
     def __init__(self, head: Head, plan: LinearPlan, accum_dtype: torch.dtype):
         weight, chunks = head.weight, plan.weight_chunks
         exact = chunks <= 1 or weight.dtype == head.acc_dtype
-        make = torch.empty if chunks else torch.zeros
-        self.total = make(weight.shape, dtype=weight.dtype if exact else accum_dtype, device=weight.device)
+        self.total = head.empty(tuple(weight.shape), weight.dtype if exact else accum_dtype)
+        if not chunks:
+            self.total.zero_()
         self.first = True
         self.straight = weight.dtype == head.acc_dtype
         # oneDNN multiplies a transposed 16-bit operand at half its speed; turning a block of it round is cheaper
-        self.turn_round = not self.straight and weight.device.type == "cpu"
+        self.turned = head.kernels.turned if head.backend == "cpu" and not self.straight else None
         widest = max(1, weight.shape[1], min(plan.chunk_rows, plan.num_rows))
         self.block = max(1, min(_BLOCK_BYTES, plan.buffer_bytes) // (widest * weight.itemsize))
+        self.scratch = (
+            None if self.turned is None else weight.new_empty(self.block * min(plan.chunk_rows, plan.num_rows))
+        )
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
         if self.straight:
             torch.mm(gradient.t(), hidden, out=self.total) if self.first else self.total.addmm_(gradient.t(), hidden)
         else:
             for start in range(0, self.total.shape[0], self.block):
-                total, part = self.total[start : start + self.block], gradient[:, start : start + self.block].t()
-                part = part.contiguous() if self.turn_round else part
+                total, part = self.total[start : start + self.block], gradient[:, start : start + self.block]
+                part = part.t() if self.turned is None else self.turned(part, self.scratch)
                 if self.first and total.dtype == part.dtype:
                     torch.mm(part, hidden, out=total)
                 elif self.first:

@@ -8,6 +8,7 @@
 #include "../heads_generated.h"
 #include "dispatch.h"
 #include "step_loss.h"
+#include "turn.h"
 
 namespace py = pybind11;
 
@@ -89,6 +90,13 @@ void step_loss_fwd(bool is_double, std::array<int64_t, 3> sizes, std::array<Addr
               : step_loss<float>(sizes, in, head, options, label, out);
 }
 
+void turn16(Address src, int64_t src_stride, int64_t rows, int64_t cols, Address dst, int64_t dst_stride, int threads) {
+    py::gil_scoped_release release;
+    sspo::turn16(at<uint16_t>(src), src_stride, rows, cols, at<uint16_t>(dst), dst_stride, threads);
+}
+
+void prepare_large_output(Address data, int64_t bytes) { sspo::prepare_large_output(at<void>(data), bytes); }
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -96,6 +104,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("token_logp_fwd", &token_logp_fwd);
     m.def("token_logp_bwd", &token_logp_bwd);
     m.def("step_loss_fwd", &step_loss_fwd);
+    m.def("turn16", &turn16);
+    m.def("prepare_large_output", &prepare_large_output);
     m.def("isa", [] { return sspo::choose_isa().name; }, "The instruction set in use; SSPO_CPU_ISA names another.");
     m.def(
         "isas",

@@ -74,26 +74,6 @@ std::vector<Isa> detect() {
     return found;
 }
 
-// Prepares a large output that is not the logits; returns whether its memory was touched before.
-//
-// Fresh memory costs one fault per page, more than the arithmetic: with 2 MiB pages the faults are 512 times fewer. The
-// pages are cleared through the cache, so plain stores find them there, while memory that was in use is written fastest
-// past the cache, without being read first. All of this is advice: nothing but time depends on it.
-bool prepare_large_output(void* data, int64_t bytes) {
-#if defined(__linux__)
-    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-    const uintptr_t begin = ((uintptr_t)data + page - 1) / page * page, end = ((uintptr_t)data + bytes) / page * page;
-    unsigned char resident = 1;
-    if (mincore((void*)(begin + (end - begin) / 2 / page * page), 1, &resident) == 0 && !(resident & 1)) {
-        madvise((void*)begin, end - begin, MADV_HUGEPAGE);
-        return false;
-    }
-#else
-    (void)data, (void)bytes;
-#endif
-    return true;
-}
-
 }  // namespace
 
 const std::vector<Isa>& isas() {
@@ -118,6 +98,21 @@ const Isa& choose_isa() {
     for (const Isa& isa : isas())
         if (isa.why_not.empty()) best = &isa;
     return *best;
+}
+
+bool prepare_large_output(void* data, int64_t bytes) {
+#if defined(__linux__)
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    const uintptr_t begin = ((uintptr_t)data + page - 1) / page * page, end = ((uintptr_t)data + bytes) / page * page;
+    unsigned char resident = 1;
+    if (mincore((void*)(begin + (end - begin) / 2 / page * page), 1, &resident) == 0 && !(resident & 1)) {
+        madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+        return false;
+    }
+#else
+    (void)data, (void)bytes;
+#endif
+    return true;
 }
 
 void parallel_for(int64_t count, int64_t block, int threads, const std::function<void(int64_t, int64_t)>& work) {

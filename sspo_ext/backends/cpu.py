@@ -140,3 +140,31 @@ def step_loss_fwd(
         dtype == torch.float64, (N, S, P), addresses, head_id(head), list(options), label, [t.data_ptr() for t in out]
     )
     return out
+
+
+_LARGE_BYTES = 32 << 20
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """torch.empty; a large one in large pages where the system has them, since fresh memory costs a fault a page."""
+    out = torch.empty(shape, dtype=dtype)
+    if out.numel() * out.itemsize >= _LARGE_BYTES:
+        _C.prepare_large_output(out.data_ptr(), out.numel() * out.itemsize)
+    return out
+
+
+def turned(matrix: Tensor, out: Tensor) -> Tensor:
+    """(cols, rows) contiguous into `out`, from (rows, cols) 16-bit elements whose last dimension is contiguous."""
+    rows, cols = matrix.shape
+    out = out[: rows * cols].view(cols, rows)
+    if (
+        matrix.itemsize != 2
+        or out.dtype != matrix.dtype
+        or (cols > 1 and matrix.stride(1) != 1)
+        or matrix.device.type != "cpu"
+    ):
+        raise TypeError(
+            f"expected a CPU matrix of 16-bit elements with contiguous rows, got {matrix.dtype} {matrix.stride()}"
+        )
+    _C.turn16(matrix.data_ptr(), matrix.stride(0), rows, cols, out.data_ptr(), rows, torch.get_num_threads())
+    return out
