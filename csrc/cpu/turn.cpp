@@ -14,7 +14,8 @@ namespace {
 // A block's source lines stay in the first-level cache while they are read in pieces, and its stores fill whole lines.
 constexpr int64_t kBlockRows = 256, kBlockCols = 32;
 
-void turn_piece(const uint16_t* src, int64_t src_stride, int64_t rows, int64_t cols, uint16_t* dst, int64_t dst_stride) {
+void turn_piece(const uint16_t* src, int64_t src_stride, int64_t rows, int64_t cols, uint16_t* dst,
+                int64_t dst_stride) {
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = 0; c < cols; ++c) dst[c * dst_stride + r] = src[r * src_stride + c];
 }
@@ -40,11 +41,13 @@ void turn_8x8(const uint16_t* src, int64_t src_stride, uint16_t* dst, int64_t ds
 }
 #endif
 
-void turn_block(const uint16_t* src, int64_t src_stride, int64_t rows, int64_t cols, uint16_t* dst, int64_t dst_stride) {
+void turn_block(const uint16_t* src, int64_t src_stride, int64_t rows, int64_t cols, uint16_t* dst,
+                int64_t dst_stride) {
     int64_t r = 0, c = 0;
 #if defined(__SSE2__)
     for (; r + 8 <= rows; r += 8)
-        for (c = 0; c + 8 <= cols; c += 8) turn_8x8(src + r * src_stride + c, src_stride, dst + c * dst_stride + r, dst_stride);
+        for (c = 0; c + 8 <= cols; c += 8)
+            turn_8x8(src + r * src_stride + c, src_stride, dst + c * dst_stride + r, dst_stride);
     c = cols / 8 * 8;
     turn_piece(src + c, src_stride, r, cols - c, dst + c * dst_stride, dst_stride);
 #endif
