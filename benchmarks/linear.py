@@ -34,7 +34,7 @@ def describe(spec: LinearSpec) -> str:
 def usable(contestants: list[LinearPeer], problem: LinearProblem) -> tuple[list[LinearPeer], list[str]]:
     running, notes = [], []
     for peer in contestants:
-        reason = peer.why_not(problem)
+        reason = peers.reason(peer, problem)
         if reason is None:
             running.append(peer)
         else:
@@ -59,7 +59,9 @@ def check(spec: LinearSpec) -> None:
         return [t.grad.float() for t in (problem.hidden, problem.weight) if t.requires_grad]
 
     # cached sums Liger cannot take: with none at all it solves another problem at the same cost
-    contestants = [p for p in LINEAR_PEERS if p.why_not(problem) is None and not (p is LIGER and spec.ref == "cached")]
+    contestants = [
+        p for p in LINEAR_PEERS if peers.reason(p, problem) is None and not (p is LIGER and spec.ref == "cached")
+    ]
     ours = gradients(OURS)
     for peer in contestants:
         for mine, theirs in zip(ours, gradients(peer), strict=True):
@@ -194,7 +196,7 @@ def memory_table(settings: Settings) -> Table:
         "sspo_ext, steps of 32": (OURS, {"step": 32}),
         "sspo_ext, one step a response": (OURS, {"step": None}),
         "sspo_ext, frozen head": (OURS, {"step": 32, "head": "frozen"}),
-        **{p.name: (p, {"step": None}) for p in (LIGER, TORCH, TRL) if p.why_not(None) is None},
+        **{p.name: (p, {"step": None}) for p in (LIGER, TORCH, TRL) if peers.reason(p) is None},
     }
     base = LinearSpec(
         2, 0, settings.size(256, 32), settings.size(32000, 997), dtype, prompt=0.0, ref="cached", chunk_bytes=budget
@@ -240,7 +242,7 @@ def sweep_table(settings: Settings, axis: str) -> Table:
         values = (8000, 32000, 64000, 128256, 256000) if not settings.quick else (500, 997)
         variants = {value: replace(base, length=settings.size(256, 16), vocab=value) for value in values}
     contestants = [OURS, LIGER, TORCH, TRL]
-    contestants = [p for p in contestants if p.why_not(None) is None]
+    contestants = [p for p in contestants if peers.reason(p) is None]
     table = Table(
         "",
         f"Linear route against {axis}: two sequences, half prompt, H {base.hidden}, "

@@ -46,7 +46,7 @@ def peer_cases(problem: LogitsProblem) -> tuple[list[Case], list[str]]:
 
     cases, notes = [], []
     for peer in peers.LOGITS_PEERS:
-        reason = peer.why_not(DEVICE)
+        reason = peers.reason(peer)
         if reason is not None:
             notes.append(f"* {peer.name} was not run: {reason}.")
             continue
@@ -107,7 +107,7 @@ def memory_table(settings: Settings) -> Table:
         ["", *columns],
         notes=["Rise of the process's peak resident memory over one loss and backward, each in a fresh process."],
     )
-    names = [INPLACE, NEW, *(p.name for p in peers.LOGITS_PEERS if p.why_not(DEVICE) is None)]
+    names = [INPLACE, NEW, *(p.name for p in peers.LOGITS_PEERS if peers.reason(p) is None)]
     for name in names:
         row = [name]
         for dtype in dtypes:

@@ -20,6 +20,13 @@ import sspo_ext
 
 from .problems import BETA, LinearProblem, LinearSpec, LogitsProblem, LogitsSpec
 
+left_out: set[str] = set()  # by `--without`: parts of names
+
+
+def reason(peer: LogitsPeer | LinearPeer, problem: LinearProblem | None = None) -> str | None:
+    """Why this peer is not measured, or None."""
+    return "left out by --without" if any(part in peer.name for part in left_out) else peer.why_not(problem)
+
 
 def never(*_) -> None:
     """For a `why_not`: nothing keeps it from running."""

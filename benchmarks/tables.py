@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import measure
+from . import measure, peers
 from .measure import Spread
 
 RESULTS = Path(__file__).parent / "results"
@@ -107,7 +107,11 @@ def run(
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--wait", type=float, default=0, help="seconds to wait for a load below 1.5 before each table")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="PEER", help="peers to leave out, by (part of) name"
+    )
     options = parser.parse_args(argv)
+    peers.left_out.update(options.without)
     torch.set_num_threads(options.threads)
     settings = Settings(options.quick, options.rounds, options.limit)
     for name in options.only or tables:
@@ -121,7 +125,8 @@ def run(
         table.seconds, table.machine = time.perf_counter() - started, measure.machine()
         table.when = time.strftime("%Y-%m-%d %H:%M")
         quick = " --quick" if options.quick else ""
-        table.command = f"python -m benchmarks report --only {name} --redo --threads {options.threads}{quick}"
+        without = f" --without {' '.join(map(repr, options.without))}" if options.without else ""
+        table.command = f"python -m benchmarks report --only {name} --redo --threads {options.threads}{quick}{without}"
         table.save(options.out)
         print(table.markdown(), flush=True)
         finish(options.out)

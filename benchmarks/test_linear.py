@@ -28,7 +28,7 @@ def measure(benchmark, case: Case) -> None:
 
 @pytest.mark.parametrize("peer", [peers.OURS, *peers.LINEAR_PEERS], ids=lambda peer: peer.name)
 def test_contestant(benchmark, problem, peer):
-    if reason := peer.why_not(problem):
+    if reason := peers.reason(peer, problem):
         pytest.skip(reason)
     measure(benchmark, linear.cases_for(problem, [peer])[0])
 

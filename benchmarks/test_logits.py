@@ -33,7 +33,7 @@ def test_ours(benchmark, problem, name):
 
 @pytest.mark.parametrize("peer", peers.LOGITS_PEERS, ids=lambda peer: peer.name)
 def test_peer(benchmark, problem, peer):
-    if reason := peer.why_not(logits.DEVICE):
+    if reason := peers.reason(peer):
         pytest.skip(reason)
     measure(benchmark, next(case for case in logits.peer_cases(problem)[0] if case.name == peer.name))
 
