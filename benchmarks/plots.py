@@ -13,7 +13,11 @@ COLOURS = {
     "plain torch": "#8d99ae",
     "TRL chunked log-probs": "#edae49",
 }
-LABELS = {"LigerFusedLinearDPOLoss": "Liger fused DPO"}
+LABELS = {
+    "LigerFusedLinearDPOLoss": "Liger fused DPO",
+    "torch.compile of it": "torch.compile(log_softmax + gather)",
+    "one copy of the logits into an existing buffer": "(one copy of the logits)",
+}
 
 
 def draw(folder: Path, found: dict[str, Table]) -> dict[str, list[str]]:
@@ -52,8 +56,8 @@ def _axes(count: int, width: float = 5.2, height: float = 3.6):
 def _finish(figure, table: Table, path: Path) -> None:
     from matplotlib import pyplot
 
-    threads = table.machine.get("cores", "")
-    figure.text(1.0, -0.005, f"{threads}; load {table.load[0]:.1f}", ha="right", va="top", fontsize=7, color="#888888")
+    cores = table.machine.get("cores", "? (").replace(" (", " cores (")
+    figure.text(1.0, -0.005, f"{cores}; load {table.load[0]:.1f}", ha="right", va="top", fontsize=7, color="#888888")
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
 
@@ -115,9 +119,7 @@ def _bars(found: list[Table], path: Path) -> None:
     figure, axes = _axes(len(found), width=5.6, height=3.2)
     for axis, table in zip(axes, found, strict=True):
         rows = sorted(table.rows, key=lambda row: row[1], reverse=True)
-        names = [
-            row[0].replace("one copy of the logits into an existing buffer", "(one copy of the logits)") for row in rows
-        ]
+        names = [LABELS.get(row[0], row[0]) for row in rows]
         colours = [
             COLOURS["sspo_ext"] if n.startswith("sspo_ext") else "#c9ced6" if n[0] == "(" else "#8d99ae" for n in names
         ]
