@@ -1,7 +1,11 @@
 """Which backend runs: argument > SSPO_BACKEND > the table; a reason for everything that cannot.
 
 Mutations of sspo_ext/backends/__init__.py, each caught by the test named (on a copy of the package):
-MUTATIONS
+  backend ignored                             test_the_call_runs_what_was_selected
+  variable beats the argument                 test_the_variable_beats_the_table_and_the_argument_beats_the_variable
+  an unusable explicit backend falls through  test_an_explicit_backend_that_cannot_run_raises_with_the_reason
+  auto takes the slowest                      test_auto_takes_the_first_usable_of_the_table
+  auto interprets Triton                      test_auto_takes_the_first_usable_of_the_table
 """
 
 import subprocess

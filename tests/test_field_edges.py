@@ -1,7 +1,12 @@
 """The edges at which other libraries crash, give NaN or, silently, a wrong number (each case names who).
 
 Mutations, each caught by the test named (on a copy of the package):
-MUTATIONS
+  scored: padding's labels             test_ignored_labels_are_no_rows_and_get_no_gradient
+  V not checked at the loss            test_labels_out_of_range_raise_before_any_kernel
+  an empty step's pair scored          test_mixed_dtypes
+  ids checked, labels not              test_labels_out_of_range_raise_before_any_kernel
+  softcap after the temperature        test_softcap_order
+  reference of another dtype not cast  test_mixed_dtypes
 """
 
 import math

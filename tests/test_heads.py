@@ -1,7 +1,16 @@
 """The loss definitions: golden values worked out by hand, closed forms, gradcheck; generated forms against definitions.
 
 Mutations of sspo_ext/heads.py and backends/generate.py, each caught by the test named (on a copy of the package):
-MUTATIONS
+  sigmoid: margin added                        test_golden
+  label smoothing the wrong way round          test_golden
+  hinge: squared                               test_golden
+  ipo: 1 / beta                                test_golden
+  ipo: sums, not means                         test_golden
+  simpo: gamma times beta                      test_golden
+  unknown options ignored                      test_options
+  naive log sigmoid                            test_finite_far_out
+  generate --check never fails                 test_check_notices_a_stale_file
+  generate: relu passes gradient at negatives  test_generated_files_are_up_to_date
 """
 
 import math

@@ -1,7 +1,24 @@
 """StepLayout: which tokens are scored, where, and every message of the validation.
 
 Mutations of sspo_ext/layout.py, each caught by the test named (on a copy of the package):
-MUTATIONS
+  predict the label at its own position         test_golden
+  rows not shifted                              test_golden
+  score a sequence's first token                test_first_token_of_a_sequence_has_no_row
+  packed: position counted over the whole pack  test_first_token_of_a_sequence_has_no_row
+  count tokens of weight 0                      test_scores_what_the_oracle_scores
+  score ignored labels                          test_scores_what_the_oracle_scores
+  steps numbered per sequence, not per batch    test_golden
+  forget empty steps at the end (minlength)     test_scores_what_the_oracle_scores
+  let steps go back                             test_from_step_ids_messages
+  no check of negative labels                   test_from_step_ids_messages
+  no check against vocab_size                   test_from_step_ids_messages
+  no crossing check                             test_from_offsets_messages
+  overlapping spans allowed                     test_from_offsets_messages
+  empty step owned by the earlier sequence      test_packed_equals_padded
+  max_label of scored tokens only               test_an_unscored_label_is_checked_too
+  check_vocab off by one                        test_check_logits_messages
+  to() moves host fields too                    test_to_moves_every_tensor_and_only_those
+  copy contiguous logits                        test_check_logits_copies_only_what_it_must
 """
 # ruff: noqa: E501 (tables of calls and their messages)
 

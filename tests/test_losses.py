@@ -1,7 +1,25 @@
 """step_pref_loss and step_logps: fused backends against the reference, each gradient alone; the public contract.
 
 Mutations of sspo_ext/{losses,logps,autograd}.py and ops.py, each caught by the test named (on a copy of the package):
-MUTATIONS
+  mean over all pairs, not the valid ones  test_backend_equals_reference
+  reference: label of weight 1 - label     test_backend_equals_reference
+  pair weights ignored by the reference    test_backend_equals_reference
+  sums' gradient unweighted                test_gradient_through_step_logps
+  tokens' gradient lost                    test_gradient_through_step_logps
+  upstream gradient lost                   test_backend_equals_reference
+  num_items ignored beside reduction       test_normalisers
+  num_items 0 gives inf                    test_nothing_to_score
+  ref from a StepLogps by its sums         test_ref_is_weighted_as_the_loss_is
+  ref (B, T) not shifted                   test_ref_in_every_form
+  ref by token unweighted                  test_ref_in_every_form
+  metrics average over dropped pairs       test_dropped_pairs_are_not_in_the_mean
+  ties count as accurate                   test_equal_rewards_are_not_accurate
+  rewards without beta                     test_metrics_by_hand
+  smoothing accepted where there is none   test_messages
+  stale pairs accepted                     test_pairs_of_another_layout_are_refused
+  in place without the version             test_inplace_makes_a_later_reader_error
+  second derivative not refused            test_a_second_derivative_raises
+  in place writes a new buffer             test_inplace_gives_the_same_gradient_in_the_logits_memory
 """
 # ruff: noqa: E501 (tables of calls and their messages)
 

@@ -1,7 +1,10 @@
 """The private ops under torch.library's own checks, and every public function under torch.compile(fullgraph=True).
 
 Mutations of sspo_ext/ops.py, each caught by the test named (on a copy of the package):
-MUTATIONS
+  fake: log-sum-exp in float32            test_opcheck_rows
+  fake: one step too many                 test_opcheck_steps
+  fake: gradient strided like the logits  test_opcheck_rows
+  labels checked while compiling          test_labels_out_of_range_give_nan_when_unchecked
 """
 
 import pytest

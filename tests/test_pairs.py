@@ -1,7 +1,14 @@
 """StepPairs: by index, explicit, what launch 2 reads of them, units, and the messages.
 
 Mutations of sspo_ext/pairs.py and StepLayout.pair_by_index, each caught by the test named (on a copy of the package):
-MUTATIONS
+  by index: pair with the neighbouring sequence  test_by_index_golden
+  by index: keep unmatched steps                 test_by_index_golden
+  adjacency unsorted                             test_explicit_fields
+  adjacency: winner and loser codes swapped      test_explicit_fields
+  a pair with one empty step is valid            test_pairs_with_an_empty_step_are_dropped
+  None clears stored values                      test_values
+  values carry gradient                          test_values
+  units: union without root                      test_units_are_connected_components
 """
 # ruff: noqa: E501 (tables of calls and their messages)
 

@@ -6,6 +6,13 @@ Where they differ from us on purpose:
   covers a
   sequence's first token, which a prompt prevents. Liger refuses ipo.
   Liger's losses are sums over pairs divided by the number of pairs: our reduction="mean" when no pair is dropped.
+
+Mutations, each caught by the test named (on a copy of the package):
+  ipo of sums                     test_loss_gradient_and_metrics_equal_trl
+  hinge squared                   test_loss_gradient_and_metrics_equal_trl
+  rewards without beta (metrics)  test_loss_gradient_and_metrics_equal_trl
+  reference sums added            test_loss_gradient_and_metrics_equal_trl
+  simpo's gamma times beta        test_simpo_equals_its_formula_as_trl_writes_it
 """
 
 import types
@@ -130,10 +137,10 @@ def test_simpo_equals_its_formula_as_trl_writes_it(backend):
     beta, gamma, e = 2.5, 1.4, 0.1
     z = means[:3] - means[3:] - gamma / beta
     want = (-F.logsigmoid(beta * z) * (1 - e) - F.logsigmoid(-beta * z) * e).mean().item()
-    got = step_pref_loss(
-        logits, layout, loss_type="simpo", beta=beta, simpo_gamma=gamma, label_smoothing=e, backend=backend
-    )
-    assert got.loss.item() == pytest.approx(want, rel=1e-5)
+    options = {"loss_type": "simpo", "beta": beta, "simpo_gamma": gamma, "label_smoothing": e}
+    for name in ("reference", backend):
+        got = step_pref_loss(logits, layout, backend=name, **options)
+        assert got.loss.item() == pytest.approx(want, rel=1e-5)
 
 
 def test_dpo_golden_of_torchtune():

@@ -1,7 +1,11 @@
 """What must hold for any batch, found out by hypothesis: invariances, conservation, finite differences.
 
 Mutations, each caught by the test named (on a copy of the package):
-MUTATIONS
+  a pack's positions counted over the whole pack  test_packing_order_changes_nothing
+  logits not normalised                           test_a_constant_added_to_a_row_changes_nothing
+  a step is its last row                          test_sums_over_steps_are_the_sequence_sum
+  backward without the temperature                test_finite_differences
+  the other half of the soft label lost           test_swapping_a_pair_with_its_soft_label
 """
 
 import pytest

@@ -2,7 +2,15 @@
 
 Mutations of sspo_ext/backends/reference.py and logps.logit_map, each caught by the test named (on a copy of the
 package):
-MUTATIONS
+  softcap: temperature inside the tanh  test_logit_map
+  temperature multiplies                test_token_logps_golden
+  reference: half precision not upcast  test_half_precision_accumulates_in_float32
+  reference: weights ignored            test_step_logps_equal_the_oracle
+  reference: reference sums added       test_loss_golden
+  reference: an empty step is scored    test_float64_is_exact_to_float64
+  reference: pair order swapped         test_loss_golden
+  means divide by zero                  test_step_logps_equal_the_oracle
+  float64 mean through float32          test_float64_is_exact_to_float64
 """
 
 import math
@@ -11,7 +19,7 @@ import pytest
 import torch
 from helpers_batch import oracle_steps, random_batch, random_pairs
 
-from sspo_ext import StepLayout, step_logps, step_pref_loss
+from sspo_ext import StepLayout, StepPairs, step_logps, step_pref_loss
 from sspo_ext.backends import reference
 from sspo_ext.logps import logit_map
 
@@ -89,8 +97,9 @@ def test_float64_is_exact_to_float64():
     """P = 3: a mean taken as a product with float32(1/3) would be off by 3e-8."""
     batch = random_batch(1, B=6, dtype=F64)
     layout = batch.layout
-    pairs = random_pairs(layout, 0, P=3)
     sums, counts, _ = oracle_steps(batch)
+    full = [k for k, n in enumerate(counts) if n]
+    pairs = StepPairs.from_index(layout, [[full[0], full[3]], [full[1], full[4]], [full[2], full[5]]])
     losses = [
         math.log1p(math.exp(-0.1 * float(sums[w] - sums[b]))) if counts[w] and counts[b] else 0.0
         for w, b in pairs.index.tolist()
