@@ -3,8 +3,7 @@
 Where they differ from us on purpose:
   TRL `sigmoid` and `hinge` ignore label_smoothing; ours smooths sigmoid, and hinge refuses it.
   TRL `ipo` divides by completion_mask.sum(), the unshifted count: one more than the scored tokens only if the mask
-  covers a
-  sequence's first token, which a prompt prevents. Liger refuses ipo.
+  covers a sequence's first token, which a prompt prevents. Liger refuses ipo.
   Liger's losses are sums over pairs divided by the number of pairs: our reduction="mean" when no pair is dropped.
 
 Mutations, each caught by the test named (on a copy of the package):
