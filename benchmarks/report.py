@@ -23,7 +23,7 @@ rise of a fresh process's resident set. Before a clock starts, gradients are com
 
 def write(folder: Path) -> None:
     """RESULTS.md, from whatever tables are in the folder, in this module's order."""
-    known = {**logits.TABLES, **linear.TABLES}
+    known = [label for name in (*logits.TABLES, *linear.TABLES) for label in (name, f"{name}-cpu")]
     found = [Table.load_from(folder / f"{name}.json") for name in known if (folder / f"{name}.json").exists()]
     machines = []
     for table in found:

@@ -110,23 +110,34 @@ def run(
     parser.add_argument(
         "--without", nargs="+", default=[], metavar="PEER", help="peers to leave out, by (part of) name"
     )
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: of one thread, on a busy machine"
+    )
     options = parser.parse_args(argv)
+    if options.clock == "cpu":
+        options.threads, measure.clock = 1, time.thread_time
     peers.left_out.update(options.without)
     torch.set_num_threads(options.threads)
     settings = Settings(options.quick, options.rounds, options.limit)
     for name in options.only or tables:
-        path = options.out / f"{name}.json"
+        label = f"{name}-cpu" if options.clock == "cpu" else name
+        path = options.out / f"{label}.json"
         if path.exists() and not options.redo:
             continue
         load, started = measure.settle(wait_s=options.wait), time.perf_counter()
         print(f"{name}: measuring, load {load:.1f}", file=sys.stderr, flush=True)
         table = tables[name](settings)
-        table.name, table.load = name, [load, os.getloadavg()[0]]
+        table.name, table.load = label, [load, os.getloadavg()[0]]
         table.seconds, table.machine = time.perf_counter() - started, measure.machine()
         table.when = time.strftime("%Y-%m-%d %H:%M")
         quick = " --quick" if options.quick else ""
+        clock = " --clock cpu" if options.clock == "cpu" else ""
         without = f" --without {' '.join(map(repr, options.without))}" if options.without else ""
-        table.command = f"python -m benchmarks report --only {name} --redo --threads {options.threads}{quick}{without}"
+        table.command = (
+            f"python -m benchmarks report --only {name} --redo --threads {options.threads}{quick}{without}{clock}"
+        )
+        if clock:
+            table.title += " (processor time of one thread)"
         table.save(options.out)
         print(table.markdown(), flush=True)
         finish(options.out)
