@@ -73,7 +73,7 @@ class LinearPrefRoute(torch.autograd.Function):
         scale = spec.scale.to(acc)
 
         def cast(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value.to(acc)
+            return None if value is None else value.to(acc).contiguous()
 
         loss, sums, pair_losses, coef, d_hidden, d_weight, d_bias = linear_ops.linear_pref_fwd(
             hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, needs,
@@ -160,7 +160,7 @@ class StepSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens: Tensor, layout: StepLayout, backend: str):
         ctx.layout = layout
-        weights = None if layout.weights is None else layout.weights.to(tokens.dtype)
+        weights = None if layout.weights is None else layout.weights.to(tokens.dtype).contiguous()
         return step_loss(tokens, weights, layout, None, backend)[1]
 
     @staticmethod

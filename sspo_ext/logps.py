@@ -73,7 +73,7 @@ class LogitsRoute(torch.autograd.Function):
         inplace_backward: bool,
     ):
         tokens, lse = ops.token_logp_fwd(logits, layout.rows, layout.labels, a, c, backend)
-        weights = None if layout.weights is None else layout.weights.to(tokens.dtype)
+        weights = None if layout.weights is None else layout.weights.to(tokens.dtype).contiguous()
         loss, sums, pair_losses, coef = step_loss(tokens, weights, layout, spec, backend)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(logits, lse, coef, weights, layout.labels, layout.row_of, layout.step_of_row)
@@ -113,7 +113,7 @@ def step_loss(tokens: Tensor, weights: Tensor | None, layout: StepLayout, spec: 
     pairs = spec.pairs
 
     def cast(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.to(tokens.dtype)
+        return None if value is None else value.to(tokens.dtype).contiguous()
 
     return ops.step_loss_fwd(
         tokens, weights, offsets, cast(spec.ref), pairs.index, pairs.adj_offsets, pairs.adj_pairs, cast(pairs.weights),

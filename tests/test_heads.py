@@ -14,6 +14,7 @@ Mutations of sspo_ext/heads.py and backends/generate.py, each caught by the test
 """
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,6 +153,15 @@ def test_table():
 
 
 # ---- the generated forms
+
+
+@pytest.fixture(autouse=True)
+def source_tree(monkeypatch):
+    """The files of this checkout, whichever copy of the package is imported."""
+    root = Path(__file__).resolve().parents[1]
+    for name in ("CPP_FILE", "TRITON_FILE"):
+        monkeypatch.setattr(generate, name, root / getattr(generate, name).relative_to(generate.ROOT))
+    monkeypatch.setattr(generate, "ROOT", root)
 
 
 def test_generated_files_are_up_to_date():

@@ -240,15 +240,6 @@ def test_no_recompiles_over_batches():
     assert graphs() <= 2, f"{graphs()} graphs for {len(shapes)} batch shapes"
 
 
-def test_host_work_is_refused_with_a_sentence():
-    """Plain tensors and (P, 2) pairs need numpy: the message says what to pass instead."""
-    batch = random_batch(3)
-    compiled = torch.compile(step_pref_loss, fullgraph=True, backend="aot_eager")
-    for args in ((batch.labels, batch.step_ids), (batch.layout, torch.tensor([[0, 1]])), (batch.layout,)):
-        with pytest.raises(Exception, match="StepLayout and StepPairs|StepPairs|StepLayout"):
-            compiled(batch.logits, *args)
-
-
 def test_labels_out_of_range_give_nan_when_unchecked(backend):
     """Compiled, labels are not compared with V (it would recompile for every batch): NaN, and no wild read."""
     ids = torch.tensor([[-1, 0, 0, 0]])

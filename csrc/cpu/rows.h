@@ -264,7 +264,8 @@ RowGrad row_grad(const BwdArgs& args, int64_t position, bool finite_float) {
     const int64_t row = args.row_of[position];
     if (row < 0 || row >= args.N) return g;
     g.factor = ((const Coef*)args.coef)[row];
-    if (args.upstream) g.factor *= *(const Coef*)args.upstream;
+    // rounded as torch rounds the same product, so that it does not matter which of the two makes it
+    if (args.upstream) g.factor = (Coef)(g.factor * *(const Coef*)args.upstream);
     if (g.factor == 0) return g;
     g.label = args.labels[row];
     g.lse = args.lse[row];

@@ -197,6 +197,8 @@ def _token_logp_fwd_kernel(
         logp, lost_again = _sum_and_rounding(product, -log_total)
         lost += lost_again
         logp += tl.where(tl.abs(lost) < float("inf"), lost, 0.0)  # NaN where something was infinite
+        # rounding may leave a probability a hair above 1; the comparison lets NaN through
+        logp = tl.where(logp > 0, 0.0, logp)
         tl.store(logp_ptr + n, tl.where(label == -1, -lse.to(tl.float32), logp))
 
 
