@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("setuptools")
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))
 build_cuda = pytest.importorskip("build_cuda", reason="not a checkout of the repository")
 
 NVCC = build_cuda.find_nvcc()

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ beside tests/
+sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ beside tests/; last, so that the installed package stays first
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
