@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ beside tests/; last, so that the installed package stays first
+sys.path.append(str(Path(__file__).parents[1]))  # for benchmarks/; last: not for sspo_ext/
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
