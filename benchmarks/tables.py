@@ -130,12 +130,12 @@ def run(
         table.name, table.load = label, [load, os.getloadavg()[0]]
         table.seconds, table.machine = time.perf_counter() - started, measure.machine()
         table.when = time.strftime("%Y-%m-%d %H:%M")
+        limit = "" if options.limit == parser.get_default("limit") else f" --limit {options.limit:g}"
         quick = " --quick" if options.quick else ""
         clock = " --clock cpu" if options.clock == "cpu" else ""
         without = f" --without {' '.join(map(repr, options.without))}" if options.without else ""
-        table.command = (
-            f"python -m benchmarks report --only {name} --redo --threads {options.threads}{quick}{without}{clock}"
-        )
+        table.command = f"python -m benchmarks report --only {name} --redo --threads {options.threads}"
+        table.command += limit + quick + without + clock
         if clock:
             table.title += " (processor time of one thread)"
         table.save(options.out)
