@@ -22,6 +22,9 @@ class StepLogps:
     sums: Tensor  # (S,) float32 (float64 for float64 logits): sum of w * log pi over the step, 0 for an empty one
     counts: Tensor  # (S,) int32: scored tokens
     tokens: Tensor  # (N,) float32 (float64): log pi of each scored token, in row order
+    entropy: Tensor | None = None  # (N,) like tokens: -sum_v pi_v log pi_v of each row, in nats
+    sum_p2: Tensor | None = None  # (N,): sum_v pi_v^2, in [1 / V, 1]
+    kl: Tensor | None = None  # (N,): KL(reference || pi), in nats
 
     @property
     def means(self) -> Tensor:

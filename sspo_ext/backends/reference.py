@@ -32,6 +32,29 @@ def token_logps(
     return map_logits(needed, a, c).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
 
 
+def row_reductions(
+    logits: Tensor,  # (B, T, V)
+    rows: Tensor,  # (N,) int64
+    ref_logits: Tensor | None,  # (B, T, V): of the reference, a constant, mapped as the logits are
+    a: float,
+    c: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # entropy, sum_p2, kl; (N,) each, float32 (float64 for float64 logits)
+    """-sum p log p, sum p^2 and sum q (log q - log p) over the vocabulary; 0 log 0 = 0."""
+
+    def log_probs(x: Tensor) -> Tensor:
+        needed = x.reshape(-1, x.shape[-1])[rows]
+        return map_logits(needed if needed.dtype == torch.float64 else needed.float(), a, c).log_softmax(-1)
+
+    logp = log_probs(logits)
+    p = logp.exp()
+    entropy = -(p * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
+    if ref_logits is None:
+        return entropy, p.square().sum(-1), None
+    logq = log_probs(ref_logits.detach())
+    q = logq.exp()
+    return entropy, p.square().sum(-1), torch.where(q > 0, q * (logq - logp), 0.0).sum(-1)
+
+
 def step_sums(
     logps: Tensor,  # (N,)
     weights: Tensor | None,  # (N,)
