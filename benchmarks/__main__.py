@@ -12,6 +12,7 @@ COMMANDS = {
     "traffic": ("traffic", "bytes that the Triton kernels load and store, counted in the interpreter"),
     "machine-code": ("machine_code", "what the Triton kernels compile to: registers, spills, widths of loads"),
     "families": ("families", "linear against logits route on tiny models of many families"),
+    "real-routes": ("real_routes", "that run on both routes and beside TRL's DPOTrainer"),
     "real-run": ("real_run", "a real model trained on real reasoning steps"),
 }
 

@@ -40,7 +40,7 @@ SIDES = ("chosen", "rejected")
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = parse(argv)
+    options = parser(__doc__).parse_args(argv)
     work, output = Path(options.work), Path(options.output)
     work.mkdir(parents=True, exist_ok=True)
     output.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 
     log = [e for e in trainer.state.log_history if "loss" in e]
     result = {
-        "command": " ".join(["python -m benchmarks.real_run", *_shown(argv)]),
+        "command": " ".join(["python -m benchmarks.real_run", *shown(argv)]),
         "options": {k: v for k, v in vars(options).items() if k not in ("data", "work", "output")},
         "hardware": hardware(),
         "train": describe(train),
@@ -81,9 +81,9 @@ def main(argv: list[str] | None = None) -> None:
     print(report(result))
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=description.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
     add("--data", required=True, help="JSONL in the form of openai/grade-school-math's example_model_solutions.jsonl")
@@ -108,10 +108,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--save-steps", type=int, default=4, help="updates between checkpoints")
     add("--seed", type=int, default=0, help="of the order of rows")
     add("--note", default="", help="a line for RESULTS.md, as what else the machine was doing")
-    return parser.parse_args(argv)
+    return parser
 
 
-def _shown(argv: list[str] | None) -> list[str]:
+def shown(argv: list[str] | None) -> list[str]:
     """The arguments, with file names for paths."""
     return [Path(a).name if "/" in a and not a.startswith("-") else a for a in (sys.argv[1:] if argv is None else argv)]
 
@@ -125,14 +125,18 @@ def model_folder(name: str) -> str:
     return os.path.dirname(spec.origin)
 
 
-def make_trainer(model, tokenizer, train: list[dict], options, work: Path) -> StepPreferenceTrainer:
-    lora = None
-    if options.lora_r:
-        from peft import LoraConfig
+def lora_config(options):
+    """peft's LoraConfig, or None to train all weights."""
+    if not options.lora_r:
+        return None
+    from peft import LoraConfig
 
-        lora = LoraConfig(
-            r=options.lora_r, lora_alpha=2 * options.lora_r, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+    return LoraConfig(
+        r=options.lora_r, lora_alpha=2 * options.lora_r, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
+def make_trainer(model, tokenizer, train: list[dict], options, work: Path) -> StepPreferenceTrainer:
     args = StepPreferenceConfig(
         str(work), loss_type=options.loss_type, beta=options.beta, learning_rate=options.lr, lr_scheduler_type="linear",
         warmup_steps=5, num_train_epochs=options.epochs, per_device_train_batch_size=options.batch_size,
@@ -141,7 +145,12 @@ def make_trainer(model, tokenizer, train: list[dict], options, work: Path) -> St
         dataloader_pin_memory=False, use_cpu=True, bf16=options.bf16, route=options.route,
     )  # fmt: skip
     return StepPreferenceTrainer(
-        model, args, train, processing_class=tokenizer, peft_config=lora, callbacks=[Speed(work / "speed.json", train)]
+        model,
+        args,
+        train,
+        processing_class=tokenizer,
+        peft_config=lora_config(options),
+        callbacks=[Speed(work / "speed.json", train)],
     )
 
 
