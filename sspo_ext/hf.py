@@ -130,6 +130,27 @@ def forward_hidden(model: nn.Module, **inputs: Any) -> tuple[Tensor, Any]:
     return tap.hidden, outputs
 
 
+def forward_logits_at(
+    model: nn.Module, positions: Tensor, *, use_cache: bool = False, **inputs: Any
+) -> tuple[Tensor, Any]:
+    """Run the model with its head at some positions only: their logits, with the model's own scale and softcap.
+
+    Args:
+        model, **inputs: as for `forward_hidden`.
+        positions: (N,) int64 on the model's device, into the flattened (B * T) positions; any order, repeats allowed.
+        use_cache: ask the model for its cache, which is then in `outputs.past_key_values`.
+
+    Returns:
+        logits: (N, V), equal to `model(**inputs).logits.flatten(0, 1)[positions]`.
+        outputs: what the model returned.
+
+    Raises:
+        TypeError, UnsupportedHead: as `forward_hidden`.
+    """
+    outputs, _ = _run(model, inputs, lambda hidden: hidden.flatten(0, 1)[positions][None], use_cache)
+    return (outputs.logits if hasattr(outputs, "logits") else outputs[0])[0], outputs
+
+
 def check_head(model: nn.Module, sample_inputs: dict[str, Any]) -> LMHead:
     """Start-up self-check: does `model_head` describe this model's logits? Returns it if so.
 
@@ -203,7 +224,9 @@ def _ladder(hidden: Tensor) -> Tensor:
     return hidden[:, :1] * gains[None, :, None]
 
 
-def _run(model: nn.Module, inputs: dict[str, Any], narrow: Callable[[Tensor], Tensor]) -> tuple[Any, _Tap]:
+def _run(
+    model: nn.Module, inputs: dict[str, Any], narrow: Callable[[Tensor], Tensor], use_cache: bool = False
+) -> tuple[Any, _Tap]:
     for name in ("labels", "logits_to_keep", "num_logits_to_keep"):
         if inputs.get(name) is not None:
             raise TypeError(f"{name}: expected no such input, since the head computes one position only")
@@ -213,7 +236,7 @@ def _run(model: nn.Module, inputs: dict[str, Any], narrow: Callable[[Tensor], Te
     base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     parameters = inspect.signature(base.forward).parameters
     if "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        inputs = {**inputs, "use_cache": False}
+        inputs = {**inputs, "use_cache": use_cache}
     tap = _Tap(narrow)
     # Appended, not prepended: wrappers' hooks (FSDP2's cast and all-gather) come first, so we see what the head would.
     handle = head.register_forward_pre_hook(tap, with_kwargs=True)

@@ -98,3 +98,68 @@ class StepValues(TensorBundle):
 
     def __repr__(self) -> str:
         return f"StepValues(sequences={self.num_sequences}, steps={self.num_steps}, device={self.values.device})"
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """B sequences of token ids: a prompt, and the steps of the response to it.
+
+    Steps follow each other without a gap, so prompt + steps is what the model read and wrote. A response without steps
+    is an empty list: its only state is the question. Empty steps and empty prompts raise ValueError: a model has
+    nothing to go by before the first token (give it the beginning of sequence).
+    """
+
+    prompt_ids: Sequence[Sequence[int]]  # (B,) lists
+    step_ids: Sequence[Sequence[Sequence[int]]]  # (B,) lists of K_b steps, each a list of token ids
+
+    def __post_init__(self) -> None:
+        if len(self.prompt_ids) != len(self.step_ids):
+            raise ValueError(
+                f"step_ids: expected one list for each of {len(self.prompt_ids)} prompts, got {len(self.step_ids)}"
+            )
+        for b, (prompt, steps) in enumerate(zip(self.prompt_ids, self.step_ids, strict=True)):
+            if not len(prompt):
+                raise ValueError(f"prompt_ids: expected at least one token, got none for sequence {b}")
+            for k, step in enumerate(steps):
+                if not len(step):
+                    raise ValueError(f"step_ids: expected at least one token, got none for step {k} of sequence {b}")
+
+    @classmethod
+    def from_tensors(
+        cls,
+        input_ids: Tensor,  # (B, T) int
+        step_ids: Tensor,  # (B, T) int: 0, 1, 2.. never decreasing within a sequence; -1 before the first step: prompt
+        attention_mask: Tensor | None = None,  # (B, T): 0 is padding, on either side
+    ) -> StepBatch:
+        """From the tensors of a trainer. Tokens with step id -1 after the first step (a tool's output, padding) belong
+        to the step before them unless `attention_mask` is 0 there. One copy to the host."""
+        check_integer("input_ids", input_ids, ndim=2)
+        check_shape("step_ids", step_ids, tuple(input_ids.shape))
+        ids, steps = input_ids.cpu().numpy(), step_ids.cpu().numpy()
+        if attention_mask is None:
+            kept = np.ones(ids.shape, bool)
+        else:
+            check_shape("attention_mask", attention_mask, tuple(input_ids.shape))
+            kept = attention_mask.cpu().numpy() != 0
+        prompts, responses = [], []
+        for b in range(len(ids)):
+            row, numbers = ids[b][kept[b]], np.maximum.accumulate(steps[b][kept[b]])
+            if not (steps[b][kept[b]] == numbers)[steps[b][kept[b]] >= 0].all():
+                raise ValueError(f"step_ids: expected step ids that never decrease, sequence {b} has some that do")
+            edges = np.flatnonzero(np.diff(numbers, prepend=-1))
+            parts = np.split(row, edges)
+            prompts.append(parts[0].tolist())
+            responses.append([part.tolist() for part in parts[1:]])
+        return cls(prompts, responses)
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    def sequence(self, b: int) -> list[int]:
+        """Prompt and steps of sequence b, end to end."""
+        return [*self.prompt_ids[b], *(token for step in self.step_ids[b] for token in step)]
+
+    def boundaries(self, b: int) -> list[int]:
+        """K_b + 1 lengths of prefixes: the prompt alone, prompt and first step, ..., the whole sequence."""
+        lengths = [len(self.prompt_ids[b]), *(len(step) for step in self.step_ids[b])]
+        return np.cumsum(lengths).tolist()
