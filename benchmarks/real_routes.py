@@ -33,10 +33,9 @@ CONTESTANTS = {
     "linear, steps": ("sspo_ext", "linear", "index"),
     "logits, steps": ("sspo_ext", "logits", "index"),
     "linear, whole solutions": ("sspo_ext", "linear", "sequence"),
-    "logits, whole solutions": ("sspo_ext", "logits", "sequence"),
     "TRL DPOTrainer, whole solutions": ("trl", "logits", "sequence"),
 }
-OPTIONS = ["--bf16", "--pairs", "192", "--held-out", "120", "--lr", "8e-4", "--epochs", "0.84"]
+OPTIONS = ["--bf16", "--pairs", "96", "--held-out", "120", "--lr", "8e-4", "--epochs", "0.84"]
 
 
 def main(argv: list[str]) -> None:
