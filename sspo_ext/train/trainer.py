@@ -7,7 +7,6 @@ reference's log-probs, and metrics. Optimisers, schedules, checkpoints, DDP and 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from dataclasses import dataclass, field, replace
 
@@ -15,18 +14,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from .. import StepLogps, StepPrefOutput, linear_step_logps, linear_step_pref_loss, step_logps, step_pref_loss
-from .._checks import check_choice
+from .. import StepLogps, StepPrefOutput, linear_step_pref_loss, step_pref_loss
 from ..backends import select
 from ..heads import get_pair_head
-from ..hf import UnsupportedHead, check_head, forward_hidden, model_head
+from ..hf import forward_hidden, model_head
 from ..layout import TensorBundle
 from .collator import StepPreferenceCollator
 from .means import Means
 from .models import load_model
 from .reference_cache import TOKEN_COLUMNS, ReferenceCache, add_reference, reference_key
-
-logger = logging.getLogger(__name__)
+from .route import ROUTE_HELP, batch_logps, choose_route, model_inputs, router_loss
 
 
 @dataclass
@@ -52,13 +49,7 @@ class StepPreferenceConfig(TrainingArguments):
     )
     packing: bool = field(default=False, metadata={"help": "Padding-free batches: sequences end to end in one row."})
     backend: str = field(default="auto", metadata={"help": "auto, cpu, triton, cuda or reference."})
-    route: str = field(
-        default="linear",
-        metadata={
-            "help": "linear: from hidden states, the logits are never stored; raises for a model whose head it cannot "
-            "take. logits: from the model's own logits. auto: linear, or logits with a warning."
-        },
-    )
+    route: str = field(default="linear", metadata={"help": ROUTE_HELP})
     chunk_bytes: int | None = field(default=None, metadata={"help": "Budget of the linear route's logits buffer."})
     inplace_backward: bool | None = field(
         default=None,
@@ -127,7 +118,7 @@ class StepPreferenceTrainer(Trainer):
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **trainer_kwargs)
         # Versions before loss_is_scaled_for_ga decide by this whether to divide by the accumulation steps.
         self.model_accepts_loss_kwargs = True
-        self.route = self._choose_route()
+        self.route = choose_route(self.model, args.route, args.device)
         if args.packing:
             self._check_packing(train_dataset if train_dataset is not None else eval_dataset)
         if not args.reference_free and head.reference != "forbidden":
@@ -138,12 +129,12 @@ class StepPreferenceTrainer(Trainer):
         args, layout, pairs = self.args, batch["layout"], batch["pairs"]
         options = {"ref": batch.get("ref"), "num_items": num_items, "backend": args.backend, **self._loss_options}
         if self.route == "linear":
-            hidden, outputs = forward_hidden(model, **_model_inputs(batch))
+            hidden, outputs = forward_hidden(model, **model_inputs(batch))
             head = model_head(model)
             options.update(head.options, chunk_bytes=args.chunk_bytes)
             out = linear_step_pref_loss(hidden, head.weight, layout, pairs, **options)
             return self._with_router_loss(out, outputs, num_items)
-        outputs = model(**_model_inputs(batch), use_cache=False)
+        outputs = model(**model_inputs(batch), use_cache=False)
         logits, inplace = outputs.logits, args.inplace_backward
         if inplace is None:
             inplace = select(args.backend, logits.device.type, logits.dtype) != "reference"
@@ -154,41 +145,18 @@ class StepPreferenceTrainer(Trainer):
     def _with_router_loss(self, out: StepPrefOutput, outputs, num_items: float | Tensor | None) -> StepPrefOutput:
         """Adds a mixture of experts' balance loss, which models add only to a loss of their own; weighted by this
         batch's share of the pairs."""
-        aux = getattr(outputs, "aux_loss", None)
-        coefficient = getattr(self.model.config, "router_aux_loss_coef", None)
-        if aux is None or not coefficient or not out.loss.requires_grad:
+        aux = router_loss(self.model, outputs)
+        if aux is None or not out.loss.requires_grad:
             return out
         share = 1.0 if num_items is None else out.pairs.num_valid / num_items
-        return replace(out, loss=out.loss + coefficient * share * aux.to(out.loss.device))
+        return replace(out, loss=out.loss + share * aux.to(out.loss.device))
 
     def step_logps(self, model: nn.Module, batch: dict) -> StepLogps:
         """The model's forward and its step log-probs, as the loss sees them."""
-        options = {"temperature": self.args.temperature, "backend": self.args.backend}
-        if self.route == "linear":
-            hidden, _ = forward_hidden(model, **_model_inputs(batch))
-            head = model_head(model)
-            options.update(head.options, chunk_bytes=self.args.chunk_bytes)
-            return linear_step_logps(hidden, head.weight, batch["layout"], **options)
-        return step_logps(model(**_model_inputs(batch), use_cache=False).logits, batch["layout"], **options)
-
-    def _choose_route(self) -> str:
-        """`args.route`, after the linear route's self-check on the model itself."""
-        route = self.args.route
-        check_choice("route", route, ("linear", "logits", "auto"))
-        if route == "logits":
-            return route
-        vocab = self.model.get_input_embeddings().weight.shape[0]
-        # from the middle, where no padding row of zeros is
-        ids = (vocab // 2 + torch.arange(8, device=self.args.device)[None]) % vocab
-        try:
-            check_head(self.model.to(self.args.device), {"input_ids": ids})
-        except UnsupportedHead as error:
-            if route == "linear":
-                raise
-            logger.warning("logits route, since the linear one cannot take this model: %s", error)
-            return "logits"
-        logger.info("linear route: the logits are never stored")
-        return "linear"
+        args = self.args
+        return batch_logps(
+            model, batch, self.route, chunk_bytes=args.chunk_bytes, temperature=args.temperature, backend=args.backend
+        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         out = self.preference_loss(model, inputs, num_items_in_batch)
@@ -298,8 +266,3 @@ class StepPreferenceTrainer(Trainer):
                 f"packing: {name} gives other log-probs for packed sequences (by {difference:.3g} in a step); "
                 "use packing=False"
             )
-
-
-def _model_inputs(batch: dict) -> dict[str, Tensor]:
-    """No labels, and no mask for packed sequences: with a mask of ones, or a cache, they would see each other."""
-    return {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}

@@ -1,0 +1,105 @@
+"""Outcome rewards: what a completion is worth, by its answer alone.
+
+A grader is any function `reward(prompt, completion, answer) -> float`. The ready-made ones import what they need when
+they are made.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+Grader = Callable[[str, str, Any], float]
+DEFAULT_MARKER = "####"
+
+
+def load_grader(name: str) -> Grader:
+    """A grader by name:
+
+    * "exact" or "exact:MARKER": 1 if the text after the last MARKER (default "####", else the last line that is not
+      blank) is the answer, white space aside;
+    * "math-verify": 1 if the two are the same mathematics (package math-verify, which needs the main thread);
+    * "reasoning-gym": the dataset's own score in [0, 1] of the text after the last "####"; the answer is the
+      dataset's entry, {"question", "answer", "metadata": {"source_dataset", ...}} (package reasoning-gym);
+    * "package.module:function": your own.
+
+    Raises ValueError for anything else, ImportError for a package or module that is not there.
+    """
+    if name == "exact" or name.startswith("exact:"):
+        return exact_grader(name.partition(":")[2] or DEFAULT_MARKER)
+    if name == "math-verify":
+        return _math_verify()
+    if name == "reasoning-gym":
+        return _reasoning_gym()
+    module, colon, attribute = name.partition(":")
+    if not colon or not attribute:
+        raise ValueError(
+            "grader: expected 'exact', 'exact:MARKER', 'math-verify', 'reasoning-gym' or 'module:function', "
+            f"got {name!r}"
+        )
+    found = getattr(importlib.import_module(module), attribute, None)
+    if not callable(found):
+        raise ValueError(f"grader: {module!r} has no function {attribute!r}")
+    return found
+
+
+def exact_grader(marker: str = DEFAULT_MARKER) -> Grader:
+    def exact(prompt: str, completion: str, answer: Any) -> float:
+        return float(final_text(completion, marker).split() == answer_text(answer).split())
+
+    return exact
+
+
+def final_text(completion: str, marker: str = DEFAULT_MARKER) -> str:
+    """What follows the last `marker`; without one, the last line that is not blank; "" if there is none."""
+    _, found, text = completion.rpartition(marker)
+    if found:
+        return text.strip()
+    lines = completion.strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
+def answer_text(answer: Any) -> str:
+    """The answer as the model should write it: a text, a number, or the "answer" of a mapping."""
+    value = answer.get("answer") if isinstance(answer, dict) else answer
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise TypeError(f"answer: expected a text, a number or a mapping with an 'answer', got {answer!r}")
+    return str(value)
+
+
+def grade(grader: Grader, prompt: str, completion: str, answer: Any) -> float:
+    """The grader's reward, checked to be one finite number."""
+    reward = grader(prompt, completion, answer)
+    try:
+        value = float(reward)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"grader: expected a number, got {reward!r} for the completion {completion!r}") from error
+    if not math.isfinite(value):
+        raise ValueError(f"grader: expected a finite reward, got {value} for the completion {completion!r}")
+    return value
+
+
+def _math_verify() -> Grader:
+    from math_verify import parse, verify
+
+    def same_mathematics(prompt: str, completion: str, answer: Any) -> float:
+        return float(verify(parse(answer_text(answer)), parse(completion)))
+
+    return same_mathematics
+
+
+def _reasoning_gym() -> Grader:
+    from reasoning_gym import get_score_answer_fn
+
+    def dataset_score(prompt: str, completion: str, answer: Any) -> float:
+        try:
+            score = get_score_answer_fn(answer["metadata"]["source_dataset"])
+        except (TypeError, KeyError) as error:
+            raise ValueError(
+                f"answer: expected reasoning-gym's entry with metadata.source_dataset, got {answer!r}"
+            ) from error
+        return float(score(final_text(completion), answer))
+
+    return dataset_score

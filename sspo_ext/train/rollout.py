@@ -1,0 +1,199 @@
+"""Rollouts: completions sampled from the policy, behind an interface small enough for any engine.
+
+What is drawn for a row depends on the policy, the row's prompt and the row's seed alone: one uniform number a token, by
+inverting the cumulative distribution. So rollouts are the same for one process or many, for any batch they are drawn
+in (up to rounding of the logits), in an interrupted run and an uninterrupted one; torch's random state is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_choice, check_not_negative
+
+ENGINES = ("generate", "compact", "vllm")
+_BELOW_ONE = 1 - 2**-24
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. `temperature` 0 is greedy; `top_p`, `top_k` narrow the distribution before drawing
+    (and then the loss's log-probs are not those that were drawn from)."""
+
+    max_completion_length: int
+    eos_token_ids: tuple[int, ...]
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self):
+        check_not_negative("temperature", self.temperature)
+        if self.max_completion_length < 1:
+            raise ValueError(f"max_completion_length: expected at least 1, got {self.max_completion_length}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
+
+
+class RolloutEngine(Protocol):
+    """Anything that completes prompts."""
+
+    def complete(
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[Sequence[int]]
+    ) -> list[list[int]]:
+        """Token ids of one completion to each prompt, up to and with the end of sequence, at most
+        `sampling.max_completion_length`. `seeds`: some non-negative integers for each row."""
+        ...
+
+
+def make_engine(name: str, tokenizer, *, rows_at_once: int | None = None, **options: Any) -> RolloutEngine:
+    """An engine by name.
+
+    * "generate": Hugging Face's `generate`, for every model;
+    * "compact": a loop over the key-value cache that lets go of rows as they end, for models whose cache can select
+      rows: the same completions, sooner where lengths differ;
+    * "vllm": vLLM beside the policy; `options` go to `vllm.LLM`.
+    """
+    check_choice("rollout_engine", name, ENGINES)
+    if name == "vllm":
+        from .vllm_engine import VLLMEngine
+
+        return VLLMEngine(**options)
+    return (GenerateEngine if name == "generate" else CompactEngine)(tokenizer.pad_token_id or 0, rows_at_once)
+
+
+class GenerateEngine:
+    """`model.generate`, left-padded."""
+
+    def __init__(self, pad_token_id: int, rows_at_once: int | None = None):
+        self.pad_token_id, self.rows_at_once = pad_token_id, rows_at_once
+
+    def complete(self, model, prompts, sampling, seeds):
+        return _in_parts(self._complete, self.rows_at_once, model, prompts, sampling, seeds)
+
+    @torch.no_grad()
+    def _complete(self, model, prompts, sampling: Sampling, seeds) -> list[list[int]]:
+        from transformers import LogitsProcessorList
+
+        inputs = left_padded(prompts, self.pad_token_id, _device(model))
+        width = inputs["input_ids"].shape[1]
+        choose = LogitsProcessorList([_ChooseOne(_Chooser(sampling, seeds, _device(model)), width)])
+        out = model.generate(
+            **inputs, logits_processor=choose, do_sample=False, num_beams=1, use_cache=True,
+            max_new_tokens=sampling.max_completion_length, min_new_tokens=None, repetition_penalty=1.0,
+            temperature=None, top_p=None, top_k=None,
+            eos_token_id=list(sampling.eos_token_ids), pad_token_id=self.pad_token_id,
+        )  # fmt: skip
+        return [up_to_end(ids, sampling.eos_token_ids) for ids in out[:, width:].tolist()]
+
+
+class CompactEngine:
+    """A loop over the key-value cache; rows that have ended are dropped from it."""
+
+    def __init__(self, pad_token_id: int, rows_at_once: int | None = None):
+        self.pad_token_id, self.rows_at_once = pad_token_id, rows_at_once
+
+    def complete(self, model, prompts, sampling, seeds):
+        return _in_parts(self._complete, self.rows_at_once, model, prompts, sampling, seeds)
+
+    @torch.no_grad()
+    def _complete(self, model, prompts, sampling: Sampling, seeds) -> list[list[int]]:
+        from transformers import DynamicCache
+
+        device = _device(model)
+        inputs = left_padded(prompts, self.pad_token_id, device)
+        mask, ids = inputs["attention_mask"], inputs["input_ids"]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        ends = torch.tensor(sampling.eos_token_ids, device=device)
+        chooser, cache = _Chooser(sampling, seeds, device), DynamicCache()
+        rows = torch.arange(len(ids), device=device)
+        tokens = torch.full((len(ids), sampling.max_completion_length), self.pad_token_id, device=device)
+        lengths = torch.zeros(len(ids), dtype=torch.int64, device=device)
+        for t in range(sampling.max_completion_length):
+            out = model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                logits_to_keep=1,
+            )  # fmt: skip
+            drawn = chooser(out.logits[:, -1], rows, t)
+            tokens[rows, t] = drawn
+            lengths[rows] = t + 1
+            going = (~torch.isin(drawn, ends)).nonzero()[:, 0]
+            if not len(going):
+                break
+            if len(going) < len(rows):
+                cache.batch_select_indices(going)
+                rows, drawn, mask, positions = rows[going], drawn[going], mask[going], positions[going]
+            ids, positions = drawn[:, None], positions[:, -1:] + 1
+            mask = torch.cat([mask, torch.ones_like(ids)], 1)
+        return [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+
+
+class _Chooser:
+    """One token a row from the last position's logits."""
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[Sequence[int]], device: torch.device):
+        from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+        self.sampling = sampling
+        self.narrow = [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+        self.narrow += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+        if sampling.temperature:
+            draws = [np.random.default_rng(list(seed)).random(sampling.max_completion_length) for seed in seeds]
+            self.uniform = torch.from_numpy(np.array(draws)).clamp(max=_BELOW_ONE).float().to(device)
+
+    def __call__(self, logits: Tensor, rows: Tensor, t: int) -> Tensor:  # (n, V), (n,) -> (n,) int64
+        if not self.sampling.temperature:
+            return logits.argmax(-1)
+        logits = logits.float() / self.sampling.temperature
+        for warp in self.narrow:
+            logits = warp(None, logits)
+        cumulative = logits.softmax(-1).cumsum(-1)
+        target = self.uniform[rows, t, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+class _ChooseOne:
+    """Logits processor for `generate`: leaves only the chosen token possible."""
+
+    def __init__(self, chooser: _Chooser, prompt_width: int):
+        self.chooser, self.width = chooser, prompt_width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        rows = torch.arange(len(scores), device=scores.device)
+        drawn = self.chooser(scores, rows, input_ids.shape[1] - self.width)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn[:, None], 0.0)
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
+    """input_ids and attention_mask (B, T) int64."""
+    width = max(map(len, prompts))
+    ids = [[pad_token_id] * (width - len(p)) + list(p) for p in prompts]
+    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    return {
+        "input_ids": torch.tensor(ids, dtype=torch.int64, device=device),
+        "attention_mask": torch.tensor(mask, dtype=torch.int64, device=device),
+    }
+
+
+def up_to_end(ids: list[int], eos_token_ids: Sequence[int]) -> list[int]:
+    """`ids` up to and with the first end of sequence."""
+    return ids[: next((i for i, token in enumerate(ids) if token in eos_token_ids), len(ids)) + 1]
+
+
+def _in_parts(complete, size: int | None, model, prompts, sampling, seeds) -> list[list[int]]:
+    if len(seeds) != len(prompts):
+        raise ValueError(f"seeds: expected one for each of {len(prompts)} prompts, got {len(seeds)}")
+    size = size or max(len(prompts), 1)
+    parts = [
+        complete(model, prompts[i : i + size], sampling, seeds[i : i + size]) for i in range(0, len(prompts), size)
+    ]
+    return [ids for part in parts for ids in part]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

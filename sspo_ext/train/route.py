@@ -1,0 +1,61 @@
+"""What the trainers share: which route a model takes to its log-probs, and what of a batch the model reads."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from .. import StepLogps, linear_step_logps, step_logps
+from .._checks import check_choice
+from ..hf import UnsupportedHead, check_head, forward_hidden, model_head
+
+logger = logging.getLogger(__name__)
+ROUTES = ("linear", "logits", "auto")
+ROUTE_HELP = (
+    "linear: from hidden states, the logits are never stored; raises for a model whose head it cannot take. "
+    "logits: from the model's own logits. auto: linear, or logits with a warning."
+)
+
+
+def choose_route(model: nn.Module, route: str, device: torch.device) -> str:
+    """ "linear" or "logits", after the linear route's self-check on the model itself, which is moved to `device`."""
+    check_choice("route", route, ROUTES)
+    if route == "logits":
+        return route
+    vocab = model.get_input_embeddings().weight.shape[0]
+    # from the middle, where no padding row of zeros is
+    ids = (vocab // 2 + torch.arange(8, device=device)[None]) % vocab
+    try:
+        check_head(model.to(device), {"input_ids": ids})
+    except UnsupportedHead as error:
+        if route == "linear":
+            raise
+        logger.warning("logits route, since the linear one cannot take this model: %s", error)
+        return "logits"
+    logger.info("linear route: the logits are never stored")
+    return "linear"
+
+
+def batch_logps(model: nn.Module, batch: dict, route: str, *, chunk_bytes: int | None = None, **options) -> StepLogps:
+    """The model's forward and the log-probs of the batch's layout, as the loss of the same route sees them."""
+    if route == "linear":
+        hidden, _ = forward_hidden(model, **model_inputs(batch))
+        head = model_head(model)
+        return linear_step_logps(
+            hidden, head.weight, batch["layout"], **options, **head.options, chunk_bytes=chunk_bytes
+        )
+    return step_logps(model(**model_inputs(batch), use_cache=False).logits, batch["layout"], **options)
+
+
+def model_inputs(batch: dict) -> dict[str, Tensor]:
+    """No labels, and no mask for packed sequences: with a mask of ones, or a cache, they would see each other."""
+    return {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
+
+
+def router_loss(model: nn.Module, outputs) -> Tensor | None:
+    """A mixture of experts' balance loss with its coefficient, which models add only to a loss of their own."""
+    aux = getattr(outputs, "aux_loss", None)
+    coefficient = getattr(model.config, "router_aux_loss_coef", None)
+    return None if aux is None or not coefficient else coefficient * aux
