@@ -168,7 +168,7 @@ def check_head(model: nn.Module, sample_inputs: dict[str, Any]) -> LMHead:
             `forward_hidden` raise.
     """
     inner, _ = _find_head(model)
-    with torch.no_grad(), _eval_mode(model):
+    with torch.no_grad(), eval_mode(model):
         outputs, tap = _run(model, sample_inputs, _ladder)
         head = model_head(model)
         theirs = outputs.logits if hasattr(outputs, "logits") else outputs[0]
@@ -369,7 +369,8 @@ def _compare(inner: nn.Module, head: LMHead, raw: Tensor, theirs: Tensor) -> Non
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and afterwards each as it was."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

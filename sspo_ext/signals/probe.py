@@ -1,0 +1,267 @@
+"""What a state is worth to the model itself: it is made to answer after each of its steps.
+
+SSPO (arXiv 2508.12604) calls this verbal value probing; its prompt and its exact value are not public, so the texts,
+the two values and their defaults here are our reconstruction. V_k is on the scale of E[reward | answer after step k]:
+
+    likelihood   the probability of the gold answer after the probe
+    graded       the share of a few short sampled answers that a grader accepts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .._checks import check_choice, check_positive, describe
+from .branches import Branch, branch_logps
+from .values import StepBatch, StepValues
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A text that makes the model answer now.
+
+    text       what is said for the model, or with `turn` asked by the user
+    lead       put before it where the state does not end a line
+    separator  between the text and the answer
+    ends       texts that may follow the answer, which is then scored with any of them. With the default, an answer
+               counts however it goes on, "4" also where the model would go on to "42"
+    turn       ask in a turn of the user's (the tokenizer's chat template closes the model's turn and opens its next)
+               instead of going on in the model's turn
+    """
+
+    text: str
+    lead: str = "\n"
+    separator: str = " "
+    ends: tuple[str, ...] = ("",)
+    turn: bool = False
+
+
+PROBES = {
+    "en": Probe("The final answer is"),
+    "zh": Probe("最终答案是", separator=""),
+    "ja": Probe("最終的な答えは", separator=""),
+    "ko": Probe("최종 답은"),
+    "de": Probe("Die endgültige Antwort ist"),
+    "fr": Probe("La réponse finale est"),
+    "es": Probe("La respuesta final es"),
+    "ru": Probe("Окончательный ответ:"),
+    "symbol": Probe("####"),
+}
+
+AnyProbe = str | Probe | Sequence[int]
+Answer = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+
+
+def probe_step_values(
+    model: nn.Module,
+    batch: StepBatch,
+    probe: AnyProbe | Sequence[str | Probe],
+    answers: Sequence[Answer] | Sequence[Any],
+    *,
+    mode: str = "likelihood",
+    reduce: str = "joint",
+    engine: str = "auto",
+    max_tokens: int = 4096,
+    tokenizer=None,
+    grader: Callable[[str, Any], float] | None = None,
+    num_samples: int = 5,
+    max_answer_tokens: int = 10,
+    temperature: float = 0.6,
+    seed: int = 0,
+) -> StepValues:
+    """V_0..V_K of every sequence, in [0, 1]: after the question alone and after each of its K steps. No gradient.
+
+    Args:
+        model: any Hugging Face causal LM; runs in eval mode, and its modes are restored.
+        batch: prompts (with the chat template's tokens, where there is one) and steps. Special tokens at the end of a
+            response are left out before the probe: V_K is asked of the text.
+        probe: a language of `PROBES`, any other text, a `Probe`, or token ids; or one text or Probe for each sequence.
+        answers: (B,) the gold answer of each sequence. "likelihood": a text, several accepted texts, or the same in
+            token ids. "graded": whatever `grader` takes.
+        mode: "likelihood" or "graded".
+        reduce: "likelihood": "joint", exp(sum of log p) over the answer's tokens, the probability of the answer; or
+            "mean", exp(mean of log p), which overstates long answers: with exact-match rewards the model then learns
+            never to answer. Several texts: "joint" adds their probabilities, as different texts of which none is the
+            beginning of another exclude each other (one that begins with another counts as that other); "mean" takes
+            the largest, as it has no such meaning.
+        engine: "separate", "packed", "cached" or "auto", see `sspo_ext.signals.branches`. "graded" samples from a
+            cache: "separate", "cached" or "auto".
+        max_tokens: budget of one forward, in tokens.
+        tokenizer: needed for texts, and for "graded".
+        grader: "graded": grader(text of a sampled answer, the sequence's answer) -> 0..1 or bool.
+        num_samples, max_answer_tokens, temperature, seed: "graded": how answers are sampled; temperature 0 is one
+            greedy answer. An answer ends with its line or with the model's turn. Each answer has its own random
+            numbers, so they depend neither on the engine nor on the batch.
+
+    Returns:
+        StepValues on the model's device, float32.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name; values that are not finite (on the host).
+
+    Example::
+
+        >>> batch = StepBatch([tokenizer("6 + 13 + 7 = ?\\n").input_ids], [[tokenizer("6 + 13 = 19\\n").input_ids]])
+        >>> probe_step_values(model, batch, "####", ["26"], tokenizer=tokenizer).to_lists()  # [[V_0, V_1]]
+    """
+    check_choice("mode", mode, ("likelihood", "graded"))
+    check_choice("reduce", reduce, ("joint", "mean"))
+    if not isinstance(batch, StepBatch):
+        raise TypeError(f"batch: expected a StepBatch, got {describe(batch)}")
+    if len(answers) != len(batch):
+        raise ValueError(f"answers: expected one for each of {len(batch)} sequences, got {len(answers)}")
+    states = _States(model, batch, probe, tokenizer)
+    if mode == "graded":
+        from .graded import graded_values
+
+        check_positive("num_samples", num_samples)
+        check_positive("max_answer_tokens", max_answer_tokens)
+        values = graded_values(
+            model, states, answers, tokenizer, grader, engine, max_tokens, num_samples, max_answer_tokens, temperature,
+            seed,
+        )  # fmt: skip
+    else:
+        values = _likelihood(model, states, answers, reduce, engine, max_tokens)
+    return StepValues.from_tensor(values, torch.from_numpy(states.offsets))
+
+
+class _States:
+    """The states of a batch, in the order of StepValues, and the probe's tokens in each."""
+
+    def __init__(self, model: nn.Module, batch: StepBatch, probe: Any, tokenizer):
+        self.tokenizer = tokenizer
+        self.trunks = [batch.sequence(b) for b in range(len(batch))]
+        special = special_ids(model, tokenizer)
+        self.cuts: list[list[int]] = []
+        for b, trunk in enumerate(self.trunks):
+            end, prompt = len(trunk), len(batch.prompt_ids[b])
+            while end > prompt and trunk[end - 1] in special:
+                end -= 1
+            self.cuts.append([min(cut, end) for cut in batch.boundaries(b)])
+        self.offsets = np.concatenate([[0], np.cumsum([len(cuts) for cuts in self.cuts], dtype=np.int64)])
+        self.probes = _resolve(probe, len(batch), tokenizer)
+        self._texts: dict[int, str] = {}
+
+    def probe_ids(self, b: int, cut: int) -> list[int]:
+        probe = self.probes[b]
+        return list(probe) if not isinstance(probe, Probe) else _encode(self.tokenizer, *self._before(b, cut))
+
+    def spellings(self, b: int, cut: int, answer: Answer) -> list[list[int]]:
+        """Token ids of each accepted answer after the probe."""
+        probe = self.probes[b]
+        many = [answer] if isinstance(answer, str) or _is_ids(answer) else list(answer)
+        if isinstance(probe, Probe) and all(isinstance(a, str) for a in many):
+            if not many or not all(many):
+                raise ValueError(f"answers: expected at least one text, and no empty one, got {answer!r} for {b}")
+            before = "".join(self._before(b, cut))
+            return [_encode(self.tokenizer, before, probe.separator + a + end) for a in many for end in probe.ends]
+        if self.tokenizer is not None:
+            many = [_encode(self.tokenizer, "", a) if isinstance(a, str) else a for a in many]
+        if not many or not all(_is_ids(a) and len(a) for a in many):
+            raise ValueError(
+                f"answers: expected a text (with a tokenizer), token ids, or several, got {answer!r} for sequence {b}"
+            )
+        return [list(a) for a in many]
+
+    def _before(self, b: int, cut: int) -> tuple[str, str]:
+        """(a stand-in for the state's text, the probe's text after it)"""
+        probe = self.probes[b]
+        if probe.turn:
+            return "a", _asked(self.tokenizer, probe)
+        last = self.trunks[b][cut - 1]
+        if last not in self._texts:
+            self._texts[last] = self.tokenizer.decode([last], clean_up_tokenization_spaces=False)
+        ended = not probe.lead or self._texts[last].endswith("\n")
+        return ("a\n", probe.text) if ended else ("a", probe.lead + probe.text)
+
+
+def _likelihood(
+    model: nn.Module, states: _States, answers: Sequence[Answer], reduce: str, engine: str, max_tokens: int
+) -> torch.Tensor:
+    branches, counts = [], []
+    encoded: dict[tuple, tuple[list[int], list[list[int]]]] = {}
+    for b, cuts in enumerate(states.cuts):
+        for cut in cuts:
+            key = (b, states._before(b, cut) if isinstance(states.probes[b], Probe) else None)
+            if key not in encoded:
+                encoded[key] = states.probe_ids(b, cut), _distinct(states.spellings(b, cut, answers[b]), reduce)
+            probe, spellings = encoded[key]
+            branches += [Branch(b, cut, [*probe, *spelling], len(probe)) for spelling in spellings]
+            counts.append(len(spellings))
+    logps = branch_logps(model, states.trunks, branches, engine=engine, max_tokens=max_tokens)
+    scores = logps.sums()
+    if reduce == "mean":
+        scores = scores / logps.offsets.diff()
+    offsets = torch.tensor([0, *np.cumsum(counts)], device=scores.device)
+    how = "sum" if reduce == "joint" else "max"
+    return torch.segment_reduce(scores.exp(), how, offsets=offsets).clamp(0, 1)
+
+
+def _distinct(spellings: list[list[int]], reduce: str) -> list[list[int]]:
+    """Events that exclude each other: no text twice, and for sums none that begins with another."""
+    kept: list[list[int]] = []
+    for ids in sorted(spellings, key=len):
+        if not any(ids[: len(other)] == other if reduce == "joint" else ids == other for other in kept):
+            kept.append(ids)
+    return kept
+
+
+def special_ids(model: nn.Module, tokenizer) -> set[int]:
+    """Tokens that end or pad a text: the tokenizer's, and the model's own ends of sequence."""
+    found = set(() if tokenizer is None else tokenizer.all_special_ids)
+    for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
+        eos = getattr(config, "eos_token_id", None)
+        found |= set(eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos])
+    return found
+
+
+def _resolve(probe: Any, batch: int, tokenizer) -> list:
+    """One Probe, or list of token ids, for each sequence."""
+    many = not isinstance(probe, (str, Probe)) and not _is_ids(probe)
+    if many and (not isinstance(probe, Sequence) or len(probe) != batch):
+        raise ValueError(
+            f"probe: expected a text, a Probe, token ids, or a text or Probe for each of {batch} sequences, got "
+            f"{describe(probe)}"
+        )
+    found = []
+    for one in probe if many else [probe] * batch:
+        if isinstance(one, str):
+            one = PROBES.get(one) or Probe(one)
+        if isinstance(one, Probe):
+            if tokenizer is None:
+                raise ValueError("tokenizer: expected one, since the probe is a text")
+            if not one.text.strip() or not one.ends:
+                raise ValueError(f"probe: expected a text and at least one end (which may be ''), got {one!r}")
+        elif not _is_ids(one):
+            raise ValueError(f"probe: expected a text, a Probe or token ids, got {describe(one)}")
+        found.append(one)
+    return found
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(i, int) for i in value)
+
+
+def _encode(tokenizer, before: str, text: str) -> list[int]:
+    """Token ids of `text` as it reads after `before`, or by itself where a token would reach over both."""
+    head = tokenizer(before, add_special_tokens=False)["input_ids"]
+    full = tokenizer(before + text, add_special_tokens=False)["input_ids"]
+    if full[: len(head)] == head and len(full) > len(head):
+        return full[len(head) :]
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _asked(tokenizer, probe: Probe) -> str:
+    """What the chat template writes after the model's text when the user asks for the answer."""
+    mark = "@@"
+    messages = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
+    text = tokenizer.apply_chat_template(
+        [*messages, {"role": "user", "content": probe.text}], tokenize=False, add_generation_prompt=True
+    )
+    return text[text.rindex(mark) + len(mark) :]

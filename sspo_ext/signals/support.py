@@ -1,0 +1,153 @@
+"""Which engine of `branches` a model supports: refusals that are known, and a check against separate forwards.
+
+A wrong mask, a hole in a cache that a sliding window counts, or positions that a model works out by itself give numbers
+that look right. So an engine is used for a model only after it has given the same log-probs as separate forwards on one
+example, once for each model and engine. The answer is kept as long as the model lives.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_choice
+from ..hf import eval_mode, unwrap
+from .branches import ENGINES, Branch, model_device, model_dtype, run_engine
+
+logger = logging.getLogger(__name__)
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+# A 4-D mask replaces what the model would build: these read a bool one (True: seen), those a float one that is added.
+_BOOL_MASK, _FLOAT_MASK = ("sdpa",), ("eager",)
+_known: weakref.WeakKeyDictionary[nn.Module, dict[tuple, str | None]] = weakref.WeakKeyDictionary()
+_FAILURES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
+
+
+def choose_engine(model: nn.Module, engine: str, longest: int = 0) -> str:
+    """The engine to run: the one asked for, or for "auto" the first of `ENGINES` that the model supports.
+
+    longest  tokens of the longest path; what is beyond a sliding window is another case. ValueError with the reason if
+    the engine was asked for by name and the model does not support it.
+    """
+    check_choice("engine", engine, ("auto", *ENGINES))
+    if engine != "auto":
+        reason = why_not(model, engine, longest)
+        if reason is not None:
+            raise ValueError(f"engine: {engine!r} cannot run {_name(model)}: {reason}")
+        return engine
+    return next(name for name in ENGINES if why_not(model, name, longest) is None)
+
+
+def why_not(model: nn.Module, engine: str, longest: int = 0) -> str | None:
+    """None if `engine` ("packed", "cached", "separate") gives this model's log-probs; else why it does not.
+
+    longest  tokens of the longest path that it is to be used for.
+
+    The first question runs the model on a few short made-up sequences; the answer is logged and remembered.
+    """
+    check_choice("engine", engine, ENGINES)
+    if engine == "separate":
+        return None
+    config = _config(model)
+    window = _window(config)
+    beyond = window is not None and longest > window
+    key = (engine, beyond, _attention(config), model_device(model), model_dtype(model))
+    known = _known.setdefault(model, {})
+    if key not in known:
+        reason = _refusal(config, engine, beyond)
+        known[key] = _self_check(model, engine, window if beyond else None) if reason is None else reason
+        if known[key] is not None:
+            logger.info("engine %s cannot run %s: %s", engine, _name(model), known[key])
+    return known[key]
+
+
+def four_d_mask(model: nn.Module, seen: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
+    """The attention_mask argument for a (B, T, T) bool mask and (B, T) positions, in the form this model reads.
+
+    A mask of our own replaces the model's sliding window too, so the window, counted in positions, is put into it.
+    """
+    config = _config(model)
+    window = _window(config)
+    kinds = getattr(config, "layer_types", None)
+
+    def form(mask: Tensor) -> Tensor:
+        mask = mask[:, None]
+        if _attention(config) in _BOOL_MASK:
+            return mask
+        dtype = model_dtype(model)
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+    if window is None:
+        return form(seen)
+    near = seen & (positions[:, :, None] - positions[:, None, :] < window)
+    return form(near) if kinds is None else {_FULL: form(seen), _SLIDING: form(near)}
+
+
+def _refusal(config: Any, engine: str, beyond: bool) -> str | None:
+    kinds = set(getattr(config, "layer_types", None) or ()) - {_FULL, _SLIDING}
+    attention = _attention(config)
+    if engine == "packed":
+        if kinds:
+            return f"layers of type {', '.join(sorted(map(str, kinds)))} take no mask of our own"
+        # with flex_attention a 4-D tensor is added as a bias, and aborts the process
+        if attention not in (*_BOOL_MASK, *_FLOAT_MASK):
+            return f"attention {attention!r} takes no 4-D mask"
+        if beyond and getattr(config, "sliding_window", None) is None:
+            return "its window is applied inside its layers, by place and not by position"
+    elif beyond:
+        return "a sliding window counts the places that the mask hides"
+    return None
+
+
+def _self_check(model: nn.Module, engine: str, window: int | None) -> str | None:
+    """Log-probs of a few branches of two made-up trunks against separate forwards."""
+    vocab = model.get_input_embeddings().weight.shape[0] if hasattr(model, "get_input_embeddings") else 8
+    length = 21 if window is None else window + 13
+
+    def made_up(n: int, seed: int) -> list[int]:
+        # from the middle of the vocabulary, where no special tokens are
+        return [vocab // 2 + (seed * 7 + i * i * 5 + i * 3) % max(vocab // 3, 1) for i in range(n)]
+
+    trunks = [made_up(length, 1), made_up(length - 8, 2)]
+    tail = made_up(5, 3)
+    cuts = ((0, 4), (0, length // 2), (0, length), (1, 3), (1, length - 8))
+    branches = [Branch(t, cut, tail, start) for t, cut in cuts for start in (0, 3)]
+    with torch.no_grad(), eval_mode(model):
+        expected = run_engine(model, trunks, branches, "separate", 1 << 30).tokens
+        try:
+            got = run_engine(model, trunks, branches, engine, 1 << 30).tokens
+        except _FAILURES as error:
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    difference = float((got - expected).abs().max())
+    # What the same token's log-prob changes by from context to context is what a wrong mask would change it by.
+    spread = float((expected.view(len(cuts), -1) - expected.view(len(cuts), -1)[:1]).abs().max())
+    eps = torch.finfo(model_dtype(model)).eps
+    bound = max(32 * eps, min(4 * eps**0.5, 0.1 * spread))
+    if not difference <= bound:
+        return f"its log-probs differ from separate forwards by {difference:.2g} on an example (bound {bound:.2g})"
+    return None
+
+
+def _config(model: nn.Module) -> Any:
+    config = getattr(unwrap(model), "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def _attention(config: Any) -> str | None:
+    return getattr(config, "_attn_implementation", None)
+
+
+def _window(config: Any) -> int | None:
+    if set(getattr(config, "layer_types", None) or ()) == {_FULL}:
+        return None
+    found = (getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_chunk_size"))
+    return next((w for w in found if isinstance(w, int) and w > 0), None)
+
+
+def _name(model: nn.Module) -> str:
+    inner = unwrap(model)
+    return type(inner.get_base_model() if hasattr(inner, "get_base_model") else inner).__name__
