@@ -1,0 +1,114 @@
+"""From completions to advantages: what an update of SSPO learns from, in plain lists, easy to print and send."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from ..layout import StepLayout
+from ..signals import step_ids_from_tokens
+
+
+@dataclass
+class Rollout:
+    """One completion. `values` are V_0 .. V_K for its K steps, V_K = 0 by definition (nothing follows the last step);
+    empty where nothing was probed."""
+
+    row: Any  # the dataset's: prompt, answer, ...
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    text: str
+    ended: bool  # by an end of sequence; a completion that was cut off earns nothing
+    steps: list[list[int]] = field(default_factory=list)
+    reward: float = 0.0
+    values: list[float] = field(default_factory=list)
+    advantages: list[float] = field(default_factory=list)
+
+
+class PromptSampler(Sampler[int]):
+    """Row numbers in the order in which updates use them: each update's prompts, every prompt `num_generations` times
+    in a row, all of it `num_iterations` times. Every epoch is another permutation; prompts that do not fill an update
+    are left out of it. Which epoch it is follows from the number of updates done, so a resumed run draws the same."""
+
+    def __init__(
+        self,
+        size: int,
+        prompts_per_update: int,
+        num_generations: int,
+        num_iterations: int,
+        seed: int,
+        updates_done: Callable[[], int],
+    ):
+        if size < prompts_per_update:
+            raise ValueError(
+                f"train_dataset: expected at least the {prompts_per_update} prompts of one update, got {size}"
+            )
+        self.size, self.prompts = size, prompts_per_update
+        self.num_generations, self.num_iterations, self.seed = num_generations, num_iterations, seed
+        self.updates_done = updates_done
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = self.updates_done() // (self.size // self.prompts * self.num_iterations)
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed * 100_003 + epoch)).tolist()
+        for first in range(0, self.size - self.prompts + 1, self.prompts):
+            for _ in range(self.num_iterations):
+                for row in order[first : first + self.prompts]:
+                    yield from [row] * self.num_generations
+
+    def __len__(self) -> int:
+        return self.size // self.prompts * self.prompts * self.num_generations * self.num_iterations
+
+
+def prompt_tokens(prompt: str | Sequence[dict], tokenizer) -> list[int]:
+    """A text with the tokenizer's special tokens, or chat messages by its template, ready to be completed."""
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt).input_ids
+    else:
+        ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False)
+    if not ids:
+        raise ValueError(f"prompt: expected at least one token, got none for {prompt!r}")
+    return list(ids)
+
+
+def split_steps(completions: Sequence[Sequence[int]], delimiters: Tensor) -> list[list[list[int]]]:
+    """The token ids of every step of every completion. Steps tile the completion: the last has the end of sequence, a
+    completion without a delimiter is one step, an empty one has none."""
+    longest = max(map(len, completions), default=0)
+    if not longest:
+        return [[] for _ in completions]
+    ids, mask = torch.zeros(2, len(completions), longest, dtype=torch.int64)
+    for row, tokens in enumerate(completions):
+        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+        mask[row, : len(tokens)] = 1
+    found = []
+    for tokens, steps in zip(completions, step_ids_from_tokens(ids, mask, delimiters).tolist(), strict=True):
+        parts: list[list[int]] = [[] for _ in range(steps[len(tokens) - 1] + 1 if tokens else 0)]
+        for token, step in zip(tokens, steps, strict=False):
+            parts[step].append(token)
+        found.append(parts)
+    return found
+
+
+def policy_batch(rollouts: Sequence[Rollout], pad_token_id: int) -> dict:
+    """input_ids and attention_mask (n, T) int64, right-padded; "layout" (every token of a completion is scored, in its
+    step) and "advantages" (S,) float32, one a step."""
+    length = max(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
+    ids = torch.full((len(rollouts), length), pad_token_id)
+    mask = torch.zeros_like(ids)
+    labels, steps = torch.full_like(ids, -100), torch.full_like(ids, -1)
+    for b, r in enumerate(rollouts):
+        start = len(r.prompt_ids)
+        end = start + len(r.completion_ids)
+        ids[b, :end] = torch.tensor(r.prompt_ids + r.completion_ids)
+        mask[b, :end] = 1
+        labels[b, start:end] = ids[b, start:end]
+        numbers = [k for k, step in enumerate(r.steps) for _ in step]
+        steps[b, start:end] = torch.tensor(numbers, dtype=torch.int64)
+    layout = StepLayout.from_step_ids(labels, steps)
+    advantages = torch.tensor([a for r in rollouts for a in r.advantages], dtype=torch.float32)
+    return {"input_ids": ids, "attention_mask": mask, "layout": layout, "advantages": advantages}

@@ -1,0 +1,494 @@
+"""SSPOTrainer: self-traced step-wise policy optimisation on `transformers.Trainer`.
+
+An update: roll out (`rollout`), grade by the answer (`grade`), split into steps, probe what the policy itself thinks of
+every prefix (`sspo_ext.signals`), turn values into step advantages by GAE over steps, and take one policy-gradient
+step from hidden states. No length enters anywhere, no reward model, no value network. All of it happens where Trainer
+collects the micro-batches of an update; optimisers, schedules, checkpoints, DDP and logging backends are Trainer's.
+
+How values become advantages is our reconstruction of SSPO (arXiv 2508.12604).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from .. import StepPolicyOutput, linear_step_policy_loss, step_policy_loss
+from .._checks import check_choice, check_not_negative
+from ..hf import forward_hidden, model_head
+from ..layout import TensorBundle
+from ..signals import (
+    PROBES,
+    Probe,
+    StepBatch,
+    StepValues,
+    combine_advantages,
+    delimiter_mask,
+    outcome_advantages,
+    probe_step_values,
+    step_gae,
+)
+from .experience import PromptSampler, Rollout, policy_batch, prompt_tokens, split_steps
+from .grade import Grader, answer_text, grade
+from .models import load_model
+from .rollout import RolloutEngine, Sampling, make_engine
+from .route import ROUTE_HELP, batch_logps, choose_route, model_inputs, router_loss
+
+COMBINE = ("add", "multiply", "replace", "outcome")
+
+
+def _option(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class SSPOConfig(TrainingArguments):
+    """TrainingArguments and what SSPO adds; names are TRL's GRPO names where it has them.
+
+    `per_device_train_batch_size` counts completions, and an update has per_device_train_batch_size x
+    gradient_accumulation_steps x processes of them: a multiple of `num_generations`.
+    """
+
+    remove_unused_columns: bool = _option(False, "Rows are the grader's, not the model's.")
+    logging_nan_inf_filter: bool = _option(False, "True hides a NaN loss from the log.")
+    logging_steps: float = _option(1, "Log every so many updates.")
+    learning_rate: float = _option(1e-6, "Peak learning rate.")
+
+    num_generations: int = _option(8, "Completions of every prompt: the group of the baseline.")
+    max_completion_length: int = _option(256, "Tokens; a completion that reaches it earns nothing.")
+    temperature: float = _option(1.0, "Of sampling, and of the log-probs in the loss.")
+    top_p: float = _option(1.0, "Nucleus sampling; below 1 the loss is no longer that of the sampled distribution.")
+    top_k: int = _option(0, "Sampling from the k most probable tokens; 0: from all. The same caution.")
+    rollout_engine: str = _option("generate", "generate, compact or vllm (sspo_ext.train.rollout).")
+    rollout_batch_size: int | None = _option(None, "Rows completed at once on a device; None: all.")
+    rollout_options: dict | None = _option(None, "vLLM's own options.")
+
+    split_by: str = _option("newline", "newline, blank_line or a regular expression (sspo_ext.signals.split).")
+    probe: str = _option("en", "A language of sspo_ext.signals.PROBES, or the text that asks for the answer.")
+    probe_end: str = _option("", "What must follow the answer for it to count, such as the end of sequence.")
+    probe_options: dict | None = _option(None, "Of sspo_ext.signals.probe_step_values: mode, reduce, engine, ...")
+    gamma: float = _option(0.9, "Discount per step: what a step costs. It makes reasoning short; 1 does not.")
+    lam: float = _option(0.9, "GAE's lambda over steps. 0: a step's own progress.")
+    baseline: str = _option("rloo", "Of the outcome: rloo, grpo, dr_grpo, reinforce or reinforce++.")
+    combine: str = _option(
+        "add", "add, multiply or replace the outcome's advantage by the step's; outcome: the outcome's alone, no probe."
+    )
+
+    loss_type: str = _option("reinforce", "See sspo_ext.policy.POLICY_HEADS.")
+    loss_options: dict | None = _option(None, "The loss type's other options.")
+    epsilon: float = _option(0.2, "Clipping below, for losses that clip.")
+    epsilon_high: float | None = _option(None, "Clipping above; None: epsilon.")
+    beta: float = _option(0.0, "Weight of the KL to the model as given; 0 keeps no reference.")
+    kl_estimator: str = _option("k3", "k1, k2 or k3.")
+    entropy_coef: float = _option(0.0, "Weight of the entropy bonus.")
+    aggregation: str = _option("token", "How tokens are averaged, see step_policy_loss.")
+    num_iterations: int = _option(1, "Updates on every batch of rollouts.")
+    route: str = _option("linear", ROUTE_HELP)
+    backend: str = _option("auto", "auto, cpu, triton, cuda or reference.")
+    chunk_bytes: int | None = _option(None, "Budget of the linear route's logits buffer.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("combine", self.combine, COMBINE)
+        for name in ("gamma", "lam"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
+        check_not_negative("beta", self.beta)
+        for name in ("num_generations", "num_iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.num_iterations > 1 and self.save_strategy == "steps" and self.save_steps % self.num_iterations:
+            raise ValueError(
+                f"save_steps: expected a multiple of num_iterations={self.num_iterations}, since rollouts are not "
+                f"saved, got {self.save_steps}"
+            )
+
+
+class SSPOTrainer(Trainer):
+    """Trains a causal LM on prompts with answers.
+
+    Args:
+        model: a causal LM, a PEFT model, or a name or path (`load_model`, which then gives the tokenizer too).
+        args: SSPOConfig.
+        reward_func: `reward(prompt, completion, answer) -> float`, see `sspo_ext.train.grade`.
+        train_dataset: rows with "prompt" (a text or chat messages) and "answer" (a text or number; a mapping with an
+            "answer" for graders that need more). With a length.
+        eval_dataset: the same. `evaluate()` completes it greedily: eval_accuracy, eval_reward, lengths.
+        processing_class: the tokenizer.
+        peft_config: wraps the model in an adapter. The reference (`beta`) is then the model without it.
+        engine: a RolloutEngine of your own in place of `args.rollout_engine`.
+        **trainer_kwargs: Trainer's other arguments (callbacks, optimizers, ...).
+
+    Override `step_values` for another estimate of a state's worth.
+    """
+
+    # compute_loss divides by the count of all accumulated micro-batches; Trainer must not divide again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str,
+        args: SSPOConfig,
+        reward_func: Grader,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config=None,
+        engine: RolloutEngine | None = None,
+        **trainer_kwargs,
+    ):
+        if not isinstance(args, SSPOConfig):
+            raise TypeError(f"args: expected an SSPOConfig, got {type(args).__name__}")
+        if isinstance(model, (str, os.PathLike)):
+            model, tokenizer = load_model(model)
+            processing_class = processing_class or tokenizer
+        if processing_class is None:
+            raise ValueError("processing_class: expected the model's tokenizer, got None")
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            _check_rows(name, dataset, args.combine != "outcome" and name == "train_dataset")
+        self.ref_model = None
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        elif args.beta and not hasattr(model, "disable_adapter"):
+            self.ref_model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.reward_func = reward_func
+        self.pad_token_id = processing_class.pad_token_id or 0
+        self.delimiters = delimiter_mask(
+            processing_class, args.split_by, vocab_size=max(model.config.vocab_size, len(processing_class))
+        )
+        self._sums: dict[str, list] = defaultdict(lambda: [0.0, 0])
+        self._buffer: tuple[list[dict], Tensor | float] | None = None
+        self._update_began: float | None = None
+        super().__init__(model, args, list, train_dataset, eval_dataset, processing_class, **trainer_kwargs)
+        self.model_accepts_loss_kwargs = True
+        self._check_batch()
+        self.engine = engine or make_engine(
+            args.rollout_engine, processing_class, rows_at_once=args.rollout_batch_size, **(args.rollout_options or {})
+        )
+        self.eos_token_ids = _ends(self.model, processing_class)
+        self.route = choose_route(self.model, args.route, args.device)
+        if self.ref_model is not None:
+            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+
+    # ---- an update's batch
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if not batches:
+            return [], None
+        if self._update_began is not None:
+            self._add("time/update", time.perf_counter() - self._update_began)
+        if self._buffer is None or self.state.global_step % self.args.num_iterations == 0:
+            self._buffer = self._experience(batches)
+        self._update_began = time.perf_counter()
+        return self._buffer
+
+    def _experience(self, batches: Sequence[Sequence[Mapping]]) -> tuple[list[dict], float]:
+        """Micro-batches of this process and the number of items of all processes."""
+        args, size = self.args, len(batches[0])
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        # A row's place in the whole update decides its seed and its group, whatever process it is on.
+        places = [(g * world + rank) * size + j for g in range(len(batches)) for j in range(size)]
+        update = self.state.global_step // args.num_iterations
+        with self._evaluating():
+            rows = [row for batch in batches for row in batch]
+            rollouts = self.roll_out(rows, [(args.seed, update, place) for place in places])
+            if args.combine != "outcome":
+                with self._phase("probe"):
+                    for rollout, values in zip(rollouts, self.step_values(rollouts), strict=True):
+                        rollout.values = values
+            shared = [(p, r.reward, len(r.steps), r.values, len(r.completion_ids), r.ended) for p, r in
+                      zip(places, rollouts, strict=True)]  # fmt: skip
+            everyone = sorted(gather_object(shared)) if world > 1 else sorted(shared)
+            advantages = self.advantages(
+                torch.tensor([row[1] for row in everyone]),
+                [row[2] for row in everyone],
+                [row[3] for row in everyone],
+                torch.tensor([row[0] // args.num_generations for row in everyone]),
+            )
+            for place, rollout in zip(places, rollouts, strict=True):
+                rollout.advantages = advantages[place]
+            self._log_rollouts(everyone, advantages)
+            micro = [policy_batch(rollouts[i : i + size], self.pad_token_id) for i in range(0, len(rollouts), size)]
+            with self._phase("logps"):
+                for batch in micro:
+                    self._add_log_probs(batch)
+        self.on_rollouts(rollouts)
+        return micro, _num_items(args.aggregation, everyone)
+
+    def roll_out(
+        self, rows: Sequence[Mapping], seeds: Sequence[Sequence[int]], *, temperature: float | None = None
+    ) -> list[Rollout]:
+        """Completions of the rows' prompts, graded and split into steps. `temperature` 0 is greedy."""
+        args, tokenizer = self.args, self.processing_class
+        sampling = Sampling(
+            args.max_completion_length, self.eos_token_ids, args.temperature if temperature is None else temperature,
+            args.top_p, args.top_k,
+        )  # fmt: skip
+        with self._phase("rollout"), torch.no_grad(), self.accelerator.autocast():
+            prompts = [prompt_tokens(row["prompt"], tokenizer) for row in rows]
+            completions = self.engine.complete(self.model, prompts, sampling, seeds)
+        with self._phase("grade"):
+            found = []
+            for row, prompt, ids, steps in zip(
+                rows, prompts, completions, split_steps(completions, self.delimiters), strict=True
+            ):
+                text = tokenizer.decode(ids, skip_special_tokens=True)
+                ended = bool(ids) and ids[-1] in self.eos_token_ids
+                reward = grade(self.reward_func, row["prompt"], text, row.get("answer")) if ended else 0.0
+                found.append(Rollout(row, prompt, ids, text, ended, steps, reward))
+        return found
+
+    def step_values(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
+        """V_0 .. V_K of each: the policy's own estimate after the probe, and 0 at the end."""
+        # Nothing is asked after the last step: the outcome itself is known there.
+        states = StepBatch([r.prompt_ids for r in rollouts], [r.steps[:-1] for r in rollouts])
+        options = {"tokenizer": self.processing_class, **(self.args.probe_options or {})}
+        probe = replace(PROBES.get(self.args.probe) or Probe(self.args.probe), ends=(self.args.probe_end,))
+        if options.get("mode") == "graded":
+            answers = [r.row for r in rollouts]
+            options["grader"] = lambda text, row: grade(
+                self.reward_func, row["prompt"], f"{probe.text}{probe.separator}{text}", row["answer"]
+            )
+        else:
+            answers = [answer_text(r.row["answer"]) for r in rollouts]
+        with torch.no_grad(), self.accelerator.autocast():
+            values = probe_step_values(self.model, states, probe, answers, **options).to_lists()
+        return [[*v, 0.0] if r.steps else v for r, v in zip(rollouts, values, strict=True)]
+
+    def advantages(
+        self,
+        rewards: Tensor,  # (B,) float32
+        num_steps: Sequence[int],
+        values: Sequence[list[float]],
+        groups: Tensor,  # (B,) int64: the prompt each row completes
+    ) -> list[list[float]]:
+        """One advantage a step for every row of the whole update: step GAE and the outcome's, each over the standard
+        deviation of its own. No mean is taken off step advantages, which would reward long rollouts for their length.
+        """
+        args = self.args
+        outcome = _over_std(outcome_advantages(rewards, args.baseline, groups=groups))
+        step_sequence = torch.repeat_interleave(torch.arange(len(rewards)), torch.tensor(num_steps))
+        if args.combine == "outcome":
+            found = outcome[step_sequence]
+        else:
+            traced = StepValues.from_lists(values)
+            gae = step_gae(traced, rewards, gamma=args.gamma, lam=args.lam, normalize="batch")
+            found = combine_advantages(gae, outcome, step_sequence, how=args.combine)
+        return [part.tolist() for part in found.split(list(num_steps))]
+
+    def on_rollouts(self, rollouts: Sequence[Rollout]) -> None:
+        """Called with this process's rollouts of every update, advantages and all; does nothing."""
+
+    def _add_log_probs(self, batch: dict) -> None:
+        """Token log-probs of the policy that wrote the batch, where it will be used more than once, and of the
+        reference."""
+        if self.args.num_iterations > 1:
+            batch["old"] = self._token_logps(self.model, batch)
+        if self.args.beta:
+            if self.ref_model is not None:
+                batch["ref"] = self._token_logps(self.ref_model, batch)
+            else:
+                with self.model.disable_adapter():
+                    batch["ref"] = self._token_logps(self.model, batch)
+
+    def _token_logps(self, model: nn.Module, batch: dict) -> Tensor:
+        args = self.args
+        with torch.no_grad(), self.accelerator.autocast():
+            return batch_logps(
+                model, self._prepare_inputs(batch), self.route, chunk_bytes=args.chunk_bytes,
+                temperature=args.temperature, backend=args.backend,
+            ).tokens  # fmt: skip
+
+    # ---- the loss
+
+    def policy_loss(self, model: nn.Module, batch: dict, num_items: float | None) -> StepPolicyOutput:
+        """The model's forward and the loss of one micro-batch."""
+        args = self.args
+        options = {
+            "old": batch.get("old"), "ref": batch.get("ref"), "loss_type": args.loss_type, "kl_coef": args.beta,
+            "kl_estimator": args.kl_estimator, "entropy_coef": args.entropy_coef, "aggregation": args.aggregation,
+            "num_items": num_items, "temperature": args.temperature, "backend": args.backend,
+            **(args.loss_options or {}),
+        }  # fmt: skip
+        if self.route == "linear":
+            hidden, outputs = forward_hidden(model, **model_inputs(batch))
+            head = model_head(model)
+            options.update(head.options, chunk_bytes=args.chunk_bytes)
+            out = linear_step_policy_loss(hidden, head.weight, batch["layout"], batch["advantages"], **options)
+        else:
+            outputs = model(**model_inputs(batch), use_cache=False)
+            out = step_policy_loss(outputs.logits, batch["layout"], batch["advantages"], **options)
+        return out, router_loss(self.model, outputs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        out, aux = self.policy_loss(model, inputs, num_items_in_batch)
+        rows = inputs["layout"].num_rows
+        for name, value in out.metrics.items():
+            self._add(name, value.detach().float() * rows, rows)
+        # DDP averages gradients over processes, while num_items counts the items of all of them.
+        loss = out.loss * self.accelerator.num_processes
+        if aux is not None:
+            loss = loss + aux / self.args.gradient_accumulation_steps
+        return (loss, out) if return_outputs else loss
+
+    # ---- evaluation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Greedy completions of the dataset: accuracy (share of rewards of at least 1), reward, tokens, steps."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        _check_rows("eval_dataset", dataset, False, required=True)
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        rows = [dataset[i] for i in range(rank, len(dataset), world)]
+        with self._evaluating():
+            rollouts = self.roll_out(rows, [(i,) for i in range(len(rows))], temperature=0.0) if rows else []
+        shared = [(0, r.reward, len(r.steps), r.values, len(r.completion_ids), r.ended) for r in rollouts]
+        everyone = gather_object(shared) if world > 1 else shared
+        for name in ("time/rollout", "time/grade"):
+            self._sums.pop(name, None)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in rollout_metrics(everyone).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- what Trainer asks for
+
+    def _get_train_sampler(self, train_dataset=None) -> PromptSampler:
+        args = self.args
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return PromptSampler(
+            len(dataset), self._rows_per_update // args.num_generations, args.num_generations, args.num_iterations,
+            args.seed, lambda: self.state.global_step,
+        )  # fmt: skip
+
+    @property
+    def _rows_per_update(self) -> int:
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def _check_batch(self) -> None:
+        if self._rows_per_update % self.args.num_generations:
+            raise ValueError(
+                "per_device_train_batch_size: expected per_device_train_batch_size x gradient_accumulation_steps x "
+                f"processes, here {self._rows_per_update}, to be a multiple of num_generations="
+                f"{self.args.num_generations}"
+            )
+
+    def _prepare_input(self, data):
+        return data.to(self.args.device) if isinstance(data, TensorBundle) else super()._prepare_input(data)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["prompt", "answer"]
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:
+            logs.update(self._pop_sums())
+        super().log(logs, *args, **kwargs)
+
+    # ---- metrics
+
+    def _log_rollouts(self, everyone: Sequence[tuple], advantages: Sequence[Sequence[float]]) -> None:
+        for name, value in rollout_metrics(everyone).items():
+            self._add(name, value)
+        probed = [row[3] for row in everyone if len(row[3]) > 1]
+        if probed:
+            self._add("values/first", sum(v[0] for v in probed), len(probed))
+            self._add("values/last", sum(v[-2] for v in probed), len(probed))
+        flat = torch.tensor([a for row in advantages for a in row])
+        if len(flat):
+            self._add("advantages/mean", flat.mean().item())
+            self._add("advantages/std", flat.std(correction=0).item())
+
+    def _add(self, name: str, total: float | Tensor, count: float = 1) -> None:
+        entry = self._sums[name]
+        entry[0], entry[1] = entry[0] + total, entry[1] + count
+
+    def _pop_sums(self) -> dict[str, float]:
+        """Means over what was added, on all processes. The one host sync."""
+        if not self._sums:
+            return {}
+        device = self.args.device
+        pairs = torch.stack(
+            [torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in v]) for v in
+             self._sums.values()]
+        )  # fmt: skip
+        totals = self.accelerator.reduce(pairs, "sum").tolist()
+        means = {name: total / max(count, 1e-9) for name, (total, count) in zip(self._sums, totals, strict=True)}
+        self._sums.clear()
+        return means
+
+    @contextlib.contextmanager
+    def _phase(self, name: str):
+        began = time.perf_counter()
+        yield
+        self._add(f"time/{name}", time.perf_counter() - began)
+
+    @contextlib.contextmanager
+    def _evaluating(self):
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
+
+def rollout_metrics(rows: Iterable[tuple]) -> dict[str, float]:
+    """Means of (place, reward, steps, values, tokens, ended) rows."""
+    rows = list(rows)
+    n = max(len(rows), 1)
+    rewards = torch.tensor([row[1] for row in rows], dtype=torch.float64)
+    return {
+        "accuracy": sum(row[1] >= 1 for row in rows) / n,
+        "reward": sum(row[1] for row in rows) / n,
+        "reward_std": rewards.std(correction=0).item() if len(rows) else 0.0,
+        "completions/mean_length": sum(row[4] for row in rows) / n,
+        "completions/clipped_ratio": sum(not row[5] for row in rows) / n,
+        "steps/mean": sum(row[2] for row in rows) / n,
+    }
+
+
+def _num_items(aggregation: str, everyone: Sequence[tuple]) -> float:
+    counts = {"token": sum(row[4] for row in everyone), "step": sum(row[2] for row in everyone)}
+    return float(max(counts.get(aggregation, len(everyone)), 1))
+
+
+def _over_std(values: Tensor) -> Tensor:
+    """Scaled, not centred; all equal stays as it is (a batch of zeros stays zeros)."""
+    std = values.std() if len(values) > 1 else values.new_zeros(())
+    return torch.where(std > 1e-6, values / std.clamp(min=1e-6), values)
+
+
+def _ends(model: nn.Module, tokenizer) -> tuple[int, ...]:
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = found if isinstance(found, list) else [found]
+    ends = tuple(dict.fromkeys(i for i in [*ids, tokenizer.eos_token_id] if i is not None))
+    if not ends:
+        raise ValueError("processing_class: expected an end-of-sequence token, which ends a completion; it has none")
+    return ends
+
+
+def _check_rows(name: str, dataset, needs_answer: bool, required: bool = False) -> None:
+    if dataset is None and not required:
+        return
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ValueError(f"{name}: expected rows with a length (a list or a datasets.Dataset), got {type(dataset)}")
+    if len(dataset):
+        missing = [key for key in ("prompt", "answer")[: 1 + needs_answer] if key not in dataset[0]]
+        if missing:
+            raise ValueError(f"{name}: expected rows with {', '.join(map(repr, missing))}, got {list(dataset[0])}")
