@@ -31,10 +31,13 @@ SOURCES = {
     "csrc/cpu/step_loss.cpp": ["-O2"],
     "csrc/cpu/turn.cpp": ["-O2"],
     "csrc/cpu/rows_baseline.cpp": KERNEL_FLAGS,
+    "csrc/cpu/reductions_baseline.cpp": KERNEL_FLAGS,
 }
 X86_SOURCES = {
     "csrc/cpu/rows_avx2.cpp": [*KERNEL_FLAGS, *AVX2_FLAGS],
     "csrc/cpu/rows_avx512.cpp": [*KERNEL_FLAGS, *AVX512_FLAGS],
+    "csrc/cpu/reductions_avx2.cpp": [*KERNEL_FLAGS, *AVX2_FLAGS],
+    "csrc/cpu/reductions_avx512.cpp": [*KERNEL_FLAGS, *AVX512_FLAGS],
 }
 
 

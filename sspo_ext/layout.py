@@ -318,29 +318,33 @@ class StepLayout(TensorBundle):
         weight_gradient: bool = True,
         bias_gradient: bool = False,
         logps_only: bool = False,
+        reductions: bool = False,
     ) -> LinearPlan:
         """What `linear_step_pref_loss` will do with this batch: rows, chunks, GEMMs, FLOPs, bytes. Print it.
 
-        pairs: default pair by index, as there. dtype: the one GEMMs run in. `logps_only` plans `linear_step_logps`.
+        pairs: default pair by index, as there. dtype: the one GEMMs run in. `logps_only` plans `linear_step_logps`,
+        `reductions` the same with entropy, sum_p2 or kl (for kl without the reference's own products).
         """
         from .plan import plan_for
 
+        logps_only = logps_only or reductions
         if pairs is None and not logps_only:
             pairs = self.pair_by_index()
         return plan_for(
             self, None if logps_only else pairs, vocab=vocab, hidden=hidden, dtype=dtype, chunk_bytes=chunk_bytes,
             hidden_gradient=hidden_gradient, weight_gradient=weight_gradient, bias_gradient=bias_gradient,
+            reductions=reductions,
         )  # fmt: skip
 
-    def check_logits(self, logits: Tensor) -> Tensor:
+    def check_logits(self, logits: Tensor, name: str = "logits") -> Tensor:
         """(B, T, V) view of `logits` whose last dimension is contiguous; raises if they do not fit this layout."""
-        check_tensor("logits", logits, ndim=(2, 3))
+        check_tensor(name, logits, ndim=(2, 3))
         batch, length = self.shape
         vocab = logits.shape[-1]
         expected = (length, vocab) if logits.ndim == 2 and batch == 1 else (batch, length, vocab)
         if tuple(logits.shape) != expected:
             raise ValueError(
-                f"logits: expected shape {expected} (labels are unshifted: pass the logits of every position), "
+                f"{name}: expected shape {expected} (labels are unshifted: pass the logits of every position), "
                 f"got {describe(logits)}"
             )
         self.check_vocab(vocab)

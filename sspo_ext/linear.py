@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +12,15 @@ from . import backends, linear_ops
 from ._checks import check_device, check_float, check_shape
 from .autograd import refuse_double_backward, scale_kept
 from .backends import reference
-from .heads import get_pair_head
 from .layout import StepLayout
 from .linear_engine import accumulator
-from .logps import PairLossSpec, StepLogps, logit_map, step_loss
-from .losses import StepPrefOutput, pair_loss_spec, reference_loss, resolve_pairs
+from .linear_reductions import LinearReductionsRoute
+from .logps import StepLogps, StepSums, logit_map
+from .losses import StepPrefOutput, pref_output
+from .pair_spec import chosen_heads, pair_loss_spec, reference_loss, resolve_pairs
 from .pairs import StepPairs
 from .tensor_parallel import local_part, shard_of
+from .terms import PairLossSpec, pack_terms
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +58,8 @@ class LinearSettings:
 
 
 class LinearPrefRoute(torch.autograd.Function):
-    """(N0, H) hidden, (V, H) weight, (V,) bias -> loss (), sums (S,), pair losses (P,), with gradients from forward."""
+    """(N0, H) hidden, (V, H) weight, (V,) bias -> loss (), sums (S,), term losses (C, P), with gradients from
+    forward."""
 
     @staticmethod
     def forward(
@@ -78,8 +82,8 @@ class LinearPrefRoute(torch.autograd.Function):
         loss, sums, pair_losses, coef, d_hidden, d_weight, d_bias = linear_ops.linear_pref_fwd(
             hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, needs,
             *settings.op_args(weight), cast(layout.weights), cast(spec.ref), pairs.host_index, cast(pairs.weights),
-            cast(pairs.margins), cast(pairs.soft_labels), torch.ones_like(scale) if late else scale, spec.head,
-            list(spec.options), spec.label,
+            cast(pairs.margins), cast(pairs.soft_labels), cast(spec.token_pair_weights),
+            torch.ones_like(scale) if late else scale, *pack_terms(spec.terms),
         )  # fmt: skip
         if any(needs):
             ctx.save_for_backward(layout.rows, coef, d_hidden, d_weight, d_bias, scale if late else None)
@@ -154,22 +158,6 @@ class LinearLogpsRoute(torch.autograd.Function):
         )
 
 
-class StepSums(torch.autograd.Function):
-    """(N,) token log-probs -> (S,) step sums by the backend's ordered reduction."""
-
-    @staticmethod
-    def forward(ctx, tokens: Tensor, layout: StepLayout, backend: str):
-        ctx.layout = layout
-        weights = None if layout.weights is None else layout.weights.to(tokens.dtype).contiguous()
-        return step_loss(tokens, weights, layout, None, backend)[1]
-
-    @staticmethod
-    def backward(ctx, d_sums):
-        per_row = d_sums[ctx.layout.step_of_row]
-        weights = ctx.layout.weights
-        return per_row if weights is None else per_row * weights.to(per_row.dtype), None, None
-
-
 def _scale_rows(directions: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
     """(N0, H): directions[rows] times scale (N,); rows that are not scored are zeros already."""
     everywhere = scale.new_zeros(directions.shape[0]).index_copy_(0, rows, scale)
@@ -182,6 +170,11 @@ def linear_step_logps(
     layout: StepLayout,
     *,
     bias: Tensor | None = None,  # (V,)
+    entropy: bool = False,
+    sum_p2: bool = False,
+    kl_ref_hidden: Tensor | None = None,  # (B, T, H'), or (total, H'): the reference's last hidden states
+    kl_ref_weight: Tensor | None = None,  # (V, H'); default: this weight and bias
+    kl_ref_bias: Tensor | None = None,  # (V,)
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -197,6 +190,11 @@ def linear_step_logps(
     one, since the gradient of each step is known only in backward; `linear_step_pref_loss` does it in three. Arguments
     and errors as there.
 
+    `entropy`, `sum_p2` and the reference for `.kl` (KL(reference || pi) of each row) are as in `step_logps`, from the
+    same chunks. Without gradients they cost no further GEMM; with gradients backward computes the logits again: three
+    with a frozen head, four with a trained one. The reference's logits cost one GEMM (N x H' x V) forward and, for a
+    gradient at `.kl`, one backward; their buffer shares `chunk_bytes`. They cannot be had with `tp_group`.
+
     Example::
 
         >>> with torch.no_grad():
@@ -206,6 +204,11 @@ def linear_step_logps(
         hidden, weight, bias, layout, temperature, logit_softcap, logit_scale, chunk_bytes, accum_dtype, weight_grad,
         tp_group, backend,
     )  # fmt: skip
+    if kl_ref_hidden is None and (kl_ref_weight is not None or kl_ref_bias is not None):
+        raise ValueError("kl_ref_hidden: expected the reference's hidden states beside its weight or bias, got None")
+    if entropy or sum_p2 or kl_ref_hidden is not None:
+        ref = _kl_reference(kl_ref_hidden, kl_ref_weight, kl_ref_bias, weight, bias, layout)
+        return _with_reductions(hidden, weight, bias, ref, layout, entropy, sum_p2, settings, backend, tp_group)
     if settings.backend == "reference":
         tokens = _reference_tokens(hidden, weight, bias, layout, settings)
         sums = reference.step_sums(tokens, layout.weights, layout.step_of_row, layout.num_steps)
@@ -223,7 +226,8 @@ def linear_step_pref_loss(
     *,
     bias: Tensor | None = None,
     ref: StepLogps | Tensor | None = None,
-    loss_type: str = "sigmoid",
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
     beta: float | None = None,
     label_smoothing: float = 0.0,
     soft_labels: Tensor | None = None,
@@ -254,7 +258,7 @@ def linear_step_pref_loss(
     Args:
         hidden: (B, T, H), or (total, H) with a packed layout. Copied once if its positions are not evenly strided.
         weight: (V, H) head weight.
-        layout, pairs, ref, loss_type, beta, ...: as in `step_pref_loss`; a StepLayout is needed here.
+        layout, pairs, ref, loss_type, loss_weights, beta, ...: as in `step_pref_loss`; a StepLayout is needed here.
         bias: (V,). The distribution is softmax(softcap(logit_scale * (hidden @ weight.T + bias)) / temperature).
         chunk_bytes: budget of the logits buffer; default 128 MiB on CPUs, 512 MiB elsewhere.
         accum_dtype: dtype in which the weight's gradient accumulates over chunks, float32 by default (float64 for
@@ -273,7 +277,7 @@ def linear_step_pref_loss(
         >>> hidden = model.model(input_ids).last_hidden_state
         >>> linear_step_pref_loss(hidden, model.lm_head.weight, layout, pairs, ref=ref_sums).loss.backward()
     """
-    head = get_pair_head(loss_type)
+    heads = chosen_heads(loss_type, loss_weights)
     if token_weights is not None and isinstance(layout, StepLayout):
         layout = layout.with_row_weights(token_weights)
     hidden, weight, bias, settings = _prepare(
@@ -282,15 +286,13 @@ def linear_step_pref_loss(
     )  # fmt: skip
     pairs = resolve_pairs(layout, pairs, weights, margins, soft_labels)
     acc = accumulator(settings.dtype)
-    spec = pair_loss_spec(head, layout, pairs, acc, ref, beta, label_smoothing, reduction, num_items, loss_options)
+    spec = pair_loss_spec(heads, layout, pairs, acc, ref, beta, label_smoothing, reduction, num_items, loss_options)
     if settings.backend == "reference":
         tokens = _reference_tokens(hidden, weight, bias, layout, settings)
-        loss, sums, pair_losses = reference_loss(tokens, layout, spec)
+        loss, sums, losses = reference_loss(tokens, layout, spec)
     else:
-        loss, sums, pair_losses = LinearPrefRoute.apply(hidden, weight, bias, layout, spec, settings)
-    return StepPrefOutput(
-        loss, sums.detach(), pair_losses.detach(), layout, pairs, spec.ref, spec.options[0], head.per_token_reward
-    )
+        loss, sums, losses = LinearPrefRoute.apply(hidden, weight, bias, layout, spec, settings)
+    return pref_output(loss, sums, losses, layout, spec)
 
 
 def _prepare(
@@ -350,11 +352,63 @@ def _prepare(
     return hidden.reshape(-1, hidden.shape[-1]), weight, bias, settings
 
 
+def _kl_reference(ref_hidden, ref_weight, ref_bias, weight, bias, layout) -> tuple[Tensor | None, ...]:
+    """(N0, H') hidden states, (V, H') weight and (V,) bias of the reference; all None without one."""
+    if ref_hidden is None:
+        return None, None, None
+    if ref_weight is None and ref_bias is None:
+        ref_weight, ref_bias = weight, bias
+    check_float("kl_ref_hidden", ref_hidden, ndim=(2, 3))
+    check_float("kl_ref_weight", ref_weight, ndim=2)
+    check_shape("kl_ref_weight", ref_weight, (weight.shape[0], ref_hidden.shape[-1]))
+    batch, length = layout.shape
+    flat = ref_hidden.ndim == 2 and batch == 1
+    expected = (length, ref_hidden.shape[-1]) if flat else (batch, length, ref_hidden.shape[-1])
+    check_shape("kl_ref_hidden", ref_hidden, expected)
+    if ref_bias is not None:
+        check_float("kl_ref_bias", ref_bias)
+        check_shape("kl_ref_bias", ref_bias, (weight.shape[0],))
+    for name, value in (("hidden", ref_hidden), ("weight", ref_weight), ("bias", ref_bias)):
+        if value is not None:
+            check_device(f"kl_ref_{name}", value, weight.device, "the weight")
+    ref_bias = None if ref_bias is None else ref_bias.detach()
+    return ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(), ref_bias
+
+
+def _with_reductions(
+    hidden, weight, bias, ref, layout, entropy: bool, sum_p2: bool, settings: LinearSettings, requested: str, tp_group
+) -> StepLogps:
+    if tp_group is not None:
+        raise ValueError("tp_group: entropy, sum_p2 and kl need the whole vocabulary on each rank, got a process group")
+    name = backends.with_reductions(requested, settings.backend)
+    if name != settings.backend and settings.weight_grad is not None:
+        raise ValueError(f"weight_grad: {settings.backend!r} has no entropy, sum_p2 or kl, and 'reference' no buffer")
+    if name == "reference":
+        logits = _reference_logits(hidden, weight, bias, layout, settings)
+        ref_logits = None if ref[0] is None else _reference_logits(*ref, layout, settings)
+        rows = torch.arange(layout.num_rows, device=hidden.device)
+        tokens = reference.token_logps(logits, rows, layout.labels, settings.a, settings.c)
+        values = reference.row_reductions(logits, rows, ref_logits, settings.a, settings.c)
+        sums = reference.step_sums(tokens, layout.weights, layout.step_of_row, layout.num_steps)
+    else:
+        tokens, *values = LinearReductionsRoute.apply(hidden, weight, bias, ref, layout, settings)
+        sums = StepSums.apply(tokens, layout, name)
+    return StepLogps(
+        sums, layout.counts, tokens, values[0] if entropy else None, values[1] if sum_p2 else None,
+        None if ref[0] is None else values[2],
+    )  # fmt: skip
+
+
+def _reference_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, layout: StepLayout, settings) -> Tensor:
+    """(1, N, V) logits of the scored rows."""
+    dtype = settings.dtype
+    bias = None if bias is None else bias.to(dtype)
+    return torch.nn.functional.linear(hidden[layout.rows].to(dtype), weight.to(dtype), bias)[None]
+
+
 def _reference_tokens(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, layout: StepLayout, settings: LinearSettings
 ) -> Tensor:
-    dtype = settings.dtype
-    needed = hidden[layout.rows].to(dtype)
-    logits = torch.nn.functional.linear(needed, weight.to(dtype), None if bias is None else bias.to(dtype))
     rows = torch.arange(layout.num_rows, device=hidden.device)
-    return reference.token_logps(logits[None], rows, layout.labels, settings.a, settings.c)
+    logits = _reference_logits(hidden, weight, bias, layout, settings)
+    return reference.token_logps(logits, rows, layout.labels, settings.a, settings.c)

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import backends
 from .plan import Group, LinearPlan
 from .tensor_parallel import VocabShard
+from .terms import LossTerm, evaluate_terms
 
 _BLOCK_BYTES = 4 << 20  # temporaries of the gradients' reductions: near the size of a core's cache
 
@@ -187,10 +188,9 @@ class PairProblem:
     pair_weights: Tensor | None
     pair_margins: Tensor | None
     pair_labels: Tensor | None
+    token_pair_weights: Tensor | None
     scale: Tensor
-    head: str
-    options: list[float]
-    label: float
+    terms: list[LossTerm]
     backend: str
 
     def prepare(
@@ -204,13 +204,15 @@ class PairProblem:
         self.tables = [[next(pieces) for _ in group] for group in tables]
 
     def evaluate(self, number: int, group: Group, logps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(loss, sums, pair losses, d loss/d logp) of a group whose rows are `logps`, steps one after the other."""
+        """(loss, sums, pair losses (C, p), d loss/d logp) of a group with rows `logps`, steps one after the other."""
         steps, pairs, offsets, index, adj_offsets, adj_pairs = self.tables[number]
 
         def pick(values: Tensor | None, which: Tensor) -> Tensor | None:
             return None if values is None else values.index_select(0, which)
 
-        return backends.load(self.backend).step_loss_fwd(
+        return evaluate_terms(
+            backends.load(self.backend).step_loss_fwd,
+            self.terms,
             logps,
             None if self.weights is None else self.weights[group.start : group.end],
             offsets,
@@ -219,12 +221,10 @@ class PairProblem:
             adj_offsets,
             adj_pairs,
             pick(self.pair_weights, pairs),
+            pick(self.token_pair_weights, pairs),
             pick(self.pair_margins, pairs),
             pick(self.pair_labels, pairs),
             self.scale,
-            self.head,
-            self.options,
-            self.label,
         )
 
 
@@ -244,11 +244,13 @@ def _group_tables(group: Group, offsets: np.ndarray, index: np.ndarray) -> list[
 def run_pref(
     head: Head, rows: Rows, plan: LinearPlan, problem: PairProblem, gradients: Gradients, num_steps: int, num_pairs: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss (), sums (S,), pair losses (P,), and coef (N,) = d loss/d logp, in the layout's row order."""
+    """loss (), sums (S,), pair losses (C, P), and coef (N,) = d loss/d logp, in the layout's row order."""
     device, dtype = rows.labels.device, head.acc_dtype
     tokens, coef = (torch.zeros(plan.num_rows, dtype=dtype, device=device) for _ in range(2))
     lse = torch.empty(plan.num_rows, dtype=torch.float64, device=device)
-    sums, pair_losses = (torch.zeros(size, dtype=dtype, device=device) for size in (num_steps, num_pairs))
+    sums, pair_losses = (
+        torch.zeros(size, dtype=dtype, device=device) for size in (num_steps, (len(problem.terms), num_pairs))
+    )
     loss = torch.zeros((), dtype=dtype, device=device)
     head.allocate(plan)
     for number, group in enumerate(plan.groups):
@@ -263,7 +265,7 @@ def run_pref(
         steps, pairs = problem.tables[number][:2]
         loss += group_loss
         sums.index_copy_(0, steps.long(), group_sums)
-        pair_losses.index_copy_(0, pairs.long(), group_pairs)
+        pair_losses.index_copy_(1, pairs.long(), group_pairs)
         if group.kind not in ("complete", "recompute"):
             continue
         for i, (start, end) in enumerate(reversed(group.chunks)):
@@ -296,6 +298,66 @@ def run_backward(head: Head, rows: Rows, plan: LinearPlan, lse: Tensor, coef: Te
         for start, end in group.chunks:
             chunk = rows.chunk(start, end)
             _add_chunk(head, gradients, chunk, head.logits(chunk[0]), lse[start:end], coef[start:end])
+
+
+@dataclass
+class Reference:
+    """The distribution that kl is taken from: its own head over the same vocabulary, and hidden states of the rows."""
+
+    head: Head
+    rows: Rows
+
+    def logits(self, start: int, end: int) -> Tensor:
+        """(n, V) into the reference's buffer."""
+        return self.head.logits(self.rows.chunk(start, end)[0])
+
+
+def _allocate(head: Head, ref: Reference | None, plan: LinearPlan) -> None:
+    head.allocate(plan)
+    if ref is not None:
+        ref.head.allocate(plan)
+
+
+def run_reductions(head: Head, rows: Rows, plan: LinearPlan, ref: Reference | None) -> tuple[Tensor, ...]:
+    """logp, lse, entropy, sum_p2, kl and the reference's lse; (N,) each, the last two empty without a reference."""
+    N, M, device = plan.num_rows, 0 if ref is None else plan.num_rows, rows.labels.device
+    sizes = (
+        (N, head.acc_dtype),
+        (N, torch.float64),
+        *[(N, head.acc_dtype)] * 2,
+        (M, head.acc_dtype),
+        (M, torch.float64),
+    )
+    out = tuple(torch.empty(size, dtype=dtype, device=device) for size, dtype in sizes)
+    _allocate(head, ref, plan)
+    for group in plan.groups:
+        for start, end in group.chunks:
+            hidden, labels, _ = rows.chunk(start, end)
+            logits, row_ids = head.logits(hidden)[None], head.row_ids[: end - start]
+            ref_logits = None if ref is None else ref.logits(start, end)[None]
+            parts = head.kernels.row_reductions_fwd(logits, row_ids, labels, ref_logits, head.a, head.c)
+            for whole, part in zip(out, parts, strict=True):
+                if len(whole):
+                    whole[start:end] = part
+    return out
+
+
+def run_reductions_backward(
+    head: Head, rows: Rows, plan: LinearPlan, ref: Reference | None, lse: Tensor, ref_lse: Tensor, coefs: Tensor,
+    gradients: Gradients,
+) -> None:  # fmt: skip
+    """Gradients for coefs (N, 5), see reductions.py: the logits are computed again, the reference's too."""
+    _allocate(head, ref, plan)
+    for group in plan.groups:
+        for start, end in group.chunks:
+            hidden, labels, places = rows.chunk(start, end)
+            logits, row_of = head.logits(hidden), head.row_of[: end - start]
+            ref_logits = None if ref is None else ref.logits(start, end)[None]
+            head.kernels.row_reductions_bwd(
+                logits[None], row_of, labels, lse[start:end], ref_logits, ref_lse[start:end], coefs[start:end],
+                head.a, head.c, logits[None],
+            )  # fmt: skip
+            gradients.add(head, logits, hidden, places)
 
 
 def _add_chunk(

@@ -14,6 +14,7 @@ from . import linear_engine as engine
 from .ops import register
 from .plan import LinearPlan, make_plan, rows_per_chunk
 from .tensor_parallel import VocabShard
+from .terms import unpack_terms
 
 _HEAD = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor labels, Tensor host_step_offsets, bool[] needs, "
@@ -24,8 +25,9 @@ _HEAD = (
 
 def _setup(
     hidden, weight, bias, rows, labels, offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes, tp_group,
-    vocab_start, vocab_rows, backend, token_weights, pair_index,
+    vocab_start, vocab_rows, backend, token_weights, pair_index, buffers=0,
 ) -> tuple[engine.Head, LinearPlan, engine.Rows, engine.Gradients]:  # fmt: skip
+    # buffers: how many share the budget, where entropy and the like are asked for; 0 where they are not
     shard = VocabShard(tp_group, vocab_start, weight.shape[0]) if tp_group else None
     # a weight of another dtype is copied once a call
     head = engine.Head(weight.to(dtype), None if bias is None else bias.to(dtype), a, c, backend, shard)
@@ -35,10 +37,11 @@ def _setup(
         vocab=head.vocab,
         hidden=weight.shape[1],
         dtype=dtype,
-        chunk_rows=rows_per_chunk(vocab_rows, dtype, chunk_bytes or None, weight.device.type),
+        chunk_rows=rows_per_chunk(vocab_rows * max(buffers, 1), dtype, chunk_bytes or None, weight.device.type),
         hidden_gradient=needs[0],
         weight_gradient=needs[1],
         bias_gradient=needs[2],
+        reductions=buffers > 0,
     )
     gradients = engine.start_gradients(head, plan, hidden, hidden_gradient_dtype(hidden, needs, dtype), accum_dtype)
     return head, plan, engine.Rows(hidden, rows, labels, token_weights, plan, dtype), gradients
@@ -78,15 +81,16 @@ def _fake_gradients(hidden, weight, needs, dtype, grad_dtype) -> tuple[Tensor, .
 def _linear_pref_fwd(
     hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
     tp_group, vocab_start, vocab_rows, backend, token_weights, ref, host_pair_index, pair_weights, pair_margins,
-    pair_labels, scale, loss_head, options, label,
+    pair_labels, token_pair_weights, scale, loss_heads, term_numbers, term_flags,
 ):  # fmt: skip
     head, plan, scored, gradients = _setup(
         hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
         tp_group, vocab_start, vocab_rows, backend, token_weights, host_pair_index,
     )  # fmt: skip
     problem = engine.PairProblem(
-        scored.weights, ref, pair_weights, pair_margins, pair_labels, scale, loss_head, options, label, backend
-    )
+        scored.weights, ref, pair_weights, pair_margins, pair_labels, token_pair_weights, scale,
+        unpack_terms(loss_heads, term_numbers, term_flags), backend,
+    )  # fmt: skip
     problem.prepare(plan, host_step_offsets.numpy(), host_pair_index.numpy(), labels.device)
     num_steps, num_pairs = host_step_offsets.shape[0] - 1, host_pair_index.shape[0]
     results = engine.run_pref(head, scored, plan, problem, gradients, num_steps, num_pairs)
@@ -95,10 +99,11 @@ def _linear_pref_fwd(
 
 def _linear_pref_fwd_fake(
     hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
-    tp_group, vocab_start, vocab_rows, backend, token_weights, ref, host_pair_index, *args,
+    tp_group, vocab_start, vocab_rows, backend, token_weights, ref, host_pair_index, pair_weights, pair_margins,
+    pair_labels, token_pair_weights, scale, loss_heads, term_numbers, term_flags,
 ):  # fmt: skip
     acc = engine.accumulator(dtype)
-    sizes = ((), host_step_offsets.shape[0] - 1, host_pair_index.shape[0], rows.shape[0])
+    sizes = ((), host_step_offsets.shape[0] - 1, (len(term_flags), host_pair_index.shape[0]), rows.shape[0])
     results = (weight.new_empty(size, dtype=acc) for size in sizes)
     return *results, *_fake_gradients(hidden, weight, needs, dtype, grad_dtype)
 
@@ -144,7 +149,8 @@ def _linear_logps_bwd_fake(
 linear_pref_fwd = register(
     "linear_pref_fwd",
     f"({_HEAD}, Tensor? token_weights, Tensor? ref, Tensor host_pair_index, Tensor? pair_weights, "
-    "Tensor? pair_margins, Tensor? pair_labels, Tensor scale, str loss_head, float[] options, float label) "
+    "Tensor? pair_margins, Tensor? pair_labels, Tensor? token_pair_weights, Tensor scale, str loss_heads, "
+    "float[] term_numbers, int[] term_flags) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_pref_fwd,
     _linear_pref_fwd_fake,

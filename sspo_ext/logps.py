@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from . import backends, ops
-from ._checks import check_float, check_positive, check_tensor
+from ._checks import check_device, check_float, check_positive, check_shape, check_tensor
 from .autograd import refuse_double_backward
 from .backends import reference
 from .layout import StepLayout
-from .pairs import StepPairs
+from .reductions import ReductionsRoute
+from .terms import PairLossSpec, evaluate_terms
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,18 +33,6 @@ class StepLogps:
         return self.sums / self.counts.clamp(min=1)
 
 
-@dataclass(frozen=True, eq=False)
-class PairLossSpec:
-    """What launch 2 computes besides step sums."""
-
-    pairs: StepPairs
-    head: str
-    options: tuple[float, ...]  # in the head's order
-    label: float  # probability that the winner is better, where the pairs carry no soft labels
-    scale: Tensor  # () multiplies the sum over pairs
-    ref: Tensor | None  # (S,)
-
-
 def logit_map(temperature: float, logit_softcap: float | None, logit_scale: float) -> tuple[float, float]:
     """(a, c) such that z = a * x, or c * tanh(a * x) with a softcap, is the logit of the sampled distribution.
 
@@ -58,7 +47,7 @@ def logit_map(temperature: float, logit_softcap: float | None, logit_scale: floa
 
 
 class LogitsRoute(torch.autograd.Function):
-    """(B, T, V) logits -> loss (), step sums (S,), token log-probs (N,), pair losses (P,).
+    """(B, T, V) logits -> loss (), step sums (S,), token log-probs (N,), pair losses of each term (C, P).
 
     Forward is launches 1 and 2: the log-probs with their log-sum-exp, then sums, loss and d loss/d logp. Backward is
     launch 3. Only the log-sum-exp and d loss/d logp, one float each a row, are kept beside the logits.
@@ -118,11 +107,30 @@ def step_loss(tokens: Tensor, weights: Tensor | None, layout: StepLayout, spec: 
     def cast(value: Tensor | None) -> Tensor | None:
         return None if value is None else value.to(tokens.dtype).contiguous()
 
-    return ops.step_loss_fwd(
-        tokens, weights, offsets, cast(spec.ref), pairs.index, pairs.adj_offsets, pairs.adj_pairs, cast(pairs.weights),
-        cast(pairs.margins), cast(pairs.soft_labels), cast(spec.scale), spec.head, list(spec.options), spec.label,
-        backend,
+    def launch(*args):
+        return ops.step_loss_fwd(*args, backend)
+
+    return evaluate_terms(
+        launch, spec.terms, tokens, weights, offsets, cast(spec.ref), pairs.index, pairs.adj_offsets, pairs.adj_pairs,
+        cast(pairs.weights), cast(spec.token_pair_weights), cast(pairs.margins), cast(pairs.soft_labels),
+        cast(spec.scale),
     )  # fmt: skip
+
+
+class StepSums(torch.autograd.Function):
+    """(N,) token log-probs -> (S,) step sums by the backend's ordered reduction."""
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, layout: StepLayout, backend: str):
+        ctx.layout = layout
+        weights = None if layout.weights is None else layout.weights.to(tokens.dtype).contiguous()
+        return step_loss(tokens, weights, layout, None, backend)[1]
+
+    @staticmethod
+    def backward(ctx, d_sums):
+        per_row = d_sums[ctx.layout.step_of_row]
+        weights = ctx.layout.weights
+        return per_row if weights is None else per_row * weights.to(per_row.dtype), None, None
 
 
 def _total_coef(coef, weights, step_of_row, d_loss, d_sums, d_tokens) -> Tensor:
@@ -142,6 +150,9 @@ def step_logps(
     step_ids: Tensor | None = None,
     *,
     labels: Tensor | None = None,
+    entropy: bool = False,
+    sum_p2: bool = False,
+    kl_ref_logits: Tensor | None = None,  # like logits
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -155,6 +166,13 @@ def step_logps(
     raises if something does). Differentiable once: a second backward raises. Logits whose last dimension is not
     contiguous are copied once. Also takes plain (B, T) tensors, `step_logps(logits, labels, step_ids)`.
 
+    In the same read, each asked for alone, of every scored row's distribution pi (after scale, softcap, temperature):
+    `entropy=True` gives `.entropy` (N,); `sum_p2=True` gives `.sum_p2` (N,), the plain sum of squares, which is at
+    least 1 / V and so loses no digits to its logarithm; `kl_ref_logits`, a reference's logits of the same shape and
+    dtype, gives `.kl` (N,), KL(reference || pi). All differentiable, the reference being a constant; gradients at
+    sums, tokens and these are written in one pass. An entry of -inf has probability 0 and counts nothing; where the
+    reference allows what pi forbids, kl is infinite.
+
     Raises ValueError or TypeError naming the argument when shapes, dtypes or devices do not fit the layout.
 
     Example::
@@ -164,6 +182,8 @@ def step_logps(
     """
     layout = layout_of(logits, layout, labels, step_ids)
     logits, (a, c), name = prepare(logits, layout, temperature, logit_softcap, logit_scale, backend, inplace_backward)
+    if entropy or sum_p2 or kl_ref_logits is not None:
+        return _with_reductions(logits, layout, entropy, sum_p2, kl_ref_logits, a, c, backend, name, inplace_backward)
     if name == "reference":
         tokens = reference.token_logps(logits, layout.rows, layout.labels, a, c)
         return StepLogps(
@@ -171,6 +191,30 @@ def step_logps(
         )
     _, sums, tokens, _ = LogitsRoute.apply(logits, layout, None, a, c, name, inplace_backward)
     return StepLogps(sums, layout.counts, tokens)
+
+
+def _with_reductions(
+    logits, layout, entropy: bool, sum_p2: bool, ref: Tensor | None, a, c, requested: str, name: str, inplace_backward
+) -> StepLogps:
+    if ref is not None:
+        check_float("kl_ref_logits", ref)
+        check_device("kl_ref_logits", ref, logits.device, "logits")
+        ref = layout.check_logits(ref.detach(), "kl_ref_logits")
+        check_shape("kl_ref_logits", ref, tuple(logits.shape))
+        if ref.dtype != logits.dtype:
+            raise TypeError(f"kl_ref_logits: expected {logits.dtype}, as the logits are, got {ref.dtype}")
+    name = backends.with_reductions(requested, name)
+    if name == "reference":
+        tokens = reference.token_logps(logits, layout.rows, layout.labels, a, c)
+        sums = reference.step_sums(tokens, layout.weights, layout.step_of_row, layout.num_steps)
+        values = reference.row_reductions(logits, layout.rows, ref, a, c)
+    else:
+        tokens, *values = ReductionsRoute.apply(logits, ref, layout, a, c, name, inplace_backward)
+        sums = StepSums.apply(tokens, layout, name)
+    return StepLogps(
+        sums, layout.counts, tokens, values[0] if entropy else None, values[1] if sum_p2 else None,
+        None if ref is None else values[2],
+    )  # fmt: skip
 
 
 def layout_of(

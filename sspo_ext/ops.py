@@ -1,4 +1,5 @@
-"""Private torch.library ops: the three launches of the logits route, opaque to torch.compile.
+"""Private torch.library ops: the three launches of the logits route, opaque to torch.compile, and launches 1 and 3
+with further reductions over the vocabulary.
 
 They have no autograd formula on purpose: gradients live in the autograd.Function of logps.py, which is the only caller.
 """
@@ -66,6 +67,30 @@ def _token_logp_bwd_(logits, row_of, labels, lse, coef, upstream, a, c, backend)
     torch.autograd.graph.increment_version(logits)
 
 
+def _row_reductions_fwd(logits, rows, labels, ref, a, c, backend):
+    return backends.load(backend).row_reductions_fwd(logits, rows, labels, ref, a, c)
+
+
+def _row_reductions_fwd_fake(logits, rows, labels, ref, a, c, backend):
+    dtype, N = _accumulator(logits.dtype), rows.shape[0]
+    M = 0 if ref is None else N
+    return tuple(
+        logits.new_empty(n, dtype=d)
+        for n, d in ((N, dtype), (N, torch.float64), (N, dtype), (N, dtype), (M, dtype), (M, torch.float64))
+    )
+
+
+def _row_reductions_bwd(logits, row_of, labels, lse, ref, ref_lse, coefs, a, c, backend):
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    backends.load(backend).row_reductions_bwd(logits, row_of, labels, lse, ref, ref_lse, coefs, a, c, out)
+    return out
+
+
+def _row_reductions_bwd_(logits, row_of, labels, lse, ref, ref_lse, coefs, a, c, backend):
+    backends.load(backend).row_reductions_bwd(logits, row_of, labels, lse, ref, ref_lse, coefs, a, c, logits)
+    torch.autograd.graph.increment_version(logits)
+
+
 _BWD = "Tensor row_of, Tensor labels, Tensor lse, Tensor coef, Tensor? upstream, float a, float c, str backend"
 
 token_logp_fwd = register(
@@ -85,4 +110,25 @@ step_loss_fwd = register(
 token_logp_bwd = register("token_logp_bwd", f"(Tensor logits, {_BWD}) -> Tensor", _token_logp_bwd, _token_logp_bwd_fake)
 token_logp_bwd_ = register(
     "token_logp_bwd_", f"(Tensor(a!) logits, {_BWD}) -> ()", _token_logp_bwd_, lambda logits, *args: None
+)
+
+_REDUCTIONS_BWD = (
+    "Tensor row_of, Tensor labels, Tensor lse, Tensor? ref, Tensor ref_lse, Tensor coefs, float a, float c, str backend"
+)
+
+row_reductions_fwd = register(
+    "row_reductions_fwd",
+    "(Tensor logits, Tensor rows, Tensor labels, Tensor? ref, float a, float c, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _row_reductions_fwd,
+    _row_reductions_fwd_fake,
+)
+row_reductions_bwd = register(
+    "row_reductions_bwd", f"(Tensor logits, {_REDUCTIONS_BWD}) -> Tensor", _row_reductions_bwd, _token_logp_bwd_fake
+)
+row_reductions_bwd_ = register(
+    "row_reductions_bwd_",
+    f"(Tensor(a!) logits, {_REDUCTIONS_BWD}) -> ()",
+    _row_reductions_bwd_,
+    lambda logits, *args: None,
 )

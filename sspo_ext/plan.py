@@ -4,7 +4,9 @@ any work.
 A GEMM is N x H x V. Without gradients a row costs one (its logits); with a frozen head two, since d loss/d hidden is a
 scalar times a direction known at once; with a trained head three, when its unit fits in a chunk, because the head's
 derivative is then known while the chunk's logits are still there; only a unit larger than the budget is computed twice
-(four). A step in no pair has no gradient and costs one.
+(four). A step in no pair has no gradient and costs one. Where entropy, sum_p2 or kl are asked for beside the log-probs,
+a gradient is known only in backward, with a frozen head too: three with a frozen head, four with a trained one; the
+reference's logits for kl are a product of their own (N x H of the reference x V) in each direction.
 """
 
 from __future__ import annotations
@@ -117,12 +119,14 @@ def make_plan(
     hidden_gradient: bool,
     weight_gradient: bool,
     bias_gradient: bool,
+    reductions: bool = False,
 ) -> LinearPlan:
     num_rows, num_steps = int(host_step_offsets[-1]), len(host_step_offsets) - 1
     trained = weight_gradient or bias_gradient
     order = None
     if host_pair_index is None or not (hidden_gradient or trained):
-        kind = "later" if trained else "frozen" if hidden_gradient else "logps"
+        later = trained or (reductions and hidden_gradient)
+        kind = "later" if later else "frozen" if hidden_gradient else "logps"
         pairs = np.arange(0 if host_pair_index is None else len(host_pair_index))
         groups = [Group(kind, 0, num_rows, _cut(0, num_rows, chunk_rows), np.arange(num_steps), pairs)]
     else:
@@ -201,6 +205,7 @@ def plan_for(
     hidden_gradient: bool,
     weight_gradient: bool,
     bias_gradient: bool,
+    reductions: bool,
 ) -> LinearPlan:
     return make_plan(
         layout.host_step_offsets.numpy(),
@@ -212,4 +217,5 @@ def plan_for(
         hidden_gradient=hidden_gradient,
         weight_gradient=weight_gradient,
         bias_gradient=bias_gradient,
+        reductions=reductions,
     )

@@ -116,7 +116,7 @@ def test_cpu_kernels(tmp_path, sanitizer):
     if reason is not None:
         pytest.skip(reason)
     cpu = build.CSRC / "cpu"
-    jobs = [(cpu / f"rows_{isa}.cpp", flags) for isa, flags in CPU_FLAGS.items()]
+    jobs = [(cpu / f"{kind}_{isa}.cpp", flags) for isa, flags in CPU_FLAGS.items() for kind in ("rows", "reductions")]
     jobs += [
         (path, []) for path in (cpu / "dispatch.cpp", cpu / "step_loss.cpp", HERE / "cpu_sanitizers" / "checks.cpp")
     ]

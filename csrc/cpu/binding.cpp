@@ -62,6 +62,55 @@ void token_logp_bwd(Address logits, int dtype, std::array<int64_t, 3> sizes, std
     sspo::token_logp_bwd(*isa.kernels, args, threads);
 }
 
+using Strides = std::array<int64_t, 2>;
+
+// 0 where there is no reference
+sspo::Logits reference_of(const sspo::Logits& logits, Address data, const Strides& strides) {
+    sspo::Logits ref = logits;
+    ref.data = at<void>(data), ref.stride_b = strides[0], ref.stride_t = strides[1];
+    return ref;
+}
+
+void row_reductions_fwd(Address logits, int dtype, std::array<int64_t, 3> sizes, Strides strides, Address ref,
+                        Strides ref_strides, Address rows, Address labels, int64_t N, double a, double c,
+                        std::array<Address, 6> out, int threads) {
+    const sspo::Isa& isa = sspo::choose_isa();
+    const sspo::Logits l = to_logits(logits, dtype, sizes, strides, a, c);
+    const sspo::ReductionArgs args{l,
+                                   reference_of(l, ref, ref_strides),
+                                   at<int64_t>(rows),
+                                   at<int64_t>(labels),
+                                   at<void>(out[0]),
+                                   at<void>(out[2]),
+                                   at<void>(out[3]),
+                                   at<void>(out[4]),
+                                   at<double>(out[1]),
+                                   at<double>(out[5])};
+    py::gil_scoped_release release;
+    sspo::row_reductions_fwd(*isa.reductions, args, N, threads);
+}
+
+void row_reductions_bwd(Address logits, int dtype, std::array<int64_t, 3> sizes, Strides strides, Address ref,
+                        Strides ref_strides, Address row_of, Address labels, Address lse, Address ref_lse,
+                        Address coefs, int64_t N, double a, double c, Address out, Strides out_strides, int threads) {
+    const sspo::Isa& isa = sspo::choose_isa();
+    const sspo::Logits l = to_logits(logits, dtype, sizes, strides, a, c);
+    const sspo::ReductionGradArgs args{l,
+                                       reference_of(l, ref, ref_strides),
+                                       at<int32_t>(row_of),
+                                       at<int64_t>(labels),
+                                       at<double>(lse),
+                                       at<double>(ref_lse),
+                                       at<void>(coefs),
+                                       N,
+                                       at<void>(out),
+                                       out_strides[0],
+                                       out_strides[1],
+                                       false};
+    py::gil_scoped_release release;
+    sspo::row_reductions_bwd(*isa.reductions, args, threads);
+}
+
 template <class T>
 void step_loss(const std::array<int64_t, 3>& sizes, const std::array<Address, 11>& in, int head,
                const std::vector<double>& options, double label, const std::array<Address, 4>& out) {
@@ -103,6 +152,8 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of sspo_ext; see sspo_ext/backends/cpu.py";
     m.def("token_logp_fwd", &token_logp_fwd);
     m.def("token_logp_bwd", &token_logp_bwd);
+    m.def("row_reductions_fwd", &row_reductions_fwd);
+    m.def("row_reductions_bwd", &row_reductions_bwd);
     m.def("step_loss_fwd", &step_loss_fwd);
     m.def("turn16", &turn16);
     m.def("prepare_large_output", &prepare_large_output);

@@ -49,7 +49,7 @@ bool has_f16c() {  // __builtin_cpu_supports knows the name in newer compilers o
 #endif
 
 std::vector<Isa> detect() {
-    std::vector<Isa> found = {{"baseline", "", &kRowsBaseline}};
+    std::vector<Isa> found = {{"baseline", "", &kRowsBaseline, &kReductionsBaseline}};
 #if defined(__x86_64__)
     __builtin_cpu_init();
     std::string missing2, missing512;
@@ -66,10 +66,11 @@ std::vector<Isa> detect() {
     const auto reason = [](const std::string& missing) {
         return missing.empty() ? missing : "this CPU lacks " + missing;
     };
-    found.push_back({"avx2", reason(missing2), &kRowsAvx2});
-    found.push_back({"avx512", reason(missing2.empty() ? missing512 : missing2), &kRowsAvx512});
+    found.push_back({"avx2", reason(missing2), &kRowsAvx2, &kReductionsAvx2});
+    found.push_back({"avx512", reason(missing2.empty() ? missing512 : missing2), &kRowsAvx512, &kReductionsAvx512});
 #else
-    for (const char* name : {"avx2", "avx512"}) found.push_back({name, "this build is not for x86-64", nullptr});
+    for (const char* name : {"avx2", "avx512"})
+        found.push_back({name, "this build is not for x86-64", nullptr, nullptr});
 #endif
     return found;
 }
@@ -138,17 +139,35 @@ void token_logp_fwd(const RowKernels& kernels, const FwdArgs& args, int64_t N, i
                  [&](int64_t begin, int64_t end) { kernels.fwd(args, begin, end); });
 }
 
-void token_logp_bwd(const RowKernels& kernels, const BwdArgs& args, int threads) {
+namespace {
+
+// Runs work over all positions, into args.out.
+template <class Args, class Work>
+void backward(Args args, int threads, const Work& work) {
     const int64_t count = args.logits.positions, bytes = count * args.logits.V * element_size(args.logits.dtype);
-    BwdArgs a = args;
     int64_t block_bytes = kBlockBytes;
     if (args.out != args.logits.data && bytes >= kLargeBytes) {
-        a.stream = prepare_large_output(args.out, bytes);
-        if (!a.stream) block_bytes = std::clamp(bytes / (8 * std::max(threads, 1)), kBlockBytes, kFreshBlockBytes);
+        args.stream = prepare_large_output(args.out, bytes);
+        if (!args.stream) block_bytes = std::clamp(bytes / (8 * std::max(threads, 1)), kBlockBytes, kFreshBlockBytes);
     }
     // Last rows first, as inside a block.
     parallel_for(count, rows_per_block(args.logits, block_bytes), threads,
-                 [&](int64_t begin, int64_t end) { kernels.bwd(a, count - end, count - begin); });
+                 [&](int64_t begin, int64_t end) { work(args, count - end, count - begin); });
+}
+
+}  // namespace
+
+void token_logp_bwd(const RowKernels& kernels, const BwdArgs& args, int threads) {
+    backward(args, threads, kernels.bwd);
+}
+
+void row_reductions_fwd(const ReductionKernels& kernels, const ReductionArgs& args, int64_t N, int threads) {
+    parallel_for(N, rows_per_block(args.logits), threads,
+                 [&](int64_t begin, int64_t end) { kernels.fwd(args, begin, end); });
+}
+
+void row_reductions_bwd(const ReductionKernels& kernels, const ReductionGradArgs& args, int threads) {
+    backward(args, threads, kernels.bwd);
 }
 
 }  // namespace sspo

@@ -14,6 +14,7 @@ struct Isa {
     std::string name;
     std::string why_not;        // empty where this machine can run it
     const RowKernels* kernels;  // null where this build does not have it
+    const ReductionKernels* reductions;
 };
 
 const std::vector<Isa>& isas();  // from the plainest to the fastest
@@ -33,5 +34,7 @@ bool prepare_large_output(void* data, int64_t bytes);
 
 void token_logp_fwd(const RowKernels&, const FwdArgs&, int64_t N, int threads);
 void token_logp_bwd(const RowKernels&, const BwdArgs&, int threads);
+void row_reductions_fwd(const ReductionKernels&, const ReductionArgs&, int64_t N, int threads);
+void row_reductions_bwd(const ReductionKernels&, const ReductionGradArgs&, int threads);
 
 }  // namespace sspo

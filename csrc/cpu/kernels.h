@@ -39,16 +39,53 @@ struct BwdArgs {
     bool stream;  // store past the caches: out is not read soon and is larger than they are
 };
 
+// The forward with further reductions of each row; ref.data may be null, with kl and ref_lse then.
+struct ReductionArgs {
+    Logits logits;
+    Logits ref;  // the reference's logits: of the same dtype, sizes and map
+    const int64_t* rows;
+    const int64_t* labels;
+    void* logp;  // (N,) this and the next ones float32, float64 for float64 logits
+    void* entropy;
+    void* sum_p2;
+    void* kl;
+    double* lse;
+    double* ref_lse;
+};
+
+// dz = g (1[label] - p) + p (constant + log_p log p + square p) - kappa q
+struct ReductionGradArgs {
+    Logits logits;
+    Logits ref;
+    const int32_t* row_of;
+    const int64_t* labels;
+    const double* lse;
+    const double* ref_lse;
+    const void* coefs;  // (N, 5) g, constant, log_p, square, kappa; float32, float64 for float64 logits
+    int64_t N;
+    void* out;
+    int64_t out_stride_b, out_stride_t;
+    bool stream;
+};
+
 // One call handles rows (fwd) or positions (bwd) [begin, end); what a row gives does not depend on the range.
 struct RowKernels {
     void (*fwd)(const FwdArgs&, int64_t begin, int64_t end);
     void (*bwd)(const BwdArgs&, int64_t begin, int64_t end);
 };
 
+struct ReductionKernels {
+    void (*fwd)(const ReductionArgs&, int64_t begin, int64_t end);
+    void (*bwd)(const ReductionGradArgs&, int64_t begin, int64_t end);
+};
+
 extern const RowKernels kRowsBaseline;
+extern const ReductionKernels kReductionsBaseline;
 #if defined(__x86_64__)
 extern const RowKernels kRowsAvx2;
 extern const RowKernels kRowsAvx512;
+extern const ReductionKernels kReductionsAvx2;
+extern const ReductionKernels kReductionsAvx512;
 #endif
 
 }  // namespace sspo

@@ -50,3 +50,15 @@ def select(requested: str, device_type: str, dtype: torch.dtype) -> str:
             f"{source}: {requested!r} cannot run on {device_type} {str(dtype).removeprefix('torch.')}: {reason}"
         )
     return requested
+
+
+def with_reductions(requested: str, name: str) -> str:
+    """`name`, which `select` has chosen, if it has the kernels with further reductions over the vocabulary; "auto"
+    goes on to the reference, a name that was asked for raises."""
+    if hasattr(load(name), "row_reductions_fwd") or name == "reference":
+        return name
+    if requested == "auto" and not os.environ.get("SSPO_BACKEND"):
+        return "reference"
+    raise ValueError(
+        f"backend: {name!r} has no entropy, sum_p2 or kl; 'cpu', 'triton' and 'reference' have, each on its devices"
+    )

@@ -108,6 +108,69 @@ def token_logp_bwd(
     )  # fmt: skip
 
 
+def _reference_view(logits: Tensor, ref: Tensor | None) -> tuple[int, tuple[int, int]]:
+    if ref is None:
+        return 0, (0, 0)
+    data, code, sizes, strides = _logits_view(ref)
+    if (code, sizes) != (_DTYPE_CODES[logits.dtype], tuple(logits.shape)):
+        raise TypeError(f"ref: expected {tuple(logits.shape)} {logits.dtype}, got {sizes} {ref.dtype}")
+    return data, strides
+
+
+def row_reductions_fwd(
+    logits: Tensor,  # (B, T, V) float, last dimension contiguous
+    rows: Tensor,  # (N,) int64
+    labels: Tensor,  # (N,) int64
+    ref: Tensor | None,  # the reference's logits: dtype, shape and map of the logits, any strides
+    a: float,
+    c: float,
+) -> tuple[Tensor, ...]:
+    """logp, lse as `token_logp_fwd`; entropy, sum of p^2 and KL(ref || p), (N,) like logp; the reference's lse, (N,)
+    float64. The last two are empty without a reference. Each logit is read once."""
+    N, dtype, M = rows.numel(), _accumulator(logits.dtype), 0 if ref is None else rows.numel()
+    logp, entropy, sum_p2, kl = (torch.empty(n, dtype=dtype) for n in (N, N, N, M))
+    lse, ref_lse = (torch.empty(n, dtype=torch.float64) for n in (N, M))
+    out = (logp, lse, entropy, sum_p2, kl, ref_lse)
+    _C.row_reductions_fwd(
+        *_logits_view(logits), *_reference_view(logits, ref), _pointer(rows, torch.int64, N),
+        _pointer(labels, torch.int64, N), N, a, c, [t.data_ptr() for t in out], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def row_reductions_bwd(
+    logits: Tensor,  # (B, T, V) float, last dimension contiguous
+    row_of: Tensor,  # (B * T,) int32
+    labels: Tensor,  # (N,) int64
+    lse: Tensor,  # (N,) float64
+    ref: Tensor | None,
+    ref_lse: Tensor,  # (N,) float64; not read without a reference
+    coefs: Tensor,  # (N, 5) of logp's dtype: g, constant, log_p, square, kappa
+    a: float,
+    c: float,
+    out: Tensor,  # (B, T, V) of logits' dtype: a new buffer, or the logits themselves
+) -> None:
+    """out[i, v] = (g (onehot - p)[v] + p[v] (constant + log_p log p[v] + square p[v]) - kappa q[v]) * dz/dx, p and q
+    the softmax of logits and reference.
+
+    Rows without a gradient are written as zeros and not read. A row with a coefficient or lse that is not finite is
+    NaN.
+    """
+    N = labels.numel()
+    data, code, sizes, strides = _logits_view(logits)
+    out_data, out_code, out_sizes, out_strides = _logits_view(out)
+    if (out_code, out_sizes) != (code, sizes):
+        raise TypeError(f"out: expected {sizes} {logits.dtype}, got {out_sizes} {out.dtype}")
+    if out_data == data and out_strides != strides and out.numel():
+        raise ValueError("out: overlaps logits with other strides")
+    _C.row_reductions_bwd(
+        data, code, sizes, strides, *_reference_view(logits, ref), _pointer(row_of, torch.int32, sizes[0] * sizes[1]),
+        _pointer(labels, torch.int64, N), _pointer(lse, torch.float64, N),
+        0 if ref is None else _pointer(ref_lse, torch.float64, N), _pointer(coefs, _accumulator(logits.dtype), 5 * N),
+        N, a, c, out_data, out_strides, torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def step_loss_fwd(
     logp: Tensor,  # (N,) float32 or float64
     weights: Tensor | None,  # (N,)

@@ -1,0 +1,79 @@
+"""Reductions over the vocabulary beside the log-prob, in the same read of the logits: entropy, sum of squared
+probabilities, KL from a reference.
+
+With p = softmax(z) and q the reference's, per row: H = -sum p log p, s = sum p^2, k = sum q (log q - log p). Then
+dH/dz = -p (log p + H), ds/dz = 2 p (p - s), dk/dz = p - q, so one pass writes
+dz = g (onehot - p) + p (constant + log_p log p + square p) - kappa q with five numbers a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .autograd import refuse_double_backward
+from .layout import StepLayout
+
+
+def gradient_coefs(
+    entropy: Tensor,  # (N,) and so are the others
+    sum_p2: Tensor,
+    d_tokens: Tensor | None,
+    d_entropy: Tensor | None,
+    d_sum_p2: Tensor | None,
+    d_kl: Tensor | None,
+) -> Tensor:  # (N, 5) of entropy's dtype
+    """g, constant, log_p, square and kappa of each row, from what arrives at its log-prob and its reductions."""
+    zeros = torch.zeros_like(entropy)
+    g, d_entropy, d_sum_p2, d_kl = (
+        zeros if d is None else d.to(zeros.dtype) for d in (d_tokens, d_entropy, d_sum_p2, d_kl)
+    )
+    constant = d_kl - d_entropy * entropy - 2 * d_sum_p2 * sum_p2
+    return torch.stack([g, constant, -d_entropy, 2 * d_sum_p2, d_kl], dim=1)
+
+
+class ReductionsRoute(torch.autograd.Function):
+    """(B, T, V) logits -> tokens, entropy, sum_p2, kl, (N,) each; kl is empty without a reference.
+
+    One read forward, one read and one write backward; kept beside the logits: two log-sum-exps, H and s a row.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        logits: Tensor,
+        ref_logits: Tensor | None,
+        layout: StepLayout,
+        a: float,
+        c: float,
+        backend: str,
+        inplace_backward: bool,
+    ):
+        tokens, lse, entropy, sum_p2, kl, ref_lse = ops.row_reductions_fwd(
+            logits, layout.rows, layout.labels, ref_logits, a, c, backend
+        )
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(logits, ref_logits, lse, ref_lse, entropy, sum_p2, layout.labels, layout.row_of)
+            ctx.settings = (a, c, backend, inplace_backward)
+        if ref_logits is None:
+            ctx.mark_non_differentiable(kl)
+        ctx.set_materialize_grads(False)
+        return tokens, entropy, sum_p2, kl
+
+    @staticmethod
+    def backward(ctx, d_tokens, d_entropy, d_sum_p2, d_kl):
+        upstream = (d_tokens, d_entropy, d_sum_p2, d_kl)
+        if all(d is None for d in upstream):
+            return (None,) * 7
+        refuse_double_backward()
+        logits, ref, lse, ref_lse, entropy, sum_p2, labels, row_of = ctx.saved_tensors
+        a, c, backend, inplace_backward = ctx.settings
+        coefs = gradient_coefs(entropy, sum_p2, *upstream)
+        args = (logits, row_of, labels, lse, None if d_kl is None else ref, ref_lse, coefs, a, c, backend)
+        if inplace_backward:
+            ops.row_reductions_bwd_(*args)
+            d_logits = logits
+        else:
+            d_logits = ops.row_reductions_bwd(*args)
+        return d_logits, None, None, None, None, None, None
