@@ -13,6 +13,7 @@ COMMANDS = {
     "machine-code": ("machine_code", "what the Triton kernels compile to: registers, spills, widths of loads"),
     "families": ("families", "linear against logits route on tiny models of many families"),
     "real-routes": ("real_routes", "that run on both routes and beside TRL's DPOTrainer"),
+    "compression": ("compression", "SSPO beside outcome-only RL, length penalties and its own controls, trained here"),
     "real-run": ("real_run", "a real model trained on real reasoning steps"),
 }
 

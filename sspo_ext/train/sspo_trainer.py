@@ -17,15 +17,14 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from .. import StepPolicyOutput, linear_step_policy_loss, step_policy_loss
-from .._checks import check_choice, check_not_negative
 from ..hf import forward_hidden, model_head
 from ..layout import TensorBundle
 from ..signals import (
@@ -43,77 +42,13 @@ from .experience import PromptSampler, Rollout, policy_batch, prompt_tokens, spl
 from .grade import Grader, answer_text, grade
 from .models import load_model
 from .rollout import RolloutEngine, Sampling, make_engine
-from .route import ROUTE_HELP, batch_logps, choose_route, model_inputs, router_loss
+from .route import batch_logps, choose_route, model_inputs, router_loss
+from .sspo_config import SSPOConfig
 
-COMBINE = ("add", "multiply", "replace", "outcome")
-
-
-def _option(default, text: str):
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class SSPOConfig(TrainingArguments):
-    """TrainingArguments and what SSPO adds; names are TRL's GRPO names where it has them.
-
-    `per_device_train_batch_size` counts completions, and an update has per_device_train_batch_size x
-    gradient_accumulation_steps x processes of them: a multiple of `num_generations`.
-    """
-
-    remove_unused_columns: bool = _option(False, "Rows are the grader's, not the model's.")
-    logging_nan_inf_filter: bool = _option(False, "True hides a NaN loss from the log.")
-    logging_steps: float = _option(1, "Log every so many updates.")
-    learning_rate: float = _option(1e-6, "Peak learning rate.")
-
-    num_generations: int = _option(8, "Completions of every prompt: the group of the baseline.")
-    max_completion_length: int = _option(256, "Tokens; a completion that reaches it earns nothing.")
-    temperature: float = _option(1.0, "Of sampling, and of the log-probs in the loss.")
-    top_p: float = _option(1.0, "Nucleus sampling; below 1 the loss is no longer that of the sampled distribution.")
-    top_k: int = _option(0, "Sampling from the k most probable tokens; 0: from all. The same caution.")
-    rollout_engine: str = _option("generate", "generate, compact or vllm (sspo_ext.train.rollout).")
-    rollout_batch_size: int | None = _option(None, "Rows completed at once on a device; None: all.")
-    rollout_options: dict | None = _option(None, "vLLM's own options.")
-
-    split_by: str = _option("newline", "newline, blank_line or a regular expression (sspo_ext.signals.split).")
-    probe: str = _option("en", "A language of sspo_ext.signals.PROBES, or the text that asks for the answer.")
-    probe_end: str = _option("", "What must follow the answer for it to count, such as the end of sequence.")
-    probe_options: dict | None = _option(None, "Of sspo_ext.signals.probe_step_values: mode, reduce, engine, ...")
-    gamma: float = _option(0.9, "Discount per step: what a step costs. It makes reasoning short; 1 does not.")
-    lam: float = _option(0.9, "GAE's lambda over steps. 0: a step's own progress.")
-    baseline: str = _option("rloo", "Of the outcome: rloo, grpo, dr_grpo, reinforce or reinforce++.")
-    combine: str = _option(
-        "add", "add, multiply or replace the outcome's advantage by the step's; outcome: the outcome's alone, no probe."
-    )
-
-    loss_type: str = _option("reinforce", "See sspo_ext.policy.POLICY_HEADS.")
-    loss_options: dict | None = _option(None, "The loss type's other options.")
-    epsilon: float = _option(0.2, "Clipping below, for losses that clip.")
-    epsilon_high: float | None = _option(None, "Clipping above; None: epsilon.")
-    beta: float = _option(0.0, "Weight of the KL to the model as given; 0 keeps no reference.")
-    kl_estimator: str = _option("k3", "k1, k2 or k3.")
-    entropy_coef: float = _option(0.0, "Weight of the entropy bonus.")
-    aggregation: str = _option("token", "How tokens are averaged, see step_policy_loss.")
-    num_iterations: int = _option(1, "Updates on every batch of rollouts.")
-    route: str = _option("linear", ROUTE_HELP)
-    backend: str = _option("auto", "auto, cpu, triton, cuda or reference.")
-    chunk_bytes: int | None = _option(None, "Budget of the linear route's logits buffer.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_choice("combine", self.combine, COMBINE)
-        for name in ("gamma", "lam"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
-        check_not_negative("beta", self.beta)
-        for name in ("num_generations", "num_iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.num_iterations > 1 and self.save_strategy == "steps" and self.save_steps % self.num_iterations:
-            raise ValueError(
-                f"save_steps: expected a multiple of num_iterations={self.num_iterations}, since rollouts are not "
-                f"saved, got {self.save_steps}"
-            )
+_METRICS = (
+    "kl", "entropy", "ratio/mean", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
+    "steps/logps", "steps/tokens",
+)  # fmt: skip
 
 
 class SSPOTrainer(Trainer):
@@ -228,7 +163,7 @@ class SSPOTrainer(Trainer):
                 for batch in micro:
                     self._add_log_probs(batch)
         self.on_rollouts(rollouts)
-        return micro, _num_items(args.aggregation, everyone)
+        return micro, _num_items(args.aggregation, everyone, args.max_completion_length)
 
     def roll_out(
         self, rows: Sequence[Mapping], seeds: Sequence[Sequence[int]], *, temperature: float | None = None
@@ -297,7 +232,7 @@ class SSPOTrainer(Trainer):
     def _add_log_probs(self, batch: dict) -> None:
         """Token log-probs of the policy that wrote the batch, where it will be used more than once, and of the
         reference."""
-        if self.args.num_iterations > 1:
+        if self.args.num_iterations > 1 or (self.args.loss_options or {}).get("prob_threshold") is not None:
             batch["old"] = self._token_logps(self.model, batch)
         if self.args.beta:
             if self.ref_model is not None:
@@ -316,14 +251,16 @@ class SSPOTrainer(Trainer):
 
     # ---- the loss
 
-    def policy_loss(self, model: nn.Module, batch: dict, num_items: float | None) -> StepPolicyOutput:
-        """The model's forward and the loss of one micro-batch."""
+    def policy_loss(
+        self, model: nn.Module, batch: dict, num_items: float | None
+    ) -> tuple[StepPolicyOutput, Tensor | None]:
+        """The model's forward and the loss of one micro-batch; and a mixture of experts' balance loss."""
         args = self.args
         options = {
             "old": batch.get("old"), "ref": batch.get("ref"), "loss_type": args.loss_type, "kl_coef": args.beta,
             "kl_estimator": args.kl_estimator, "entropy_coef": args.entropy_coef, "aggregation": args.aggregation,
             "num_items": num_items, "temperature": args.temperature, "backend": args.backend,
-            **(args.loss_options or {}),
+            **(args.loss_options or {}), **args.head_options,
         }  # fmt: skip
         if self.route == "linear":
             hidden, outputs = forward_hidden(model, **model_inputs(batch))
@@ -339,7 +276,8 @@ class SSPOTrainer(Trainer):
         out, aux = self.policy_loss(model, inputs, num_items_in_batch)
         rows = inputs["layout"].num_rows
         for name, value in out.metrics.items():
-            self._add(name, value.detach().float() * rows, rows)
+            if name in _METRICS:
+                self._add(name, value.detach().float() * rows, rows)
         # DDP averages gradients over processes, while num_items counts the items of all of them.
         loss = out.loss * self.accelerator.num_processes
         if aux is not None:
@@ -463,9 +401,15 @@ def rollout_metrics(rows: Iterable[tuple]) -> dict[str, float]:
     }
 
 
-def _num_items(aggregation: str, everyone: Sequence[tuple]) -> float:
-    counts = {"token": sum(row[4] for row in everyone), "step": sum(row[2] for row in everyone)}
-    return float(max(counts.get(aggregation, len(everyone)), 1))
+def _num_items(aggregation: str, everyone: Sequence[tuple], longest: int) -> float:
+    """What the aggregation averages over, in the whole update; a constant for "sum" (Dr. GRPO)."""
+    count = {
+        "token": sum(row[4] for row in everyone),
+        "step": sum(row[2] for row in everyone),
+        "sequence": sum(row[4] > 0 for row in everyone),
+        "sum": len(everyone) * longest,
+    }[aggregation]
+    return float(max(count, 1))
 
 
 def _over_std(values: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Does SSPO make reasoning short and keep it right, and what in it does that? `python -m benchmarks compression`."""

@@ -1,0 +1,146 @@
+"""Does SSPO make reasoning short without making it wrong, and what in it does that?
+
+    python -m benchmarks compression            # sums in English, the decisive arms, two seeds: a quarter of an hour
+    python -m benchmarks compression --full     # three families, two languages, every arm, three seeds: hours
+
+Tiny models first imitate a wordy teacher (`sspo_ext.demo.tasks`), then every arm trains from the same start, on as many
+updates of as many samples. The reward is whether the answer is right; only the arms called "length penalty" see length.
+Every run is a process with one thread and leaves a JSON file: the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from sspo_ext.demo.tasks import FAMILIES, LANGUAGES
+
+from .arms import ARMS, DECISIVE
+from .report import write_report
+from .worker import start_folder
+
+
+@dataclass(frozen=True)
+class Run:
+    family: str
+    language: str
+    arm: str
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}-{self.language}-{self.arm}-{self.seed}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    runs = [
+        Run(family, language, arm, seed)
+        for family in options.families
+        for language in options.languages
+        for seed in range(options.seeds)
+        for arm in options.arms
+        if ARMS[arm].trains or seed == 0
+    ]
+    output, work = Path(options.output), Path(options.work)
+    (output / "runs").mkdir(parents=True, exist_ok=True)
+    (work / "logs").mkdir(parents=True, exist_ok=True)
+    starts = {
+        Run(r.family, r.language, "make-start") for r in runs if not start_folder(work, r.family, r.language).is_dir()
+    }
+    execute(sorted(starts, key=lambda r: r.name), options, "start models", lambda run: 2200)
+    todo = [run for run in runs if not (output / "runs" / f"{run.name}.json").exists()]
+    if len(todo) < len(runs):
+        print(f"{len(runs) - len(todo)} of {len(runs)} runs are there already")
+    execute(todo, options, "runs", lambda run: options.updates if ARMS[run.arm].trains else 0)
+    print(write_report(output, " ".join(["python -m benchmarks compression", *(argv or sys.argv[1:])])))
+
+
+def execute(runs: list[Run], options: argparse.Namespace, title: str, length) -> None:
+    """The runs, `--jobs` at a time, each a process; stops at the first that fails."""
+    waiting, going = list(runs), {}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with tqdm(total=sum(map(length, runs)), desc=title, unit="update", disable=not runs) as bar:
+        done = 0
+        while waiting or going:
+            while waiting and len(going) < options.jobs:
+                run = waiting.pop(0)
+                log = Path(options.work) / "logs" / f"{run.name}.log"
+                with log.open("w") as file:
+                    going[run] = (
+                        subprocess.Popen(command(run, options), stdout=file, stderr=subprocess.STDOUT, env=environment),
+                        log,
+                    )
+            time.sleep(0.5)
+            reached, notes = done, []
+            for run, (process, log) in list(going.items()):
+                last = _last_line(log)
+                reached += last[0]
+                notes.append(f"{run.name} {last[1]}")
+                if process.poll() is None:
+                    continue
+                del going[run]
+                if process.returncode:
+                    for other, _ in going.values():
+                        other.terminate()
+                    raise SystemExit(f"{run.name} failed:\n{log.read_text()[-3000:]}")
+                done += length(run)
+                tqdm.write(f"{run.name} done {last[1]}")
+            bar.n = min(max(reached, bar.n), bar.total)
+            bar.set_postfix_str("; ".join(notes))
+
+
+def command(run: Run, options: argparse.Namespace) -> list[str]:
+    output = Path(options.output) / "runs" / f"{run.name}.json"
+    return [
+        sys.executable, "-m", "benchmarks.compression.worker", "--family", run.family, "--language", run.language,
+        "--arm", run.arm, "--seed", str(run.seed), "--updates", str(options.updates), "--held-out",
+        str(options.held_out), "--work", options.work, "--output", str(output),
+    ]  # fmt: skip
+
+
+def _last_line(log: Path) -> tuple[int, str]:
+    """(updates done, what to say) from a worker's log; imitation's bar counts too."""
+    text = log.read_text(errors="replace").replace("\r", "\n").strip().rpartition("\n")[2]
+    words = text.split()
+    if len(words) == 3 and words[0].isdigit():
+        return int(words[0]), f"accuracy {words[1]} tokens {words[2]}"
+    if "/2200 [" in text:
+        return int(text.partition("/2200 [")[0].split()[-1].split("|")[-1]), ""
+    return 0, ""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks compression", description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--full", action="store_true", help="every family, language and arm, three seeds")
+    add("--families", nargs="+", choices=FAMILIES, help="(default: sums)")
+    add("--languages", nargs="+", choices=LANGUAGES, help="(default: en)")
+    add("--arms", nargs="+", choices=ARMS, help=f"(default: {' '.join(DECISIVE)})")
+    add("--seeds", type=int, help="(default: 2)")
+    add("--updates", type=int, default=60, help="of 24 problems x 8 samples")
+    add("--held-out", type=int, default=400, help="problems that no arm trains on")
+    add("--jobs", type=int, default=2, help="processes side by side, one thread each")
+    add("--output", default="benchmarks/results/compression", help="one JSON a run, RESULTS.md, pictures")
+    add("--work", default="build/compression", help="start models and logs")
+    options = parser.parse_args(argv)
+    every = (FAMILIES, LANGUAGES, tuple(ARMS), 3)
+    few = (("sums",), ("en",), DECISIVE, 2)
+    for name, value in zip(("families", "languages", "arms", "seeds"), every if options.full else few, strict=True):
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+if __name__ == "__main__":
+    main()

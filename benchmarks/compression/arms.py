@@ -1,0 +1,74 @@
+"""The arms: every way of training that is compared, all through `SSPOTrainer`, at equal updates and equal samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sspo_ext.demo.tasks import Task
+from sspo_ext.train.experience import Rollout
+from sspo_ext.train.sspo_trainer import SSPOTrainer
+
+
+class ZeroValues(SSPOTrainer):
+    """V = 0: what the discount does alone."""
+
+    def step_values(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
+        return [[0.0] * (len(r.steps) + 1) for r in rollouts]
+
+
+class ShuffledValues(SSPOTrainer):
+    """The probe's values, shuffled over all states of the batch: their level without their content."""
+
+    def step_values(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
+        values = super().step_values(rollouts)
+        states = np.array([v for row in values for v in row[:-1]])
+        order = np.random.default_rng([self.args.seed, self.state.global_step]).permutation(len(states))
+        shuffled, at, found = states[order].tolist(), 0, []
+        for row in values:
+            found.append([*shuffled[at : at + len(row) - 1], 0.0])
+            at += len(row) - 1
+        return found
+
+
+@dataclass(frozen=True)
+class Arm:
+    name: str
+    text: str
+    options: dict = field(default_factory=dict)  # of SSPOConfig
+    trainer: type[SSPOTrainer] = SSPOTrainer
+    length_penalty: float = 0.0
+    trains: bool = True
+
+    def reward(self, task: Task):
+        """The task's 0 or 1; with a length penalty a right answer is worth 1 - weight * tokens / 50, at least 0."""
+        if not self.length_penalty:
+            return task.reward
+
+        def shorter_is_better(prompt: str, completion: str, answer: str) -> float:
+            tokens = len(completion.split(" ")) + 1  # of the word-level tokenizer, with the end of sequence
+            return task.reward(prompt, completion, answer) * max(0.0, 1 - self.length_penalty * tokens / 50)
+
+        return shorter_is_better
+
+
+_OUTCOME = {"combine": "outcome"}
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("start", "start model", trains=False),
+        Arm("rloo", "outcome only, RLOO", _OUTCOME),
+        Arm("grpo", "outcome only, GRPO", {**_OUTCOME, "baseline": "grpo"}),
+        *(Arm(f"penalty-{w:g}", f"RLOO, length penalty {w:g}", _OUTCOME, length_penalty=w) for w in (0.25, 0.5, 1.0)),
+        Arm("sspo-0", "SSPO, lambda 0", {"lam": 0.0}),
+        Arm("sspo-0-zero", "... V = 0", {"lam": 0.0}, ZeroValues),
+        Arm("sspo-0-shuffled", "... V shuffled", {"lam": 0.0}, ShuffledValues),
+        Arm("sspo-9", "SSPO, lambda 0.9", {"lam": 0.9}),
+        Arm("sspo-9-zero", "... V = 0", {"lam": 0.9}, ZeroValues),
+        Arm("sspo-9-shuffled", "... V shuffled", {"lam": 0.9}, ShuffledValues),
+        Arm("no-discount", "gamma 1, lambda 0.9", {"gamma": 1.0, "lam": 0.9}),
+    )
+}
+DECISIVE = ("start", "rloo", "penalty-0.5", "sspo-0", "sspo-0-zero", "sspo-0-shuffled", "sspo-9")

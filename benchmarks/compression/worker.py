@@ -1,0 +1,92 @@
+"""One run: one arm of one task with one seed, on one thread. Writes its JSON when it is whole."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from sspo_ext.demo.arms import START, load_start, make_trainer, measure
+from sspo_ext.demo.imitate import make_start_model
+from sspo_ext.demo.tasks import Task
+from sspo_ext.train.progress import curves
+
+from .arms import ARMS
+
+
+def start_folder(work: Path, family: str, language: str) -> Path:
+    """The package's own start model, or one made in `work`."""
+    return START if (family, language) == ("sums", "en") else work / "start" / f"{family}-{language}"
+
+
+class _Lines(TrainerCallback):
+    """One line a finished update, which the parent counts."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "accuracy" in logs:
+            print(f"{state.global_step} {logs['accuracy']:.3f} {logs['completions/mean_length']:.2f}", flush=True)
+
+
+def run(options: argparse.Namespace) -> dict:
+    torch.set_num_threads(1)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    arm, task, work = ARMS[options.arm], Task(options.family, options.language), Path(options.work)
+    model, tokenizer = load_start(start_folder(work, options.family, options.language))
+    updates = options.updates if arm.trains else 1
+    trainer = make_trainer(
+        model, tokenizer, task, work / "trainer", updates=updates, seed=options.seed, reward=arm.reward(task),
+        trainer_class=arm.trainer, callbacks=[_Lines()], **arm.options,
+    )  # fmt: skip
+    began = time.monotonic()
+    if arm.trains:
+        trainer.train()
+    seconds = time.monotonic() - began
+    held_out = task.problems(options.held_out, 1, held_out=True)
+    greedy, rollouts = measure(trainer, task, held_out)
+    sampled, _ = measure(trainer, task, held_out, temperature=1.0, seed=options.seed)
+    log = [row for row in trainer.state.log_history if "accuracy" in row]
+    phases = {name: sum(row.get(name, 0.0) for row in log) for name in ("time/rollout", "time/probe", "time/update")}
+    return {
+        **{name: getattr(options, name) for name in ("family", "language", "arm", "seed")},
+        "updates": updates if arm.trains else 0,
+        "held_out": options.held_out,
+        "seconds": round(seconds, 1),
+        "phases": {name: round(value, 1) for name, value in phases.items()},
+        "sampled_tokens": round(sum(row["completions/mean_length"] for row in log) * 24 * 8),
+        "greedy": greedy,
+        "sampled": sampled,
+        "curves": curves(log),
+        "example": [{"prompt": r.row["prompt"], "text": r.text} for r in rollouts[:3]],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--family", required=True)
+    parser.add_argument("--language", required=True)
+    parser.add_argument("--arm", required=True, help="an arm, or make-start")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--updates", type=int, default=60)
+    parser.add_argument("--held-out", type=int, default=400)
+    parser.add_argument("--work", required=True)
+    parser.add_argument("--output", required=True)
+    options = parser.parse_args()
+    if options.arm == "make-start":
+        torch.set_num_threads(1)
+        folder = start_folder(Path(options.work), options.family, options.language)
+        make_start_model(folder, Task(options.family, options.language))
+        return
+    result = run(options)
+    temporary = f"{options.output}.part"
+    Path(temporary).write_text(json.dumps(result) + "\n")
+    os.replace(temporary, options.output)
+
+
+if __name__ == "__main__":
+    main()

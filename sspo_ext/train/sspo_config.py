@@ -1,0 +1,99 @@
+"""SSPOConfig: what SSPOTrainer can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .._checks import check_choice, check_not_negative
+from ..policy import get_policy_head
+from ..policy_losses import AGGREGATIONS
+from ..signals import BASELINES
+from .route import ROUTE_HELP
+
+COMBINE = ("add", "multiply", "replace", "outcome")
+
+
+def _option(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class SSPOConfig(TrainingArguments):
+    """TrainingArguments and what SSPO adds; names are TRL's GRPO names where it has them.
+
+    `per_device_train_batch_size` counts completions, and an update has per_device_train_batch_size x
+    gradient_accumulation_steps x processes of them: a multiple of `num_generations`.
+    """
+
+    remove_unused_columns: bool = _option(False, "Rows are the grader's, not the model's.")
+    logging_nan_inf_filter: bool = _option(False, "True hides a NaN loss from the log.")
+    logging_steps: float = _option(1, "Log every so many updates.")
+    learning_rate: float = _option(1e-6, "Peak learning rate.")
+
+    num_generations: int = _option(8, "Completions of every prompt: the group of the baseline.")
+    max_completion_length: int = _option(256, "Tokens; a completion that reaches it earns nothing.")
+    temperature: float = _option(1.0, "Of sampling, and of the log-probs in the loss.")
+    top_p: float = _option(1.0, "Nucleus sampling; below 1 the loss is no longer that of the sampled distribution.")
+    top_k: int = _option(0, "Sampling from the k most probable tokens; 0: from all. The same caution.")
+    rollout_engine: str = _option("generate", "generate, compact or vllm (sspo_ext.train.rollout).")
+    rollout_batch_size: int | None = _option(None, "Rows completed at once on a device; None: all.")
+    rollout_options: dict | None = _option(None, "vLLM's own options.")
+
+    split_by: str = _option("newline", "newline, blank_line or a regular expression (sspo_ext.signals.split).")
+    probe: str = _option("en", "A language of sspo_ext.signals.PROBES, or the text that asks for the answer.")
+    probe_end: str = _option("", "What must follow the answer for it to count, such as the end of sequence.")
+    probe_options: dict | None = _option(None, "Of sspo_ext.signals.probe_step_values: mode, reduce, engine, ...")
+    gamma: float = _option(0.9, "Discount per step: what a step costs. It makes reasoning short; 1 does not.")
+    lam: float = _option(0.9, "GAE's lambda over steps. 0: a step's own progress.")
+    baseline: str = _option("rloo", "Of the outcome: rloo, grpo, dr_grpo, reinforce or reinforce++.")
+    combine: str = _option(
+        "add", "add, multiply or replace the outcome's advantage by the step's; outcome: the outcome's alone, no probe."
+    )
+
+    loss_type: str = _option("reinforce", "See sspo_ext.policy.POLICY_HEADS.")
+    loss_options: dict | None = _option(None, "The loss type's other options.")
+    epsilon: float | None = _option(None, "Clipping below, for a loss that clips; None: its own default.")
+    epsilon_high: float | None = _option(None, "Clipping above; None: the loss's own default.")
+    beta: float = _option(0.0, "Weight of the KL to the model as given; 0 keeps no reference.")
+    kl_estimator: str = _option("k3", "k1, k2 or k3.")
+    entropy_coef: float = _option(0.0, "Weight of the entropy bonus.")
+    aggregation: str = _option("token", "How tokens are averaged, see step_policy_loss.")
+    num_iterations: int = _option(1, "Updates on every batch of rollouts.")
+    route: str = _option("linear", ROUTE_HELP)
+    backend: str = _option("auto", "auto, cpu, triton, cuda or reference.")
+    chunk_bytes: int | None = _option(None, "Budget of the linear route's logits buffer.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("combine", self.combine, COMBINE)
+        check_choice("baseline", self.baseline, tuple(BASELINES))
+        check_choice("aggregation", self.aggregation, AGGREGATIONS)
+        for name in ("gamma", "lam"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
+        check_not_negative("beta", self.beta)
+        for name in ("num_generations", "num_iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        head = get_policy_head(self.loss_type)
+        head.check_options(self.head_options)
+        if self.num_iterations > 1 and not head.has_ratio:
+            raise ValueError(
+                f"num_iterations: expected 1 with loss_type {self.loss_type!r}, which has no ratio to correct for the "
+                f"updates since the rollouts, got {self.num_iterations}"
+            )
+        if self.num_iterations > 1 and self.save_strategy == "steps" and self.save_steps % self.num_iterations:
+            raise ValueError(
+                f"save_steps: expected a multiple of num_iterations={self.num_iterations}, since rollouts are not "
+                f"saved, got {self.save_steps}"
+            )
+
+    @property
+    def head_options(self) -> dict[str, float]:
+        """The loss type's options that were given; those of step_policy_loss itself are left out."""
+        given = {"epsilon": self.epsilon, "epsilon_high": self.epsilon_high, **(self.loss_options or {})}
+        common = ("importance_sampling_level", "length_normalize", "prob_threshold")
+        return {name: value for name, value in given.items() if value is not None and name not in common}
