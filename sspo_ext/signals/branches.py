@@ -73,7 +73,7 @@ def branch_logps(
     Raises ValueError for a branch whose first scored token has nothing before it, and for an engine that the model does
     not support, with the reason.
     """
-    _check(trunks, branches, max_tokens)
+    check_branches(trunks, branches, max_tokens)
     from .support import choose_engine
 
     with torch.no_grad(), eval_mode(model):
@@ -226,7 +226,7 @@ class Grown(NamedTuple):
     @classmethod
     def of(cls, trunks: Trunks, branch: Branch, *, all_ids: bool = False) -> Grown:
         ids = list(branch.ids if all_ids else branch.ids[:-1])
-        if branch.cut and (branch.start == 0 or all_ids and not ids):
+        if branch.cut and (not ids if all_ids else branch.start == 0):
             return cls(branch.cut - 1, [trunks[branch.trunk][branch.cut - 1], *ids])
         return cls(branch.cut, ids)
 
@@ -345,11 +345,11 @@ def model_device(model: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def _check(trunks: Trunks, branches: Sequence[Branch], max_tokens: int) -> None:
+def check_branches(trunks: Trunks, branches: Sequence[Branch], max_tokens: int) -> None:
     if not isinstance(max_tokens, int) or max_tokens < 1:
         raise ValueError(f"max_tokens: expected a number of tokens of at least 1, got {max_tokens!r}")
     for r, (trunk, cut, ids, start) in enumerate(branches):
         if not 0 <= trunk < len(trunks) or not 0 <= cut <= len(trunks[trunk]):
             raise ValueError(f"branches: branch {r} leaves trunk {trunk} after {cut} tokens, where there is none")
         if not 0 <= start <= len(ids) or cut + start < 1 and len(ids):
-            raise ValueError(f"branches: branch {r} is scored from its token {start}, which has nothing before it")
+            raise ValueError(f"branches: branch {r} starts with its token {start}, which is not there or comes first")

@@ -116,22 +116,22 @@ def probe_step_values(
         raise TypeError(f"batch: expected a StepBatch, got {describe(batch)}")
     if len(answers) != len(batch):
         raise ValueError(f"answers: expected one for each of {len(batch)} sequences, got {len(answers)}")
-    states = _States(model, batch, probe, tokenizer)
+    states = States(model, batch, probe, tokenizer)
     if mode == "graded":
         from .graded import graded_values
 
         check_positive("num_samples", num_samples)
         check_positive("max_answer_tokens", max_answer_tokens)
         values = graded_values(
-            model, states, answers, tokenizer, grader, engine, max_tokens, num_samples, max_answer_tokens, temperature,
-            seed,
+            model, states, answers, tokenizer, grader, num_samples=num_samples, max_answer_tokens=max_answer_tokens,
+            temperature=temperature, seed=seed, engine=engine, max_tokens=max_tokens,
         )  # fmt: skip
     else:
         values = _likelihood(model, states, answers, reduce, engine, max_tokens)
     return StepValues.from_tensor(values, torch.from_numpy(states.offsets))
 
 
-class _States:
+class States:
     """The states of a batch, in the order of StepValues, and the probe's tokens in each."""
 
     def __init__(self, model: nn.Module, batch: StepBatch, probe: Any, tokenizer):
@@ -146,7 +146,7 @@ class _States:
             self.cuts.append([min(cut, end) for cut in batch.boundaries(b)])
         self.offsets = np.concatenate([[0], np.cumsum([len(cuts) for cuts in self.cuts], dtype=np.int64)])
         self.probes = _resolve(probe, len(batch), tokenizer)
-        self._texts: dict[int, str] = {}
+        self._texts: dict[int, str] = {}  # of tokens that stand before a probe
 
     def probe_ids(self, b: int, cut: int) -> list[int]:
         probe = self.probes[b]
@@ -182,7 +182,7 @@ class _States:
 
 
 def _likelihood(
-    model: nn.Module, states: _States, answers: Sequence[Answer], reduce: str, engine: str, max_tokens: int
+    model: nn.Module, states: States, answers: Sequence[Answer], reduce: str, engine: str, max_tokens: int
 ) -> torch.Tensor:
     branches, counts = [], []
     encoded: dict[tuple, tuple[list[int], list[list[int]]]] = {}

@@ -1,0 +1,59 @@
+"""The graded probe: the model is made to answer a few times after each step, and a grader counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._checks import check_choice
+from .branches import Branch, model_device
+from .probe import States, special_ids
+from .sample import sample_branches
+
+
+def graded_values(
+    model: nn.Module,
+    states: States,
+    answers: Sequence[Any],
+    tokenizer,
+    grader: Callable[[str, Any], float] | None,
+    *,
+    num_samples: int,
+    max_answer_tokens: int,
+    temperature: float,
+    seed: int,
+    engine: str,
+    max_tokens: int,
+) -> torch.Tensor:  # (S + B,) float32
+    """The mean grade of every state's sampled answers; see `probe_step_values`."""
+    check_choice("engine", engine, ("auto", "cached", "separate"))
+    if tokenizer is None:
+        raise ValueError("tokenizer: expected one, since graded answers are texts")
+    if not callable(grader):
+        raise ValueError(f"grader: expected a function of an answer's text and the gold answer, got {grader!r}")
+    special = special_ids(model, tokenizer)
+    branches = [Branch(b, cut, states.probe_ids(b, cut)) for b, cuts in enumerate(states.cuts) for cut in cuts]
+
+    def text(ids: list[int]) -> str:
+        return tokenizer.decode([i for i in ids if i not in special], clean_up_tokenization_spaces=False).strip()
+
+    def ends_line(ids: list[int]) -> bool:
+        return "\n" in tokenizer.decode(ids, clean_up_tokenization_spaces=False).lstrip()
+
+    sampled = sample_branches(
+        model, states.trunks, branches, num_samples if temperature else 1, max_new_tokens=max_answer_tokens,
+        stop=ends_line, eos_token_ids=sorted(special), temperature=temperature, seed=seed, engine=engine,
+        max_tokens=max_tokens,
+    )  # fmt: skip
+    values = []
+    for branch, some in zip(branches, sampled, strict=True):
+        texts = [text(ids) for ids in some]
+        grades = {t: float(grader(t, answers[branch.trunk])) for t in dict.fromkeys(texts)}
+        wrong = next((g for g in grades.values() if not 0 <= g <= 1), None)
+        if wrong is not None:
+            raise ValueError(f"grader: expected grades in [0, 1], got {wrong}")
+        values.append(sum(grades[t] for t in texts) / len(texts))
+    return torch.tensor(values, device=model_device(model))
