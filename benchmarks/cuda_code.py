@@ -13,11 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 import triton
 
 from benchmarks import disassembly
-from benchmarks.machine_code import MACHINES, Report, predict, tables
+from benchmarks.machine_code import Report, add_loop, tables
 
 ROOT = Path(__file__).parent.parent
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -60,7 +59,7 @@ def functions(cubin: Path) -> dict[str, disassembly.Code]:
             found_one := re.match(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);", line)
         ):
             target = re.search(r"`\((\.L_x_\d+)\)", found_one[2])
-            code.instructions.append(disassembly._nvidia_instruction(found_one[1], target and target[1]))
+            code.instructions.append(disassembly.nvidia_instruction(found_one[1], found_one[2], target and target[1]))
     for code in found.values():
         code.spills = sum(i.kind == "spill" for i in code.instructions)
     return {name: code for name, code in found.items() if name in usage and "_kernel" in name}
@@ -86,7 +85,7 @@ def _reports_of(name: str, mangled: str, code: disassembly.Code, arch: str) -> l
         0, code.spills, disassembly.widths(code.instructions, "load"), disassembly.widths(code.instructions, "store"),
     )  # fmt: skip
     if name.startswith("token_logp"):
-        _add_loop(report, _main_loop(code))
+        add_loop(report, _main_loop(code))
     return [report]
 
 
@@ -101,18 +100,6 @@ def _main_loop(code: disassembly.Code) -> list[disassembly.Instruction]:
         return loads if accesses and all(i.width == 16 for i in accesses) else 0
 
     return max(code.loops(), key=moved)
-
-
-def _add_loop(report: Report, loop: list[disassembly.Instruction]) -> None:
-    kinds = [instruction.kind for instruction in loop]
-    report.loop_loads, report.loop_stores = disassembly.widths(loop, "load"), disassembly.widths(loop, "store")
-    loaded = sum(width * count for width, count in report.loop_loads.items())
-    report.elements = loaded // getattr(torch, report.dtype).itemsize
-    report.loop_instructions, report.loop_special = len(loop), kinds.count("special")
-    report.loop_barriers = kinds.count("barrier")
-    report.loop_shuffles = kinds.count("shuffle") + kinds.count("shared")
-    if report.elements:
-        report.predicted = {m.name: predict(report, m) for m in MACHINES if m.arch == report.arch}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,13 +1,13 @@
-"""What the Triton kernels compile to, read from the machine code: registers, spills, access widths, the main loop per
-element.
+"""What the kernels compile to, read from the machine code: registers, spills, access widths, the main loop per element.
 
-    python -m benchmarks.machine_code [--arch 80 90 100 gfx942] [--kernel bwd] [--dtype bfloat16] [--all] [--json FILE]
+    python -m benchmarks machine-code [--arch 80 90 100 gfx942] [--kernel bwd] [--dtype bfloat16] [--all] [--peers]
+                                      [--cuda] [--out FOLDER] [--json FILE]
 
 Compiles ahead of time, without a GPU, the specialisations that the launchers can choose (--all; by default those that
-differ in their main loop). The main loop is the innermost one that loads most bytes a pass; its instructions are
-those of one thread, over the elements that the thread loads in a pass. From that and from published limits of the
-machines follow what bounds the loop and the PREDICTED share of peak bandwidth: an upper bound from counting
-instructions, not a measurement.
+differ in their main loop), with --cuda the CUDA C++ kernels too, with --peers other packages' kernels. The main loop is
+the innermost one that loads most bytes a pass; its instructions are those of one thread, over the elements that the
+thread loads in a pass. From that and from published limits of the machines follow what bounds the loop and the
+PREDICTED share of peak bandwidth: an upper bound from counting instructions, not a measurement.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ if __name__ == "__main__":
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from benchmarks import disassembly
+from benchmarks.bounds import bounds, bounds_table
 
 ARCHS = ("80", "90", "100", "gfx942")
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
@@ -38,17 +39,24 @@ class Machine:
     multiprocessors: int
     clock_ghz: float  # boost
     bandwidth_gbs: float
+    # of one multiprocessor: lane-instructions and special functions a clock, 4-byte registers, warps that it holds
+    issued_per_clock: int = 128
+    special_per_clock: int = 16
+    registers: int = 65536
+    warps: int = 64
+    warp: int = 32
 
 
-# NVIDIA's data sheets. A multiprocessor issues 128 lane-instructions and 16 special functions a clock, and holds 65536
-# registers and 64 warps (CUDA C++ programming guide). Bandwidth * latency must be in flight; the latency is assumed.
+# Makers' data sheets, and their programming guides for what a multiprocessor does and holds.
 MACHINES = (
     Machine("A100", "80", 108, 1.41, 2039),
     Machine("H100", "90", 132, 1.83, 3350),
     Machine("H200", "90", 132, 1.83, 4800),
     Machine("B200", "100", 148, 1.85, 8000),
+    Machine("MI300X", "gfx942", 304, 2.1, 5300, 64, 16, 131072, 32, 64),
 )
-ISSUED_PER_CLOCK, SPECIAL_PER_CLOCK, REGISTERS, WARPS, LATENCY_US = 128, 16, 65536, 64, 0.8
+# Assumed, not published: from a load's issue to its data under load. Bandwidth * latency must be in flight.
+LATENCY_US = 0.8
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ class Report:
     loop_shuffles: int = 0  # and accesses to shared memory
     loop_loads: dict[int, int] | None = None
     loop_stores: dict[int, int] | None = None
+    loop_bytes_in_flight: int = 0  # most that one thread has asked for and not waited for
     predicted: dict[str, dict] | None = None  # by machine
 
     @property
@@ -160,14 +169,20 @@ def read(spec: Specialisation, arch: str) -> Report:
     )  # fmt: skip
     loop = code.main_loop()
     if loop is not None and spec.kernel.startswith("token_logp"):
-        kinds = [instruction.kind for instruction in loop]
-        report.loop_loads, report.loop_stores = disassembly.widths(loop, "load"), disassembly.widths(loop, "store")
-        report.elements = _bytes(report.loop_loads) // getattr(torch, spec.dtype).itemsize
-        report.loop_instructions, report.loop_special = len(loop), kinds.count("special")
-        report.loop_barriers = kinds.count("barrier")
-        report.loop_shuffles = kinds.count("shuffle") + kinds.count("shared")
-        report.predicted = {m.name: predict(report, m) for m in MACHINES if m.arch == arch}
+        add_loop(report, loop)
     return report
+
+
+def add_loop(report: Report, loop: list[disassembly.Instruction]) -> None:
+    kinds = [instruction.kind for instruction in loop]
+    report.loop_loads, report.loop_stores = disassembly.widths(loop, "load"), disassembly.widths(loop, "store")
+    report.elements = _bytes(report.loop_loads) // getattr(torch, report.dtype).itemsize
+    report.loop_instructions, report.loop_special = len(loop), kinds.count("special")
+    report.loop_barriers = kinds.count("barrier")
+    report.loop_shuffles = kinds.count("shuffle") + kinds.count("shared")
+    report.loop_bytes_in_flight = disassembly.bytes_in_flight(loop)
+    if report.elements:
+        report.predicted = {m.name: predict(report, m) for m in MACHINES if m.arch == report.arch}
 
 
 def _bytes(widths: dict[int, int]) -> int:
@@ -180,23 +195,34 @@ def predict(report: Report, machine: Machine) -> dict[str, float | str]:
     memory = per_clock * report.elements / (_bytes(report.loop_loads) + _bytes(report.loop_stores))
     limits = {
         "memory": memory,
-        "issue": ISSUED_PER_CLOCK * report.elements / report.loop_instructions,
-        "special": SPECIAL_PER_CLOCK * report.elements / max(report.loop_special, 1),
+        "issue": machine.issued_per_clock * report.elements / report.loop_instructions,
+        "special": machine.special_per_clock * report.elements / max(report.loop_special, 1),
     }
     bound = min(limits, key=limits.get)
-    threads = 32 * report.num_warps
-    programs = min(REGISTERS // (-(-report.registers // 8) * 8 * threads), WARPS // report.num_warps)
+    threads = machine.warp * report.num_warps
+    by_registers = machine.registers // (-(-report.registers // 8) * 8 * threads)
+    programs = min(by_registers, machine.warps // report.num_warps)
     return {
         "bound": bound,
         "share_of_bandwidth": limits[bound] / memory,
         "issue_margin": limits["issue"] / memory,
         "special_margin": limits["special"] / memory,
-        "kib_in_flight": programs * threads * _bytes(report.loop_loads) / 1024,
+        "kib_in_flight": programs * threads * report.loop_bytes_in_flight / 1024,
         "kib_needed": machine.bandwidth_gbs * 1e3 * LATENCY_US / machine.multiprocessors / 1024,
     }
 
 
 def tables(reports: list[Report]) -> str:
+    return f"{code_table(reports)}\n\n{PREDICTED}\n\n{prediction_table(reports)}"
+
+
+PREDICTED = (
+    "PREDICTED from the machine code and data sheets, measured on no GPU. In flight: of one multiprocessor, the "
+    f"programs that its registers and warps allow times what a thread has asked for; needed: at {LATENCY_US} us."
+)
+
+
+def code_table(reports: list[Report]) -> str:
     def pairs(widths: dict[int, int] | None) -> str:
         return ", ".join(f"{count} x {width} B" for width, count in (widths or {}).items()) or "-"
 
@@ -211,12 +237,11 @@ def tables(reports: list[Report]) -> str:
             f"| {r.kernel} | {r.dtype} | {r.facts} | {r.arch} | {r.registers} | {r.spills} | {pairs(r.loop_loads)} | "
             f"{pairs(r.loop_stores)} | {r.elements} | {rate} | {special} | {r.loop_barriers} | {r.loop_shuffles} |"
         )
-    lines += [
-        "",
-        f"PREDICTED, not measured. In flight: a multiprocessor's; needed: at a latency of {LATENCY_US} us.",
-        "",
-    ]
-    lines += _head(
+    return "\n".join(lines)
+
+
+def prediction_table(reports: list[Report]) -> str:
+    lines = _head(
         "kernel", "dtype", "", "machine", "bound by", "of peak bandwidth", "issue slots / needed", "special / needed",
         "KiB in flight", "KiB needed",
     )  # fmt: skip
@@ -232,23 +257,76 @@ def _head(*columns: str) -> list[str]:
     return ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
 
 
+def _json(reports: list[Report]) -> str:
+    rows = [asdict(r) | {"instructions_per_element": r.instructions_per_element} for r in reports]
+    return json.dumps(rows, indent=1) + "\n"
+
+
+def write(folder: Path, ours: list[Report], cuda: list[Report], others: list[Report], command: str) -> None:
+    """machine-code.json and machine-code.md."""
+    from benchmarks.measure import versions
+
+    folder.mkdir(parents=True, exist_ok=True)
+    named = [replace(r, facts=", ".join(filter(None, ("Triton", r.facts)))) for r in ours]
+    (folder / "machine-code.json").write_text(_json([*named, *cuda, *others]))
+    parts = [
+        "# Machine code of the kernels, and what it predicts",
+        f"`{command}`",
+        f"Compiled ahead of time on a machine without a GPU ({versions()}). Nothing here was measured on a GPU.",
+        "## Bounds",
+        bounds_table(bounds([*named, *cuda])),
+        "## Ours, Triton: what the code is",
+        'Main loops of the row kernels. "Rows aligned otherwise": logits that are a slice, so that a row of them lies '
+        "differently in its 16 bytes than its gradient does. The step kernel has no loop over the vocabulary.",
+        code_table(ours),
+    ]
+    if cuda:
+        parts += ["## Ours, CUDA C++: what the code is", code_table(cuda)]
+    if others:
+        parts += [
+            "## Peers: what the code is",
+            "Compiled by their own launch code, with their own settings. A kernel with two loops over the vocabulary "
+            "has two lines. Where n columns are known to be divisible by 16, loads are wide; 50257 is not.",
+            code_table(others),
+        ]
+    parts += ["## Predictions, all kernels", PREDICTED, prediction_table([*named, *cuda, *others])]
+    (folder / "machine-code.md").write_text("\n\n".join(parts) + "\n")
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.machine_code", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks machine-code", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=ARCHS)
     parser.add_argument("--kernel", default="", help="part of a kernel's name")
     parser.add_argument("--dtype", nargs="+", default=list(POINTERS), choices=list(POINTERS))
     parser.add_argument("--all", action="store_true", help="every specialisation, not one for each main loop")
+    parser.add_argument("--peers", action="store_true", help="the kernels of Liger and TRL too, where installed")
+    parser.add_argument("--cuda", action="store_true", help="the CUDA C++ kernels too, where nvcc is found")
+    parser.add_argument("--out", type=Path, help="folder for machine-code.json and .md")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    reports = []
+    ours, cuda, others = [], [], []
     for arch in args.arch:
         for spec in specialisations(64 if arch.startswith("gfx") else 32, args.all):
             if args.kernel in spec.kernel and spec.dtype in args.dtype:
-                reports.append(read(spec, arch))
-    print(tables(reports))
+                ours.append(read(spec, arch))
+    if args.cuda:
+        from benchmarks import cuda_code
+
+        archs = [arch for arch in args.arch if arch in cuda_code.ARCHS]
+        cuda = [r for r in cuda_code.reports(archs, args.kernel) if r.dtype in args.dtype]
+    if args.peers:
+        from benchmarks import peer_code
+
+        others = peer_code.reports(args.arch, args.dtype)
+    print(tables([*ours, *cuda, *others]))
     if args.json:
-        rows = [asdict(r) | {"instructions_per_element": r.instructions_per_element} for r in reports]
-        args.json.write_text(json.dumps(rows, indent=1))
+        args.json.write_text(_json([*ours, *cuda, *others]))
+    if args.out:
+        flags = "".join(f" --{name}" for name in ("all", "peers", "cuda") if getattr(args, name))
+        command = (
+            f"python -m benchmarks machine-code --arch {' '.join(args.arch)} --dtype {' '.join(args.dtype)}{flags}"
+        )
+        write(args.out, ours, cuda, others, f"{command} --out FOLDER")
 
 
 if __name__ == "__main__":

@@ -107,11 +107,15 @@ def machine() -> dict[str, str]:
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "versions": ", ".join(f"{name} {v}" for name in _PACKAGES if (v := _version(name)) is not None),
+        "versions": versions(),
     }
 
 
 _PACKAGES = ("torch", "triton", "sspo-ext", "trl", "liger-kernel", "flash-attn", "transformers", "numpy")
+
+
+def versions() -> str:
+    return ", ".join(f"{name} {v}" for name in _PACKAGES if (v := _version(name)) is not None)
 
 
 def _version(name: str) -> str | None:

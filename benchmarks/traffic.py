@@ -1,12 +1,13 @@
 """Bytes that Triton kernels load and store, counted in Triton's interpreter: ours, the minimum, and the peers' kernels.
 
-    python -m benchmarks.traffic [--vocab 32000 50257] [--dtype bfloat16] [--json FILE]
+    python -m benchmarks traffic [--vocab 32000 50257] [--dtype bfloat16] [--out FOLDER] [--json FILE]
 
 The work: a batch half of whose positions are scored, log-probabilities forward, the gradient of all logits backward.
 The minimum forward is one read of the scored rows; backward, one read of them and one write of the whole gradient.
 What is counted are the bytes of unmasked lanes: what the program asks for, not what caches and sectors make of it.
 Launches are those of Triton kernels; torch operations around a peer's kernels are not counted, which favours the
-peer. No GPU is needed, and no time is measured.
+peer. A method that is torch operations has each operand counted once (benchmarks/torch_traffic.py): a lower bound. No
+GPU is needed, and no time is measured.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+
+from benchmarks.torch_traffic import TorchTraffic, count_torch
 
 VOCABULARIES = (32000, 50257, 128256, 151936, 256000)
 
@@ -149,6 +152,25 @@ def trl_log_probs(work: Work, logits: torch.Tensor) -> torch.Tensor:
     return selective_log_softmax_and_entropy(logits, work.shifted.clamp(min=0), 1.0, scored)[0].sum()
 
 
+def torch_log_probs(work: Work, logits: torch.Tensor) -> torch.Tensor:
+    """In float32, as the original DPO code has it."""
+    logps = logits.float().log_softmax(-1).gather(-1, work.shifted.clamp(min=0)[..., None])[..., 0]
+    return (logps * (work.shifted != -100)).sum()
+
+
+def trl_torch_log_probs(work: Work, logits: torch.Tensor) -> torch.Tensor:
+    """What TRL's trainers call where its Triton kernel is not asked for."""
+    from trl.trainer.utils import selective_log_softmax
+
+    return (selective_log_softmax(logits, work.shifted.clamp(min=0)) * (work.shifted != -100)).sum()
+
+
+def flash_attn_cross_entropy(work: Work, logits: torch.Tensor) -> torch.Tensor:
+    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+
+    return cross_entropy_loss(logits.view(-1, logits.shape[-1]), work.shifted.view(-1))[0].sum()
+
+
 METHODS: dict[str, Callable[[Work, torch.Tensor], torch.Tensor]] = {
     "sspo_ext step_pref_loss": sspo_ext_loss,
     "sspo_ext, in place": sspo_ext_loss_in_place,
@@ -156,6 +178,9 @@ METHODS: dict[str, Callable[[Work, torch.Tensor], torch.Tensor]] = {
     "liger cross_entropy, upstream 0.5": liger_cross_entropy,
     "liger selective_log_softmax": liger_log_probs,
     "trl selective_log_softmax_and_entropy": trl_log_probs,
+    "flash-attn cross_entropy": flash_attn_cross_entropy,
+    "torch: trl selective_log_softmax": trl_torch_log_probs,
+    "torch: float, log_softmax, gather": torch_log_probs,
 }
 
 
@@ -177,9 +202,10 @@ class Row:
 def measure(method: str, V: int, dtype: torch.dtype) -> Row:
     work = Work(V, dtype)
     logits = work.logits.clone().requires_grad_()
-    with count_traffic() as forward:
+    counter = count_torch if method.startswith("torch") else count_traffic
+    with counter() as forward:
         out = METHODS[method](work, logits)
-    with count_traffic() as backward:
+    with counter() as backward:
         if out.requires_grad:
             out.backward(torch.tensor(0.5 if method.endswith("0.5") else 1.0))
     rows, gradient = work.scored_bytes, work.gradient_bytes
@@ -188,13 +214,17 @@ def measure(method: str, V: int, dtype: torch.dtype) -> Row:
         method,
         V,
         str(dtype).removeprefix("torch."),
-        len(forward.launches) + len(backward.launches),
+        _launches(forward) + _launches(backward),
         forward.loaded / rows,
         forward.stored / gradient,
         backward.loaded / rows,
         backward.stored / gradient,
         (forward.loaded + forward.stored + backward.loaded + backward.stored) / minimum,
     )
+
+
+def _launches(traffic: Traffic | TorchTraffic) -> int:
+    return traffic.launches if isinstance(traffic, TorchTraffic) else len(traffic.launches)
 
 
 def table(rows: list[Row]) -> str:
@@ -208,24 +238,59 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+UNITS = "read: in bytes of the scored rows. written: in bytes of the whole gradient. The minimum is 1, 0, 1, 1."
+
+
+def write(folder: Path, rows: list[Row], missing: dict[str, str]) -> None:
+    """traffic.json and traffic.md."""
+    from benchmarks.measure import versions
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "traffic.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    parts = [
+        "# Bytes that the kernels ask for",
+        "`python -m benchmarks traffic --dtype bfloat16 float32 --out FOLDER`",
+        f"Counted in Triton's interpreter on a machine without a GPU ({versions()}): no time is in these tables. "
+        "The batch has 8 positions of which 4 are scored; the counts per row do not depend on how many rows there are, "
+        "but for what is read once a row (labels, offsets) and shows in the third decimal. " + UNITS,
+        '"in place" writes the gradient over the logits. With an upstream gradient that is not 1, Liger multiplies '
+        "its finished gradient in a launch of its own. `selective_log_softmax` of Liger has no backward. Lines that "
+        'begin with "torch" are torch operations, each operand counted once: at least so much, and launches are '
+        "operations.",
+        *(f"* {method} was not counted: {reason}." for method, reason in missing.items()),
+        table(rows),
+    ]
+    (folder / "traffic.md").write_text("\n\n".join(parts) + "\n")
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks traffic", description=__doc__.splitlines()[0])
     parser.add_argument("--vocab", type=int, nargs="+", default=VOCABULARIES)
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--method", nargs="+", default=list(METHODS), help="substrings of method names")
+    parser.add_argument("--out", type=Path, help="folder for traffic.json and .md; what is there already is kept")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    rows = []
+    rows, missing = [], {}
+    if args.out and (args.out / "traffic.json").exists():
+        rows = [Row(**row) for row in json.loads((args.out / "traffic.json").read_text())]
+    done = {(row.method, row.V, row.dtype) for row in rows}
     for V in args.vocab:
         for dtype in args.dtype:
             for method in METHODS:
-                if any(part in method for part in args.method):
+                if any(part in method for part in args.method) and (method, V, dtype) not in done:
                     try:
                         rows.append(measure(method, V, getattr(torch, dtype)))
                     except ImportError as error:
-                        print(f"{method}: {error}")
+                        missing[method] = str(error)
+            if args.out:  # interpreted kernels take minutes: keep what there is
+                order = list(METHODS)
+                rows.sort(key=lambda row: (row.V, row.dtype, order.index(row.method)))
+                write(args.out, rows, missing)
     print(table(rows))
-    print("\nread: in bytes of the scored rows. written: in bytes of the whole gradient. The minimum is 1, 0, 1, 1.")
+    for method, reason in missing.items():
+        print(f"{method} was not counted: {reason}")
+    print(f"\n{UNITS}")
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
 
