@@ -1,4 +1,4 @@
-"""The console script `sspo-ext`: info, train, demo. What is wrong with its input is one message, and exit code 2."""
+"""The console script `sspo-ext`. What is wrong with its input is one message, and exit code 2."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from .train import rl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,11 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     command("info", _info, None, "versions, backends, and why a backend cannot run")
     _add_train(command("train", _train, "train", "train a causal LM on preference rows"))
-    demo = command("demo", _demo, "demo", "train a small model on generated arithmetic, offline, in a few minutes")
+    rl.add_arguments(
+        command("rl", _rl, "train", "train a causal LM by SSPO on prompts with answers"), _positive, _assignment
+    )
+    demo = command("demo", _demo, "demo", "a small model learns to reason right and short, offline, in three minutes")
     demo.add_argument("--output-dir", default="sspo-demo", help="picture, numbers and model go here")
-    demo.add_argument("--seed", type=int, default=0, help="of the problems, the model and the order")
-    demo.add_argument("--rounds", type=_positive, default=3, help="of sampling and step preferences")
-    demo.add_argument("--loss-type", default="sigmoid", help="see sspo_ext.heads")
+    demo.add_argument("--seed", type=int, default=0, help="of the problems and the samples")
+    demo.add_argument("--updates", type=_positive, default=40, help="of each arm")
     return parser
 
 
@@ -122,7 +126,12 @@ def _info(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from .demo import DemoConfig, run
 
-    run(options.output_dir, DemoConfig(seed=options.seed, rounds=options.rounds, loss_type=options.loss_type))
+    run(options.output_dir, DemoConfig(seed=options.seed, updates=options.updates))
+
+
+def _rl(options: argparse.Namespace) -> None:
+    checkpoint = _checkpoint(options)
+    rl.run(options, checkpoint, _lora(options))
 
 
 def _train(options: argparse.Namespace) -> None:

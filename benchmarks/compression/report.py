@@ -33,8 +33,8 @@ def write_report(folder: Path, command: str) -> str:
         f"{some['updates'] if some else 0} updates of 24 problems x 8 samples, learning rate 5e-4, one thread. The "
         "reward is 1 for the right answer and 0 else; only the arms called length penalty see length. Accuracy ± 1.96 "
         f"standard errors over {some['held_out'] if some else 0} held-out problems (each problem's mean over seeds), "
-        "with the worst and best seed in brackets; tokens and steps of a solution; skipped: needed steps that it leaves "
-        "out; s: training seconds, of a run beside another, not a measurement of speed.",
+        "with the worst and best seed in brackets; tokens and steps of a solution; skipped: needed steps that it "
+        "leaves out; s: training seconds, of a run beside another, not a measurement of speed.",
         f"{_cpu()}, torch {torch.__version__}.",
     ]
     for (family, language), arms in sorted(tasks.items()):
