@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata, util
+from unittest import mock
 
 import torch
 
@@ -148,7 +149,10 @@ def extra_peak_mib(build: Callable[..., Callable[[], object]], *args) -> float:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_measure_peak, args=(theirs, torch.get_num_threads(), build, args))
-    process.start()
+    # glibc otherwise keeps blocks of a few MiB that were freed, more of them the longer it runs
+    malloc = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "131072")
+    with mock.patch.dict(os.environ, malloc):
+        process.start()
     theirs.close()
     try:
         result = ours.recv()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BLOCK_ELEMENTS = 1 << 22
+_BLOCK_ELEMENTS = 1 << 18  # float32 temporaries of 1 MiB: near a core, and nothing beside the gradients
 
 
 def refuse_double_backward() -> None:
