@@ -1,6 +1,6 @@
 """The loss definitions: golden values worked out by hand, closed forms, gradcheck; generated forms against definitions.
 
-Mutations of sspo_ext/heads.py and backends/generate.py, each caught by the test named (on a copy of the package):
+Mutations of sspo_ext/heads/ and backends/generate.py, each caught by the test named (on a copy of the package):
   sigmoid: margin added                        test_golden
   label smoothing the wrong way round          test_golden
   hinge: squared                               test_golden
@@ -32,7 +32,20 @@ OPTIONS = [(n, {}) for n in NAMES] + [
     ("ipo", {"beta": 0.05}),
     ("simpo", {"beta": 2.5, "simpo_gamma": 1.4}),
     ("simpo", {"simpo_gamma": 0.0}),
+    ("discopop", {"beta": 0.3, "discopop_tau": 0.5}),
+    ("sigmoid_alpha_divergence", {"f_alpha_divergence_coef": 0.2}),
+    ("sigmoid_alpha_divergence", {"f_alpha_divergence_coef": 1.7}),
+    ("flex_dpo", {"beta": 0.02, "beta_rejected": 0.3}),
+    ("slic", {"beta": 0.4, "slic_delta": 3.0}),
+    ("cpo", {"cpo_alpha": 0.3}),
+    ("orpo", {"beta": 1.5}),
+    ("sppo", {"beta": 0.4}),
+    ("exo_pair", {"beta": 0.4}),
+    ("bco_pair", {"beta": 0.4}),
 ]
+# heads that exponentiate a score: kept where float64 has digits for a finite difference
+EXPONENTIAL = {"sigmoid_forward_kl", "sigmoid_alpha_divergence", "discopop"}
+LIKELIHOOD = {"orpo", "asft"}  # of log-probs, which are negative
 
 
 def scores(u_w, u_l, n_w=1.0, n_l=1.0, margin=0.0, label=1.0):
@@ -78,10 +91,82 @@ def call(name, s, options=None):
         ("simpo", scores(-6.0, -8.0, 3, 2), {"simpo_gamma": 4.0}, math.log(2)),
         # label 0 turns the pair round: log(1 + e^3.5) = 3.5 + .0297504
         ("simpo", scores(-6.0, -8.0, 3, 2, label=0.0), {}, 3.529750418272620567),
+        # sums: (4 - 1/(2 * .1))^2 = 1 ; margin .1 / beta .1 = 1: (4 - 1 - 5)^2 = 4
+        ("ipo_sum", scores(5.0, 1.0, 3, 2), {}, 1.0),
+        ("ipo_sum", scores(5.0, 1.0, 3, 2, margin=0.1), {}, 4.0),
+        # 2 (5/5 - 1/2) = 1: log(1 + e^-1)
+        ("sigmoid_norm", scores(5.0, 1.0, 5, 2), {"beta": 2.0}, 0.31326168751822286),
+        # e = .1, a = -ls(.4): (.9 a - .1 (a + .4)) / .8 = a - .05
+        ("robust", scores(5.0, 1.0, label=0.9), {}, 0.5130152523999526 - 0.05),
+        ("robust", scores(5.0, 1.0), {}, 0.5130152523999526),
+        # z = 0: (-ln 2 - ln .9) / 2 + (-ln 2 - ln .1) / 2 = -ln 2 - ln .3 = -ln .6 ; q = sig(z): no divergence
+        ("exo_pair", scores(3.0, 3.0, label=0.9), {}, -math.log(0.6)),
+        ("exo_pair", scores(math.log(3), 0.0, label=0.75), {"beta": 1.0}, 0.0),
+        # z = 0: ln 2 / 2 + 1 / 2
+        ("discopop", scores(3.0, 3.0), {}, 0.5 + math.log(2) / 2),
+        # tau 1, z = ln 3: sig = 3/4: ln(4/3) / 4 + 3/4 * 1/3
+        ("discopop", scores(math.log(3), 0.0), {"beta": 1.0, "discopop_tau": 1.0}, math.log(4 / 3) / 4 + 0.25),
+        # e^-u: 1/2 and 2: z = .1 * 1.5
+        ("sigmoid_forward_kl", scores(math.log(2), -math.log(2)), {}, math.log1p(math.exp(-0.15))),
+        # ls(ln 3) - ls(0) = ln(3/4) - ln(1/2) = ln 1.5: sig(ln 1.5) = .6
+        ("sigmoid_js_divergence", scores(math.log(3), 0.0), {"beta": 1.0}, -math.log(0.6)),
+        # a = 1/2: (1 - 2) / (-1/2) = 2, beta 1/2: z = 1
+        ("sigmoid_alpha_divergence", scores(0.0, -2 * math.log(2)), {"beta": 0.5}, 0.31326168751822286),
+        # a = 2: (3 - 2) / 1 = 1
+        (
+            "sigmoid_alpha_divergence",
+            scores(math.log(3), math.log(2)),
+            {"beta": 1.0, "f_alpha_divergence_coef": 2.0},
+            0.31326168751822286,
+        ),
+        # .1 * 5 - .05 * 1 = .45
+        ("flex_dpo", scores(5.0, 1.0), {}, math.log1p(math.exp(-0.45))),
+        # 1 - (1 - .5) = .5 ; margin .2: .7 ; apart by more than 1: 0 ; delta 3, beta 2: 3 - 1 = 2
+        ("slic", scores(1.0, 0.5), {}, 0.5),
+        ("slic", scores(1.0, 0.5, margin=0.2), {}, 0.7),
+        ("slic", scores(5.0, 1.0), {}, 0.0),
+        ("slic", scores(1.0, 0.5), {"beta": 2.0, "slic_delta": 3.0}, 2.0),
+        # rewards .5 and .1: softplus(-.5) + softplus(.5) / 2 + softplus(.1) / 2
+        ("nca_pair", scores(5.0, 1.0), {}, 0.4740769841801067 + 0.48703849209005335 + 0.37219833003678545),
+        # softplus(-.5) + softplus(.1) ; shifted by .5: softplus(0) + softplus(-.4)
+        ("bco_pair", scores(5.0, 1.0), {}, 0.4740769841801067 + 0.7443966600735709),
+        ("bco_pair", scores(5.0, 1.0, margin=0.5), {}, math.log(2) + 0.5130152523999526),
+        # (5 - 5)^2 + (1 + 5)^2 ; q = .75: target 2.5: 2.5^2 + 3.5^2 ; q = 1 is sppo_hard
+        ("sppo_hard", scores(5.0, 1.0), {}, 36.0),
+        ("sppo", scores(5.0, 1.0, label=0.75), {}, 18.5),
+        ("sppo", scores(5.0, 1.0), {}, 36.0),
+        # sig(-.5) + sig(.1) ; sig(.5) + sig(-.4)
+        ("apo_zero", scores(5.0, 1.0), {}, 0.3775406687981454 + 0.52497918747894),
+        ("apo_down", scores(5.0, 1.0), {}, 0.6224593312018546 + 0.401312339887548),
+        # -(-6 / 3) ; -(-8 / 2)
+        ("sft", scores(-6.0, -8.0, 3, 2), {}, 2.0),
+        ("nll", scores(-6.0, -8.0, 3, 2), {}, 2.0),
+        ("nll_rejected", scores(-6.0, -8.0, 3, 2), {}, 4.0),
+        # z = .1 * 2: softplus(-.2) = .5981388694, and 2 or half of it
+        ("cpo", scores(-6.0, -8.0, 3, 2), {}, 2.5981388693815918),
+        ("cpo", scores(-6.0, -8.0, 3, 2), {"cpo_alpha": 0.5}, 1.5981388693815918),
+        # token means ln 1/2 and ln 1/4: odds 1 and 1/3, -ls(ln 3) = ln(4/3)
+        ("orpo", scores(2 * math.log(0.5), 3 * math.log(0.25), 2, 3), {}, math.log(2) + 0.1 * math.log(4 / 3)),
+        # ln 2 + .1 (ln 2 - ln(1 - 1/4))
+        ("asft", scores(2 * math.log(0.5), 3 * math.log(0.25), 2, 3), {}, math.log(2) + 0.1 * math.log(8 / 3)),
     ],
 )  # fmt: skip
 def test_golden(name, s, options, want):
     assert call(name, s, options).item() == pytest.approx(want, rel=1e-12, abs=1e-15)
+
+
+def test_every_head_has_a_golden_value():
+    golden = next(m for m in test_golden.pytestmark if m.name == "parametrize").args[1]
+    assert {case[0] for case in golden} == set(NAMES)
+
+
+def test_asft_is_its_printed_form():
+    """NLL_w + beta [-ls(log-odds of p_w) - ls(-log-odds of p_l)], as the paper prints it."""
+    p_w, p_l = torch.tensor([0.3, 0.9, 1e-4], dtype=F64), torch.tensor([0.6, 0.05, 0.999], dtype=F64)
+    odds_w, odds_l = (torch.log(p) - torch.log1p(-p) for p in (p_w, p_l))
+    ls = torch.nn.functional.logsigmoid
+    got = call("asft", PairScores(3 * p_w.log(), 2 * p_l.log(), torch.tensor(3.0), torch.tensor(2.0), None, None))
+    torch.testing.assert_close(got, -p_w.log() - 0.1 * (ls(odds_w) + ls(-odds_l)), rtol=1e-13, atol=0)
 
 
 def test_closed_form_derivatives():
@@ -103,27 +188,32 @@ def test_closed_form_derivatives():
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
 def test_gradcheck(name, options):
     g = torch.Generator().manual_seed(0)
-    u_w, u_l = (torch.randn(16, generator=g, dtype=F64).mul(8).requires_grad_() for _ in range(2))
+    size = 2 if name in EXPONENTIAL else 8
+    u_w, u_l = (torch.randn(16, generator=g, dtype=F64).mul(size) for _ in range(2))
+    if name in LIKELIHOOD:
+        u_w, u_l = -u_w.abs(), -u_l.abs()
+    u_w, u_l = u_w.requires_grad_(), u_l.requires_grad_()
     n_w, n_l = (torch.randint(1, 9, (16,), generator=g).to(F64) for _ in range(2))
-    margin, label = torch.rand(16, generator=g, dtype=F64), torch.rand(16, generator=g, dtype=F64)
+    margin, label = torch.rand(16, generator=g, dtype=F64), torch.rand(16, generator=g, dtype=F64) * 0.4
     assert torch.autograd.gradcheck(
         lambda a, b: call(name, PairScores(a, b, n_w, n_l, margin, label), options), (u_w, u_l)
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_finite_far_out(name, dtype):
-    z = torch.tensor([-1e4, -1e3, -100, -89, -1, 0, 1, 89, 100, 1e3, 1e4], dtype=dtype)
-    u = (z / 0.1).requires_grad_()
-    loss = call(
-        name,
-        PairScores(
-            u, -u.detach(), torch.ones_like(z), torch.ones_like(z), torch.zeros_like(z), 0.9 + torch.zeros_like(z)
-        ),
-    )
-    (du,) = torch.autograd.grad(loss.sum(), u)
-    assert loss.isfinite().all() and du.isfinite().all()
+@pytest.mark.parametrize("label", [0.9, 1.0])
+def test_finite_far_out(name, options, dtype, label):
+    """Every pair of scores from a wide grid, both signs: loss and both derivatives are finite."""
+    if name == "exo_pair" and label == 1.0:
+        label = 0.999
+    z = torch.tensor([0, 1e-7, 1e-3, 0.5, 1, 80, 89, 100, 1e3, 1e4], dtype=dtype)
+    u = torch.cat([-z, z]) / options.get("beta", 0.1)
+    u_w, u_l = (v.reshape(-1).requires_grad_() for v in torch.meshgrid(u, u, indexing="ij"))
+    ones = torch.ones_like(u_w)
+    loss = call(name, PairScores(u_w, u_l, ones, ones, 0 * ones, label * ones), options)
+    grads = torch.autograd.grad(loss.sum(), (u_w, u_l), allow_unused=True)
+    assert loss.isfinite().all() and all(g.isfinite().all() for g in grads if g is not None)
 
 
 def test_options():
@@ -141,6 +231,14 @@ def test_options():
     for beta in (0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="beta: expected a"):
             head.check_options(beta, {})
+    with pytest.raises(ValueError, match=r"discopop_tau: .*expects a number in \(0, 1\], got 1.5"):
+        get_pair_head("discopop").check_options(0.1, {"discopop_tau": 1.5})
+    with pytest.raises(ValueError, match="f_alpha_divergence_coef: .*other than 1 .*'sigmoid'"):
+        get_pair_head("sigmoid_alpha_divergence").check_options(0.1, {"f_alpha_divergence_coef": 1})
+    with pytest.raises(ValueError, match="beta_rejected: .*above 0, got 0"):
+        get_pair_head("flex_dpo").check_options(0.1, {"beta_rejected": 0})
+    with pytest.raises(ValueError, match="loss_type: 'aot' needs more than a pair at a time; call .*aot_loss"):
+        get_pair_head("aot")
     with pytest.raises(ValueError, match="loss_type: expected one of 'sigmoid', 'hinge', 'ipo', 'simpo'.*, got 'dpo'"):
         get_pair_head("dpo")
 
@@ -148,7 +246,8 @@ def test_options():
 def test_table():
     assert [head_id(n) for n in NAMES] == list(range(len(NAMES)))
     for name, head in PAIR_HEADS.items():
-        assert head.name == name and head.formula and head.source
+        assert head.name == name and head.formula and head.source and head.use
+        assert set(head.limits) <= set(head.options)
         assert next(iter(head.options)) == "beta" and len(head.options) <= MAX_OPTIONS
 
 
@@ -206,16 +305,19 @@ def pairs_of_one_row_steps(backend, dtype, name, options, s: PairScores, labelle
     return losses, coef[offsets[:-1]].reshape(P, 2)
 
 
-def grid(dtype, few):
+def grid(dtype, few, name):
+    """Scores of ordinary and of extreme sizes; for a likelihood also near 0, where odds are lost."""
     g = torch.Generator().manual_seed(1)
-    u = torch.cat(
-        [torch.randn(40, generator=g, dtype=F64) * 20, torch.tensor([-3000.0, -40, -1, 0, 0, 1, 40, 3000], dtype=F64)]
-    )
+    scale = 3 if name in EXPONENTIAL else 20
+    far = [-20.0, -15, -1, 0, 0, 1, 15, 20] if name in EXPONENTIAL else [-3000.0, -40, -1, 0, 0, 1, 40, 3000]
+    u = torch.cat([torch.randn(40, generator=g, dtype=F64) * scale, torch.tensor(far, dtype=F64)])
     u_l = torch.cat(
-        [torch.randn(40, generator=g, dtype=F64) * 20, torch.tensor([0.0, 0, 0, 0, 1e-3, 0, 0, 0], dtype=F64)]
+        [torch.randn(40, generator=g, dtype=F64) * scale, torch.tensor([0.0, 0, 0, 0, 1e-3, 0, 0, 0], dtype=F64)]
     )
+    if name in LIKELIHOOD:
+        u, u_l = -u.abs() - 0.1, -u_l.abs() - 0.1
     n_w, n_l = (torch.randint(1, 6, (48,), generator=g).to(F64) for _ in range(2))
-    margin, label = torch.rand(48, generator=g, dtype=F64), torch.rand(48, generator=g, dtype=F64)
+    margin, label = torch.rand(48, generator=g, dtype=F64), torch.rand(48, generator=g, dtype=F64) * 0.4
     keep = slice(34, 48) if few else slice(None)
     return PairScores(*(v[keep].to(dtype).to(F64) for v in (u, u_l, n_w, n_l, margin, label)))
 
@@ -228,12 +330,12 @@ def test_generated_equals_the_definition(backend, name, options):
     for dtype in (torch.float32, F64):
         if backend not in fused_backends(dtype):
             continue
-        s = grid(dtype, few=backend == "triton")
+        s = grid(dtype, few=backend == "triton", name=name)
         if not labelled:
             s = s._replace(label=torch.full_like(s.label, 0.75))
         u_w, u_l = s.u_w.clone().requires_grad_(), s.u_l.clone().requires_grad_()
         want = call(name, s._replace(u_w=u_w, u_l=u_l), options)
-        grads = torch.stack(torch.autograd.grad(want.sum(), (u_w, u_l)), 1)
+        grads = torch.stack(torch.autograd.grad(want.sum(), (u_w, u_l), allow_unused=True, materialize_grads=True), 1)
         losses, du = pairs_of_one_row_steps(backend, dtype, name, options, s, labelled)
         # every term a head adds up may be rounded: the bound is some eps of the largest of them
         size = 1 + s.u_w.abs() + s.u_l.abs() + (1 / options.get("beta", 0.1)) ** 2

@@ -1,5 +1,5 @@
-"""Writes the fused heads: each definition in heads.py and its autograd derivative, traced and printed as C++ and as
-Triton.
+"""Writes the fused heads: each definition in sspo_ext/heads/ and its autograd derivative, traced and printed as C++ and
+as Triton.
 
     python -m sspo_ext.backends.generate [--check]
 
@@ -69,25 +69,30 @@ _COMMON = {
     "mul": _infix("*"),
     "div": _infix("/"),
     "le": _infix("<="),
+    "lt": _infix("<"),
+    "gt": _infix(">"),
     "neg": "(-{0})",
 }
 CPP = Language(
     lambda v: f"T({v!r})",
     _COMMON | {
         "exp": "exp_({0})", "logsigmoid": "logsigmoid_({0})", "sigmoid": "sigmoid_({0})", "relu": "relu_({0})",
-        "where": "({0} ? {1} : {2})",
+        "where": "({0} ? {1} : {2})", "log": "log_({0})", "log1p": "log1p_({0})", "expm1": "expm1_({0})",
     },
 )  # fmt: skip
 TRITON = Language(
     repr,
     _COMMON | {
         "exp": "tl.exp({0})", "logsigmoid": "_logsigmoid({0})", "sigmoid": "_sigmoid({0})", "relu": "_relu({0})",
-        "where": "tl.where({0}, {1}, {2})",
+        "where": "tl.where({0}, {1}, {2})", "log": "tl.log({0})", "log1p": "_log1p({0})", "expm1": "_expm1({0})",
     },
 )  # fmt: skip
 
-_BINARY = {aten.add: "add", aten.sub: "sub", aten.mul: "mul", aten.div: "div", aten.le: "le"}
-_UNARY = {aten.exp: "exp", aten.sigmoid: "sigmoid", aten.relu: "relu", aten.neg: "neg"}
+_BINARY = {aten.add: "add", aten.sub: "sub", aten.mul: "mul", aten.div: "div", aten.le: "le", aten.gt: "gt"}
+_UNARY = {
+    aten.exp: "exp", aten.sigmoid: "sigmoid", aten.relu: "relu", aten.neg: "neg", aten.log: "log",
+    aten.log1p: "log1p", aten.expm1: "expm1",
+}  # fmt: skip
 
 
 class Printer:
@@ -145,6 +150,17 @@ class Printer:
             return (self.emit("logsigmoid", args[0]), 0.0)
         if op is aten.log_sigmoid_backward:
             return self.binary("mul", args[0], self.emit("sigmoid", self.emit("neg", args[1])))
+        if op is aten.sigmoid_backward:
+            return self.binary("mul", args[0], self.binary("mul", self.binary("sub", 1.0, args[1]), args[1]))
+        if op is aten.full_like:
+            return args[1]
+        if op is aten.where:
+            return self.emit("where", *args)
+        if op is aten.clamp:
+            # these ways round a NaN stays one
+            value, low, high = (*args, None)[:3]
+            value = value if low is None else self.emit("where", self.emit("lt", value, low), low, value)
+            return value if high is None else self.emit("where", self.emit("gt", value, high), high, value)
         if op is aten.threshold_backward:
             # this way round a NaN passes the gradient on, as torch's does
             return self.emit("where", self.emit("le", args[1], args[2]), 0.0, args[0])
@@ -180,7 +196,7 @@ def _strip(expression: str) -> str:
 
 
 _CPP_PRELUDE = """\
-// Generated from sspo_ext/heads.py by `python -m sspo_ext.backends.generate`. Do not edit.
+// Generated from sspo_ext/heads/ by `python -m sspo_ext.backends.generate`. Do not edit.
 // clang-format off
 #pragma once
 #include <cmath>
@@ -197,6 +213,9 @@ template <class T> struct PairGrad { T loss, du_w, du_l; };
 template <class T> struct PairScores { T u_w, u_l, n_w, n_l, margin, label; };
 
 template <class T> SSPO_HD inline T exp_(T x) { using std::exp; return exp(x); }
+template <class T> SSPO_HD inline T log_(T x) { using std::log; return log(x); }
+template <class T> SSPO_HD inline T log1p_(T x) { using std::log1p; return log1p(x); }
+template <class T> SSPO_HD inline T expm1_(T x) { using std::expm1; return expm1(x); }
 template <class T> SSPO_HD inline T relu_(T x) { return x > T(0) || x != x ? x : T(0); }
 template <class T> SSPO_HD inline T logsigmoid_(T x) {
   using std::exp; using std::fabs; using std::log1p;
@@ -210,7 +229,7 @@ template <class T> SSPO_HD inline T sigmoid_(T x) {
 """
 
 _TRITON_PRELUDE = '''\
-"""Generated from sspo_ext/heads.py by `python -m sspo_ext.backends.generate`. Do not edit."""
+"""Generated from sspo_ext/heads/ by `python -m sspo_ext.backends.generate`. Do not edit."""
 # ruff: noqa
 import triton
 import triton.language as tl
@@ -222,12 +241,24 @@ def _relu(x):
 
 
 @triton.jit
+def _log1p(x):
+    # Kahan's: what rounding lost in u, it lost in u - 1 too
+    u = 1 + x
+    return tl.where(u == 1, x, tl.log(u) * (x / tl.where(u == 1, 1.0, u - 1)))
+
+
+@triton.jit
+def _expm1(x):
+    # Kahan's, for x <= 0, where e^x does not overflow
+    u = tl.exp(x)
+    y = u - 1
+    small = (u == 1) | (y == -1)
+    return tl.where(u == 1, x, tl.where(y == -1, -1.0, y * (x / tl.where(small, 1.0, tl.log(u)))))
+
+
+@triton.jit
 def _logsigmoid(x):
-    e = tl.exp(-tl.abs(x))
-    u = 1 + e
-    # Kahan's log1p: what rounding lost in u, it lost in u - 1 too
-    log1p = tl.where(u == 1, e, tl.log(u) * (e / (u - 1)))
-    return tl.where(x > 0, 0.0, x) - log1p
+    return tl.where(x > 0, 0.0, x) - _log1p(tl.exp(-tl.abs(x)))
 
 
 @triton.jit
