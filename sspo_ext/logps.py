@@ -197,10 +197,10 @@ def _with_reductions(
     logits, layout, entropy: bool, sum_p2: bool, ref: Tensor | None, a, c, requested: str, name: str, inplace_backward
 ) -> StepLogps:
     if ref is not None:
-        check_float("kl_ref_logits", ref)
+        check_float("kl_ref_logits", ref, ndim=(2, 3))
         check_device("kl_ref_logits", ref, logits.device, "logits")
+        check_shape("kl_ref_logits", ref, tuple(logits.shape[3 - ref.ndim :]))
         ref = layout.check_logits(ref.detach(), "kl_ref_logits")
-        check_shape("kl_ref_logits", ref, tuple(logits.shape))
         if ref.dtype != logits.dtype:
             raise TypeError(f"kl_ref_logits: expected {logits.dtype}, as the logits are, got {ref.dtype}")
     name = backends.with_reductions(requested, name)

@@ -52,6 +52,7 @@ def select(requested: str, device_type: str, dtype: torch.dtype) -> str:
     return requested
 
 
+@torch.compiler.assume_constant_result
 def with_reductions(requested: str, name: str) -> str:
     """`name`, which `select` has chosen, if it has the kernels with further reductions over the vocabulary; "auto"
     goes on to the reference, a name that was asked for raises."""
