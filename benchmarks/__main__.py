@@ -10,10 +10,12 @@ COMMANDS = {
     "logits": ("logits", "logits route: time and memory beside eager, torch.compile, cross_entropy, TRL"),
     "linear": ("linear", "linear route: time and memory beside Liger, torch, TRL and the bare GEMMs"),
     "traffic": ("traffic", "bytes that the Triton kernels load and store, counted in the interpreter"),
-    "machine-code": ("machine_code", "what the Triton kernels compile to: registers, spills, widths of loads"),
+    "machine-code": ("machine_code", "what the kernels compile to, and what bounds them; PREDICTS, measures nothing"),
+    "gpu": ("gpu", "on a GPU: correctness, then times beside the predictions and the peers"),
     "families": ("families", "linear against logits route on tiny models of many families"),
     "real-routes": ("real_routes", "that run on both routes and beside TRL's DPOTrainer"),
     "compression": ("compression", "SSPO beside outcome-only RL, length penalties and its own controls, trained here"),
+    "trace-run": ("trace_run", "values from probing real chains with a real model"),
     "real-run": ("real_run", "a real model trained on real reasoning steps"),
 }
 

@@ -128,7 +128,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--languages", nargs="+", choices=LANGUAGES, help="(default: en)")
     add("--arms", nargs="+", choices=ARMS, help=f"(default: {' '.join(DECISIVE)})")
     add("--seeds", type=int, help="(default: 2)")
-    add("--updates", type=int, default=60, help="of 24 problems x 8 samples")
+    add("--updates", type=int, default=40, help="of 24 problems x 8 samples")
     add("--held-out", type=int, default=400, help="problems that no arm trains on")
     add("--jobs", type=int, default=2, help="processes side by side, one thread each")
     add("--output", default="benchmarks/results/compression", help="one JSON a run, RESULTS.md, pictures")

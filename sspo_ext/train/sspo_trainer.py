@@ -158,6 +158,8 @@ class SSPOTrainer(Trainer):
             for place, rollout in zip(places, rollouts, strict=True):
                 rollout.advantages = advantages[place]
             self._log_rollouts(everyone, advantages)
+            # of like lengths together, which leaves little padding; the loss is a sum over all of them anyway
+            rollouts.sort(key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
             micro = [policy_batch(rollouts[i : i + size], self.pad_token_id) for i in range(0, len(rollouts), size)]
             with self._phase("logps"):
                 for batch in micro:

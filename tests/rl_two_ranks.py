@@ -1,0 +1,39 @@
+"""Run by test_sspo_trainer.py, alone and under torchrun: the same updates for one process and for two.
+
+The update's completions, and their order, are the same however many processes share them.
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+warnings.filterwarnings("ignore")
+sys.path[:0] = [str(Path(__file__).parent)]
+sys.path.append(str(Path(__file__).parents[1]))
+
+import torch  # noqa: E402
+from helpers_rl import make_trainer, parameters  # noqa: E402
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    # 16 completions an update: groups of 4 in micro-batches of 2, so that on two processes every group is split
+    trainer = make_trainer(
+        folder, per_device_train_batch_size=2, gradient_accumulation_steps=8 // world, max_steps=3, beta=0.1,
+        eval_dataset=[{"prompt": "1+2=\n", "answer": "3"}] * 3,
+    )  # fmt: skip
+    trainer.train()
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        logs = [{k: v for k, v in e.items() if not k.startswith("time/")} for e in trainer.state.log_history]
+        torch.save({"parameters": parameters(trainer.model), "logs": logs, "eval": metrics}, folder / "found.pt")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
