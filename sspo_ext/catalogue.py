@@ -1,0 +1,165 @@
+"""Every loss of this package in one table; writes docs/losses.md.
+
+    python -m sspo_ext.catalogue [--check]
+
+`--check` writes nothing and fails if the page is stale. The parity column comes from docs/parity.json, which
+tests/test_parity_losses.py measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import batch_losses, step_losses, token_losses  # noqa: F401 (they fill LOSS_FUNCTIONS)
+from .heads import PAIR_HEADS, PairHead
+from .policy import POLICY_HEADS
+from .recipes import ABSENT, RECIPES
+from .step_functions import LOSS_FUNCTIONS, LossFunction
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "losses.md"
+PARITY = ROOT / "docs" / "parity.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One loss."""
+
+    name: str
+    kind: str  # "pair", "function", "policy" or "recipe"
+    call: str
+    formula: str
+    source: str
+    use: str
+    needs: str
+    options: dict[str, float | None] = field(default_factory=dict)
+
+
+def entries() -> list[Entry]:
+    """Pair heads, functions of step log-probs, policy heads and recipes, in this order."""
+    return [
+        *(_of_head(head) for head in PAIR_HEADS.values()),
+        *(_of_function(function) for function in LOSS_FUNCTIONS.values()),
+        *(
+            Entry(
+                head.name, "policy", f'step_policy_loss(..., loss_type="{head.name}")', head.formula, head.source,
+                head.use, "advantages" + (", old log-probs" if head.has_ratio else ""), dict(head.options),
+            )
+            for head in POLICY_HEADS.values()
+        ),
+        *(Entry(name, "recipe", how, "", source, "", needs) for name, how, source, needs in RECIPES),
+    ]  # fmt: skip
+
+
+def _of_head(head: PairHead) -> Entry:
+    needs = {"optional": "pairs", "required": "pairs, reference", "forbidden": "pairs, no reference"}[head.reference]
+    takes = [
+        *(["label_smoothing"] if head.smoothing == "optional" else []),
+        *(["soft_labels"] if head.soft_labels else []),
+        *(["margins"] if head.margins else []),
+    ]
+    needs += ", label_smoothing" if head.smoothing == "required" else ""
+    needs += f"; takes {', '.join(takes)}" if takes else ""
+    call = f'step_pref_loss(..., loss_type="{head.name}")'
+    return Entry(head.name, "pair", call, head.formula, head.source, head.use, needs, dict(head.options))
+
+
+def _of_function(f: LossFunction) -> Entry:
+    parameters = inspect.signature(f.fn).parameters.values()
+    options = {p.name: p.default for p in parameters if type(p.default) is float}
+    needs = f.needs + f"; mean over {f.unit}s" if f.unit != "pair of sequences" else f.needs + "; mean over pairs"
+    call = f"{f.fn.__module__.removeprefix('sspo_ext.')}.{f.fn.__name__}(logps, layout, ...)"
+    return Entry(f.name, "function", call, f.formula, f.source, f.use, needs, options)
+
+
+_INTRO = """\
+# Losses
+
+<!-- Written by `python -m sspo_ext.catalogue` from the definitions; do not edit. -->
+
+Notation, for a step or, with one step a sequence, a whole response: S the summed log-probability of its scored tokens (weighted, where the
+layout has token weights), R the reference's, u = S - R, n the number of scored tokens, w and l winner and loser, sig the logistic
+function, ls = log sig, q the probability that the winner is better (1 - label_smoothing, or a soft label), sg stop-gradient.
+An option that a loss does not have raises. `sspo_ext.losses.catalogue()` gives the same table to a program.
+
+The parity column names independent implementations and the largest absolute differences of loss and of its gradient found by
+`pytest tests/test_parity_losses.py` in float64 (float32 where the peer has no float64), both rounded up to a power of ten; where it is
+empty, the golden values worked out by hand and the float64 gradient checks of the tests stand alone.
+"""
+
+_SECTIONS = {
+    "pair": (
+        "Pair losses",
+        "`step_pref_loss(logits, layout, pairs, loss_type=...)`, `linear_step_pref_loss(hidden, weight, ...)`, or "
+        "`losses.pref_loss(logps, ...)` of log-probs that are there already. Fused on every backend: one definition in "
+        "`sspo_ext/heads/`, from which C++, CUDA and Triton are generated. A list, `loss_type=[\"sigmoid\", \"sft\"], "
+        "loss_weights=[1.0, 0.2]`, is a mixture over one pass of the logits, in which each loss takes the options, "
+        "reference and labels that it has.",
+    ),
+    "function": (
+        "Losses of step log-probs",
+        "Functions of `logps = step_logps(logits, layout)` or `linear_step_logps(hidden, weight, layout)`: torch ops on "
+        "(S,) sums or (N,) tokens, tiny beside the vocabulary. State of the whole batch is passed in and comes back.",
+    ),
+    "policy": (
+        "Policy losses",
+        "`step_policy_loss(logits, layout, advantages, loss_type=...)` and `linear_step_policy_loss`.",
+    ),
+    "recipe": ("Methods that are settings of the above", ""),
+}  # fmt: skip
+
+
+def page() -> str:
+    parity = json.loads(PARITY.read_text()) if PARITY.exists() else {}
+    parts = [_INTRO]
+    for kind, (title, text) in _SECTIONS.items():
+        chosen = [e for e in entries() if e.kind == kind]
+        parts.append(f"\n## {title}\n" + (f"\n{text}\n" if text else ""))
+        if kind == "recipe":
+            parts.append("\n| method | how | needs | source |\n| --- | --- | --- | --- |\n")
+            parts += [_row(f"**{e.name}**", e.call, e.needs, e.source) for e in chosen]
+            continue
+        parts.append(
+            "\n| name | formula | options | needs | use it where | source | parity |\n"
+            "| --- | --- | --- | --- | --- | --- | --- |\n"
+        )
+        for e in chosen:
+            options = ", ".join(f"{k} = {'none' if v is None else f'{v:g}'}" for k, v in e.options.items())
+            name = f"`{e.name}`" if kind != "function" else f"`{e.call.split('(')[0]}`"
+            parts.append(_row(name, e.formula, options, e.needs, e.use, e.source, _parity(parity.get(e.name, []))))
+    parts.append("\n## Not here\n\n| method | why |\n| --- | --- |\n")
+    parts += [_row(f"**{name}**", why) for name, why in ABSENT]
+    return "".join(parts)
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+def _parity(measured: list[dict]) -> str:
+    return "; ".join(
+        f"{m['peer']}: {m['loss']:.0e}, {m['gradient']:.0e}" + (f" ({m['note']})" if m.get("note") else "")
+        for m in measured
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if docs/losses.md is stale")
+    check = parser.parse_args(argv).check
+    text = page()
+    if PAGE.exists() and PAGE.read_text() == text:
+        return 0
+    if not check:
+        PAGE.write_text(text)
+    print(f"{'stale' if check else 'wrote'}: docs/losses.md")
+    return int(check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
