@@ -44,7 +44,7 @@ def load_preference_rows(source: Source, *, step_separator: str = "\n") -> list[
     """
     rows, bad, stepwise = [], [], []
     total = 0
-    for where, row, reason in _read(source):
+    for where, row, reason in read_rows(source):
         total += 1
         try:
             if reason:
@@ -74,7 +74,7 @@ def raise_bad_rows(bad: Sequence[tuple[str, str]], total: int) -> None:
         raise ValueError(f"{len(bad)} of {total} rows cannot be used:\n" + "\n".join(lines))
 
 
-def _read(source: Source) -> Iterator[tuple[str, Mapping, str | None]]:
+def read_rows(source: Source) -> Iterator[tuple[str, Mapping, str | None]]:
     """(where, row, what is wrong with the line) of every row of every file, empty lines left out."""
     items = [source] if isinstance(source, str | os.PathLike) else source
     for number, item in enumerate(items):
@@ -280,7 +280,7 @@ def load_gsm8k_solutions(
     held: list[dict] = []
     bad, total, alone = [], 0, 0
     seen: set[str] = set()
-    for where, row, reason in _read(path):
+    for where, row, reason in read_rows(path):
         total += 1
         try:
             if reason:

@@ -122,13 +122,13 @@ def _tokenize(
             f"tokenizer: expected a fast one, whose offsets place the steps, got {type(tokenizer).__name__}"
         )
     finish = add_eos and not row.get("partial", False)
-    prompt, first = _prompt(row["prompt"], tokenizer)
+    prompt, first = prompt_text(row["prompt"], tokenizer)
     head = _encode(tokenizer, prompt)[0]
     first = [] if head[: len(first)] == first else first
     sides, texts = [], []
     for name in ("chosen", "rejected"):
-        text, edges, end = _response_text(row["prompt"], prompt, row[name], tokenizer, split_by, finish)
-        ids, offsets = _encode_response(tokenizer, prompt, head, text)
+        text, edges, end = response_text(row["prompt"], prompt, row[name], tokenizer, split_by, finish)
+        ids, offsets = encode_response(tokenizer, prompt, head, text)
         if end:
             if tokenizer.eos_token_id is None:
                 raise ValueError("add_eos: the tokenizer has no end-of-sequence token; pass add_eos=False")
@@ -209,7 +209,7 @@ def _encode(tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     return encoded["input_ids"], encoded["offset_mapping"]
 
 
-def _encode_response(tokenizer, prompt: str, head: Sequence[int], text: str) -> tuple[list[int], list[tuple[int, int]]]:
+def encode_response(tokenizer, prompt: str, head: Sequence[int], text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Ids of the response, and their offsets in it."""
     ids, offsets = _encode(tokenizer, prompt + text)
     n, at = len(head), len(prompt)
@@ -223,7 +223,7 @@ def _encode_response(tokenizer, prompt: str, head: Sequence[int], text: str) -> 
     return ids, offsets
 
 
-def _prompt(prompt: str | list, tokenizer) -> tuple[str, list[int]]:
+def prompt_text(prompt: str | list, tokenizer) -> tuple[str, list[int]]:
     """(its text, special tokens that the tokenizer puts before a text)"""
     if not isinstance(prompt, str):
         return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True), []
@@ -232,7 +232,7 @@ def _prompt(prompt: str | list, tokenizer) -> tuple[str, list[int]]:
     return prompt, list(full[:at])
 
 
-def _response_text(
+def response_text(
     messages: str | list, prompt: str, response: str | Sequence[str], tokenizer, split_by: SplitBy, finish: bool
 ) -> tuple[str, list[int], bool]:
     """(text of the response, edges of its steps with 0 and its length, whether end of sequence is to be added)"""

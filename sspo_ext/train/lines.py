@@ -1,0 +1,76 @@
+"""A JSONL file that is written a line at a time, survives being killed, and is complete or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class LineStore:
+    """Rows under keys. Until `finish`, they are in `PATH.part`, behind a line with the settings they were made with.
+
+    Opening it again with the same settings finds the rows that were written whole; a last line that was not is dropped.
+    ValueError if the settings differ, or if `path` itself is there, unless `resume` (then it is complete: `rows` has
+    all of it).
+    """
+
+    def __init__(self, path: str | os.PathLike, settings: dict, *, resume: bool):
+        self.path, self.part = Path(path), Path(f"{os.fspath(path)}.part")
+        self.rows: dict[str, dict] = {}
+        self.complete = False
+        self._header = json.loads(json.dumps({"settings": settings}))
+        present = next((p for p in (self.path, self.part) if p.exists()), None)
+        if present and not resume:
+            raise ValueError(f"{str(present)!r} is there from another run; resume it, or choose another folder")
+        if present == self.path:
+            self.complete = True
+            self.rows = {row["key"]: row for row in map(json.loads, self.path.read_text().splitlines())}
+            return
+        self.part.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.part, "a+b")
+        self._read()
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        end = 0
+        for number, line in enumerate(self._file.read().splitlines(keepends=True)):
+            if not line.endswith(b"\n"):
+                break
+            row = json.loads(line)
+            if number == 0 and row != self._header:
+                changed = [k for k, v in self._header["settings"].items() if row.get("settings", {}).get(k) != v]
+                raise ValueError(f"{str(self.part)!r} was begun with other settings ({', '.join(changed) or 'fewer'})")
+            if number:
+                self.rows[row["key"]] = row
+            end += len(line)
+        self._file.truncate(end)
+        if not end:
+            self._write(self._header)
+
+    def _write(self, *rows: dict) -> None:
+        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def add(self, rows: Iterable[dict]) -> None:
+        """Rows, each with its "key"; on the disk when this returns."""
+        rows = list(rows)
+        self._write(*rows)
+        self.rows |= {row["key"]: row for row in rows}
+
+    def finish(self, order: Iterable[str]) -> list[dict]:
+        """All rows in this order, and `path` holding them."""
+        rows = [self.rows[key] for key in order]
+        if not self.complete:
+            temporary = Path(f"{self.path}.tmp")
+            with open(temporary, "wb") as file:
+                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+            self._file.close()
+            self.part.unlink()
+            self.complete = True
+        return rows
