@@ -88,8 +88,19 @@ def _flash_ce():
     return cross_entropy_loss
 
 
+def _trl_kernel():
+    from trl.kernels import selective_log_softmax_and_entropy
+
+    return selective_log_softmax_and_entropy
+
+
 LOGITS_PEERS = [
     LogitsPeer("TRL selective_log_softmax", _trl_logps, imported(_trl_selective_log_softmax)),
+    LogitsPeer(
+        "TRL selective_log_softmax_and_entropy",
+        lambda logits, labels: _trl_kernel()(logits, labels)[0],
+        imported(_trl_kernel, gpu=True),
+    ),
     LogitsPeer("eager log_softmax + gather", eager_logps),
     LogitsPeer("torch.compile of it", lambda logits, labels: _compiled(eager_logps)(logits, labels)),
     LogitsPeer("F.cross_entropy", lambda logits, labels: -F.cross_entropy(logits, labels, reduction="none")),

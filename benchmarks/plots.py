@@ -42,6 +42,17 @@ def draw(folder: Path, found: dict[str, Table]) -> dict[str, list[str]]:
     return drawn
 
 
+def draw_losses(folder: Path, found: list[Table]) -> list[str]:
+    """One picture of times, a panel a table; the names of the files written."""
+    try:
+        import matplotlib
+    except ImportError:
+        return []
+    matplotlib.use("Agg")
+    _bars(found, folder / "losses.png")
+    return ["losses.png"]
+
+
 def _axes(count: int, width: float = 5.2, height: float = 3.6):
     from matplotlib import pyplot
 
