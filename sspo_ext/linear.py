@@ -14,7 +14,7 @@ from .autograd import refuse_double_backward, scale_kept
 from .backends import reference
 from .layout import StepLayout
 from .linear_engine import accumulator
-from .linear_reductions import LinearReductionsRoute
+from .linear_reductions import kl_reference, linear_reductions, reference_logits
 from .logps import StepLogps, StepSums, logit_map
 from .losses import StepPrefOutput, pref_output
 from .pair_spec import chosen_heads, pair_loss_spec, reference_loss, resolve_pairs
@@ -207,8 +207,8 @@ def linear_step_logps(
     if kl_ref_hidden is None and (kl_ref_weight is not None or kl_ref_bias is not None):
         raise ValueError("kl_ref_hidden: expected the reference's hidden states beside its weight or bias, got None")
     if entropy or sum_p2 or kl_ref_hidden is not None:
-        ref = _kl_reference(kl_ref_hidden, kl_ref_weight, kl_ref_bias, weight, bias, layout)
-        return _with_reductions(hidden, weight, bias, ref, layout, entropy, sum_p2, settings, backend, tp_group)
+        ref = kl_reference(kl_ref_hidden, kl_ref_weight, kl_ref_bias, weight, bias, layout)
+        return linear_reductions(hidden, weight, bias, ref, layout, entropy, sum_p2, settings, backend, tp_group)
     if settings.backend == "reference":
         tokens = _reference_tokens(hidden, weight, bias, layout, settings)
         sums = reference.step_sums(tokens, layout.weights, layout.step_of_row, layout.num_steps)
@@ -352,63 +352,9 @@ def _prepare(
     return hidden.reshape(-1, hidden.shape[-1]), weight, bias, settings
 
 
-def _kl_reference(ref_hidden, ref_weight, ref_bias, weight, bias, layout) -> tuple[Tensor | None, ...]:
-    """(N0, H') hidden states, (V, H') weight and (V,) bias of the reference; all None without one."""
-    if ref_hidden is None:
-        return None, None, None
-    if ref_weight is None and ref_bias is None:
-        ref_weight, ref_bias = weight, bias
-    check_float("kl_ref_hidden", ref_hidden, ndim=(2, 3))
-    check_float("kl_ref_weight", ref_weight, ndim=2)
-    check_shape("kl_ref_weight", ref_weight, (weight.shape[0], ref_hidden.shape[-1]))
-    batch, length = layout.shape
-    flat = ref_hidden.ndim == 2 and batch == 1
-    expected = (length, ref_hidden.shape[-1]) if flat else (batch, length, ref_hidden.shape[-1])
-    check_shape("kl_ref_hidden", ref_hidden, expected)
-    if ref_bias is not None:
-        check_float("kl_ref_bias", ref_bias)
-        check_shape("kl_ref_bias", ref_bias, (weight.shape[0],))
-    for name, value in (("hidden", ref_hidden), ("weight", ref_weight), ("bias", ref_bias)):
-        if value is not None:
-            check_device(f"kl_ref_{name}", value, weight.device, "the weight")
-    ref_bias = None if ref_bias is None else ref_bias.detach()
-    return ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(), ref_bias
-
-
-def _with_reductions(
-    hidden, weight, bias, ref, layout, entropy: bool, sum_p2: bool, settings: LinearSettings, requested: str, tp_group
-) -> StepLogps:
-    if tp_group is not None:
-        raise ValueError("tp_group: entropy, sum_p2 and kl need the whole vocabulary on each rank, got a process group")
-    name = backends.with_reductions(requested, settings.backend)
-    if name != settings.backend and settings.weight_grad is not None:
-        raise ValueError(f"weight_grad: {settings.backend!r} has no entropy, sum_p2 or kl, and 'reference' no buffer")
-    if name == "reference":
-        logits = _reference_logits(hidden, weight, bias, layout, settings)
-        ref_logits = None if ref[0] is None else _reference_logits(*ref, layout, settings)
-        rows = torch.arange(layout.num_rows, device=hidden.device)
-        tokens = reference.token_logps(logits, rows, layout.labels, settings.a, settings.c)
-        values = reference.row_reductions(logits, rows, ref_logits, settings.a, settings.c)
-        sums = reference.step_sums(tokens, layout.weights, layout.step_of_row, layout.num_steps)
-    else:
-        tokens, *values = LinearReductionsRoute.apply(hidden, weight, bias, ref, layout, settings)
-        sums = StepSums.apply(tokens, layout, name)
-    return StepLogps(
-        sums, layout.counts, tokens, values[0] if entropy else None, values[1] if sum_p2 else None,
-        None if ref[0] is None else values[2],
-    )  # fmt: skip
-
-
-def _reference_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, layout: StepLayout, settings) -> Tensor:
-    """(1, N, V) logits of the scored rows."""
-    dtype = settings.dtype
-    bias = None if bias is None else bias.to(dtype)
-    return torch.nn.functional.linear(hidden[layout.rows].to(dtype), weight.to(dtype), bias)[None]
-
-
 def _reference_tokens(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, layout: StepLayout, settings: LinearSettings
 ) -> Tensor:
     rows = torch.arange(layout.num_rows, device=hidden.device)
-    logits = _reference_logits(hidden, weight, bias, layout, settings)
+    logits = reference_logits(hidden, weight, bias, layout, settings)
     return reference.token_logps(logits, rows, layout.labels, settings.a, settings.c)

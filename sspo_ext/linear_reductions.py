@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import backends
 from . import linear_engine as engine
+from ._checks import check_device, check_float, check_shape
 from .autograd import refuse_double_backward
+from .backends import reference
 from .layout import StepLayout
 from .linear_ops import _HEAD, _fake_gradients, _gradients, _setup
+from .logps import StepLogps, StepSums
 from .ops import register
 from .reductions import gradient_coefs
 
@@ -132,3 +136,57 @@ class LinearReductionsRoute(torch.autograd.Function):
             None,
             None,
         )
+
+
+def kl_reference(ref_hidden, ref_weight, ref_bias, weight, bias, layout) -> tuple[Tensor | None, ...]:
+    """(N0, H') hidden states, (V, H') weight and (V,) bias of the reference; all None without one."""
+    if ref_hidden is None:
+        return None, None, None
+    if ref_weight is None and ref_bias is None:
+        ref_weight, ref_bias = weight, bias
+    check_float("kl_ref_hidden", ref_hidden, ndim=(2, 3))
+    check_float("kl_ref_weight", ref_weight, ndim=2)
+    check_shape("kl_ref_weight", ref_weight, (weight.shape[0], ref_hidden.shape[-1]))
+    batch, length = layout.shape
+    flat = ref_hidden.ndim == 2 and batch == 1
+    expected = (length, ref_hidden.shape[-1]) if flat else (batch, length, ref_hidden.shape[-1])
+    check_shape("kl_ref_hidden", ref_hidden, expected)
+    if ref_bias is not None:
+        check_float("kl_ref_bias", ref_bias)
+        check_shape("kl_ref_bias", ref_bias, (weight.shape[0],))
+    for name, value in (("hidden", ref_hidden), ("weight", ref_weight), ("bias", ref_bias)):
+        if value is not None:
+            check_device(f"kl_ref_{name}", value, weight.device, "the weight")
+    ref_bias = None if ref_bias is None else ref_bias.detach()
+    return ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(), ref_bias
+
+
+def linear_reductions(
+    hidden, weight, bias, ref, layout, entropy: bool, sum_p2: bool, settings: LinearSettings, requested: str, tp_group
+) -> StepLogps:
+    if tp_group is not None:
+        raise ValueError("tp_group: entropy, sum_p2 and kl need the whole vocabulary on each rank, got a process group")
+    name = backends.with_reductions(requested, settings.backend)
+    if name != settings.backend and settings.weight_grad is not None:
+        raise ValueError(f"weight_grad: {settings.backend!r} has no entropy, sum_p2 or kl, and 'reference' no buffer")
+    if name == "reference":
+        logits = reference_logits(hidden, weight, bias, layout, settings)
+        ref_logits = None if ref[0] is None else reference_logits(*ref, layout, settings)
+        rows = torch.arange(layout.num_rows, device=hidden.device)
+        tokens = reference.token_logps(logits, rows, layout.labels, settings.a, settings.c)
+        values = reference.row_reductions(logits, rows, ref_logits, settings.a, settings.c)
+        sums = reference.step_sums(tokens, layout.weights, layout.step_of_row, layout.num_steps)
+    else:
+        tokens, *values = LinearReductionsRoute.apply(hidden, weight, bias, ref, layout, settings)
+        sums = StepSums.apply(tokens, layout, name)
+    return StepLogps(
+        sums, layout.counts, tokens, values[0] if entropy else None, values[1] if sum_p2 else None,
+        None if ref[0] is None else values[2],
+    )  # fmt: skip
+
+
+def reference_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, layout: StepLayout, settings) -> Tensor:
+    """(1, N, V) logits of the scored rows."""
+    dtype = settings.dtype
+    bias = None if bias is None else bias.to(dtype)
+    return torch.nn.functional.linear(hidden[layout.rows].to(dtype), weight.to(dtype), bias)[None]
