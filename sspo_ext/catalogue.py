@@ -82,14 +82,15 @@ _INTRO = """\
 
 <!-- Written by `python -m sspo_ext.catalogue` from the definitions; do not edit. -->
 
-Notation, for a step or, with one step a sequence, a whole response: S the summed log-probability of its scored tokens (weighted, where the
-layout has token weights), R the reference's, u = S - R, n the number of scored tokens, w and l winner and loser, sig the logistic
-function, ls = log sig, q the probability that the winner is better (1 - label_smoothing, or a soft label), sg stop-gradient.
-An option that a loss does not have raises. `sspo_ext.losses.catalogue()` gives the same table to a program.
+Notation, for a step or, with one step a sequence, a whole response: S the summed log-probability of its scored tokens
+(weighted, where the layout has token weights), R the reference's, u = S - R, n the number of scored tokens, w and l
+winner and loser, sig the logistic function, ls = log sig, q the probability that the winner is better (1 -
+label_smoothing, or a soft label), sg stop-gradient. An option that a loss does not have raises.
+`sspo_ext.losses.catalogue()` gives the same table to a program.
 
-The parity column names independent implementations and the largest absolute differences of loss and of its gradient found by
-`pytest tests/test_parity_losses.py` in float64 (float32 where the peer has no float64), both rounded up to a power of ten; where it is
-empty, the golden values worked out by hand and the float64 gradient checks of the tests stand alone.
+The parity column names independent implementations and the largest absolute differences of the loss and of its gradient
+found by `pytest tests/test_parity_losses.py` in float64 (float32 where the peer has no float64), both rounded up to a
+power of ten. Where it is empty, the golden values worked out by hand and the float64 gradient checks stand alone.
 """
 
 _SECTIONS = {
@@ -103,8 +104,8 @@ _SECTIONS = {
     ),
     "function": (
         "Losses of step log-probs",
-        "Functions of `logps = step_logps(logits, layout)` or `linear_step_logps(hidden, weight, layout)`: torch ops on "
-        "(S,) sums or (N,) tokens, tiny beside the vocabulary. State of the whole batch is passed in and comes back.",
+        "Functions of `logps = step_logps(logits, layout)` or `linear_step_logps(hidden, weight, layout)`: torch ops "
+        "on (S,) sums or (N,) tokens, tiny beside the vocabulary. State of the whole batch is passed in, never hidden.",
     ),
     "policy": (
         "Policy losses",
