@@ -21,10 +21,13 @@ class StepPreferenceCollator:
     pad_token_id        any id of the vocabulary; padding is neither attended to nor scored
     packed              one row without padding: input_ids and position_ids (1, total), and no attention mask. Call the
                         model with use_cache=False, or a Hugging Face model sees one long sequence
+    flash_attention     packed: the boundaries too, in the names that FlashAttention models of transformers take. Those
+                        find them from position_ids as well, but then each layer waits for the device
     pad_to_multiple_of  round the padded length T up
     vocab_size          check labels against it here, where the row can still be named
 
-    Returns input_ids and attention_mask (2n, T) int64, or input_ids and position_ids (1, total); "layout" (StepLayout)
+    Returns input_ids and attention_mask (2n, T) int64, or input_ids and position_ids (1, total), and with
+    flash_attention cu_seq_lens_q and _k (2n + 1,) int32, max_length_q and _k int; "layout" (StepLayout)
     and "pairs" (StepPairs, with weights and margins where a row has any); "ref" (S,) float32, reference sums of the
     layout's steps, if the features hold "ref_chosen" and "ref_rejected". There is no "labels": the layout holds them,
     and Trainer would take their presence as a wish to scale the loss by token counts.
@@ -34,6 +37,7 @@ class StepPreferenceCollator:
     packed: bool = False
     pad_to_multiple_of: int | None = None
     vocab_size: int | None = None
+    flash_attention: bool = False
 
     def __call__(self, features: Sequence[dict]) -> dict:
         if not features:
@@ -86,4 +90,9 @@ class StepPreferenceCollator:
         spans = torch.tensor(spans, dtype=torch.int64).reshape(-1, 2)
         layout = StepLayout.from_offsets(torch.cat(labels), cu_seqlens, spans, vocab_size=self.vocab_size)
         position_ids = torch.cat([torch.arange(len(row)) for row in ids])
-        return {"input_ids": torch.cat(ids)[None], "position_ids": position_ids[None]}, layout
+        batch = {"input_ids": torch.cat(ids)[None], "position_ids": position_ids[None]}
+        if self.flash_attention:
+            longest, boundaries = max(map(len, ids)), cu_seqlens.to(torch.int32)
+            batch |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
+            batch |= {"max_length_q": longest, "max_length_k": longest}
+        return batch, layout

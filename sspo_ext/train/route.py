@@ -49,9 +49,18 @@ def batch_logps(model: nn.Module, batch: dict, route: str, *, chunk_bytes: int |
     return step_logps(model(**model_inputs(batch), use_cache=False).logits, batch["layout"], **options)
 
 
-def model_inputs(batch: dict) -> dict[str, Tensor]:
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def model_inputs(batch: dict) -> dict[str, Tensor | int]:
     """No labels, and no mask for packed sequences: with a mask of ones, or a cache, they would see each other."""
-    return {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
+    return {k: batch[k] for k in (*_MODEL_INPUTS, *_BOUNDARIES) if k in batch}
+
+
+def uses_flash_attention(model: nn.Module) -> bool:
+    """FlashAttention's package or one of its kernels from the hub."""
+    return "flash" in str(getattr(model.config, "_attn_implementation", None))
 
 
 def router_loss(model: nn.Module, outputs) -> Tensor | None:

@@ -23,7 +23,7 @@ from .collator import StepPreferenceCollator
 from .means import Means
 from .models import load_model
 from .reference_cache import TOKEN_COLUMNS, ReferenceCache, add_reference, reference_key
-from .route import ROUTE_HELP, batch_logps, choose_route, model_inputs, router_loss
+from .route import ROUTE_HELP, batch_logps, choose_route, model_inputs, router_loss, uses_flash_attention
 
 
 @dataclass
@@ -111,7 +111,9 @@ class StepPreferenceTrainer(Trainer):
             model = get_peft_model(model, peft_config)
         if data_collator is None:
             pad = getattr(processing_class, "pad_token_id", None)
-            data_collator = StepPreferenceCollator(0 if pad is None else pad, packed=args.packing)
+            data_collator = StepPreferenceCollator(
+                0 if pad is None else pad, packed=args.packing, flash_attention=uses_flash_attention(model)
+            )
         named = ("loss_type", "beta", "label_smoothing", "temperature")
         self._loss_options = {**{name: getattr(args, name) for name in named}, **(args.loss_options or {})}
         self._means = {"train": Means(), "eval": Means()}
