@@ -29,7 +29,7 @@ from sspo_ext.signals.support import choose_engine
 from sspo_ext.train.chains import load_chains
 from sspo_ext.train.lines import LineStore
 from sspo_ext.train.models import load_model
-from sspo_ext.train.trace import trace_values
+from sspo_ext.train.trace_rows import trace_values
 
 from .real_run import hardware, model_folder
 

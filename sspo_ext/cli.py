@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .train import rl
+from .train import rl, trace
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
     rl.add_arguments(
         command("rl", _rl, "train", "train a causal LM by SSPO on prompts with answers"), _positive, _assignment
     )
+    trace.add_arguments(
+        command("trace", trace.run, "train", "values, advantages and step preferences of given chains"), _positive
+    )
     demo = command("demo", _demo, "demo", "a small model learns to reason right and short, offline, in three minutes")
     demo.add_argument("--output-dir", default="sspo-demo", help="picture, numbers and model go here")
     demo.add_argument("--seed", type=int, default=0, help="of the problems and the samples")
@@ -73,6 +76,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("steps and pairs").add_argument
     add("--split-by", default="newline", help="newline, blank_line, numbered, or a regular expression")
     add("--pairing", default="index", choices=("index", "branch", "sequence"), help="which steps are compared")
+    add("--token-weights", default="uniform", choices=("uniform", "divergence"), help="first differing token?")
     add("--max-length", type=_positive, default=1024, help="tokens of prompt and response")
     add("--overflow", default="drop", choices=("drop", "cut", "error"), help="what happens to longer rows")
 
@@ -163,7 +167,7 @@ def _train(options: argparse.Namespace) -> None:
         trust_remote_code=options.trust_remote_code,
     )
     split = {"split_by": options.split_by, "pair_by": options.pairing, "max_length": options.max_length}
-    split["overflow"] = options.overflow
+    split |= {"overflow": options.overflow, "token_weights": options.token_weights}
     train_set, eval_set = (part and tokenize_rows(part, tokenizer, **split) for part in (rows, held_out))
     args = StepPreferenceConfig(
         output_dir=options.output_dir,

@@ -2,10 +2,12 @@
 
 from .baselines import BASELINES, combine_advantages, outcome_advantages
 from .branches import Branch, BranchLogps, branch_logps
+from .candidates import Candidate, Node, nodes_from_rollouts, trace_candidates
 from .gae import step_gae
 from .probe import PROBES, Probe, probe_step_values
 from .split import delimiter_mask, split_text, step_ids_from_tokens, token_step_ids
 from .support import why_not
+from .trace import TracedPair, divergence_index, divergence_weights, pair_candidates, pair_rows
 from .values import StepBatch, StepValues
 
 __all__ = [
@@ -13,17 +15,26 @@ __all__ = [
     "PROBES",
     "Branch",
     "BranchLogps",
+    "Candidate",
+    "Node",
     "Probe",
     "StepBatch",
     "StepValues",
+    "TracedPair",
     "branch_logps",
     "combine_advantages",
     "delimiter_mask",
+    "divergence_index",
+    "divergence_weights",
+    "nodes_from_rollouts",
     "outcome_advantages",
+    "pair_candidates",
+    "pair_rows",
     "probe_step_values",
     "split_text",
     "step_gae",
     "step_ids_from_tokens",
     "token_step_ids",
+    "trace_candidates",
     "why_not",
 ]

@@ -35,7 +35,7 @@ def graded_values(
     if not callable(grader):
         raise ValueError(f"grader: expected a function of an answer's text and the gold answer, got {grader!r}")
     special = special_ids(model, tokenizer)
-    branches = [Branch(b, cut, states.probe_ids(b, cut)) for b, cuts in enumerate(states.cuts) for cut in cuts]
+    branches = [Branch(s.sequence, s.cut, [*s.more, *states.probe_ids(s)]) for s in states.at]
 
     def text(ids: list[int]) -> str:
         return tokenizer.decode([i for i in ids if i not in special], clean_up_tokenization_spaces=False).strip()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -127,73 +127,106 @@ def probe_step_values(
             temperature=temperature, seed=seed, engine=engine, max_tokens=max_tokens,
         )  # fmt: skip
     else:
-        values = _likelihood(model, states, answers, reduce, engine, max_tokens)
-    return StepValues.from_tensor(values, torch.from_numpy(states.offsets))
+        values = likelihood_values(model, states, answers, reduce=reduce, engine=engine, max_tokens=max_tokens)
+    counts = [len(batch.step_ids[b]) + 1 for b in range(len(batch))]
+    return StepValues.from_tensor(values, torch.from_numpy(np.cumsum([0, *counts])))
+
+
+class State(NamedTuple):
+    """Where a probe is put: after the first `cut` tokens of a sequence and some more that are not in it."""
+
+    sequence: int
+    cut: int
+    more: Sequence[int] = ()
 
 
 class States:
-    """The states of a batch, in the order of StepValues, and the probe's tokens in each."""
+    """The states of a batch, and the probe's tokens in each.
 
-    def __init__(self, model: nn.Module, batch: StepBatch, probe: Any, tokenizer):
+    `at` are all of its prefixes in the order of StepValues, unless given as (sequence, number of steps, tokens after
+    them). Special tokens at a state's end are left out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: StepBatch,
+        probe: Any,
+        tokenizer,
+        at: Sequence[tuple[int, int, Any]] | None = None,
+    ):
         self.tokenizer = tokenizer
         self.trunks = [batch.sequence(b) for b in range(len(batch))]
-        special = special_ids(model, tokenizer)
-        self.cuts: list[list[int]] = []
-        for b, trunk in enumerate(self.trunks):
-            end, prompt = len(trunk), len(batch.prompt_ids[b])
-            while end > prompt and trunk[end - 1] in special:
-                end -= 1
-            self.cuts.append([min(cut, end) for cut in batch.boundaries(b)])
-        self.offsets = np.concatenate([[0], np.cumsum([len(cuts) for cuts in self.cuts], dtype=np.int64)])
         self.probes = _resolve(probe, len(batch), tokenizer)
-        self._texts: dict[int, str] = {}  # of tokens that stand before a probe
+        special = special_ids(model, tokenizer)
+        if at is None:
+            at = [(b, k, ()) for b in range(len(batch)) for k in range(len(batch.step_ids[b]) + 1)]
+        boundaries = [batch.boundaries(b) for b in range(len(batch))]
+        self.at: list[State] = []
+        for b, k, more in at:
+            cut, more = boundaries[b][k], list(more)
+            while more and more[-1] in special:
+                more.pop()
+            while not more and cut > boundaries[b][0] and self.trunks[b][cut - 1] in special:
+                cut -= 1
+            self.at.append(State(b, cut, more))
+        self._ends_line: dict[int, bool] = {}
+        self._encoded: dict[tuple, tuple[list[int], list[list[int]]]] = {}
 
-    def probe_ids(self, b: int, cut: int) -> list[int]:
-        probe = self.probes[b]
-        return list(probe) if not isinstance(probe, Probe) else _encode(self.tokenizer, *self._before(b, cut))
+    def probe_ids(self, state: State) -> list[int]:
+        probe = self.probes[state.sequence]
+        return list(probe) if not isinstance(probe, Probe) else _encode(self.tokenizer, *self._before(state))
 
-    def spellings(self, b: int, cut: int, answer: Answer) -> list[list[int]]:
-        """Token ids of each accepted answer after the probe."""
-        probe = self.probes[b]
+    def encoded(self, state: State, answer: Answer) -> tuple[list[int], list[list[int]]]:
+        """The probe's tokens and those of each accepted answer after it."""
+        is_text = isinstance(self.probes[state.sequence], Probe)
+        key = (state.sequence, self._before(state) if is_text else None)
+        if key not in self._encoded:
+            self._encoded[key] = self.probe_ids(state), self._spellings(state, answer)
+        return self._encoded[key]
+
+    def _spellings(self, state: State, answer: Answer) -> list[list[int]]:
+        probe = self.probes[state.sequence]
         many = [answer] if isinstance(answer, str) or _is_ids(answer) else list(answer)
         if isinstance(probe, Probe) and all(isinstance(a, str) for a in many):
             if not many or not all(many):
-                raise ValueError(f"answers: expected at least one text, and no empty one, got {answer!r} for {b}")
-            before = "".join(self._before(b, cut))
+                raise ValueError(
+                    f"answers: expected at least one text, and no empty one, got {answer!r} for {state.sequence}"
+                )
+            before = "".join(self._before(state))
             return [_encode(self.tokenizer, before, probe.separator + a + end) for a in many for end in probe.ends]
         if self.tokenizer is not None:
             many = [_encode(self.tokenizer, "", a) if isinstance(a, str) else a for a in many]
         if not many or not all(_is_ids(a) and len(a) for a in many):
             raise ValueError(
-                f"answers: expected a text (with a tokenizer), token ids, or several, got {answer!r} for sequence {b}"
+                f"answers: expected a text (with a tokenizer), token ids, or several, got {answer!r} for sequence "
+                f"{state.sequence}"
             )
         return [list(a) for a in many]
 
-    def _before(self, b: int, cut: int) -> tuple[str, str]:
+    def _before(self, state: State) -> tuple[str, str]:
         """(a stand-in for the state's text, the probe's text after it)"""
-        probe = self.probes[b]
+        probe = self.probes[state.sequence]
         if probe.turn:
             return "a", _asked(self.tokenizer, probe)
-        last = self.trunks[b][cut - 1]
-        if last not in self._texts:
-            self._texts[last] = self.tokenizer.decode([last], clean_up_tokenization_spaces=False)
-        ended = not probe.lead or self._texts[last].endswith("\n")
+        last = state.more[-1] if state.more else self.trunks[state.sequence][state.cut - 1]
+        if last not in self._ends_line:
+            text = self.tokenizer.decode([last], clean_up_tokenization_spaces=False)
+            self._ends_line[last] = text.endswith("\n")
+        ended = not probe.lead or self._ends_line[last]
         return ("a\n", probe.text) if ended else ("a", probe.lead + probe.text)
 
 
-def _likelihood(
-    model: nn.Module, states: States, answers: Sequence[Answer], reduce: str, engine: str, max_tokens: int
-) -> torch.Tensor:
+def likelihood_values(
+    model: nn.Module, states: States, answers: Sequence[Answer], *, reduce: str, engine: str, max_tokens: int
+) -> torch.Tensor:  # (states,) float32 in [0, 1]
     branches, counts = [], []
-    encoded: dict[tuple, tuple[list[int], list[list[int]]]] = {}
-    for b, cuts in enumerate(states.cuts):
-        for cut in cuts:
-            key = (b, states._before(b, cut) if isinstance(states.probes[b], Probe) else None)
-            if key not in encoded:
-                encoded[key] = states.probe_ids(b, cut), _distinct(states.spellings(b, cut, answers[b]), reduce)
-            probe, spellings = encoded[key]
-            branches += [Branch(b, cut, [*probe, *spelling], len(probe)) for spelling in spellings]
-            counts.append(len(spellings))
+    for state in states.at:
+        probe, spellings = states.encoded(state, answers[state.sequence])
+        spellings = _distinct(spellings, reduce)
+        given = [*state.more, *probe]
+        branches += [Branch(state.sequence, state.cut, [*given, *ids], len(given)) for ids in spellings]
+        counts.append(len(spellings))
     logps = branch_logps(model, states.trunks, branches, engine=engine, max_tokens=max_tokens)
     scores = logps.sums()
     if reduce == "mean":

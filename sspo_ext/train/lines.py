@@ -8,6 +8,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
+def write_lines(path: str | os.PathLike, rows: Iterable[dict]) -> None:
+    """A JSONL file, all of it or none."""
+    temporary = Path(f"{os.fspath(path)}.tmp")
+    with open(temporary, "wb") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 class LineStore:
     """Rows under keys. Until `finish`, they are in `PATH.part`, behind a line with the settings they were made with.
 
@@ -64,12 +74,7 @@ class LineStore:
         """All rows in this order, and `path` holding them."""
         rows = [self.rows[key] for key in order]
         if not self.complete:
-            temporary = Path(f"{self.path}.tmp")
-            with open(temporary, "wb") as file:
-                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
+            write_lines(self.path, rows)
             self._file.close()
             self.part.unlink()
             self.complete = True

@@ -9,12 +9,14 @@ from itertools import accumulate, pairwise, takewhile
 from typing import NamedTuple
 
 from ..signals.split import SplitBy, split_text, token_step_ids
+from ..signals.trace import divergence_index
 from .data import name_some, raise_bad_rows
 
 logger = logging.getLogger(__name__)
 
 PAIR_BY = ("index", "branch", "sequence")
 OVERFLOW = ("drop", "cut", "error")
+TOKEN_WEIGHTS = ("uniform", "divergence")
 
 
 class UnusableRow(ValueError):
@@ -40,6 +42,7 @@ def tokenize_row(
     overflow: str = "drop",
     add_eos: bool = True,
     skip_shared: bool = True,
+    token_weights: str = "uniform",
 ) -> dict:
     """Tokens, step ids and pairs of one row in the form of `load_preference_rows`, for `StepPreferenceCollator`.
 
@@ -54,6 +57,9 @@ def tokenize_row(
     add_eos      a response that is not `partial` ends with end of sequence, which belongs to its last step
     skip_shared  "index": leave out leading steps that are the same tokens in both. Their context is the same too, so
                  their difference is 0 whatever the model, and its gradient too: they would only water down the mean
+    token_weights  "uniform": all tokens of a step count. "divergence": only the first where chosen and rejected step
+                 differ, so a pair is about two logits of one position. It needs the same tokens before both steps:
+                 `pair_by` "branch" or "sequence", or the row's own `branch`
 
     Returns {"chosen_input_ids", "chosen_labels", "chosen_step_ids", "rejected_input_ids", ... : lists of int of equal
     length, "pairs": [[chosen step, rejected step], ...], "weight", "margin", "source"}. Labels are unshifted. Only
@@ -66,7 +72,7 @@ def tokenize_row(
     the response is all that the template adds, up to the end of turn; with `partial` or without `add_eos`, to the
     content's last character.
     """
-    return _tokenize(row, tokenizer, split_by, pair_by, max_length, overflow, add_eos, skip_shared)[0]
+    return _tokenize(row, tokenizer, split_by, pair_by, max_length, overflow, add_eos, skip_shared, token_weights)[0]
 
 
 def tokenize_rows(rows: Iterable[Mapping], tokenizer, **options) -> list[dict]:
@@ -111,12 +117,15 @@ def _tokenize(
     overflow: str,
     add_eos: bool,
     skip_shared: bool,
+    token_weights: str,
 ) -> tuple[dict, int]:
     """(the feature, pairs that were cut away)"""
     if pair_by not in PAIR_BY:
         raise ValueError(f"pair_by: expected one of {PAIR_BY}, got {pair_by!r}")
     if overflow not in OVERFLOW:
         raise ValueError(f"overflow: expected one of {OVERFLOW}, got {overflow!r}")
+    if token_weights not in TOKEN_WEIGHTS:
+        raise ValueError(f"token_weights: expected one of {TOKEN_WEIGHTS}, got {token_weights!r}")
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(
             f"tokenizer: expected a fast one, whose offsets place the steps, got {type(tokenizer).__name__}"
@@ -151,6 +160,14 @@ def _tokenize(
     if pair_by == "sequence":
         sides = [side._replace(dense=[0] * len(side.ids)) for side in sides]
     pairs = _pairs(*sides, pair_by, branch, skip_shared)
+
+    if token_weights == "divergence":
+        if pair_by == "index" and branch is None:
+            raise ValueError(
+                "token_weights: 'divergence' needs steps that follow the same tokens: pair_by='branch' or 'sequence', "
+                "or rows with a branch"
+            )
+        sides = _only_divergence(*sides, pairs[0])
 
     fits = pairs
     if max_length is not None:
@@ -195,6 +212,18 @@ def _pairs(
     if pair_by == "branch":
         return [(shared, shared)]
     return [(k, k) for k in range(shared if skip_shared else 0, len(both))]
+
+
+def _only_divergence(chosen: _Response, rejected: _Response, pair: tuple[int, int]) -> list[_Response]:
+    """The two responses with the pair's steps cut down to the first token in which they differ."""
+    places = [[i for i, s in enumerate(side.dense) if s == k] for side, k in zip((chosen, rejected), pair, strict=True)]
+    at = divergence_index([chosen.ids[i] for i in places[0]], [rejected.ids[i] for i in places[1]])
+    if at is None or chosen.ids[: places[0][0]] != rejected.ids[: places[1][0]]:
+        raise UnusableRow("where one step is the beginning of the other" if at is None else "whose steps part earlier")
+    return [
+        side._replace(dense=[s if i == some[at] else s if s != k else -2 for i, s in enumerate(side.dense)])
+        for side, some, k in zip((chosen, rejected), places, pair, strict=True)
+    ]
 
 
 def _by_step(side: _Response) -> list[list[int]]:

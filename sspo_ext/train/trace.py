@@ -1,81 +1,170 @@
-"""What the steps of given chains are worth to a model, and step preferences from it, offline and file to file."""
+"""`sspo-ext trace`: what the steps of given chains are worth to a model, file to file. Imports nothing heavy until it
+runs."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import os
-from collections.abc import Callable, Sequence
-from typing import Any
-
-import torch
-from torch import nn
-
-from ..signals.gae import step_gae
-from ..signals.probe import Probe, probe_step_values
-from .chains import Chain, step_batch
-from .lines import LineStore
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 
-def trace_values(
-    model: nn.Module,
-    tokenizer,
-    chains: Sequence[Chain],
-    path: str | os.PathLike,
-    *,
-    probe: str | Probe = "en",
-    gamma: float = 0.9,
-    lam: float = 0.0,
-    resume: bool = False,
-    batch_size: int = 8,
-    progress: Callable[[int, int], Any] | None = None,
-    settings: dict | None = None,
-    **options: Any,
-) -> list[dict]:
-    """Values and advantages of every chain's steps, as rows, which are also written to `path` (JSONL).
+def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
+    add = parser.add_argument
+    add("--model", required=True, help="hub name, folder, folder with one .gguf file, or .gguf file")
+    add(
+        "--data", required=True, nargs="+", metavar="JSONL",
+        help="rows: prompt, response (a text or a list of steps), answer (one or several), reward or is_correct",
+    )  # fmt: skip
+    add("--output-dir", required=True, help="values.jsonl, pairs.jsonl, pictures")
+    add("--resume", action="store_true", help="go on where a killed run was")
+    add("--split-by", default="newline", help="newline, blank_line, numbered, or a regular expression")
+    add("--max-length", type=positive, default=2048, help="tokens of prompt and response; longer rows are left out")
+    add("--grader", default="exact", help="of rows without a reward: exact, exact:MARKER, math-verify, module:function")
 
-    A row is {"key": the chain's source, "prompt", "answer", "reward", "steps": [text] * K, "values": [V_0..V_K],
-    "advantages": [A_1..A_K]}. Killed and started again with `resume`, it goes on where it was; the file appears when it
-    is complete.
+    add = parser.add_argument_group("values and advantages").add_argument
+    add("--probe", default="en", help="a language (en, zh, ...) or the text that asks for the answer")
+    add("--probe-end", action="append", metavar="TEXT", help="may follow the answer (default: anything); repeatable")
+    add("--mode", default="likelihood", choices=("likelihood", "graded"), help="of the gold answer, or sampled answers")
+    add("--reduce", default="joint", choices=("joint", "mean"), help="likelihood of an answer of several tokens")
+    add("--num-samples", type=positive, default=5, help="graded: answers after each step")
+    add("--gamma", type=float, default=0.9, help="discount per step, of advantages and of continuations")
+    add("--lam", type=float, default=0.0, help="lambda of GAE over steps; 0 is a step's own progress")
 
-    probe, **options  of `probe_step_values`
-    gamma, lam        of `step_gae`, with the chain's reward at its end
-    batch_size        chains probed between two writes
-    progress          called with (chains done, chains in all)
-    settings          of the run, as the model's name; `resume` refuses rows that were made with other ones
-    """
-    keys = [chain.source for chain in chains]
-    if len(set(keys)) < len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"chains: expected a different id for each, got {twice!r} twice")
-    shown = dataclasses.asdict(probe) if isinstance(probe, Probe) else probe
-    plain = {k: v for k, v in options.items() if isinstance(v, (str, int, float))}
-    data = hashlib.sha256(json.dumps([dataclasses.astuple(c) for c in chains]).encode()).hexdigest()
-    made = {"probe": shown, "gamma": gamma, "lam": lam, "data": data, **plain, **(settings or {})}
-    store = LineStore(path, made, resume=resume)
-    todo = [chain for chain in chains if chain.source not in store.rows]
-    for start in range(0, len(todo), batch_size):
-        if progress is not None:
-            progress(len(chains) - len(todo) + start, len(chains))
-        some = todo[start : start + batch_size]
-        values = probe_step_values(
-            model, step_batch(some), probe, [c.answer for c in some], tokenizer=tokenizer, **options
-        )
-        rewards = torch.tensor([c.reward for c in some], device=values.values.device)
-        advantages = step_gae(values, rewards, gamma=gamma, lam=lam).split(values.steps_per_sequence.tolist())
-        store.add(
-            {
-                "key": chain.source,
-                "prompt": chain.prompt,
-                "answer": chain.answer,
-                "reward": chain.reward,
-                "steps": chain.steps,
-                "values": [round(v, 6) for v in of_chain],
-                "advantages": [round(a, 6) for a in advantage.tolist()],
-            }
-            for chain, of_chain, advantage in zip(some, values.to_lists(), advantages, strict=True)
-        )
-    if progress is not None:
-        progress(len(chains), len(chains))
-    return store.finish(keys)
+    add = parser.add_argument_group("step preferences").add_argument
+    add(
+        "--pairs", default="none", choices=("none", "sampled", "chains"),
+        help="sampled: next steps that the model itself would take; chains: where chains of one prompt part",
+    )  # fmt: skip
+    add(
+        "--value", default="continuation", choices=("continuation", "probe", "both"),
+        help="sampled: what ranks a step: the model's greedy continuation, the probe, or both",
+    )  # fmt: skip
+    add("--num-candidates", type=positive, default=12, help="sampled: at each state")
+    add("--states", type=positive, default=2, help="sampled: random states of each chain")
+    add("--temperature", type=float, default=1.0, help="sampled: of candidates")
+    add("--max-step-tokens", type=positive, default=96, help="sampled: a longer step is dropped")
+    add("--max-continuation-tokens", type=positive, default=256, help="sampled: a longer continuation is worth nothing")
+    add("--final", metavar="REGEX", help="sampled: a response that matches is complete without an end of sequence")
+    add("--min-gap", type=float, default=0.02, help="two steps are compared if their values are further apart")
+    add("--max-pairs", type=positive, help="of one state: those with the largest gaps (default: all)")
+    add("--weight", default="one", choices=("one", "gap"), help="of a pair in the loss")
+    add("--margin", default="none", choices=("none", "gap"), help="that a pair asks for")
+
+    add = parser.add_argument_group("pictures").add_argument
+    add("--plot", type=positive, metavar="N", help="a picture of each of the first N chains, and a page of all")
+
+    add = parser.add_argument_group("running").add_argument
+    add("--engine", default="auto", choices=("auto", "packed", "cached", "separate"), help="how states are probed")
+    add("--max-tokens", type=positive, default=4096, help="in one forward")
+    add("--batch-size", type=positive, default=16, help="chains between two writes")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "auto"), help="of the weights")
+    add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    add("--seed", type=int, default=0, help="of what is sampled")
+    add("--attn-implementation", help="eager, sdpa, flash_attention_2, ... (default: the model's)")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..signals.probe import PROBES, Probe
+    from ..signals.split import split_text
+    from .grade import load_grader
+
+    # What can be wrong is looked at in the order of what it costs: arguments, then the model, then rows.
+    split_text("", options.split_by)
+    grader = load_grader(options.grader)
+    missing = [name for name in options.data if not Path(name).is_file()]
+    if missing:
+        raise ValueError(f"--data: {missing[0]!r} is not there")
+    probe = PROBES.get(options.probe) or Probe(options.probe)
+    if options.probe_end:
+        probe = replace(probe, ends=tuple(options.probe_end))
+    output = Path(options.output_dir)
+
+    import torch
+
+    from .chains import load_chains
+    from .models import load_model
+    from .trace_rows import rollout_pairs, trace_pairs, trace_values
+
+    model, tokenizer = load_model(
+        options.model, dtype=options.dtype, attn_implementation=options.attn_implementation,
+        trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
+    model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chains, long = load_chains(
+        options.data, tokenizer, split_by=options.split_by, max_length=options.max_length, grader=grader
+    )
+    if not chains:
+        raise ValueError(f"--data: no chain of at most {options.max_length} tokens; give a larger --max-length")
+    note = f"; {len(long)} over {options.max_length} tokens are left out" if long else ""
+    print(f"{len(chains)} chains, {sum(len(c.steps) for c in chains)} steps{note}")
+    running = {"max_tokens": options.max_tokens, "engine": options.engine, "resume": options.resume}
+    settings = {"model": options.model, "dtype": options.dtype, "split_by": options.split_by}
+
+    def by_text(text: str, answer) -> float:
+        answers = [answer] if isinstance(answer, str) else answer
+        return max(grader("", text, one) for one in answers)
+
+    graded = {"grader": by_text, "num_samples": options.num_samples, "seed": options.seed}
+    traced = trace_values(
+        model, tokenizer, chains, output / "values.jsonl", probe=probe, gamma=options.gamma, lam=options.lam,
+        mode=options.mode, reduce=options.reduce, batch_size=options.batch_size, progress=_progress("values"),
+        settings=settings, **running, **(graded if options.mode == "graded" else {}),
+    )  # fmt: skip
+    rows = None
+    pairing = {"min_gap": options.min_gap, "weight": options.weight, "margin": options.margin}
+    pairing["max_pairs"] = options.max_pairs
+    if options.pairs == "chains":
+        rows = rollout_pairs(chains, traced, tokenizer, output / "pairs.jsonl", **pairing)
+    elif options.pairs == "sampled":
+        rows = trace_pairs(
+            model, tokenizer, chains, output / "pairs.jsonl", states_per_chain=options.states, pairing=pairing,
+            num_candidates=options.num_candidates, value=options.value, gamma=options.gamma, grader=by_text,
+            probe=probe, split_by=options.split_by, final=options.final, max_step_tokens=options.max_step_tokens,
+            max_continuation_tokens=options.max_continuation_tokens, temperature=options.temperature,
+            seed=options.seed, progress=_progress("pairs"), settings=settings, **running,
+        )  # fmt: skip
+    if options.plot:
+        from .trace_page import write_page
+        from .trace_picture import draw_chain
+
+        for number, row in enumerate(traced[: options.plot], 1):
+            draw_chain(row, output / f"chain_{number:03}.png")
+        write_page(traced, output / "chains.html", title=f"Steps as {Path(options.model).name} values them")
+    print(summary(traced, rows))
+    print(f"\nwritten to {output}")
+
+
+def summary(traced: list[dict], pairs: list[dict] | None) -> str:
+    """A few lines on what was found."""
+    lines = [f"{'':24}{'chains':>8}{'V of the question':>20}{'V before the last step':>24}"]
+    for name, wanted in (("reward above 0", True), ("reward 0 or less", False)):
+        some = [row for row in traced if (row["reward"] > 0) == wanted and row["steps"]]
+        if some:
+            first, last = (sum(row["values"][at] for row in some) / len(some) for at in (0, -2))
+            lines.append(f"{name:24}{len(some):8}{first:20.3f}{last:24.3f}")
+    if pairs is not None:
+        lines.append(f"{len(pairs)} pairs of steps at {len({(p['source'], p['branch']) for p in pairs})} states")
+    return "\n".join(lines)
+
+
+def _progress(title: str) -> Callable[[int, int], None]:
+    """A line on standard error, at most every two seconds."""
+    start = shown = time.monotonic()
+    begun: int | None = None
+
+    def update(done: int, total: int) -> None:
+        nonlocal shown, begun
+        begun = done if begun is None else begun
+        now = time.monotonic()
+        if done < total and now - shown < 2:
+            return
+        shown = now
+        speed = (now - start) / max(done - begun, 1)
+        left = f", {speed * (total - done):.0f} s left" if begun < done < total else ""
+        print(f"{title}: {done} of {total} chains{left}", file=sys.stderr, flush=True)
+
+    return update
