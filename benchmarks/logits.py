@@ -9,12 +9,15 @@ import sys
 
 import torch
 
+import sspo_ext
+
 from . import peers, tables
 from .measure import Case, extra_peak_mib, interleave, ratio
-from .problems import LogitsProblem, LogitsSpec
+from .problems import BETA, LogitsProblem, LogitsSpec
 from .tables import Settings, Table, ms, short
 
 INPLACE, NEW = "sspo_ext, gradient in place", "sspo_ext, gradient in a new buffer"
+LOSS_ALONE, READ = "sigmoid loss alone", "two reads of as many logits"
 COPY = "one copy of the logits into an existing buffer"
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -141,11 +144,67 @@ def scaling_table(settings: Settings) -> Table:
     return table
 
 
+def reduction_cases(problem: LogitsProblem) -> list[Case]:
+    """The sigmoid loss by itself, and with a reduction of the same rows in the loss; all with the gradient in place."""
+    leaf, source, ref_logits = problem.leaf(), problem.logits.clone(), problem.logits.flip(0).contiguous()
+
+    def restore() -> None:
+        leaf.grad = None
+        problem.logits.copy_(source)
+
+    def run(**asked) -> None:
+        out = sspo_ext.step_logps(leaf, problem.layout, inplace_backward=True, **asked)
+        extra = [value.mean() for value in (out.entropy, out.sum_p2, out.kl) if value is not None]
+        winner, loser = (out.sums - problem.ref)[problem.pairs.index.long()].unbind(1)
+        loss = -torch.nn.functional.logsigmoid(BETA * (winner - loser)).mean()
+        sum(extra, loss).backward()
+
+    every = {"entropy": True, "sum_p2": True, "kl_ref_logits": ref_logits}
+    return [
+        Case(LOSS_ALONE, lambda: peers.run_ours(problem, leaf, True), restore),
+        Case("+ entropy", lambda: run(entropy=True), restore),
+        Case("+ sum of p^2", lambda: run(sum_p2=True), restore),
+        Case("+ KL from reference logits", lambda: run(kl_ref_logits=ref_logits), restore),
+        Case("+ all three", lambda: run(**every), restore),
+    ]
+
+
+def reductions_table(settings: Settings) -> Table:
+    """What entropy, sum of p^2 and KL add to forward and backward."""
+    rows, vocab = settings.size(1024, 64), settings.size(128256, 4000)
+    table = Table(
+        "",
+        f"Logits route, [{rows} x {vocab}], loss and gradient in place: further reductions in the same pass",
+        ["", "dtype", "ms", "quartiles", "x loss alone", "x reading a reference"],
+        notes=[
+            "Ratios are medians of per-round ratios. Reading a reference: the maximum of as many bits, twice (KL reads "
+            "the reference's forward and backward)."
+        ],
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        problem = LogitsProblem(LogitsSpec(rows, vocab, dtype), DEVICE)
+        bits = problem.logits.flip(0).contiguous().view(torch.int32)
+
+        def read(bits: torch.Tensor = bits) -> None:
+            bits.max()
+            bits.max()
+
+        cases = [*reduction_cases(problem), Case(READ, read)]
+        times = interleave(cases, settings.count(9), limit_s=settings.limit_s / 2)
+        for case in cases:
+            own = [round(ratio(times, case.name, base), 3) for base in (LOSS_ALONE, READ)]
+            table.rows.append([case.name, short(dtype), *ms(times[case.name]), *own])
+        table.note_rounds(times)
+        del problem
+    return table
+
+
 TABLES = {
     "logits-fp32": lambda settings: time_table(settings, torch.float32),
     "logits-bf16": lambda settings: time_table(settings, torch.bfloat16),
     "logits-memory": memory_table,
     "logits-scaling": scaling_table,
+    "logits-reductions": reductions_table,
 }
 
 

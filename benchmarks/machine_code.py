@@ -122,6 +122,7 @@ def specialisations(warp: int = 32, every: bool = False) -> Iterator[Specialisat
                         yield Specialisation(
                             "token_logp_bwd", dtype, ", ".join(facts + more), fn, constexprs, num_warps
                         )
+    yield from _with_reductions(warp, every)
     flags = ("HAS_WEIGHTS", "HAS_REF", "HAS_PAIR_WEIGHTS", "HAS_MARGINS", "HAS_LABELS")
     for head in PAIR_HEADS:
         # of a head's 32 combinations of optional inputs, all and none
@@ -131,11 +132,32 @@ def specialisations(warp: int = 32, every: bool = False) -> Iterator[Specialisat
             yield Specialisation("step_loss_fwd", "float32", facts, steps._step_loss_fwd_kernel, constexprs, 1)
 
 
+def _with_reductions(warp: int, every: bool) -> Iterator[Specialisation]:
+    """The row kernels with entropy and sum of squares, and with KL too: a loop then loads both tensors' elements."""
+    from sspo_ext.backends.triton import reductions_backward, reductions_forward
+    from sspo_ext.backends.triton._common import row_launch
+
+    for dtype in POINTERS:
+        launch = row_launch(128256, getattr(torch, dtype), warp)
+        shape, num_warps = {"LANES": launch["LANES"], "VEC": launch["VEC"]}, launch["num_warps"]
+        for softcap in (False, True):
+            for ref in (False, True):
+                for aligned in (True, False) if every else (True,):
+                    facts = (["softcap"] if softcap else []) + (["KL"] if ref else [])
+                    facts = ", ".join(facts + ([] if aligned else ["rows aligned otherwise"]))
+                    constexprs = {"SOFTCAP": softcap, "HAS_REF": ref, "REF_ALIGNED": aligned, **shape}
+                    fn = reductions_forward._row_reductions_fwd_kernel
+                    yield Specialisation("row_reductions_fwd", dtype, facts, fn, constexprs, num_warps)
+                    fn = reductions_backward._row_reductions_bwd_kernel
+                    constexprs = {"ALIGNED": aligned, **constexprs}
+                    yield Specialisation("row_reductions_bwd", dtype, facts, fn, constexprs, num_warps)
+
+
 _POINTER_TYPES = {
     **dict.fromkeys(("rows_ptr", "labels_ptr"), "*i64"),
     **dict.fromkeys(("row_of_ptr", "arrived_ptr", "step_offsets_ptr", "pair_index_ptr"), "*i32"),
     **dict.fromkeys(("adj_offsets_ptr", "adj_pairs_ptr"), "*i32"),
-    "lse_ptr": "*fp64",
+    **dict.fromkeys(("lse_ptr", "ref_lse_ptr"), "*fp64"),
 }
 
 
@@ -143,7 +165,7 @@ def signature(spec: Specialisation) -> dict[str, str]:
     import triton.language as tl
 
     scalars = {tl.int64: "i64", tl.int32: "i32", tl.float32: "fp32", tl.constexpr: "constexpr"}
-    types = {**_POINTER_TYPES, **dict.fromkeys(("logits_ptr", "out_ptr"), POINTERS[spec.dtype])}
+    types = {**_POINTER_TYPES, **dict.fromkeys(("logits_ptr", "ref_logits_ptr", "out_ptr"), POINTERS[spec.dtype])}
     parameters = spec.fn.signature.parameters.items()
     return {name: scalars.get(p.annotation) or types.get(name, "*fp32") for name, p in parameters}
 
@@ -168,7 +190,7 @@ def read(spec: Specialisation, arch: str) -> Report:
         disassembly.widths(code.instructions, "load"), disassembly.widths(code.instructions, "store"),
     )  # fmt: skip
     loop = code.main_loop()
-    if loop is not None and spec.kernel.startswith("token_logp"):
+    if loop is not None and spec.kernel.startswith(("token_logp", "row_reductions")):
         add_loop(report, loop)
     return report
 

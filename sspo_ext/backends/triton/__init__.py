@@ -1,5 +1,5 @@
-"""Triton backend: the three launches of the logits route. Imports without Triton and without a GPU; `why_not` says
-what is missing.
+"""Triton backend: the three launches of the logits route, and the row kernels with further reductions over the
+vocabulary. Imports without Triton and without a GPU; `why_not` says what is missing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import torch
 try:
     from .backward import token_logp_bwd
     from .forward import token_logp_fwd
+    from .reductions_backward import row_reductions_bwd
+    from .reductions_forward import row_reductions_fwd
     from .steps import step_loss_fwd
 
     _import_error = None
@@ -21,7 +23,14 @@ except ImportError as error:
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-__all__ = ["step_loss_fwd", "token_logp_bwd", "token_logp_fwd", "why_not"]
+__all__ = [
+    "row_reductions_bwd",
+    "row_reductions_fwd",
+    "step_loss_fwd",
+    "token_logp_bwd",
+    "token_logp_fwd",
+    "why_not",
+]
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:

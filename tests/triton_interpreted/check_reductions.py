@@ -1,0 +1,103 @@
+"""Triton row kernels with entropy, sum of squares and KL, interpreted, against float64."""
+
+import math
+
+import pytest
+import torch
+from helpers_reductions import MAPS, UPSTREAMS, ReductionRows, check
+
+from sspo_ext.backends import triton as backend
+from sspo_ext.backends.triton import reductions_backward
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("mapping", MAPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fp64_rule(dtype, mapping):
+    """Edges alone; part of a pass; passes and a rest, with one warp and with four."""
+    for V in (1, 3, 9, 517, 1031, 4097):
+        spread = 30.0 if mapping == "softcap" else 4.0
+        check(backend, ReductionRows(V, dtype, *MAPS[mapping], spread=spread, offset=V % 7), f"V {V}")
+
+
+@pytest.mark.parametrize("upstream", UPSTREAMS)
+def test_each_gradient_alone(upstream):
+    for ref in (True, False) if upstream != "kl" else (True,):
+        case = ReductionRows(2061, torch.bfloat16, *MAPS["temperature"], ref=ref, offset=3)
+        check(backend, case, upstream, UPSTREAMS[upstream])
+
+
+def test_several_passes_with_four_warps():
+    check(backend, ReductionRows(17001, torch.bfloat16, 1.0, 0.0, offset=1), "V 17001")
+    check(backend, ReductionRows(8200, torch.float32, 1.0, 0.0, offset=1), "V 8200")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_huge_logits(dtype):
+    case = ReductionRows(1500, dtype, 1.0, 0.0)
+    case.logits.add_(1e4)
+    case.ref.add_(-1e4)
+    check(backend, case, "1e4")
+    case = ReductionRows(1500, dtype, 1.0, 0.0)
+    case.logits[..., -7:] += 60
+    case.ref[..., -9:] += 90
+    check(backend, case, "far above")
+    case.logits.sub_(3e30 if dtype == torch.float32 else 0.0)
+    values, _ = case.run(backend, UPSTREAMS["all"])
+    assert all(v.isfinite().all() for v in values[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_vocabulary(dtype):
+    V = 3000
+    for kept in (slice(2000, 2100), slice(0, 5), slice(2995, 3000), slice(3, 3000, 700)):
+        case = ReductionRows(V, dtype, 1.0, 0.0)
+        for x in (case.logits, case.ref):
+            values = x[..., kept].clone()
+            x.fill_(-math.inf)
+            x[..., kept] = values
+        inside = torch.arange(V)[kept]
+        case.labels = inside[case.labels % len(inside)]
+        check(backend, case, f"kept {kept}")
+
+
+def test_what_is_forbidden():
+    case = ReductionRows(1200, torch.float32, 1.0, 0.0)
+    case.labels[:] = 7
+    case.ref[..., 1000:] = -math.inf
+    (_, _, _, kl), grad = case.run(backend, UPSTREAMS["kl"])
+    assert kl.isfinite().all() and grad.isfinite().all()
+    case.ref, case.logits = case.logits, case.ref
+    (_, _, _, kl), grad = case.run(backend, UPSTREAMS["kl"])
+    assert (kl == math.inf).all() and grad.isfinite().all()
+
+
+def test_not_finite():
+    for bad in (math.nan, math.inf):
+        case = ReductionRows(700, torch.float32, 1.0, 0.0)
+        clean, _ = case.run(backend, UPSTREAMS["all"])
+        case.logits[0, 2, 600] = bad
+        values, grad = case.run(backend, UPSTREAMS["all"])
+        assert all(v[1].isnan() for v in values) and grad[0, 2].isnan().all() and grad[0, 0].isfinite().all()
+        assert all(torch.equal(v[2:], c[2:]) for v, c in zip(values, clean, strict=True))
+
+
+def test_in_place_and_shares(monkeypatch):
+    for dtype in (torch.float32, torch.bfloat16):
+        case = ReductionRows(9001, dtype, 1.0, 0.0, offset=3)
+        monkeypatch.setattr(reductions_backward, "_column_shares", lambda *args: 1)
+        _, grad = case.run(backend, UPSTREAMS["all"])
+        monkeypatch.setattr(reductions_backward, "_column_shares", lambda *args: 3)
+        assert torch.equal(case.run(backend, UPSTREAMS["all"])[1], grad)
+        case.run(backend, UPSTREAMS["all"], out=case.logits)
+        assert torch.equal(case.logits, grad)
+
+
+def test_nothing_to_do():
+    logits, none = torch.randn(2, 4, 8), torch.empty(0, dtype=torch.int64)
+    *values, ref_lse = backend.row_reductions_fwd(logits, none, none, logits, 1.0, 0.0)
+    assert all(v.shape == (0,) for v in values)
+    out, table = torch.full_like(logits, math.nan), torch.full((8,), -1, dtype=torch.int32)
+    backend.row_reductions_bwd(logits, table, none, values[1], logits, ref_lse, torch.empty(0, 5), 1.0, 0.0, out)
+    assert (out == 0).all()
