@@ -167,7 +167,6 @@ def test_info(capsys):
 
 
 def test_missing_extra_says_what_to_install(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     monkeypatch.setitem(sys.modules, "sspo_ext.demo", None)
     assert main(["demo", "--output-dir", str(tmp_path)]) == 2
     assert "pip install 'sspo-ext[demo]'" in capsys.readouterr().err

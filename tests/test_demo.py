@@ -1,97 +1,104 @@
-"""The demo's task by hand-made examples, and the whole demo at toy size. Its measured improvement is the slow test."""
+"""The generated tasks by hand-made examples, and the whole demo at toy size. Its measured effect is the slow test."""
 
 import json
 import random
 
 import pytest
 
-pytest.importorskip("reasoning_gym")
+pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from sspo_ext.demo import DemoConfig, run
-from sspo_ext.demo.task import (
-    Problem,
-    branch_row,
-    demonstration,
-    make_tokenizer,
-    problems,
-    review,
-    slip,
-    text_of,
-)
+from sspo_ext.demo.imitate import imitate, new_model
+from sspo_ext.demo.tasks import FAMILIES, LANGUAGES, Problem, Task, solution_text
 
-SUM = Problem("7 + 5 - 9 + 8")
-RIGHT = "7 + 5 = 12\n12 - 9 = 3\n3 + 8 = 11\nanswer 11"
-
-
-def test_problem():
-    assert SUM.prompt == "7 + 5 - 9 + 8 =\n" and SUM.answer == 11
-    assert SUM.terms == [("", 7), ("+", 5), ("-", 9), ("+", 8)]
+SUM = Problem("7 + 5 + 8 = ? \n", "20", 7, (5, 8))
+SORT = Problem("sort 7 3 12 = ? \n", "3 7 12", (7,), (3, 12))
+WORD = Problem("d a c | rev | add b = ? \n", "c a d b", ("d", "a", "c"), (("rev",), ("add", "b")))
 
 
 @pytest.mark.parametrize(
-    "op,a,b,expected",
+    "family,problem,lines",
     [
-        ("+", 7, 5, 2),
-        ("+", 17, 5, 12),
-        ("+", 4, 5, None),
-        ("-", 3, 8, 5),
-        ("-", 8, 3, None),
-        ("+", -4, 9, None),
-        ("-", -4, 2, None),
+        ("sums", SUM, ["7 + 5 = 12", "12 + 8 = 20", "#### 20"]),
+        ("sort", SORT, ["+ 3 : 3 7", "+ 12 : 3 7 12", "#### 3 7 12"]),
+        ("letters", WORD, ["rev : c a d", "add b : c a d b", "#### c a d b"]),
     ],
 )
-def test_slip(op, a, b, expected):
-    assert slip(op, a, b) == expected
+def test_minimal_solution(family, problem, lines):
+    assert Task(family).minimal(problem) == lines
 
 
 @pytest.mark.parametrize(
-    "text,correct,bad,kind,better",
+    "text,correct,steps,skipped",
     [
-        (RIGHT, True, None, None, None),
-        ("7 + 5 = 2\n2 - 9 = -7\n-7 + 8 = 1\nanswer 1", False, 0, "slip", "7 + 5 = 12"),
-        ("7 + 5 = 12\ncheck 7 + 5 = 12\n12 - 9 = 3\n3 + 8 = 11\nanswer 11", True, 1, "redundant", "12 - 9 = 3"),
-        ("7 + 5 = 12\nso far 12\n12 - 9 = 3\n3 + 8 = 11\nanswer 11", True, 1, "redundant", "12 - 9 = 3"),
-        ("7 + 5 = 12\nso far 2\nanswer 2", False, 1, "slip", "12 - 9 = 3"),
-        ("7 + 5 = 12\n12 - 9 = 3\nanswer 3", False, 2, "slip", "3 + 8 = 11"),
-        ("7 + 5 = 12\n12 - 9 = 3\n3 + 8 = 11\nanswer 1", False, 3, "slip", "answer 11"),
-        (RIGHT + "\nanswer 11", True, 4, "slip", None),
-        ("7 + 5 = 12", False, 1, "slip", None),
-        ("", False, 0, "slip", "7 + 5 = 12"),
+        ("7 + 5 = 12 \n 12 + 8 = 20 \n #### 20", True, 3, 0),
+        ("7 + 5 = 12 \n check 7 + 5 = 12 \n 7 + 5 = 12 \n so far 12 \n 12 + 8 = 20 \n #### 20", True, 6, 0),
+        ("#### 20", True, 1, 2),
+        ("12 + 8 = 20 \n #### 20", True, 2, 1),
+        ("7 + 5 = 2 \n 2 + 8 = 10 \n #### 10", False, 3, 0),  # a slip is no skipped step
+        ("7 + 5 = 12 \n 12 + 8 = 20", False, 2, 0),
+        ("", False, 0, 2),
+        ("#### 2 \n #### 20", True, 2, 2),
+        ("#### 20 20", False, 1, 2),
     ],
 )
-def test_review(text, correct, bad, kind, better):
-    found = review(SUM, text)
-    assert (found.correct, found.bad, found.kind, found.better) == (correct, bad, kind, better)
+def test_review(text, correct, steps, skipped):
+    found = Task("sums").review(SUM, text)
+    assert (found.correct, found.steps, found.skipped) == (correct, steps, skipped)
 
 
-def test_rows():
-    found = review(SUM, "7 + 5 = 12\n12 - 9 = 3\n3 + 8 = 1\nanswer 1")
-    row = branch_row(SUM, found)
-    assert row["chosen"] == ["7 + 5 = 12\n", "12 - 9 = 3\n", "3 + 8 = 11\n"]
-    assert row["rejected"] == ["7 + 5 = 12\n", "12 - 9 = 3\n", "3 + 8 = 1\n"] and row["branch"] == 2
-    assert branch_row(SUM, review(SUM, RIGHT)) is None
+def test_the_same_operation_twice_is_no_repeat():
+    task = Task("sums")
+    twice = Problem("5 + 3 + 3 = ? \n", "11", 5, (3, 3))
+    assert task.review(twice, "5 + 3 = 8 \n 8 + 3 = 11 \n #### 11").skipped == 0
+    assert task.review(twice, "5 + 3 = 8 \n 5 + 3 = 8 \n #### 11").skipped == 1
 
 
-def test_teacher_and_tokenizer():
-    tokenizer, rng = make_tokenizer(), random.Random(0)
-    seen = {review(p, demonstration(p, rng)).kind for p in problems(50, seed=3)}
-    assert seen >= {"slip", "redundant"}
-    assert demonstration(SUM, rng, slips=0, repeats=0) == RIGHT
-    for p in problems(50, seed=4):
-        text = demonstration(p, rng)
-        ids = tokenizer(p.prompt + text + tokenizer.eos_token).input_ids
-        assert tokenizer.pad_token_id not in ids  # which is also the unknown token
-        assert text_of(tokenizer, ids[len(tokenizer(p.prompt).input_ids) :]) == text
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_task(family, language):
+    task, rng = Task(family, language), random.Random(0)
+    tokenizer = task.tokenizer()
+    held_out = task.problems(40, 1, held_out=True)
+    train = task.problems(200, 2, held_out=False)
+    assert not {p.prompt for p in held_out} & {p.prompt for p in train}
+    wrong = wordy = 0
+    for p in train:
+        text = solution_text(task.minimal(p))
+        found = task.review(p, text)
+        assert found.correct and found.skipped == 0, (p, text)
+        assert task.reward(p.prompt, text, p.answer) == 1.0
+        lines = task.demonstration(p, rng)
+        text = solution_text(lines)
+        ids = tokenizer(p.prompt + text).input_ids
+        assert tokenizer.pad_token_id not in ids, text  # which is also the unknown token
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+        wrong += not task.review(p, text).correct
+        wordy += len(lines) > len(p.ops) + 1
+    assert 0.03 < wrong / len(train) < 0.35 and wordy / len(train) > 0.6
 
 
-def test_problems_are_distinct():
-    held_out = problems(100, seed=1)
-    train = problems(500, seed=2, exclude=frozenset(p.expression for p in held_out))
-    assert len({p.expression for p in held_out + train}) == 600
+def test_slips_are_the_teachers():
+    task, rng = Task("sums"), random.Random(0)
+    seen = {task.slip(17, 9, rng) for _ in range(200)}
+    assert {26, 16} <= seen <= {16, 24, 25, 26, 27, 28}
+    assert {task.slip(2, 2, rng) for _ in range(20)} <= {2, 3, 4, 5, 6}
 
 
-TOY = DemoConfig(held_out=8, imitation_steps=8, problems_per_round=8, rounds=1, hidden_size=16)
+def test_unknown_task():
+    with pytest.raises(ValueError, match="task: expected one of"):
+        Task("products")
+
+
+def test_imitation_learns():
+    task = Task("sums")
+    tokenizer = task.tokenizer()
+    losses = imitate(new_model(tokenizer, hidden_size=32), tokenizer, task, steps=30, lr=3e-2, batch_size=4)
+    assert sum(losses[-3:]) < sum(losses[:3]) - 1
+
+
+TOY = DemoConfig(held_out=8, updates=2, prompts=2, num_generations=4)
 
 
 def test_toy_run_is_whole_and_repeatable(tmp_path, capsys):
@@ -103,12 +110,18 @@ def test_toy_run_is_whole_and_repeatable(tmp_path, capsys):
         assert json.loads((tmp_path / name / "demo.json").read_text())["stages"] == result["stages"]
         results.append({k: v for k, v in result.items() if k != "seconds"})
     assert results[0] == results[1]
-    assert "| right answer, greedy |" in capsys.readouterr().out
+    assert set(results[0]["stages"]) == {"start", "outcome", "sspo"}
+    chain = results[0]["chains"]["start"][0]
+    assert chain[-1]["text"].startswith("####") and chain[-1]["value"] == 0.0
+    text = capsys.readouterr().out
+    assert "| right answers, greedy |" in text and "outcome only (RLOO)" in text
 
 
 @pytest.mark.slow
-def test_demo_improves(tmp_path):
-    before, *_, after = run(tmp_path)["stages"]
-    assert after["accuracy"] > before["accuracy"] + 0.3
-    assert after["tokens"] < 0.7 * before["tokens"]
-    assert after["slip_pairs"]["preference_accuracy"] > 0.9
+def test_demo_compresses(tmp_path):
+    stages = run(tmp_path)["stages"]
+    start, sspo = stages["start"], stages["sspo"]
+    assert sspo["greedy"]["accuracy"] >= start["greedy"]["accuracy"] - 0.01
+    assert sspo["sampled"]["accuracy"] > start["sampled"]["accuracy"] + 0.2
+    assert sspo["greedy"]["tokens"] < 0.65 * start["greedy"]["tokens"]
+    assert sspo["greedy"]["tokens"] < 0.75 * stages["outcome"]["greedy"]["tokens"]

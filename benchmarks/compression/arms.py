@@ -71,4 +71,4 @@ ARMS = {
         Arm("no-discount", "gamma 1, lambda 0.9", {"gamma": 1.0, "lam": 0.9}),
     )
 }
-DECISIVE = ("start", "rloo", "penalty-0.5", "sspo-0", "sspo-0-zero", "sspo-0-shuffled", "sspo-9")
+DECISIVE = ("start", "rloo", "sspo-9", "sspo-0", "sspo-0-zero", "sspo-0-shuffled", "penalty-0.5")

@@ -177,7 +177,9 @@ class SSPOTrainer(Trainer):
             args.top_p, args.top_k,
         )  # fmt: skip
         with self._phase("rollout"), torch.no_grad(), self.accelerator.autocast():
-            prompts = [prompt_tokens(row["prompt"], tokenizer) for row in rows]
+            known = {str(row["prompt"]): row["prompt"] for row in rows}  # a group's rows share theirs
+            known = {key: prompt_tokens(prompt, tokenizer) for key, prompt in known.items()}
+            prompts = [known[str(row["prompt"])] for row in rows]
             completions = self.engine.complete(self.model, prompts, sampling, seeds)
         with self._phase("grade"):
             found = []
