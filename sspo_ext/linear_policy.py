@@ -19,8 +19,7 @@ from .linear import LinearSettings, _prepare, linear_step_logps
 from .linear_ops import _HEAD, _gradients, is_frozen
 from .logps import StepLogps
 from .ops import register
-from .plan import Group, LinearPlan, rows_per_chunk
-from .plan import _cut as cut_evenly
+from .plan import Group, LinearPlan, cut_evenly, rows_per_chunk
 from .policy import PolicyProblem, Segments, segment_sums
 from .policy_losses import StepPolicyOutput, policy_output, policy_problem, segments_of
 from .reductions import gradient_coefs

@@ -128,7 +128,7 @@ def make_plan(
         later = trained or (reductions and hidden_gradient)
         kind = "later" if later else "frozen" if hidden_gradient else "logps"
         pairs = np.arange(0 if host_pair_index is None else len(host_pair_index))
-        groups = [Group(kind, 0, num_rows, _cut(0, num_rows, chunk_rows), np.arange(num_steps), pairs)]
+        groups = [Group(kind, 0, num_rows, cut_evenly(0, num_rows, chunk_rows), np.arange(num_steps), pairs)]
     else:
         order, groups = _groups_by_unit(host_step_offsets, host_pair_index, chunk_rows, frozen=not trained)
     return LinearPlan(
@@ -160,7 +160,7 @@ def _groups_by_unit(
         nonlocal at
         end = at + int(counts[steps].sum())
         if end > at:
-            cut = _cut(at, end, chunk_rows)
+            cut = cut_evenly(at, end, chunk_rows)
             groups.append(Group(kind, at, end, cut, np.array(steps), np.array(pairs, np.int64)))
         placed.extend(steps)
         at = end
@@ -187,7 +187,7 @@ def _groups_by_unit(
     return np.concatenate(rows) if rows else np.zeros(0, np.int64), groups
 
 
-def _cut(start: int, end: int, size: int) -> list[tuple[int, int]]:
+def cut_evenly(start: int, end: int, size: int) -> list[tuple[int, int]]:
     """[start, end) in the fewest chunks of at most `size`, as even as they can be."""
     count = -(-(end - start) // size)
     edges = np.linspace(start, end, count + 1).round().astype(int).tolist() if count else [start]

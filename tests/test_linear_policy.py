@@ -267,10 +267,9 @@ def test_opcheck(monkeypatch, needs, entropy_coef, dtype):
     opcheck(real, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
 
 
-@pytest.mark.parametrize("route", ["logits", "linear"])
-@pytest.mark.parametrize("variant", ["reinforce", "ppo", "gspo"])
+@pytest.mark.parametrize("route, variant", [("logits", "gspo"), ("linear", "ppo"), ("linear", "gspo")])
 def test_fullgraph_equals_eager(fresh, route, variant):
-    """One graph for batches of one shape, two for all shapes; what the op differentiates below autograd is right."""
+    """Two graphs for all shapes; what the op differentiates below autograd's keys is right."""
     options = VARIANTS[variant] | {"aggregation": "sequence", "kl_coef": 0.1, "entropy_coef": 0.1 * (variant == "gspo")}
 
     def fn(hidden, weight, bias, layout, advantages, old, ref):
@@ -284,7 +283,7 @@ def test_fullgraph_equals_eager(fresh, route, variant):
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fn, fullgraph=True, backend=counter)
-    for seed, (B, T) in enumerate([(4, 14), (4, 14), (6, 23), (3, 31)]):
+    for seed, (B, T) in enumerate([(4, 14), (6, 23), (3, 31)]):
         layout, p, advantages, old, ref = batch(seed, B, T, dtype=torch.float32)
         results = []
         for f in (fn, compiled):

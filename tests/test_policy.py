@@ -406,24 +406,24 @@ def test_dtypes(dtype):
 
 
 def test_same_bits_at_any_thread_count():
-    batch, layout, advantages, old, _ = problem(B=8, T=600, V=3, dtype=torch.float32)
+    """More rows than torch sums with one thread."""
+    g = torch.Generator().manual_seed(0)
+    B, T = 40, 1000
+    labels = torch.randint(0, 3, (B, T), generator=g)
+    layout = StepLayout.from_step_ids(labels, torch.arange(T).div(70, rounding_mode="floor").expand(B, T))
+    logits, advantages = torch.randn(B, T, 3, generator=g), torch.randn(layout.num_steps, generator=g)
+    options = {"loss_type": "ppo", "old": torch.randn(layout.num_rows, generator=g) - 1}
     threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 2, 1):
             torch.set_num_threads(n)
-            results.append(
-                gradient(
-                    lambda x: (
-                        step_policy_loss(
-                            x, layout, advantages, old=old, loss_type="ppo", importance_sampling_level="sequence"
-                        ).loss
-                    ),
-                    batch.logits,
-                )
-            )
+            for level in ("token", "sequence"):
+                options["importance_sampling_level"] = level
+                results.append(gradient(lambda x: step_policy_loss(x, layout, advantages, **options).loss, logits))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(r, results[0], strict=True))
+    for i in (0, 1):
+        assert all(torch.equal(a, b) for r in results[i::2] for a, b in zip(r, results[i], strict=True))
 
 
 def test_inplace_backward():
