@@ -64,7 +64,7 @@ def bounds_table(found: list[Bound]) -> str:
     for bound in found:
         source = "CUDA C++" if "CUDA C++" in bound.report.facts else "Triton"
         groups.setdefault((bound.demand, f"{bound.report.kernel}, {source}", bound.report.arch), []).append(bound)
-    for (demand, kernel, arch), members in sorted(groups.items()):
+    for (demand, kernel, arch), members in sorted(groups.items(), key=lambda g: (*g[0][:2], g[0][2].zfill(6))):
         worst = max(members, key=lambda bound: (not bound.met, bound.badness))
         met = sum(bound.met for bound in members)
         lines.append(f"| {demand} | {kernel} | {arch} | {met} of {len(members)} | {worst.got} |")

@@ -251,8 +251,8 @@ def write(folder: Path, rows: list[Row], missing: dict[str, str]) -> None:
         "# Bytes that the kernels ask for",
         "`python -m benchmarks traffic --dtype bfloat16 float32 --out FOLDER`",
         f"Counted in Triton's interpreter on a machine without a GPU ({versions()}): no time is in these tables. "
-        "The batch has 8 positions of which 4 are scored; the counts per row do not depend on how many rows there are, "
-        "but for what is read once a row (labels, offsets) and shows in the third decimal. " + UNITS,
+        "The batch has 8 positions of which 4 are scored: so few rows that ours shares each row's vocabulary among "
+        "programs, whose partial results and labels are the third decimal. " + UNITS,
         '"in place" writes the gradient over the logits. With an upstream gradient that is not 1, Liger multiplies '
         "its finished gradient in a launch of its own. `selective_log_softmax` of Liger has no backward. Lines that "
         'begin with "torch" are torch operations, each operand counted once: at least so much, and launches are '

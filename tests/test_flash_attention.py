@@ -3,7 +3,9 @@
 flash-attn needs a GPU. transformers reaches it by name, so the stand-in is put where transformers keeps the functions;
 everything between the trainer's batch and those calls is the real thing.
 
-Mutations, and what caught each: see MUTATIONS below.
+Mutations, and what caught each: boundaries not handed on, FlashAttention not recognised -> test_packed_training_
+through_flash_attention; positions not reset -> that and test_boundaries_found_from_position_ids_alone; longest sequence
+one short, a mask of ones -> that and test_collator_gives_the_boundaries.
 """
 
 from __future__ import annotations
