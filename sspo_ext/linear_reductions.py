@@ -123,8 +123,10 @@ class LinearReductionsRoute(torch.autograd.Function):
         refuse_double_backward()
         needs, settings, (dtype, bias_dtype) = ctx.needs, ctx.settings, ctx.dtypes
         *args, lse, ref_lse, entropy, sum_p2 = ctx.saved_tensors
+        if args[6] is None:
+            d_kl = None  # compiled, the empty output gets an empty gradient
         args, ref = args[:6], args[6:] if d_kl is not None else (None, None, None)
-        coefs = gradient_coefs(entropy, sum_p2, *upstream)
+        coefs = gradient_coefs(entropy, sum_p2, d_tokens, d_entropy, d_sum_p2, d_kl)
         d_hidden, d_weight, d_bias = linear_reductions_bwd(
             *args, needs, *settings.op_args(args[1]), *ref, lse, ref_lse, coefs
         )

@@ -69,7 +69,9 @@ class ReductionsRoute(torch.autograd.Function):
         refuse_double_backward()
         logits, ref, lse, ref_lse, entropy, sum_p2, labels, row_of = ctx.saved_tensors
         a, c, backend, inplace_backward = ctx.settings
-        coefs = gradient_coefs(entropy, sum_p2, *upstream)
+        if ref is None:
+            d_kl = None  # compiled, the empty output gets an empty gradient
+        coefs = gradient_coefs(entropy, sum_p2, d_tokens, d_entropy, d_sum_p2, d_kl)
         args = (logits, row_of, labels, lse, None if d_kl is None else ref, ref_lse, coefs, a, c, backend)
         if inplace_backward:
             ops.row_reductions_bwd_(*args)
