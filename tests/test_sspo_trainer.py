@@ -1,6 +1,12 @@
 """SSPOTrainer: the update by hand, resume, one process against two, accumulation, adapters, and what is at the edges.
 
 Mutations tried (what was broken -> which test went red):
+    a cut-off completion keeps its reward               -> test_empty_and_cut_off_completions_train
+    advantages handed out in another order              -> test_update_is_the_one_worked_out_by_hand
+    loss times 2 (as for two processes)                 -> test_update_is_the_one_worked_out_by_hand
+    the state after the last step is probed too         -> test_probed_values
+    num_iterations left out of the order of prompts     -> test_prompts_in_order
+    every epoch the same permutation                    -> test_prompts_in_order
 """
 
 import json
