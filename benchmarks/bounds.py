@@ -38,9 +38,8 @@ def bounds(reports: list[Report], archs: tuple[str, ...] = ("90", "100")) -> lis
             continue
         widths = {*(r.loop_loads or {}), *(r.loop_stores or {})}
         got = ", ".join(f"{width} B" for width in sorted(widths))
-        found.append(
-            Bound("16-byte loads and stores in the main loop", r, got, widths == {16}, -min(widths, default=0))
-        )
+        narrowest = min(widths, default=0)
+        found.append(Bound("16-byte loads and stores in the main loop", r, got, narrowest >= 16, -narrowest))
         if "softcap" in r.facts:
             continue
         if r.dtype == "bfloat16":
