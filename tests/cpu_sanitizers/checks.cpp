@@ -116,6 +116,70 @@ void check_rows(const Isa& isa, DType dtype, int64_t V, int64_t positions, bool 
     free(fresh);
 }
 
+// Entropy, sum of squares, KL from a reference laid out another way, and their gradient; `count` positions, all scored.
+void check_reductions(const Isa& isa, DType dtype, int64_t V, int64_t count, bool has_ref, int offset, bool in_place) {
+    const double a = 1.25, eps = dtype == DType::kFloat64 ? 0x1p-52 : 0x1p-23;
+    const double coarse = dtype == DType::kBFloat16 ? 0x1p-8 : dtype == DType::kFloat16 ? 0x1p-11 : eps;
+    const size_t size = size_of(dtype), bytes = size * (size_t)(offset + count * V);
+    char *x = (char*)malloc(bytes), *fresh = (char*)malloc(bytes), *ref = (char*)malloc(size * (size_t)(count * V));
+    void *data = x + size * (size_t)offset, *out = in_place ? data : fresh + size * (size_t)offset;
+    for (int64_t i = 0; i < count * V; ++i) {
+        store(data, dtype, i, (float)integer(-64, 64) / 8);
+        store(ref, dtype, i, (float)integer(-64, 64) / 8);
+    }
+    const size_t N = (size_t)count;
+    std::vector<int64_t> rows(N), labels(N);
+    std::vector<int32_t> row_of(N);
+    for (size_t n = 0; n < N; ++n) rows[n] = (int64_t)n, row_of[n] = (int32_t)n, labels[n] = integer(0, (int)V);
+    const bool wide = dtype == DType::kFloat64;
+    std::vector<double> lse(N), ref_lse(N), values_wide(4 * N), coefs_wide(5 * N);
+    std::vector<float> values(4 * N), coefs(5 * N);
+    for (size_t i = 0; i < 5 * N; ++i) coefs[i] = (float)uniform(-1, 1), coefs_wide[i] = coefs[i];
+    const auto value = [&](size_t which) {
+        return wide ? (void*)(values_wide.data() + which * N) : (void*)(values.data() + which * N);
+    };
+    const Logits logits = {data, dtype, 0, V, count, count, V, a, 0};
+    // the reference's positions backwards
+    const Logits of_ref = {
+        has_ref ? ref + size * (size_t)((count - 1) * V) : nullptr, dtype, 0, -V, count, count, V, a, 0};
+    row_reductions_fwd(*isa.reductions,
+                       ReductionArgs{logits, of_ref, rows.data(), labels.data(), value(0), value(1), value(2), value(3),
+                                     lse.data(), ref_lse.data()},
+                       count, kThreads);
+    std::vector<double> truth((size_t)(count * V));
+    for (int64_t n = 0; n < count; ++n) {
+        const auto z = [&](int64_t v) { return a * load(data, dtype, n * V + v); };
+        const auto y = [&](int64_t v) { return a * load(ref, dtype, (count - 1 - n) * V + v); };
+        double sum = 0, sum_ref = 0, h = 0, s = 0, kl = 0;
+        for (int64_t v = 0; v < V; ++v) sum += exp(z(v)), sum_ref += exp(y(v));
+        const double* c = coefs_wide.data() + 5 * n;
+        for (int64_t v = 0; v < V; ++v) {
+            const double log_p = z(v) - log(sum), p = exp(log_p), log_q = y(v) - log(sum_ref), q = exp(log_q);
+            h -= p * log_p, s += p * p, kl += q * (log_q - log_p);
+            truth[(size_t)(n * V + v)] =
+                a * (c[0] * ((v == labels[n]) - p) + p * (c[1] + c[2] * log_p + c[3] * p) - (has_ref ? c[4] * q : 0));
+        }
+        const double exact[4] = {z(labels[n]) - log(sum), h, s, kl};
+        const char* names[4] = {"logp+", "entropy", "sum_p2", "kl"};
+        for (int k = 0; k < (has_ref ? 4 : 3); ++k)
+            expect(names[k], wide ? values_wide[k * N + n] : values[k * N + n], exact[k], 400 * eps, isa.name.c_str(),
+                   V, n);
+    }
+    row_reductions_bwd(
+        *isa.reductions,
+        ReductionGradArgs{logits, of_ref, row_of.data(), labels.data(), lse.data(), ref_lse.data(),
+                          wide ? (const void*)coefs_wide.data() : (const void*)coefs.data(), count, out, 0, V, false},
+        kThreads);
+    for (int64_t i = 0; i < count * V; ++i)
+        expect("gradient+", load(out, dtype, i), truth[(size_t)i], 400 * eps + coarse * fabs(truth[(size_t)i]),
+               isa.name.c_str(), V, i % V);
+    free(x);
+    free(fresh);
+    free(ref);
+}
+
+double near(double truth) { return 1e-5 * (1 + fabs(truth)); }
+
 template <class T>
 void check_steps(int head) {
     // step 1 is empty; a pair with it, and a step in two pairs
@@ -162,14 +226,14 @@ void check_steps(int head) {
         if (n_w && n_l)
             g = pair_head<double>(head, {u[w], u[l], (double)n_w, (double)n_l, (double)margins[p], (double)labels[p]},
                                   wide_options);
-        expect("pair loss", pair_loss[p], g.loss, 1e-5, "steps", S, p);
+        expect("pair loss", pair_loss[p], g.loss, near(g.loss), "steps", S, p);
         total += (double)pair_weights[p] * g.loss;
         du[w] += (double)pair_weights[p] * g.du_w, du[l] += (double)pair_weights[p] * g.du_l;
     }
-    expect("loss", loss, total * scale, 1e-5, "steps", S, -1);
+    expect("loss", loss, total * scale, near(total), "steps", S, -1);
     for (int k = 0; k < S; ++k)
         for (int n = offsets[k]; n < offsets[k + 1]; ++n)
-            expect("coef", coef[n], du[k] * scale * (double)weights[n], 1e-5, "steps", S, n);
+            expect("coef", coef[n], du[k] * scale * (double)weights[n], near(du[k]), "steps", S, n);
 }
 
 }  // namespace
@@ -181,10 +245,13 @@ int main() {
             for (int64_t V : {1, 7, 33, 301, 4111}) {
                 check_rows(isa, dtype, V, 3, V % 2 == 0, 3, false);
                 check_rows(isa, dtype, V, 2, V % 3 == 0, 0, true);
+                check_reductions(isa, dtype, V, 3, true, 3, false);
+                check_reductions(isa, dtype, V, 2, V % 3 != 0, 0, true);
             }
         }
         // several blocks of a megabyte, so that all threads have work
         check_rows(isa, DType::kFloat32, 131075, 5, false, 1, false);
+        check_reductions(isa, DType::kFloat32, 131075, 5, true, 1, false);
         printf("%s\n", isa.name.c_str());
     }
     for (int head = 0; head < kNumPairHeads; ++head) check_steps<float>(head), check_steps<double>(head);

@@ -16,7 +16,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fp64_rule(dtype, mapping):
     """Edges alone; part of a pass; passes and a rest, with one warp and with four."""
-    for V in (1, 3, 9, 517, 1031, 4097):
+    for V in (1, 3, 9, 517, 1031, 4097) if (mapping, dtype) == ("plain", torch.float32) else (5, 1031):
         spread = 30.0 if mapping == "softcap" else 4.0
         check(backend, ReductionRows(V, dtype, *MAPS[mapping], spread=spread, offset=V % 7), f"V {V}")
 
@@ -24,13 +24,12 @@ def test_fp64_rule(dtype, mapping):
 @pytest.mark.parametrize("upstream", UPSTREAMS)
 def test_each_gradient_alone(upstream):
     for ref in (True, False) if upstream != "kl" else (True,):
-        case = ReductionRows(2061, torch.bfloat16, *MAPS["temperature"], ref=ref, offset=3)
+        case = ReductionRows(533, torch.bfloat16, *MAPS["temperature"], ref=ref, offset=3)
         check(backend, case, upstream, UPSTREAMS[upstream])
 
 
 def test_several_passes_with_four_warps():
-    check(backend, ReductionRows(17001, torch.bfloat16, 1.0, 0.0, offset=1), "V 17001")
-    check(backend, ReductionRows(8200, torch.float32, 1.0, 0.0, offset=1), "V 8200")
+    check(backend, ReductionRows(9001, torch.bfloat16, 1.0, 0.0, offset=1), "V 9001")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -50,8 +49,8 @@ def test_huge_logits(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masked_vocabulary(dtype):
-    V = 3000
-    for kept in (slice(2000, 2100), slice(0, 5), slice(2995, 3000), slice(3, 3000, 700)):
+    V = 1500
+    for kept in (slice(1000, 1100), slice(3, 1500, 700)):
         case = ReductionRows(V, dtype, 1.0, 0.0)
         for x in (case.logits, case.ref):
             values = x[..., kept].clone()
@@ -84,14 +83,13 @@ def test_not_finite():
 
 
 def test_in_place_and_shares(monkeypatch):
-    for dtype in (torch.float32, torch.bfloat16):
-        case = ReductionRows(9001, dtype, 1.0, 0.0, offset=3)
-        monkeypatch.setattr(reductions_backward, "_column_shares", lambda *args: 1)
-        _, grad = case.run(backend, UPSTREAMS["all"])
-        monkeypatch.setattr(reductions_backward, "_column_shares", lambda *args: 3)
-        assert torch.equal(case.run(backend, UPSTREAMS["all"])[1], grad)
-        case.run(backend, UPSTREAMS["all"], out=case.logits)
-        assert torch.equal(case.logits, grad)
+    case = ReductionRows(2601, torch.bfloat16, 1.0, 0.0, offset=3)
+    monkeypatch.setattr(reductions_backward, "_column_shares", lambda *args: 1)
+    _, grad = case.run(backend, UPSTREAMS["all"])
+    monkeypatch.setattr(reductions_backward, "_column_shares", lambda *args: 3)
+    assert torch.equal(case.run(backend, UPSTREAMS["all"])[1], grad)
+    case.run(backend, UPSTREAMS["all"], out=case.logits)
+    assert torch.equal(case.logits, grad)
 
 
 def test_nothing_to_do():
