@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from ..signals import StepValues, step_gae
 from ..train.experience import Rollout
@@ -57,6 +58,7 @@ def _run(folder: Path, config: DemoConfig) -> dict:
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    disable_progress_bar()  # of loading and saving half a megabyte
     task = Task("sums")
     held_out = task.problems(config.held_out, 1, held_out=True)
     start, tokenizer = load_start()
@@ -79,7 +81,7 @@ def _run(folder: Path, config: DemoConfig) -> dict:
     tokenizer.save_pretrained(folder / "model")
     result = {
         "config": asdict(config), "seconds": round(time.monotonic() - began, 1), "stages": stages, "curves": runs,
-        "chains": chains,
+        "chains": chains, "problems": [p.prompt for p in held_out[:24]],
     }  # fmt: skip
     (folder / "demo.json").write_text(json.dumps(result) + "\n")
     from .picture import draw

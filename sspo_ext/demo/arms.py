@@ -43,7 +43,8 @@ def make_trainer(
     callbacks: Sequence[TrainerCallback] = (),
     **options,
 ) -> SSPOTrainer:
-    """A trainer of `prompts` x `num_generations` (a multiple of 4) completions an update. `options` go to SSPOConfig: gamma, lam, ..."""
+    """A trainer of `prompts` x `num_generations` (a multiple of 4) completions an update. `options` go to SSPOConfig:
+    gamma, lam, ..."""
     defaults = dict(
         max_completion_length=MAX_TOKENS, learning_rate=5e-4, lr_scheduler_type="constant_with_warmup", warmup_steps=5,
         adam_beta2=0.95, optim="adamw_torch", probe=task.probe, probe_end=f" {tokenizer.eos_token}",
@@ -51,8 +52,8 @@ def make_trainer(
     )  # fmt: skip
     args = SSPOConfig(
         str(folder), max_steps=updates, seed=seed, num_generations=num_generations,
-        per_device_train_batch_size=prompts * num_generations // 4, gradient_accumulation_steps=4, save_strategy="no", report_to="none", disable_tqdm=True,
-        use_cpu=True, dataloader_pin_memory=False, **{**defaults, **options},
+        per_device_train_batch_size=prompts * num_generations // 4, gradient_accumulation_steps=4, save_strategy="no",
+        report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, **{**defaults, **options},
     )  # fmt: skip
     train = rows_of(task.problems(max(prompts * min(updates, 200), prompts), 1000 + seed, held_out=False))
     trainer = trainer_class(

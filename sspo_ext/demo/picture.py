@@ -34,9 +34,10 @@ def draw(result: dict, path: str | PathLike) -> None:
             tokens.plot(run["update"], smooth(run["tokens"]), color=colour, lw=2, label=label)
         finish_path(plane)
         plane.legend(frameon=False)
-        tokens.set(title="Tokens of a sampled solution", xlabel="update", ylim=(0, None))
+        most = max(max(run["tokens"], default=1) for run in result["curves"].values())
+        tokens.set(title="Tokens of a sampled solution", xlabel="update", ylim=(0, 1.05 * most))
         _bars(bars, stages)
-        _chains(bottom, result["chains"])
+        _chains(bottom, result["chains"], result["problems"])
         before, after = stages["start"]["greedy"], stages["sspo"]["greedy"]
         title = (
             f"SSPO on held-out sums, greedy: right answers {before['accuracy']:.0%} → {after['accuracy']:.0%}, "
@@ -55,31 +56,38 @@ def _bars(axis, stages: dict) -> None:
             axis.bar(x + shift, height, 0.38, color=names[name][1], alpha=alpha)
             axis.annotate(f"{height:.0%}", (x + shift, height), (0, 2), textcoords="offset points", ha="center")
     axis.set_xticks(range(len(stages)), [names[name][0] for name in stages])
-    axis.set(title="Right answers on held-out problems: greedy, sampled (pale)", ylim=(0, 1.08))
+    axis.set(title="Held-out right answers: greedy, sampled (pale)", ylim=(0, 1.08))
     axis.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
 
 
-def _chains(figure, chains: dict) -> None:
+def _chains(figure, chains: dict, problems: Sequence[str]) -> None:
     """The problem whose solution loses most steps, with every step's advantage as its colour."""
     import matplotlib.pyplot as plt
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import SymLogNorm
 
     before, after = chains["start"], chains["sspo"]
     best = max(range(len(before)), key=lambda i: (min(len(before[i]), 14) - len(after[i]), -i))
     shown = (("before", before[best]), ("after SSPO", after[best]))
-    largest = max((abs(step["advantage"]) for _, chain in shown for step in chain), default=1.0) or 1.0
-    norm, colours = Normalize(-largest, largest), plt.get_cmap("RdYlGn")
+    problem = problems[best].strip().removesuffix("?").strip().removesuffix("=").strip()
+    # what a redundant step costs is a few hundredths, what the last needed one gains is near 1
+    norm, colours = SymLogNorm(0.02, vmin=-1, vmax=1), plt.get_cmap("RdYlGn")
+    rows = max(min(len(chain), 14) for _, chain in shown)
     axes = figure.subplots(1, 2)
     for axis, (name, chain) in zip(axes, shown, strict=True):
         axis.axis("off")
-        axis.set(xlim=(0, 1), ylim=(0, 15), title=f"One held-out problem, {name}: {len(chain)} steps")
+        axis.set(xlim=(0, 1), ylim=(14.5 - max(rows, 8), 14.5), title=f"{problem}, {name}: {len(chain)} steps")
         for k, step in enumerate(_shortened(chain)):
             y = 14 - k
             axis.axhspan(y - 0.46, y + 0.46, 0.0, 0.62, color=colours(norm(step["advantage"])), alpha=0.75, lw=0)
             axis.text(0.015, y, step["text"], family="monospace", va="center")
             if step["text"] != "...":
                 axis.text(0.64, y, f"advantage {step['advantage']:+.2f}", va="center", color=INK)
-    figure.colorbar(plt.cm.ScalarMappable(norm, colours), ax=axes, fraction=0.02, label="advantage of the step")
+    ticks = [-1, -0.1, -0.02, 0, 0.02, 0.1, 1]
+    bar = figure.colorbar(
+        plt.cm.ScalarMappable(norm, colours), ax=axes, fraction=0.02, ticks=ticks, label="advantage of the step"
+    )
+    bar.minorticks_off()
+    bar.ax.set_yticklabels([f"{tick:+g}" for tick in ticks])
 
 
 def _shortened(chain: Sequence[dict], most: int = 14) -> list[dict]:
