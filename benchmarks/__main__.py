@@ -15,6 +15,7 @@ COMMANDS = {
     "families": ("families", "linear against logits route on tiny models of many families"),
     "real-routes": ("real_routes", "that run on both routes and beside TRL's DPOTrainer"),
     "compression": ("compression", "SSPO beside outcome-only RL, length penalties and its own controls, trained here"),
+    "probe": ("probe", "K probes of a chain: packed and cached against K forwards"),
     "trace-run": ("trace_run", "values from probing real chains with a real model"),
     "real-run": ("real_run", "a real model trained on real reasoning steps"),
 }

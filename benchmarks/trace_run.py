@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -32,10 +31,10 @@ from sspo_ext.train.models import load_model
 from sspo_ext.train.trace_rows import trace_values
 
 from .real_run import hardware, model_folder
+from .trace_scores import judge, question, results
 
 PREFER = ("175b_verification", "6b_verification", "175b_finetuning", "6b_finetuning")
 PROBE = Probe("####", ends=("\n", ".", "<|im_end|>"))
-RESULT = re.compile(r"<<[^<>]*=\s*([-\d.,]+)\s*>>")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,13 +48,15 @@ def main(argv: list[str] | None = None) -> None:
     whole = {q for q in (question(c.source) for c in chains) if sum(question(c.source) == q for c in chains) == 2}
     chains = [chain for chain in chains if question(chain.source) in whole]
     print(f"{len(chains)} chains of {len(whole)} questions; {len(long)} over {options.max_length} tokens")
-    start = time.process_time()
+    clock = Path(options.work) / "seconds.json"
+    start = time.process_time() - (json.loads(clock.read_text()) if clock.exists() else 0.0)
     settings = {"model": Path(options.model).name, "dtype": options.dtype}
     traced = trace_values(
         model, tokenizer, chains, Path(options.work) / "values.jsonl", probe=PROBE, gamma=1.0, lam=0.0, resume=True,
         batch_size=16, max_tokens=1024, settings=settings, progress=bar("values"),
     )  # fmt: skip
     seconds = time.process_time() - start
+    clock.write_text(json.dumps(seconds))
     own = own_logps(model, chains, Path(options.work) / "logps.jsonl", settings)
     result = {
         "command": " ".join(["python -m benchmarks trace-run", *shown(argv)]),
@@ -135,15 +136,6 @@ def select(path: str, questions: int) -> tuple[list[dict], dict[str, dict]]:
     return [row for row in rows if question(row["id"]) in chosen], {q: truths[q] for q in chosen}
 
 
-def question(key: str) -> str:
-    return key.partition("/")[0]
-
-
-def results(text: str) -> list[str]:
-    """What a step has calculated: the right-hand sides of its <<a*b=c>>."""
-    return [r.replace(",", "").rstrip(".") for r in RESULT.findall(text)]
-
-
 def own_logps(model, chains: list, path: Path, settings: dict) -> dict[str, list[float]]:
     """{chain: [sum, mean] of the model's own log-prob of its response}."""
     store = LineStore(path, {**settings, "chains": len(chains)}, resume=True)
@@ -159,3 +151,107 @@ def own_logps(model, chains: list, path: Path, settings: dict) -> dict[str, list
         store.add({"key": c.source, "logps": [total, mean]} for c, total, mean in values)
         progress(len(chains) - len(todo) + start + len(some), len(chains))
     return {row["key"]: row["logps"] for row in store.finish([c.source for c in chains])}
+
+
+def report(result: dict) -> str:
+    hardware = result["hardware"]
+
+    def percent(row: dict, name: str) -> str:
+        low, high = row[f"{name}_interval"]
+        return f"{row[name]:.3f} [{low:.3f}, {high:.3f}]"
+
+    def mean(value: dict) -> str:
+        return f"{value['mean']:+.3f} ± {value['se']:.3f} (n = {value['n']})"
+
+    harm, parting = result["harm"], result["parting"]
+    lines = [
+        "# Traced real chains",
+        "",
+        f"`{result['command']}`",
+        "",
+        f"{Path(result['options']['model']).name} ({result['options']['dtype']}, not trained) probes "
+        f"{result['chains']} solutions, {result['steps']} steps, of {result['chains'] // 2} questions: one correct and "
+        "one wrong of each.",
+        f"Probe `{result['probe']}`, likelihood of the gold answer and an end, joint. The probe knows the gold answer: "
+        "this is the signal a training run would see, not a verifier.",
+        "",
+        "| score | AUC, all | AUC within a question | mean, correct | mean, wrong |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {row['name']} | {percent(row, 'auc')} | {percent(row, 'within')} | {row['correct']:.3f} | "
+            f"{row['wrong']:.3f} |"
+            for row in result["table"]
+        ),
+        "",
+        "95 % intervals: bootstrap over questions. Ties count half.",
+        "",
+        f"Where the two solutions of a question first part (n = {parting['n']}, before the answer's line), the value "
+        f"is higher after the correct one's step in {percent(parting, 'within')} of the questions.",
+        "",
+        "Harmful steps, by a stand-in: the first step of a wrong solution that calculates a number which neither the "
+        "human's nor any correct model's solution has.",
+        "",
+        "| steps that calculate | change of V |",
+        "| --- | --- |",
+        *(f"| {name} | {mean(value)} |" for name, value in harm["changes"].items()),
+        "",
+        f"The lowest change of a wrong chain is at that step in {harm['lowest_is_first_off']['mean']:.1%} ± "
+        f"{harm['lowest_is_first_off']['se']:.1%} of {harm['lowest_is_first_off']['n']} chains; by chance "
+        f"{harm['by_chance']:.1%}.",
+        "",
+        f"{result['seconds']:.0f} s of processor time for the values ({result['seconds'] / result['chains']:.2f} a "
+        f"chain; engine {result['engine']}), {hardware['cpu']}, {hardware['threads']} thread, "
+        f"torch {hardware['torch']}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def draw(result: dict, traced: list[dict], output: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    import matplotlib.pyplot as plt
+
+    from sspo_ext.train.trace_page import write_page
+    from sspo_ext.train.trace_picture import draw_chain
+
+    blue, red, ink = "#1f6f8b", "#c8553d", "#2b2b2b"
+    style = {
+        "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold",
+        "axes.titlelocation": "left", "axes.titlesize": 10,
+    }  # fmt: skip
+    with plt.rc_context(style):
+        figure, (curve, histogram, around) = plt.subplots(1, 3, figsize=(13, 4), dpi=120, layout="constrained")
+        grid = np.linspace(0, 1, len(result["curves"]["correct"]["mean"]))
+        for name, colour in (("correct", blue), ("wrong", red)):
+            mean, se = (np.array(result["curves"][name][k]) for k in ("mean", "se"))
+            curve.plot(grid, mean, color=colour, lw=2, label=name)
+            curve.fill_between(grid, mean - 2 * se, mean + 2 * se, color=colour, alpha=0.15, lw=0)
+        curve.set(title="Value along the chain", xlabel="share of the steps before the answer's line", ylim=(0, None))
+        curve.legend(frameon=False, title="solution", alignment="left", loc="upper left")
+        for values, colour, name in zip(result["curves"]["last"], (blue, red), ("correct", "wrong"), strict=True):
+            histogram.hist(values, np.linspace(0, 1, 21), color=colour, alpha=0.65, label=name)
+        histogram.set(title="Value before the answer's line", xlabel="V", ylabel="solutions")
+        places = sorted(map(int, result["harm"]["around"]))
+        means = [result["harm"]["around"][str(k)]["mean"] for k in places]
+        errors = [2 * result["harm"]["around"][str(k)]["se"] for k in places]
+        around.errorbar(places, means, errors, color=red, marker="o", lw=2, capsize=2)
+        around.axvspan(0, 1, color=red, alpha=0.08, lw=0)
+        around.annotate("the step", (0.5, 0.97), xycoords=("data", "axes fraction"), ha="center", va="top", color=ink)
+        around.set(
+            title="Wrong solutions, around the first number\nthat no correct one has",
+            xlabel="steps before and after it", ylabel="V", ylim=(0, None), xticks=places,
+        )  # fmt: skip
+        figure.savefig(output / "values.png")
+        plt.close(figure)
+    rows = [row for row in traced if 3 < len(row["steps"]) < 9]
+    risen = max((r for r in rows if r["reward"]), key=lambda r: r["values"][-2] - r["values"][0])
+    fallen = max((r for r in rows if not r["reward"]), key=lambda r: max(r["values"]) - r["values"][-2])
+    draw_chain(risen, output / "chain_correct.png")
+    draw_chain(fallen, output / "chain_wrong.png")
+    write_page(traced, output / "chains.html", title=f"Steps as {Path(result['options']['model']).name} values them")
+
+
+if __name__ == "__main__":
+    main()
