@@ -129,7 +129,8 @@ def _unpaired_output(
     check_not_negative("desirable_weight", weight)
     check_not_negative("undesirable_weight", other)
     valid = layout.counts > 0
-    loss, losses = reduce_units(losses * torch.where(desirable, weight, other), valid, None, reduction, num_items)
+    losses = torch.where(desirable, weight * losses, other * losses)
+    loss, losses = reduce_units(losses, valid, None, reduction, num_items)
     rewards = beta * u.detach()
     metrics = {
         "rewards/chosen": masked_mean(rewards, valid & desirable),
@@ -406,7 +407,8 @@ def trpa_loss(
     check_shape("top", top, (pairs.num_pairs,))
     means = u / layout.counts.clamp(min=1)
     winner, loser = pairs.index.long().unbind(1)
-    z = beta * torch.where(top, top_scale, 1.0) * (means[winner] - means[loser])
+    z = beta * (means[winner] - means[loser])
+    z = torch.where(top, top_scale * z, z)
     loss, losses = reduce_units(-F.logsigmoid(z), pairs.valid, None, reduction, num_items)
     return StepLossOutput(loss, losses.detach(), beta * u.detach())
 

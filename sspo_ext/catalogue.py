@@ -115,6 +115,12 @@ _SECTIONS = {
 }  # fmt: skip
 
 
+_WHOLE = {
+    "mixtures": 'Mixtures (`["sft", "bco_pair", "robust"]`), logits and linear route',
+    "end to end": "A tiny Llama in float64, TRL's head and loss against the linear route, gradients of every parameter",
+}
+
+
 def page() -> str:
     parity = json.loads(PARITY.read_text()) if PARITY.exists() else {}
     parts = [_INTRO]
@@ -122,8 +128,8 @@ def page() -> str:
         chosen = [e for e in entries() if e.kind == kind]
         parts.append(f"\n## {title}\n" + (f"\n{text}\n" if text else ""))
         if kind == "recipe":
-            parts.append("\n| method | how | needs | source |\n| --- | --- | --- | --- |\n")
-            parts += [_row(f"**{e.name}**", e.call, e.needs, e.source) for e in chosen]
+            parts.append("\n| method | how | needs | source | parity |\n| --- | --- | --- | --- | --- |\n")
+            parts += [_row(f"**{e.name}**", e.call, e.needs, e.source, _parity(parity.get(e.name, []))) for e in chosen]
             continue
         parts.append(
             "\n| name | formula | options | needs | use it where | source | parity |\n"
@@ -133,6 +139,7 @@ def page() -> str:
             options = ", ".join(f"{k} = {'none' if v is None else f'{v:g}'}" for k, v in e.options.items())
             name = f"`{e.name}`" if kind != "function" else f"`{e.call.split('(')[0]}`"
             parts.append(_row(name, e.formula, options, e.needs, e.use, e.source, _parity(parity.get(e.name, []))))
+    parts += [f"\n{text}: {_parity(parity[key])}.\n" for key, text in _WHOLE.items() if key in parity]
     parts.append("\n## Not here\n\n| method | why |\n| --- | --- |\n")
     parts += [_row(f"**{name}**", why) for name, why in ABSENT]
     return "".join(parts)

@@ -14,64 +14,15 @@ Mutations, each caught by the test named (on a copy of the package):
   simpo's gamma times beta        test_simpo_equals_its_formula_as_trl_writes_it
 """
 
-import types
-from collections import defaultdict
-
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers_batch import random_batch
+from helpers_parity import sequences, trl_dpo
 
-from sspo_ext import StepLayout, step_logps, step_pref_loss
+from sspo_ext import step_logps, step_pref_loss
 
 F64 = torch.float64
-
-
-def sequences(seed=0, B=6, T=15, V=23, dtype=torch.float32):
-    """One step per sequence: prompt tokens, then a completion; no empty one."""
-    g = torch.Generator().manual_seed(seed)
-    logits = torch.randn(B, T, V, generator=g, dtype=F64).mul(3).to(dtype)
-    input_ids = torch.randint(0, V, (B, T), generator=g)
-    mask = torch.zeros(B, T, dtype=torch.bool)
-    for b in range(B):
-        start = int(torch.randint(1, 5, (), generator=g))
-        mask[b, start : int(torch.randint(start + 1, T + 1, (), generator=g))] = True
-    layout = StepLayout.from_step_ids(input_ids.masked_fill(~mask, -100), torch.where(mask, 0, -1))
-    return logits, input_ids, mask, layout, torch.randn(B, generator=g, dtype=F64).to(dtype) * 4
-
-
-def trl_oracle(loss_type, per_token, mask, input_ids, ref, beta):
-    """TRL 1.16's own DPOTrainer._compute_loss, unbound, with a model that hands it these per-token log-probs."""
-    trl = pytest.importorskip("trl", reason="trl is not installed")
-    if not trl.__version__.startswith("1.16."):
-        pytest.skip(f"trl {trl.__version__}: the private oracle is pinned to 1.16")
-    from trl import DPOTrainer
-
-    B = len(ref)
-    zero = torch.zeros(())
-
-    def model(**kw):
-        return types.SimpleNamespace(
-            log_probs=per_token,
-            entropy=zero.expand(per_token.shape),
-            mean_logits=zero.expand(per_token.shape),
-            is_top1=torch.zeros_like(per_token, dtype=torch.bool),
-        )
-
-    model.training = True
-    accelerator = types.SimpleNamespace(device=per_token.device, gather=lambda x: x, gather_for_metrics=lambda x: x)
-    fake = types.SimpleNamespace(
-        model=types.SimpleNamespace(training=True), accelerator=accelerator, aux_loss_enabled=False, ld_alpha=None,
-        precompute_ref_logps=True, f_divergence_type="reverse_kl", f_alpha_divergence_coef=1.0, loss_types=[loss_type],
-        loss_weights=[1.0], beta=beta, label_smoothing=0.0, use_weighting=False, _total_train_tokens=0, _tp_size=1,
-        args=types.SimpleNamespace(discopop_tau=0.05), _metrics={"train": defaultdict(list)},
-    )  # fmt: skip
-    inputs = {
-        "input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "completion_mask": mask.long(),
-        "ref_chosen_logps": ref[: B // 2], "ref_rejected_logps": ref[B // 2 :],
-    }  # fmt: skip
-    loss = DPOTrainer._compute_loss(fake, model, inputs, False)
-    return loss, {k: v[0] for k, v in fake._metrics["train"].items() if k.startswith(("rewards", "logps"))}
 
 
 def test_token_log_probs_equal_trl(backend):
@@ -89,7 +40,7 @@ def test_loss_gradient_and_metrics_equal_trl(backend, loss_type):
     logits, input_ids, mask, layout, ref = sequences(dtype=F64)
     leaf = logits.clone().requires_grad_()
     per_token = utils.selective_log_softmax(leaf[:, :-1], input_ids[:, 1:]) * mask[:, 1:]
-    want, metrics = trl_oracle(loss_type, per_token, mask, input_ids, ref, 0.3)
+    want, metrics = trl_dpo(loss_type, per_token, mask, input_ids, ref, 0.3)
     want.backward()
     for name, dtype in (("reference", F64), (backend, torch.float32)):
         ours = logits.detach().to(dtype, copy=True).requires_grad_()

@@ -1,0 +1,60 @@
+"""The table of losses and its page."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sspo_ext import catalogue, losses
+from sspo_ext.heads import PAIR_HEADS
+from sspo_ext.policy import POLICY_HEADS
+from sspo_ext.step_functions import LOSS_FUNCTIONS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def source_tree(monkeypatch):
+    """The files of this checkout, whichever copy of the package is imported."""
+    for name in ("PAGE", "PARITY"):
+        monkeypatch.setattr(catalogue, name, ROOT / getattr(catalogue, name).relative_to(catalogue.ROOT))
+
+
+def test_page_is_up_to_date():
+    assert catalogue.main(["--check"]) == 0, "run python -m sspo_ext.catalogue"
+
+
+def test_check_notices_a_stale_page(tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "losses.md"
+    copy.write_text("old\n")
+    monkeypatch.setattr(catalogue, "PAGE", copy)
+    assert catalogue.main(["--check"]) == 1 and "stale" in capsys.readouterr().out and copy.read_text() == "old\n"
+    assert catalogue.main([]) == 0 and catalogue.main(["--check"]) == 0
+
+
+def test_every_loss_is_in_it():
+    entries = losses.catalogue()
+    names = [e.name for e in entries]
+    assert set(names) >= {*PAIR_HEADS, *LOSS_FUNCTIONS, *POLICY_HEADS}
+    assert len(set(names)) == len(names)
+    for entry in entries:
+        assert entry.source and entry.call and entry.needs, entry.name
+        assert entry.kind == "recipe" or (entry.formula and entry.use), entry.name
+    kto = next(e for e in entries if e.name == "kto")
+    assert kto.options == {"reference_point": 0.0, "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
+
+
+def test_the_methods_that_were_asked_for_are_present_or_explained():
+    page = catalogue.PAGE.read_text()
+    for method in (
+        "Step-DPO", "Step-Controlled DPO", "SVPO", "Segment-supervised", "Full-Step-DPO", "TDPO1", "TDPO2", "TGDPO",
+        "LD-DPO", "OREO", "Direct Advantage", "DVO", "RTO", "SPO-chain", "PRIME", "From r to Q*", "TRPA", "TARS",
+        "cDPO", "Robust DPO", "SLiC", "IPO", "EXO", "NCA", "BCO", "KTO", "APO-zero", "APO-down", "SPPO", "DiscoPOP", "AOT",
+        "f-DPO", "SimPO", "CPO", "ORPO", "ASFT", "TPO", "SRPO", "WPO", "Flex-DPO",
+    ):  # fmt: skip
+        assert method in page, method
+
+
+def test_parity_names_are_losses():
+    known = {e.name for e in losses.catalogue()} | {"mixtures", "end to end"}
+    assert set(json.loads(catalogue.PARITY.read_text())) <= known
