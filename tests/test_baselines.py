@@ -1,6 +1,9 @@
 """Outcome advantages and their combination with the step signal: golden values, TRL's formula, degenerate groups.
 
 Mutations of sspo_ext/signals/baselines.py, each caught by the test named:
+  n in the deviation's denominator                           test_grpo_is_trls_formula
+  rounding taken for a deviation                             test_constant_rewards_have_no_advantage
+  rloo without n / (n - 1); reinforce++ by group             test_golden_values
 """
 
 import pytest

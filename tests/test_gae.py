@@ -1,6 +1,10 @@
 """GAE over steps: closed forms, a plain loop, normalisation.
 
 Mutations of sspo_ext/signals/gae.py, each caught by the test named:
+  sums run over the end of a sequence                        test_nothing_leaks_between_sequences
+  the last step has a value behind it                        test_golden_values
+  the discount is not raised to the shift                    test_equals_the_loop
+  division by a deviation of 0                               test_steps_that_do_not_differ
 """
 
 import pytest

@@ -4,8 +4,6 @@ One step per sequence, whose advantage is the sequence's, is what they compute. 
   TRL's entropy bonus is a mean over tokens whatever the loss type; ours is aggregated as the loss is.
   TRL clamps cispo's ratio at epsilon_high itself, as ours; the paper's is 1 + epsilon_high.
   TRL counts sequences without a completion in its means over sequences; ours leaves them out (none is here).
-
-Mutations of sspo_ext/policy{,_losses}.py, each caught by the test named:
 """
 
 import types

@@ -1,6 +1,17 @@
 """Policy losses on the logits route: golden values, gradcheck, an oracle that loops over tokens, contracts, errors.
 
 Mutations of sspo_ext/{policy,policy_losses}.py, each caught by the test named:
+  the product's ratio moves as the mean's does               test_equals_the_oracle[rloo]
+  clip at 1 + epsilon above                                  test_equals_the_oracle[clip-higher]
+  log-ratios held at 200                                     test_ratios_beyond_any_range_stay_finite
+  k2 without its half                                        test_golden_kl
+  the loss summed by torch.sum                               test_same_bits_at_any_thread_count
+  no stop-gradient in a ratio without old log-probs          test_first_update_of_every_loss_is_reinforce
+  empty steps and sequences in the mean                      test_equals_the_oracle[reinforce]
+  masked tokens in the normaliser                            test_probability_mask
+  one over num_items unguarded                               test_num_items_of_nothing
+  clip_ratio/high_mean of any advantage's sign               test_golden_metrics
+  (B, T) values taken a position early                       test_advantages_and_log_probs_in_every_form
 """
 
 import itertools
