@@ -53,7 +53,7 @@ def _write_tiles(
 def _token_logp_bwd_kernel(
     logits_ptr,  # (B, T, V)
     row_of_ptr,  # (B * T,) int32
-    labels_ptr,  # (N,) int64; outside [0, V): no label
+    labels_ptr,  # (N,) int64; -1: no label in this vocabulary; others outside [0, V): NaN
     lse_ptr,  # (N,) float64
     coef_ptr,  # (N,) float32
     upstream_ptr,  # () or not read
@@ -115,7 +115,7 @@ def _token_logp_bwd_kernel(
         overflow = (tl.abs(shift) > _LARGEST) & (tl.abs(lse) < float("inf"))
         shift = tl.where(overflow, tl.where(lse > 0, -_LARGEST, _LARGEST), shift)
         lost = (exact - shift.to(tl.float64)).to(tl.float32)
-        weight = coef * slope
+        weight = tl.where((label >= -1) & (label < V), coef * slope, float("nan"))
         softmax_weight = -weight * tl.exp2(tl.where(tl.abs(lost) < 1.0, lost, 0.0))
 
         # In place, these must be read before anything is written, and the label's gradient is written last.
@@ -156,7 +156,7 @@ def _column_shares(positions: int, V: int, step: int) -> int:
 def token_logp_bwd(
     logits: torch.Tensor,  # (B, T, V) float32, bfloat16 or float16; last dimension contiguous
     row_of: torch.Tensor,  # (B * T,) int32: row n of the position, or -1
-    labels: torch.Tensor,  # (N,) int64; a label outside [0, V) gets no onehot
+    labels: torch.Tensor,  # (N,) int64; -1 gets no onehot, others outside [0, V) a row of NaN
     lse: torch.Tensor,  # (N,) float64
     coef: torch.Tensor,  # (N,) float32: dL/dlogp
     upstream: torch.Tensor | None,  # () multiplies coef
