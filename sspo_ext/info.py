@@ -32,6 +32,8 @@ def report() -> str:
     if len(devices) == 1:
         for name in ("triton", "cuda"):
             lines.append(f"cuda / {name}: {backends.why_not(name, 'cuda', torch.bfloat16) or 'would run on a GPU'}")
+    built = backends.load("cuda").info()
+    lines += [f"{name} of the CUDA module: {value}" for name, value in built.items()]
     lines += ["", *(f"{name}: {_version(name)}" for name in _OPTIONAL)]
     lines += [f"{name}={os.environ[name]}" for name in _SETTINGS if name in os.environ]
     return "\n".join(lines)
