@@ -64,7 +64,7 @@ def check(problem: LogitsProblem, cases: list[Case]) -> None:
     ours = leaf.grad[:rows]
     for peer in peers.LOGITS_PEERS:
         if any(case.name == peer.name for case in cases):
-            theirs = problem.scored_leaf()
+            theirs = problem.scored_leaf().detach().clone().requires_grad_()  # Liger's writes over its input
             peers.run_logits_peer(peer, problem, theirs)
             error = (theirs.grad.float() - ours.float()).norm() / ours.float().norm()
             if not error < (0.05 if problem.spec.dtype != torch.float32 else 1e-3):
