@@ -275,7 +275,14 @@ def test_opcheck(monkeypatch, needs, entropy_coef, dtype):
     opcheck(real, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
 
 
-@pytest.mark.parametrize("route, variant", [("logits", "gspo"), ("linear", "ppo"), ("linear", "gspo")])
+@pytest.mark.parametrize(
+    "route, variant",
+    [
+        ("linear", "gspo"),
+        pytest.param("linear", "ppo", marks=pytest.mark.slow),
+        pytest.param("logits", "gspo", marks=pytest.mark.slow),
+    ],
+)
 def test_fullgraph_equals_eager(fresh, route, variant):
     """Two graphs for all shapes; what the op differentiates below autograd's keys is right."""
     options = VARIANTS[variant] | {"aggregation": "sequence", "kl_coef": 0.1, "entropy_coef": 0.1 * (variant == "gspo")}
