@@ -8,7 +8,7 @@ from .layout import StepLayout
 from .linear import linear_step_logps, linear_step_pref_loss
 from .linear_policy import linear_step_policy_loss
 from .logps import StepLogps, step_logps
-from .losses import StepPrefLoss, StepPrefOutput, step_pref_loss
+from .losses import StepPrefLoss, StepPrefOutput, pref_loss, step_pref_loss
 from .pairs import StepPairs
 from .policy_losses import StepPolicyOutput, step_policy_loss
 
@@ -23,6 +23,7 @@ __all__ = [
     "linear_step_logps",
     "linear_step_policy_loss",
     "linear_step_pref_loss",
+    "pref_loss",
     "step_logps",
     "step_policy_loss",
     "step_pref_loss",
