@@ -59,7 +59,12 @@ def main(argv: list[str] | None = None) -> None:
     todo = [run for run in runs if not (output / "runs" / f"{run.name}.json").exists()]
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are there already")
-    execute(todo, options, "runs", lambda run: options.updates if ARMS[run.arm].trains else 0)
+
+    def length(run: Run) -> int:
+        arm = ARMS[run.arm]
+        return arm.pair_form.rounds if arm.pair_form else options.updates * arm.trains
+
+    execute(todo, options, "runs", length)
     print(write_report(output, " ".join(["python -m benchmarks compression", *(argv or sys.argv[1:])])))
 
 

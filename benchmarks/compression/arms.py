@@ -11,6 +11,8 @@ from sspo_ext.demo.tasks import Task
 from sspo_ext.train.experience import Rollout
 from sspo_ext.train.sspo_trainer import SSPOTrainer
 
+from .pairs import PairArm
+
 
 class ZeroValues(SSPOTrainer):
     """V = 0: what the discount does alone."""
@@ -41,6 +43,7 @@ class Arm:
     trainer: type[SSPOTrainer] = SSPOTrainer
     length_penalty: float = 0.0
     trains: bool = True
+    pair_form: PairArm | None = None
 
     def reward(self, task: Task):
         """The task's 0 or 1; with a length penalty a right answer is worth 1 - weight * tokens / 50, at least 0."""
@@ -69,6 +72,13 @@ ARMS = {
         Arm("sspo-9-zero", "... V = 0", {"lam": 0.9}, ZeroValues),
         Arm("sspo-9-shuffled", "... V shuffled", {"lam": 0.9}, ShuffledValues),
         Arm("no-discount", "gamma 1, lambda 0.9", {"gamma": 1.0, "lam": 0.9}),
+        Arm("pairs", "step pairs + likelihood", pair_form=PairArm()),
+        Arm("likelihood", "... likelihood alone", pair_form=PairArm(pairs=False)),
+        Arm(
+            "whole-pairs",
+            "DPO on whole solutions + likelihood",
+            pair_form=PairArm(lr=1e-4, epochs=3, whole=True, problems=30, solutions=24, per_update=10),
+        ),
     )
 }
 DECISIVE = ("start", "rloo", "sspo-9", "sspo-0", "sspo-0-zero", "sspo-0-shuffled", "penalty-0.5")

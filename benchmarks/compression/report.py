@@ -14,8 +14,8 @@ from .arms import ARMS
 
 _PENALTIES = [name for name in ARMS if name.startswith("penalty")]
 HEADER = (
-    "| arm | seeds | accuracy, greedy | tokens | steps | skipped | accuracy, sampled | tokens | steps | skipped | s |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    "| arm | seeds | accuracy, greedy | tokens | steps | skipped | accuracy, sampled | tokens | steps | skipped "
+    "| drawn | s |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 
 
@@ -34,7 +34,8 @@ def write_report(folder: Path, command: str) -> str:
         "reward is 1 for the right answer and 0 else; only the arms called length penalty see length. Accuracy ± 1.96 "
         f"standard errors over {some['held_out'] if some else 0} held-out problems (each problem's mean over seeds), "
         "with the worst and best seed in brackets; tokens and steps of a solution; skipped: needed steps that it "
-        "leaves out; s: training seconds, of a run beside another, not a measurement of speed.",
+        "leaves out; drawn: tokens sampled in training; s: training seconds, of a run beside another, not a measurement "
+        "of speed.",
         f"{_cpu()}, torch {torch.__version__}.",
     ]
     for (family, language), arms in sorted(tasks.items()):
@@ -58,6 +59,7 @@ def _table(arms: dict[str, list[dict]]) -> str:
             cells.append(_accuracy([run[how]["correct"] for run in runs]))
             cells += [f"{_mean(runs, how, key):.{digits}f}" for key, digits in
                       (("tokens", 1), ("steps", 2), ("skipped", 3))]  # fmt: skip
+        cells.append(f"{sum(run['sampled_tokens'] for run in runs) / len(runs) / 1000:.0f}k")
         cells.append(f"{sum(run['seconds'] for run in runs) / len(runs):.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -18,6 +18,7 @@ from sspo_ext.demo.tasks import Task
 from sspo_ext.train.progress import curves
 
 from .arms import ARMS
+from .pairs import train_pairs
 
 
 def start_folder(work: Path, family: str, language: str) -> Path:
@@ -44,7 +45,9 @@ def run(options: argparse.Namespace) -> dict:
         trainer_class=arm.trainer, callbacks=[_Lines()], **arm.options,
     )  # fmt: skip
     began = time.monotonic()
-    if arm.trains:
+    if arm.pair_form:
+        curve, tokens = train_pairs(trainer, task, arm.pair_form, options.seed)
+    elif arm.trains:
         trainer.train()
     seconds = time.monotonic() - began
     held_out = task.problems(options.held_out, 1, held_out=True)
@@ -54,14 +57,16 @@ def run(options: argparse.Namespace) -> dict:
     phases = {name: sum(row.get(name, 0.0) for row in log) for name in ("time/rollout", "time/probe", "time/update")}
     return {
         **{name: getattr(options, name) for name in ("family", "language", "arm", "seed")},
-        "updates": updates if arm.trains else 0,
+        "updates": updates if arm.trains and not arm.pair_form else 0,
         "held_out": options.held_out,
         "seconds": round(seconds, 1),
         "phases": {name: round(value, 1) for name, value in phases.items()},
-        "sampled_tokens": round(sum(row["completions/mean_length"] for row in log) * 24 * 8),
+        "sampled_tokens": tokens
+        if arm.pair_form
+        else round(sum(row["completions/mean_length"] for row in log) * 24 * 8),
         "greedy": greedy,
         "sampled": sampled,
-        "curves": curves(log),
+        "curves": curve if arm.pair_form else curves(log),
         "example": [{"prompt": r.row["prompt"], "text": r.text} for r in rollouts[:3]],
     }
 

@@ -278,10 +278,11 @@ class SSPOTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         out, aux = self.policy_loss(model, inputs, num_items_in_batch)
-        rows = inputs["layout"].num_rows
+        layout = inputs["layout"]
         for name, value in out.metrics.items():
             if name in _METRICS:
-                self._add(name, value.detach().float() * rows, rows)
+                count = layout.num_steps if name.startswith("steps/") else layout.num_rows
+                self._add(name, value.detach().float() * count, count)
         # DDP averages gradients over processes, while num_items counts the items of all of them.
         loss = out.loss * self.accelerator.num_processes
         if aux is not None:
