@@ -11,6 +11,7 @@ each other, and it stays off if they differ.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from pathlib import Path
@@ -43,9 +44,8 @@ def main(argv: list[str] | None = None) -> None:
         times: dict[str, list[float]] = {engine: [] for engine in ENGINES}
         for _ in range(options.repeats):
             for engine in ENGINES:
-                times[engine].append(
-                    clock(options.device, lambda e=engine: branch_logps(model, trunks, branches, engine=e))
-                )
+                run = functools.partial(branch_logps, model, trunks, branches, engine=engine)
+                times[engine].append(clock(options.device, run))
         row = {"k": k, "difference": worst, **{engine: min(some) / options.chains for engine, some in times.items()}}
         rows.append(row)
         print(" ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)

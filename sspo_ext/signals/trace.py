@@ -81,7 +81,7 @@ def pair_rows(
             "partial": not (pair.winner.ended and pair.loser.ended),
             "weight": round(pair.weight, 6),
             "margin": round(pair.margin, 6),
-            "values": [round(c.value, 6) for c in both],
+            "values": [float(f"{c.value:.6g}") for c in both],
         }
         if all(c.logp is not None for c in both):
             row["logps"] = [round(c.logp, 4) for c in both]

@@ -161,6 +161,10 @@ def wrap(text: str, width: int) -> list[str]:
         for c in paragraph.rstrip():
             columns = 2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.combining(c) else 1
             if column + columns > width:
+                if c == " ":
+                    lines.append(line)
+                    line, column, space = "", 0, -1
+                    continue
                 cut = space + 1 if space >= 0 and columns == 1 else len(line)
                 lines.append(line[:cut].rstrip())
                 line = line[cut:]

@@ -71,8 +71,8 @@ def trace_values(
                 "answer": chain.answer,
                 "reward": chain.reward,
                 "steps": chain.steps,
-                "values": [round(v, 6) for v in of_chain],
-                "advantages": [round(a, 6) for a in advantage.tolist()],
+                "values": [float(f"{v:.6g}") for v in of_chain],
+                "advantages": [float(f"{a:.6g}") for a in advantage.tolist()],
             }
             for chain, of_chain, advantage in zip(some, values.to_lists(), advantages, strict=True)
         )
