@@ -18,6 +18,7 @@ COMMANDS = {
     "compression": ("compression", "SSPO beside outcome-only RL, length penalties and its own controls, trained here"),
     "probe": ("probe", "K probes of a chain: packed and cached against K forwards"),
     "trace-run": ("trace_run", "values from probing real chains with a real model"),
+    "trace-train": ("trace_train", "step preferences the model traced itself, against whole solutions"),
     "real-run": ("real_run", "a real model trained on real reasoning steps"),
 }
 

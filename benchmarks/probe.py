@@ -23,8 +23,7 @@ from sspo_ext.signals import Branch, branch_logps
 from sspo_ext.signals.support import choose_engine
 from sspo_ext.train.models import load_model
 
-from .real_run import hardware, model_folder
-from .trace_run import shown
+from .real_run import hardware, model_folder, shown
 
 ENGINES = ("separate", "cached", "packed")
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +29,7 @@ from sspo_ext.train.lines import LineStore
 from sspo_ext.train.models import load_model
 from sspo_ext.train.trace_rows import trace_values
 
-from .real_run import hardware, model_folder
+from .real_run import hardware, model_folder, shown
 from .trace_scores import judge, question, results
 
 PREFER = ("175b_verification", "6b_verification", "175b_finetuning", "6b_finetuning")
@@ -89,10 +88,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model")
     add("--threads", type=int, default=1, help="of torch")
     return parser.parse_args(argv)
-
-
-def shown(argv: list[str] | None) -> list[str]:
-    return [Path(a).name if "/" in a and not a.startswith("-") else a for a in (sys.argv[1:] if argv is None else argv)]
 
 
 def bar(title: str) -> Callable[[int, int], None]:
