@@ -1,6 +1,9 @@
 """Entropy, sum of squares and KL from step_logps and linear_step_logps: closed forms, gradcheck, both routes against
 the specification in float64, torch.compile, and what is refused. The kernels: test_reductions_cpu.py and
 triton_interpreted/check_reductions.py.
+
+Mutation of sspo_ext/reductions.py: the square's factor of 2 forgotten, seen by
+test_gradcheck_of_the_specification_and_of_the_fused_gradient.
 """
 
 import math

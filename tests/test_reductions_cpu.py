@@ -7,7 +7,8 @@ Mutations tried in csrc/cpu/reductions.h (edit, rebuild, AVX-512, run with -x) a
   sum of e^2 moved by f, not by f^2                test_the_maximum_comes_late
   sum of s (r - t) not moved to a new shift        test_the_maximum_comes_late
   nor to a new shift of the reference              test_the_maximum_comes_late
-The last survived at first; the rows "in steps" were added for it.
+  rounding of the shift left out of log p          test_huge_logits_are_finite
+The last but one survived at first; the rows "in steps" were added for it.
 """
 
 import math
