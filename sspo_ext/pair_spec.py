@@ -78,7 +78,7 @@ def pair_loss_spec(
         LossTerm(
             head.name,
             tuple(values),
-            label if head.smoothing != "none" else 1.0,
+            label,
             weight,
             ref=head.reference != "forbidden",
             margins=head.margins,

@@ -1,7 +1,17 @@
 """The losses of torch ops on step log-probs: golden values by hand, loops over tokens, gradients, both routes, limits.
 
-Mutations of sspo_ext/{step,batch,token}_losses.py and step_functions.py, each caught by the test named:
-MUTATIONS
+Mutations of sspo_ext/{step,batch,token}_losses.py and step_functions.py, each caught by the test named (on a copy of the package):
+  direct advantage without its 1/2          test_direct_advantage_by_hand
+  OREO: gradient through later steps        test_oreo_by_hand
+  OREO's critic without its own step        test_oreo_by_hand
+  prefix sums for suffix sums               test_oreo_by_hand
+  KTO: z0 added                             test_kto_by_hand
+  KTO: z0 below 0                           test_kto_by_hand
+  AOT: empty steps sorted among the others  test_aot_leaves_out_empty_steps
+  lists of one counted in the mean          test_plackett_luce_by_hand
+  TDPO2: gradient through the chosen KL     test_tdpo_by_hand
+  WPO: token weights in the mean            test_wpo_by_hand
+  Full-Step-DPO: kappa's sign               test_full_step_dpo_is_its_formula
 """
 # ruff: noqa: E501 (tables of calls and their messages)
 

@@ -1,7 +1,11 @@
 """Mixtures of losses over one pass: the sum of its parts on every route and backend, and what raises.
 
-Mutations of sspo_ext/{terms,pair_spec,losses}.py, each caught by the test named:
-MUTATIONS
+Mutations of sspo_ext/{terms,pair_spec,losses}.py, each caught by the test named (on a copy of the package):
+  loss_weights ignored                       test_sum_of_its_parts
+  a reference given to those who forbid it   test_sum_of_its_parts
+  gradient of the first loss alone           test_sum_of_its_parts
+  pair weights lost beside winner tokens     test_sum_of_its_parts
+  dropped pairs counted in the token mean    test_sft_is_a_mean_over_tokens
 """
 # ruff: noqa: E501 (a table of calls and their messages)
 
