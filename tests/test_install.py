@@ -1,6 +1,6 @@
 """`pip install .` with and without nvcc: what the wheel holds, and what `sspo-ext info` then says.
 
-About 45 s of CPU time, so not among the default tests; the kernels are compiled for one architecture.
+About two minutes of CPU time, so not among the default tests; the kernels are compiled for one architecture.
 """
 
 from __future__ import annotations
