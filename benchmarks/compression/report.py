@@ -34,8 +34,13 @@ def write_report(folder: Path, command: str) -> str:
         "reward is 1 for the right answer and 0 else; only the arms called length penalty see length. Accuracy ± 1.96 "
         f"standard errors over {some['held_out'] if some else 0} held-out problems (each problem's mean over seeds), "
         "with the worst and best seed in brackets; tokens and steps of a solution; skipped: needed steps that it "
-        "leaves out; drawn: tokens sampled in training; s: training seconds, of a run beside another, not a measurement "
-        "of speed.",
+        "leaves out; drawn: tokens sampled in training; s: training seconds, of a run beside another, not a "
+        "measurement of speed.",
+        "How to read it. SSPO against outcome only: what the step signal adds at equal updates. Against the length "
+        "penalty: whether a penalty on tokens would have done. V = 0 at lambda 0: the discount without values; V "
+        "shuffled: values at their level without their content. What SSPO does and these two do not is due to the "
+        "values. At lambda 0.9 the discount reaches back from the outcome by itself, so there V = 0 is the arm to "
+        "compare with before anything is said of the values.",
         f"{_cpu()}, torch {torch.__version__}.",
     ]
     for (family, language), arms in sorted(tasks.items()):
