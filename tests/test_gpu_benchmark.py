@@ -2,9 +2,9 @@
 print beside a GPU's times comes from the predictions on disk.
 
 Mutations, and what caught each: always the same buffer -> test_no_buffer_twice_in_a_row; unscored row's write left out
--> test_least_bytes; softcap's prediction taken for the plain one, any GPU's for this one -> test_predictions_are_those_
-of_the_gpu; checks run but their result ignored -> test_red_tests_are_not_timed; marker swapped -> test_checks_are_those_
-of_the_device.
+-> test_least_bytes; softcap's prediction taken for the plain one, any GPU's for this one ->
+test_predictions_are_those_of_the_gpu; checks run but their result ignored -> test_red_tests_are_not_timed; marker
+swapped -> test_checks_are_those_of_the_device.
 """
 
 from __future__ import annotations
