@@ -1,7 +1,8 @@
 """State of the whole batch: BCO's running mean by hand and saved, and what two ranks agree on.
 
-Mutations of sspo_ext/{batch_state,batch_losses}.py, each caught by the test named:
-MUTATIONS
+Mutations of sspo_ext/{batch_state,batch_losses}.py, each caught by the test named (on a copy of the package):
+  no reduction over ranks                 test_two_ranks_agree_with_one_process
+  other ranks' values with no gradient of our own   test_two_ranks_agree_with_one_process
 """
 
 import pytest

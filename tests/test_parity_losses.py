@@ -13,9 +13,6 @@ Where they differ from us, from each other or from the paper, on purpose:
   cpo, simpo, orpo   Liger and TRL average their likelihood over all chosen tokens: compared as mixtures with `sft`.
                      TRL's ORPO has prompt tokens in it: its odds-ratio term alone is compared.
   kto                TRL takes the mean of each rank's mean for z0, ours weighs ranks by their sequences.
-
-Mutations, each caught by test_pair_loss_equals_trl (on the working tree):
-MUTATIONS
 """
 
 import pytest

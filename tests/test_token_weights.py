@@ -1,8 +1,4 @@
-"""Token weights that make a method of a loss: by hand, and what they cost.
-
-Mutations of sspo_ext/token_weights.py, each caught by the test named:
-MUTATIONS
-"""
+"""Token weights that make a method of a loss: by hand, and what they cost."""
 
 import pytest
 import torch
