@@ -400,6 +400,13 @@ def test_given_reference_is_used(tmp_path):
 # ---- packing, resume, adapters
 
 
+def test_a_loss_that_needs_a_reference_says_so_at_once(tmp_path):
+    with pytest.raises(ValueError, match="reference_free: expected False.*'nca_pair'"):
+        StepPreferenceTrainer(
+            make_model(), config(tmp_path, loss_type="nca_pair", reference_free=True), make_features()
+        )
+
+
 @pytest.mark.parametrize("reference_free", [False, True])
 def test_packed_equals_padded(tmp_path, reference_free):
     features = make_features(8)

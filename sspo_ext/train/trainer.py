@@ -102,6 +102,8 @@ class StepPreferenceTrainer(Trainer):
             )
         head = get_pair_head(args.loss_type)
         head.check_options(head.options["beta"] if args.beta is None else args.beta, args.loss_options or {})
+        if args.reference_free and head.reference == "required":
+            raise ValueError(f"reference_free: expected False, since loss_type {args.loss_type!r} needs a reference")
         if isinstance(model, (str, os.PathLike)):
             model, tokenizer = load_model(model)
             processing_class = processing_class or tokenizer
