@@ -4,7 +4,8 @@
 
 SmolLM2-135M probes solutions of grade-school questions that other language models wrote: of each question one correct
 and one wrong. Values are likelihoods of the gold answer (our reconstruction of SSPO's probe); the model is not trained.
-Writes RESULTS.md, trace_run.json and pictures to --output. --work keeps the values: the same command again goes on.
+Writes RESULTS.md, trace_run.json and pictures to --output, and a page of all chains to --work, which keeps the values:
+the same command again goes on.
 
 The gold answer is part of the probe, so this is no verifier: it asks whether the signal that training would use is
 there, step by step, and not only at the end. Beside it stand scores that need no probe: lengths, the model's own
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     (output / "trace_run.json").write_text(json.dumps(result) + "\n")
     (output / "RESULTS.md").write_text(report(result))
-    draw(result, traced, output)
+    draw(result, traced, output, Path(options.work))
     print(report(result))
 
 
@@ -202,7 +203,7 @@ def report(result: dict) -> str:
     return "\n".join(lines)
 
 
-def draw(result: dict, traced: list[dict], output: Path) -> None:
+def draw(result: dict, traced: list[dict], output: Path, work: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg", force=False)
@@ -245,7 +246,7 @@ def draw(result: dict, traced: list[dict], output: Path) -> None:
     fallen = max((r for r in rows if not r["reward"]), key=lambda r: max(r["values"]) - r["values"][-2])
     draw_chain(risen, output / "chain_correct.png")
     draw_chain(fallen, output / "chain_wrong.png")
-    write_page(traced, output / "chains.html", title=f"Steps as {Path(result['options']['model']).name} values them")
+    write_page(traced, work / "chains.html", title=f"Steps as {Path(result['options']['model']).name} values them")
 
 
 if __name__ == "__main__":

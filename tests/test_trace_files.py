@@ -133,7 +133,7 @@ class TestCommand:
         pytest.importorskip("matplotlib")
         assert trace(model, data, tmp_path / "out", "--plot", "2") == 0
         names = sorted(path.name for path in (tmp_path / "out").iterdir())
-        assert names == ["chain_001.png", "chain_002.png", "chains.html", "values.jsonl"]
+        assert names == ["chain_001.png", "chain_002.png", "chains.html", "values.jsonl", "values.jsonl.settings"]
 
     @pytest.mark.parametrize(
         "more, message",
@@ -191,7 +191,9 @@ class TestLineStore:
         again.add([{"key": "c", "n": 2}])
         assert again.finish(["c", "b", "一"])[0] == {"key": "c", "n": 2}
         assert [row["key"] for row in read(tmp_path / "a.jsonl")] == ["c", "b", "一"]
-        done = LineStore(tmp_path / "a.jsonl", {"x": 2}, resume=True)
+        with pytest.raises(ValueError, match=r"other settings \(x\)"):
+            LineStore(tmp_path / "a.jsonl", {"x": 2}, resume=True)
+        done = LineStore(tmp_path / "a.jsonl", {"x": 1}, resume=True)
         assert done.complete and len(done.finish(["一"])) == 1
         with pytest.raises(ValueError, match="another run"):
             LineStore(tmp_path / "a.jsonl", {"x": 1}, resume=False)

@@ -19,11 +19,11 @@ def write_lines(path: str | os.PathLike, rows: Iterable[dict]) -> None:
 
 
 class LineStore:
-    """Rows under keys. Until `finish`, they are in `PATH.part`, behind a line with the settings they were made with.
+    """Rows under keys. Until `finish`, they are in `PATH.part`, behind a line with the settings they were made with;
+    afterwards in `PATH`, and the settings in `PATH.settings`.
 
-    Opening it again with the same settings finds the rows that were written whole; a last line that was not is dropped.
-    ValueError if the settings differ, or if `path` itself is there, unless `resume` (then it is complete: `rows` has
-    all of it).
+    Opened again with `resume` and the same settings, it has the rows that were written whole; a last line that was not
+    is dropped. ValueError if the settings differ, or without `resume`.
     """
 
     def __init__(self, path: str | os.PathLike, settings: dict, *, resume: bool):
@@ -34,7 +34,9 @@ class LineStore:
         present = next((p for p in (self.path, self.part) if p.exists()), None)
         if present and not resume:
             raise ValueError(f"{str(present)!r} is there from another run; resume it, or choose another folder")
+        self._settings = Path(f"{os.fspath(path)}.settings")
         if present == self.path:
+            self._check(json.loads(self._settings.read_text()) if self._settings.exists() else {})
             self.complete = True
             self.rows = {row["key"]: row for row in map(json.loads, self.path.read_text().splitlines())}
             return
@@ -49,15 +51,19 @@ class LineStore:
             if not line.endswith(b"\n"):
                 break
             row = json.loads(line)
-            if number == 0 and row != self._header:
-                changed = [k for k, v in self._header["settings"].items() if row.get("settings", {}).get(k) != v]
-                raise ValueError(f"{str(self.part)!r} was begun with other settings ({', '.join(changed) or 'fewer'})")
-            if number:
+            if number == 0:
+                self._check(row)
+            else:
                 self.rows[row["key"]] = row
             end += len(line)
         self._file.truncate(end)
         if not end:
             self._write(self._header)
+
+    def _check(self, header: dict) -> None:
+        if header != self._header:
+            changed = [k for k, v in self._header["settings"].items() if header.get("settings", {}).get(k) != v]
+            raise ValueError(f"{str(self.path)!r} was begun with other settings ({', '.join(changed) or 'fewer'})")
 
     def _write(self, *rows: dict) -> None:
         self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
@@ -74,6 +80,7 @@ class LineStore:
         """All rows in this order, and `path` holding them."""
         rows = [self.rows[key] for key in order]
         if not self.complete:
+            write_lines(self._settings, [self._header])
             write_lines(self.path, rows)
             self._file.close()
             self.part.unlink()
