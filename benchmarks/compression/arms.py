@@ -73,7 +73,7 @@ ARMS = {
         Arm("sspo-9-shuffled", "... V shuffled", {"lam": 0.9}, ShuffledValues),
         Arm("no-discount", "gamma 1, lambda 0.9", {"gamma": 1.0, "lam": 0.9}),
         Arm("pairs", "step pairs + likelihood", pair_form=PairArm()),
-        Arm("likelihood", "... likelihood alone", pair_form=PairArm(pairs=False)),
+        Arm("pairs-likelihood", "... likelihood alone", pair_form=PairArm(pairs=False)),
         Arm(
             "whole-pairs",
             "DPO on whole solutions + likelihood",

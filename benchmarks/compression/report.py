@@ -101,13 +101,20 @@ def _draw(arms: dict[str, list[dict]], path: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), dpi=110, layout="constrained", sharey=True)
-    colours = plt.get_cmap("tab20")
+    palette = plt.get_cmap("tab10")
     for axis, how in zip(axes, ("greedy", "sampled"), strict=True):
-        for k, (name, arm) in enumerate((n, a) for n, a in ARMS.items() if n in arms):
+        shown = [(name, arm) for name, arm in ARMS.items() if name in arms]
+        # a control is a cross in the colour of what it controls
+        parents = [name for name, arm in shown if not arm.text.startswith("...")]
+        for name, arm in shown:
+            control = name not in parents
+            parent = max((p for p in parents if name.startswith(p)), key=len, default=name) if control else name
+            colour = palette(parents.index(parent) if parent in parents else 9)
             x = [_mean([run], how, "tokens") for run in arms[name]]
             y = [_mean([run], how, "correct") for run in arms[name]]
-            text = f"{ARMS[name.rsplit('-', 1)[0]].text} {arm.text}" if arm.text.startswith("...") else arm.text
-            axis.scatter(x, y, s=46, color=colours(k), label=text, alpha=0.9, marker="o" if arm.trains else "s")
+            text = f"{ARMS[parent].text} {arm.text}" if control and parent != name else arm.text
+            marker = "x" if control else "o" if arm.trains else "s"
+            axis.scatter(x, y, s=46, color=colour, label=text, alpha=0.9, marker=marker)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_title(f"{title}: {how}", loc="left")
         axis.set(xlabel="tokens of a solution", ylim=(-0.03, 1.03))

@@ -1,0 +1,80 @@
+"""The compression benchmark's controls, arithmetic and report; one pair-form update."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks.compression.arms import ARMS, DECISIVE, ShuffledValues, ZeroValues
+from benchmarks.compression.pairs import PairArm, _forward, train_pairs
+from benchmarks.compression.report import _accuracy, best_penalty, write_report
+from sspo_ext.demo.arms import load_start, make_trainer
+from sspo_ext.demo.tasks import Task
+from sspo_ext.train.sspo_trainer import SSPOTrainer
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory):
+    model, tokenizer = load_start()
+    made = [
+        make_trainer(model, tokenizer, Task("sums"), tmp_path_factory.mktemp("t"), updates=1, seed=0, prompts=2,
+                     num_generations=2, trainer_class=kind)
+        for kind in (SSPOTrainer, ShuffledValues, ZeroValues)
+    ]  # fmt: skip
+    return made
+
+
+def test_controls_keep_what_they_must(trainers):
+    whole, shuffled, zero = trainers
+    rollouts = whole.roll_out(whole.train_dataset, [(0, i) for i in range(len(whole.train_dataset))])
+    real, mixed, none = (t.step_values(rollouts) for t in trainers)
+    assert [len(v) for v in mixed] == [len(v) for v in real] == [len(r.steps) + 1 for r in rollouts]
+    assert sorted(x for v in mixed for x in v) == sorted(x for v in real for x in v) and mixed != real
+    assert all(v[-1] == 0 for v in mixed) and not any(x for v in none for x in v)
+    assert all(0 <= x <= 1 for v in real for x in v)
+
+
+def test_length_penalty():
+    task, text = Task("sums"), "6 + 2 = 8 \n #### 8"
+    tokens = len(task.tokenizer()(text + " <eos>").input_ids)
+    assert ARMS["penalty-0.5"].reward(task)("", text, "8") == pytest.approx(1 - 0.5 * tokens / 50)
+    assert ARMS["penalty-1"].reward(task)("", "so " * 90 + text, "8") == 0.0
+    assert ARMS["penalty-0.5"].reward(task)("", text, "9") == 0.0
+    assert ARMS["sspo-0"].reward(task)("", "so " * 90 + text, "8") == 1.0  # no length in SSPO's reward
+    assert set(DECISIVE) <= set(ARMS)
+
+
+def test_report(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "runs").mkdir()
+    for arm, bits in (("penalty-0.25", [1, 1, 0, 0]), ("penalty-0.5", [1, 1, 1, 0]), ("sspo-0", [1, 1, 1, 1])):
+        for seed in (0, 1):
+            correct = bits if seed else [1, 1, 0, 0]
+            numbers = {"correct": correct, "tokens": [5, 6, 7, 8], "steps": [2] * 4, "skipped": [0] * 4}
+            run = {"family": "sums", "language": "en", "arm": arm, "seed": seed, "updates": 3, "held_out": 4,
+                   "seconds": 1.0, "sampled_tokens": 1000, "greedy": numbers, "sampled": numbers}  # fmt: skip
+            (tmp_path / "runs" / f"{arm}-{seed}.json").write_text(json.dumps(run))
+    text = write_report(tmp_path, "the command")
+    assert "length penalty 0.5 (the best of those run)" in text and "0.25 (the best" not in text
+    assert "| SSPO, lambda 0 | 2 | 0.750 ± 0.283 [0.500, 1.000] | 6.5 |" in text
+    assert (tmp_path / "sums-en.png").exists() and (tmp_path / "RESULTS.md").read_text() == text
+    assert best_penalty({}) is None
+    assert _accuracy([[1, 1, 1]]) == "1.000 ± 0.000"
+
+
+def test_pair_form(trainers):
+    trainer = trainers[0]
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    curve, sampled = train_pairs(trainer, Task("sums"), PairArm(rounds=1, problems=4, per_update=4, epochs=1), seed=0)
+    assert len(curve["accuracy"]) == 1 and sampled > curve["tokens"][0] * 4
+    assert any((p != before[n]).any() for n, p in trainer.model.named_parameters())
+
+
+def test_scored_rows(trainers):
+    _, _, layout = _forward(trainers[0].model, [((3, 4, 5, 6), 3), ((3, 4, 7), 1)], 0)
+    assert layout.labels.tolist() == [6, 4, 7] and layout.num_steps == 2
