@@ -124,4 +124,4 @@ def test_demo_compresses(tmp_path):
     assert sspo["greedy"]["accuracy"] >= start["greedy"]["accuracy"] - 0.01
     assert sspo["sampled"]["accuracy"] > start["sampled"]["accuracy"] + 0.2
     assert sspo["greedy"]["tokens"] < 0.65 * start["greedy"]["tokens"]
-    assert sspo["greedy"]["tokens"] < 0.75 * stages["outcome"]["greedy"]["tokens"]
+    assert sspo["greedy"]["tokens"] < 0.85 * stages["outcome"]["greedy"]["tokens"]
