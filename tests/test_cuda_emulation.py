@@ -308,12 +308,14 @@ def test_nothing():
 def test_public_loss(head, weighted):
     """Three launches through autograd on a ragged batch, against the reference in float64, upstream gradient not 1."""
     batch = random_batch(seed=len(head), B=5, V=521, weighted=weighted)
-    forbidden = PAIR_HEADS[head].reference == "forbidden"
-    S = batch.layout.num_steps
+    has, S = PAIR_HEADS[head], batch.layout.num_steps
     options = dict(loss_type=head, beta=0.3, temperature=0.8, logit_softcap=20.0 if weighted else None)
-    if not forbidden:
+    if has.reference != "forbidden":
         options["ref"] = -torch.rand(S) * 20
-    pairs = random_pairs(batch.layout, seed=1, weights=torch.rand(2 * S), margins=torch.rand(2 * S))
+    if has.smoothing == "required":
+        options["label_smoothing"] = 0.1
+    per_pair = {"margins": torch.rand(2 * S)} if has.margins else {}
+    pairs = random_pairs(batch.layout, seed=1, weights=torch.rand(2 * S), **per_pair)
 
     def run(dtype, backend, inplace=False):
         x = batch.logits.to(dtype).requires_grad_()

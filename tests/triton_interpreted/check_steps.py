@@ -104,7 +104,8 @@ def test_empty_steps_drop_their_pairs(head):
     pairs = [(0, 1), (1, 0), (2, 3), (1, 4), (0, 3)]
     loss, sums, pair_loss, coef = check(make([3, 0, 2, 4, 0], pairs, per_pair=True), head)
     assert sums[1] == sums[4] == 0
-    assert (pair_loss[[0, 1, 3]] == 0).all() and (coef[:5] == 0).sum() < 5
+    assert (pair_loss[[0, 1, 3]] == 0).all()
+    assert (coef != 0).any() or (pair_loss == 0).all(), "only a satisfied hinge pulls nothing"
 
 
 @pytest.mark.parametrize(
