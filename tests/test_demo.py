@@ -111,7 +111,7 @@ def test_toy_run_is_whole_and_repeatable(tmp_path, capsys):
         results.append({k: v for k, v in result.items() if k != "seconds"})
     assert results[0] == results[1]
     assert set(results[0]["stages"]) == {"start", "outcome", "sspo"}
-    chain = results[0]["chains"]["start"][0]
+    chain = results[0]["chains"]["start"][0]["steps"]
     assert chain[-1]["text"].startswith("####") and chain[-1]["value"] == 0.0
     text = capsys.readouterr().out
     assert "| right answers, greedy |" in text and "outcome only (RLOO)" in text

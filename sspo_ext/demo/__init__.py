@@ -94,25 +94,29 @@ def _run(folder: Path, config: DemoConfig) -> dict:
 
 def _stage(
     trainer: SSPOTrainer, task: Task, held_out: Sequence[Problem], config: DemoConfig
-) -> tuple[dict, list[list[dict]]]:
+) -> tuple[dict, list[dict]]:
     """Numbers of the held-out problems, greedy and sampled; and the greedy solutions of some, step by step."""
     found, rollouts = measure(trainer, task, held_out)
     sampled, _ = measure(trainer, task, held_out, temperature=1.0, seed=config.seed)
     return {"greedy": means(found), "sampled": means(sampled)}, chains_of(trainer, rollouts[:24], config)
 
 
-def chains_of(trainer: SSPOTrainer, rollouts: Sequence[Rollout], config: DemoConfig) -> list[list[dict]]:
-    """Every step's text, the value after it as the model sees it, and its advantage (before any scaling)."""
+def chains_of(trainer: SSPOTrainer, rollouts: Sequence[Rollout], config: DemoConfig) -> list[dict]:
+    """Whether the answer is right; and every step's text, the value after it as the model sees it, and its advantage
+    (before any scaling)."""
     values = StepValues.from_lists(trainer.step_values(rollouts))
     rewards = torch.tensor([r.reward for r in rollouts])
     advantages = step_gae(values, rewards, gamma=config.gamma, lam=config.lam)
     parts = advantages.split(values.steps_per_sequence.tolist())
     decode = trainer.processing_class.decode
     return [
-        [
-            {"text": decode(ids, skip_special_tokens=True).strip(), "value": v, "advantage": a}
-            for ids, v, a in zip(r.steps, after[1:], advantage.tolist(), strict=True)
-        ]
+        {
+            "right": bool(r.reward),
+            "steps": [
+                {"text": decode(ids, skip_special_tokens=True).strip(), "value": v, "advantage": a}
+                for ids, v, a in zip(r.steps, after[1:], advantage.tolist(), strict=True)
+            ],
+        }
         for r, after, advantage in zip(rollouts, values.to_lists(), parts, strict=True)
     ]
 

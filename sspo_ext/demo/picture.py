@@ -61,13 +61,18 @@ def _bars(axis, stages: dict) -> None:
 
 
 def _chains(figure, chains: dict, problems: Sequence[str]) -> None:
-    """The problem whose solution loses most steps, with every step's advantage as its colour."""
+    """The problem, solved before and after, whose solution loses most steps; every step in the colour of its advantage."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import SymLogNorm
 
     before, after = chains["start"], chains["sspo"]
-    best = max(range(len(before)), key=lambda i: (min(len(before[i]), 14) - len(after[i]), -i))
-    shown = (("before", before[best]), ("after SSPO", after[best]))
+
+    def telling(i: int) -> tuple:
+        steps = [chain[i]["steps"] for chain in (before, after)]
+        return before[i]["right"] and after[i]["right"], min(len(steps[0]), 14) - len(steps[1]), -i
+
+    best = max(range(len(before)), key=telling)
+    shown = (("before", before[best]["steps"]), ("after SSPO", after[best]["steps"]))
     problem = problems[best].strip().removesuffix("?").strip().removesuffix("=").strip()
     # what a redundant step costs is a few hundredths, what the last needed one gains is near 1
     norm, colours = SymLogNorm(0.02, vmin=-1, vmax=1), plt.get_cmap("RdYlGn")

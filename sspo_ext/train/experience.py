@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,3 +112,29 @@ def policy_batch(rollouts: Sequence[Rollout], pad_token_id: int) -> dict:
     layout = StepLayout.from_step_ids(labels, steps)
     advantages = torch.tensor([a for r in rollouts for a in r.advantages], dtype=torch.float32)
     return {"input_ids": ids, "attention_mask": mask, "layout": layout, "advantages": advantages}
+
+
+def rollout_metrics(rows: Iterable[tuple]) -> dict[str, float]:
+    """Means of (place, reward, steps, values, tokens, ended) rows."""
+    rows = list(rows)
+    n = max(len(rows), 1)
+    rewards = torch.tensor([row[1] for row in rows], dtype=torch.float64)
+    return {
+        "accuracy": sum(row[1] >= 1 for row in rows) / n,
+        "reward": sum(row[1] for row in rows) / n,
+        "reward_std": rewards.std(correction=0).item() if len(rows) else 0.0,
+        "completions/mean_length": sum(row[4] for row in rows) / n,
+        "completions/clipped_ratio": sum(not row[5] for row in rows) / n,
+        "steps/mean": sum(row[2] for row in rows) / n,
+    }
+
+
+def num_items(aggregation: str, everyone: Sequence[tuple], longest: int) -> float:
+    """What the aggregation averages over, in the whole update; a constant for "sum" (Dr. GRPO)."""
+    count = {
+        "token": sum(row[4] for row in everyone),
+        "step": sum(row[2] for row in everyone),
+        "sequence": sum(row[4] > 0 for row in everyone),
+        "sum": len(everyone) * longest,
+    }[aggregation]
+    return float(max(count, 1))

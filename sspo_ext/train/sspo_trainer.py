@@ -16,7 +16,7 @@ import itertools
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -38,7 +38,7 @@ from ..signals import (
     probe_step_values,
     step_gae,
 )
-from .experience import PromptSampler, Rollout, policy_batch, prompt_tokens, split_steps
+from .experience import PromptSampler, Rollout, num_items, policy_batch, prompt_tokens, rollout_metrics, split_steps
 from .grade import Grader, answer_text, grade
 from .models import load_model
 from .rollout import RolloutEngine, Sampling, make_engine
@@ -165,7 +165,7 @@ class SSPOTrainer(Trainer):
                 for batch in micro:
                     self._add_log_probs(batch)
         self.on_rollouts(rollouts)
-        return micro, _num_items(args.aggregation, everyone, args.max_completion_length)
+        return micro, num_items(args.aggregation, everyone, args.max_completion_length)
 
     def roll_out(
         self, rows: Sequence[Mapping], seeds: Sequence[Sequence[int]], *, temperature: float | None = None
@@ -389,32 +389,6 @@ class SSPOTrainer(Trainer):
             yield
         finally:
             self.model.train(training)
-
-
-def rollout_metrics(rows: Iterable[tuple]) -> dict[str, float]:
-    """Means of (place, reward, steps, values, tokens, ended) rows."""
-    rows = list(rows)
-    n = max(len(rows), 1)
-    rewards = torch.tensor([row[1] for row in rows], dtype=torch.float64)
-    return {
-        "accuracy": sum(row[1] >= 1 for row in rows) / n,
-        "reward": sum(row[1] for row in rows) / n,
-        "reward_std": rewards.std(correction=0).item() if len(rows) else 0.0,
-        "completions/mean_length": sum(row[4] for row in rows) / n,
-        "completions/clipped_ratio": sum(not row[5] for row in rows) / n,
-        "steps/mean": sum(row[2] for row in rows) / n,
-    }
-
-
-def _num_items(aggregation: str, everyone: Sequence[tuple], longest: int) -> float:
-    """What the aggregation averages over, in the whole update; a constant for "sum" (Dr. GRPO)."""
-    count = {
-        "token": sum(row[4] for row in everyone),
-        "step": sum(row[2] for row in everyone),
-        "sequence": sum(row[4] > 0 for row in everyone),
-        "sum": len(everyone) * longest,
-    }[aggregation]
-    return float(max(count, 1))
 
 
 def _over_std(values: Tensor) -> Tensor:
