@@ -61,7 +61,7 @@ def _bars(axis, stages: dict) -> None:
 
 
 def _chains(figure, chains: dict, problems: Sequence[str]) -> None:
-    """The problem, solved before and after, whose solution loses most steps; every step in the colour of its advantage."""
+    """The problem, solved before and after, whose solution loses most steps; steps in the colour of their advantage."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import SymLogNorm
 
