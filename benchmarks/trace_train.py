@@ -126,7 +126,7 @@ def report(result: dict) -> str:
         f"{options['beta']}, lr {options['lr']}; traced pairs: token weights `{options['token_weights']}`.",
         "",
         "| held-out accuracy | n | before | " + " | ".join(f"after {name}" for name in arms) + " |",
-        "| --- | --- | --- | " + "--- | " * len(arms),
+        "| --- | --- | --- |" + " --- |" * len(arms),
         *(
             f"| {name} | {row['n']} | {cell(row['before'])} | "
             + " | ".join(cell(tables[arm][name]["after"]) for arm in arms)

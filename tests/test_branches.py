@@ -1,6 +1,7 @@
 """Log-probs of branches: three engines, one answer, on small models of many families.
 
-MUTATIONS
+Mutations of sspo_ext/signals/{branches,support}.py that turned a test red: the cached engine's mask without its hole
+(test_engines_are_equal[llama-cached]); the window left out of the 4-D mask (test_engines_are_equal[mistral-packed]).
 """
 
 import functools

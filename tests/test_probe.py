@@ -1,6 +1,8 @@
 """Values from probing: worked out by hand on a fake model, equal by every engine on real classes, defined at the edges.
 
-MUTATIONS
+Mutations of sspo_ext/signals/probe.py that turned a test red: answers that begin with another are added too
+(test_an_answer_that_begins_with_another_is_that_other); end of sequence kept before the probe
+(test_the_end_of_sequence_is_left_out_before_the_probe).
 """
 
 import math

@@ -1,6 +1,7 @@
 """Sampled continuations against transformers' own generate, and by every engine alike.
 
-MUTATIONS
+Mutation of sspo_ext/signals/sample.py that turned a test red: positions that do not advance
+(test_greedy_is_what_generate_gives[llama-cached]).
 """
 
 import sys

@@ -1,6 +1,9 @@
 """Step preferences traced from a model: candidates, their values, pairs, rows, divergence.
 
-MUTATIONS
+Mutations that turned a test red: no gap asked for (test_only_within_a_node_and_above_the_gap); no discount
+(test_values_of_greedy_continuations); rollouts that share the number of steps alone taken for one state
+(test_steps_are_compared_after_the_same_tokens_alone); the divergence always at the first token
+(test_of_tokenized_rows).
 """
 
 import json

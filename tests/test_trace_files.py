@@ -1,6 +1,7 @@
 """`sspo-ext trace`, file to file: chains in, values, pairs and pictures out, killed and resumed.
 
-MUTATIONS
+Mutation of sspo_ext/train/lines.py that turned a test red: a torn last line is not cut off
+(test_what_was_written_whole_is_found).
 """
 
 import json
@@ -189,6 +190,8 @@ class TestLineStore:
         again = LineStore(tmp_path / "a.jsonl", {"x": 1}, resume=True)
         assert list(again.rows) == ["一", "b"]
         again.add([{"key": "c", "n": 2}])
+        again = LineStore(tmp_path / "a.jsonl", {"x": 1}, resume=True)
+        assert again.rows["c"] == {"key": "c", "n": 2}
         assert again.finish(["c", "b", "一"])[0] == {"key": "c", "n": 2}
         assert [row["key"] for row in read(tmp_path / "a.jsonl")] == ["c", "b", "一"]
         with pytest.raises(ValueError, match=r"other settings \(x\)"):
