@@ -169,7 +169,8 @@ def report(result: dict) -> str:
         f"{result['chains']} solutions, {result['steps']} steps, of {result['chains'] // 2} questions: one correct and "
         "one wrong of each.",
         f"Probe `{result['probe']}`, likelihood of the gold answer and an end, joint. The probe knows the gold answer: "
-        "this is the signal a training run would see, not a verifier.",
+        "this is the signal a training run would see, not a verifier."
+        + (" Its text was chosen among four after a look at 10 chains of the same file." * (result["probe"] == "####")),
         "",
         "| score | AUC, all | AUC within a question | mean, correct | mean, wrong |",
         "| --- | --- | --- | --- | --- |",
