@@ -208,6 +208,7 @@ def test_save_steps_must_fall_between_rollouts(tmp_path):
 # ---- processes
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_updates_as_one(tmp_path):
     import rl_two_ranks
 
