@@ -169,8 +169,10 @@ void check_steps(int S, int longest, int P, int head, bool all) {
     }
     expect("loss", loss, total * scale, 1e-5 * (1 + std::fabs(total * scale)), S, -1);
     for (int k = 0; k < S; ++k)
-        for (int n = offsets[k]; n < offsets[k + 1]; ++n)
-            expect("coef", coef[n], du[k] * scale * (all ? weights[n] : 1.0), 1e-5, S, n);
+        for (int n = offsets[k]; n < offsets[k + 1]; ++n) {
+            const double truth = du[k] * scale * (all ? weights[n] : 1.0);
+            expect("coef", coef[n], truth, 1e-5 * (1 + std::fabs(truth)), S, n);
+        }
 }
 
 template <class T>
