@@ -21,7 +21,7 @@ WORD = Problem("d a c | rev | add b = ? \n", "c a d b", ("d", "a", "c"), (("rev"
     "family,problem,lines",
     [
         ("sums", SUM, ["7 + 5 = 12", "12 + 8 = 20", "#### 20"]),
-        ("sort", SORT, ["+ 3 : 3 7", "+ 12 : 3 7 12", "#### 3 7 12"]),
+        ("sort", SORT, ["3 : 3 7", "12 : 3 7 12", "#### 3 7 12"]),
         ("letters", WORD, ["rev : c a d", "add b : c a d b", "#### c a d b"]),
     ],
 )

@@ -5,7 +5,7 @@ A problem folds a state over operations, one line each, and ends with an answer 
     family   problem                    a needed line     answer
     sums     6 + 13 + 7                 6 + 13 = 19       the last sum, one token
     letters  d a c | rev | add b        rev : c a d       the letters at the end, several tokens
-    sort     sort 7 3 12                + 3 : 3 7         the sorted numbers, several tokens
+    sort     sort 7 3 12                3 : 3 7           the sorted numbers, several tokens
 
 in two languages, "en" and "zh". The teacher, whose solutions a model first imitates, has the habits that a reasoning
 model is said to have: he checks, repeats, sums up, hesitates; some of his slips he mends when he checks and some run
@@ -31,13 +31,13 @@ OPENING, SYSTEMATIC_SLIP, RANDOM_SLIP, MENDS, ANSWERS_EARLY = 0.5, 0.4, 0.02, 0.
 _WORDS = {
     "en": {
         "check": "check", "so_far": "so far", "filler": "wait let me think again", "opening": "hmm let me think",
-        "answer": "####", "plus": "+", "equals": "=", "gives": ":", "ask": "= ?", "sort": "sort", "insert": "+",
+        "answer": "####", "plus": "+", "equals": "=", "gives": ":", "ask": "= ?", "sort": "sort",
         "rev": "rev", "add": "add", "swap": "swap", "drop": "drop",
     },
     "zh": {
         "check": "检查", "so_far": "目前 为止", "filler": "等等 让 我 再 想 想", "opening": "嗯 让 我 想 想",
         "answer": "答案", "plus": "加", "equals": "得", "gives": "变成", "ask": "等于 几 ？",
-        "sort": "排序", "insert": "插入", "rev": "倒转", "add": "添上", "swap": "交换", "drop": "去掉",
+        "sort": "排序", "rev": "倒转", "add": "添上", "swap": "交换", "drop": "去掉",
     },
 }  # fmt: skip
 
@@ -148,7 +148,7 @@ class Task:
         w = self.words
         if self.family == "sums":
             return f"{state} {w['plus']} {op} {w['equals']} {new}"
-        head = f"{w['insert']} {op}" if self.family == "sort" else self._op_text(op)
+        head = str(op) if self.family == "sort" else self._op_text(op)
         return f"{head} {w['gives']} {self.state_text(new)}".rstrip()
 
     def answer_line(self, text: str) -> str:
@@ -221,8 +221,7 @@ class Task:
             words = line.split()
             return words[2] if len(words) == 5 and words[1] == w["plus"] and words[3] == w["equals"] else None
         head, found, _ = line.partition(w["gives"])
-        head = head.strip()
-        return (head.removeprefix(w["insert"]).strip() if self.family == "sort" else head) if found else None
+        return head.strip() if found else None
 
     # ---- tokens
 
