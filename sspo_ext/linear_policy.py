@@ -145,7 +145,7 @@ def run_policy(
     device, wants_entropy = rows.labels.device, problem.entropy_coef != 0
     tokens = torch.empty(plan.num_rows, dtype=head.acc_dtype, device=device)
     lse = torch.empty_like(tokens, dtype=torch.float64)
-    entropy, sum_p2 = (torch.empty(plan.num_rows * wants_entropy, dtype=head.acc_dtype, device=device) for _ in "ab")
+    entropy = torch.empty(plan.num_rows * wants_entropy, dtype=head.acc_dtype, device=device)
     head.allocate(plan)
 
     def forward(start: int, end: int) -> tuple:
@@ -153,8 +153,8 @@ def run_policy(
         logits = head.logits(hidden)
         if wants_entropy:
             row_ids = head.row_ids[: end - start]
-            out = head.kernels.row_reductions_fwd(logits[None], row_ids, labels, None, head.a, head.c)
-            tokens[start:end], lse[start:end], entropy[start:end], sum_p2[start:end] = out[:4]
+            out = head.kernels.row_reductions_fwd(logits[None], row_ids, labels, None, head.a, head.c, True, False)
+            tokens[start:end], lse[start:end], entropy[start:end] = out[:3]
         else:
             tokens[start:end], lse[start:end] = head.logps(logits, labels)
         return hidden, labels, places, logits
@@ -163,7 +163,7 @@ def run_policy(
         hidden, labels, places, logits = chunk
         if wants_entropy:
             d_entropy = -problem.entropy_coef * problem.scale[start:end]
-            coefs = gradient_coefs(entropy[start:end], sum_p2[start:end], coef, d_entropy, None, None)
+            coefs = gradient_coefs(entropy[start:end], None, coef, d_entropy, None, None)
             row_of, no_lse = head.row_of[: end - start], lse[:0]
             head.kernels.row_reductions_bwd(
                 logits[None], row_of, labels, lse[start:end], None, no_lse, coefs, head.a, head.c, logits[None]

@@ -209,7 +209,7 @@ def _with_reductions(
         sums = reference.step_sums(tokens, layout.weights, layout.step_of_row, layout.num_steps)
         values = reference.row_reductions(logits, layout.rows, ref, a, c)
     else:
-        tokens, *values = ReductionsRoute.apply(logits, ref, layout, a, c, name, inplace_backward)
+        tokens, *values = ReductionsRoute.apply(logits, ref, layout, a, c, (entropy, sum_p2), name, inplace_backward)
         sums = StepSums.apply(tokens, layout, name)
     return StepLogps(
         sums, layout.counts, tokens, values[0] if entropy else None, values[1] if sum_p2 else None,

@@ -67,16 +67,16 @@ def _token_logp_bwd_(logits, row_of, labels, lse, coef, upstream, a, c, backend)
     torch.autograd.graph.increment_version(logits)
 
 
-def _row_reductions_fwd(logits, rows, labels, ref, a, c, backend):
-    return backends.load(backend).row_reductions_fwd(logits, rows, labels, ref, a, c)
+def _row_reductions_fwd(logits, rows, labels, ref, a, c, entropy, sum_p2, backend):
+    return backends.load(backend).row_reductions_fwd(logits, rows, labels, ref, a, c, entropy, sum_p2)
 
 
-def _row_reductions_fwd_fake(logits, rows, labels, ref, a, c, backend):
+def _row_reductions_fwd_fake(logits, rows, labels, ref, a, c, entropy, sum_p2, backend):
     dtype, N = _accumulator(logits.dtype), rows.shape[0]
-    M = 0 if ref is None else N
+    E, P, M = N if entropy else 0, N if sum_p2 else 0, 0 if ref is None else N
     return tuple(
         logits.new_empty(n, dtype=d)
-        for n, d in ((N, dtype), (N, torch.float64), (N, dtype), (N, dtype), (M, dtype), (M, torch.float64))
+        for n, d in ((N, dtype), (N, torch.float64), (E, dtype), (P, dtype), (M, dtype), (M, torch.float64))
     )
 
 
@@ -118,8 +118,8 @@ _REDUCTIONS_BWD = (
 
 row_reductions_fwd = register(
     "row_reductions_fwd",
-    "(Tensor logits, Tensor rows, Tensor labels, Tensor? ref, float a, float c, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor logits, Tensor rows, Tensor labels, Tensor? ref, float a, float c, bool entropy, bool sum_p2, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _row_reductions_fwd,
     _row_reductions_fwd_fake,
 )

@@ -17,24 +17,25 @@ from .layout import StepLayout
 
 
 def gradient_coefs(
-    entropy: Tensor,  # (N,) and so are the others
-    sum_p2: Tensor,
+    entropy: Tensor,  # (N,) and so are the others; not read where no gradient arrives at it
+    sum_p2: Tensor | None,
     d_tokens: Tensor | None,
     d_entropy: Tensor | None,
     d_sum_p2: Tensor | None,
     d_kl: Tensor | None,
 ) -> Tensor:  # (N, 5) of entropy's dtype
     """g, constant, log_p, square and kappa of each row, from what arrives at its log-prob and its reductions."""
-    zeros = torch.zeros_like(entropy)
-    g, d_entropy, d_sum_p2, d_kl = (
-        zeros if d is None else d.to(zeros.dtype) for d in (d_tokens, d_entropy, d_sum_p2, d_kl)
-    )
-    constant = d_kl - d_entropy * entropy - 2 * d_sum_p2 * sum_p2
-    return torch.stack([g, constant, -d_entropy, 2 * d_sum_p2, d_kl], dim=1)
+    given = next(d for d in (d_tokens, d_entropy, d_sum_p2, d_kl) if d is not None)
+    zeros = torch.zeros_like(given, dtype=entropy.dtype)
+    g, d_H, d_s, d_kl_ = (zeros if d is None else d.to(zeros.dtype) for d in (d_tokens, d_entropy, d_sum_p2, d_kl))
+    constant = d_kl_ if d_entropy is None else d_kl_ - d_H * entropy
+    constant = constant if d_sum_p2 is None else constant - 2 * d_s * sum_p2
+    return torch.stack([g, constant, -d_H, 2 * d_s, d_kl_], dim=1)
 
 
 class ReductionsRoute(torch.autograd.Function):
-    """(B, T, V) logits -> tokens, entropy, sum_p2, kl, (N,) each; kl is empty without a reference.
+    """(B, T, V) logits -> tokens, entropy, sum_p2, kl, (N,) each; what is not asked for is empty, as kl without a
+    reference.
 
     One read forward, one read and one write backward; kept beside the logits: two log-sum-exps, H and s a row.
     """
@@ -47,17 +48,18 @@ class ReductionsRoute(torch.autograd.Function):
         layout: StepLayout,
         a: float,
         c: float,
+        wanted: tuple[bool, bool],  # entropy, sum_p2
         backend: str,
         inplace_backward: bool,
     ):
         tokens, lse, entropy, sum_p2, kl, ref_lse = ops.row_reductions_fwd(
-            logits, layout.rows, layout.labels, ref_logits, a, c, backend
+            logits, layout.rows, layout.labels, ref_logits, a, c, *wanted, backend
         )
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(logits, ref_logits, lse, ref_lse, entropy, sum_p2, layout.labels, layout.row_of)
-            ctx.settings = (a, c, backend, inplace_backward)
-        if ref_logits is None:
-            ctx.mark_non_differentiable(kl)
+            ctx.settings = (a, c, wanted, backend, inplace_backward)
+        asked = zip((entropy, sum_p2, kl), (*wanted, ref_logits is not None), strict=True)
+        ctx.mark_non_differentiable(*[value for value, wants in asked if not wants])
         ctx.set_materialize_grads(False)
         return tokens, entropy, sum_p2, kl
 
@@ -65,12 +67,13 @@ class ReductionsRoute(torch.autograd.Function):
     def backward(ctx, d_tokens, d_entropy, d_sum_p2, d_kl):
         upstream = (d_tokens, d_entropy, d_sum_p2, d_kl)
         if all(d is None for d in upstream):
-            return (None,) * 7
+            return (None,) * 8
         refuse_double_backward()
         logits, ref, lse, ref_lse, entropy, sum_p2, labels, row_of = ctx.saved_tensors
-        a, c, backend, inplace_backward = ctx.settings
-        if ref is None:
-            d_kl = None  # compiled, the empty output gets an empty gradient
+        a, c, wanted, backend, inplace_backward = ctx.settings
+        # compiled, an empty output gets an empty gradient
+        d_entropy, d_sum_p2 = d_entropy if wanted[0] else None, d_sum_p2 if wanted[1] else None
+        d_kl = None if ref is None else d_kl
         coefs = gradient_coefs(entropy, sum_p2, d_tokens, d_entropy, d_sum_p2, d_kl)
         args = (logits, row_of, labels, lse, None if d_kl is None else ref, ref_lse, coefs, a, c, backend)
         if inplace_backward:
@@ -78,4 +81,4 @@ class ReductionsRoute(torch.autograd.Function):
             d_logits = logits
         else:
             d_logits = ops.row_reductions_bwd(*args)
-        return d_logits, None, None, None, None, None, None
+        return d_logits, None, None, None, None, None, None, None

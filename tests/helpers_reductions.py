@@ -53,9 +53,12 @@ class ReductionRows:
         (grad,) = torch.autograd.grad(total, x)
         return [v.detach() for v in values], grad
 
-    def run(self, kernels, upstream, out: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    def run(
+        self, kernels, upstream, out: Tensor | None = None, wanted: tuple[bool, bool] = (True, True)
+    ) -> tuple[list[Tensor], Tensor]:
+        """[logp, entropy, sum_p2, kl] and the gradient of the logits; `wanted`: whether entropy and sum_p2 are asked."""
         logp, lse, entropy, sum_p2, kl, ref_lse = kernels.row_reductions_fwd(
-            self.logits, self.rows, self.labels, self.ref, self.a, self.c
+            self.logits, self.rows, self.labels, self.ref, self.a, self.c, *wanted
         )
         assert lse.dtype == ref_lse.dtype == torch.float64
         d = [u * self.varied.to(entropy.dtype) if u else None for u in upstream]
@@ -77,6 +80,11 @@ def check(kernels, case: ReductionRows, name: str, upstream=UPSTREAMS["all"]) ->
     truth, truth_grad = case.truth(torch.float64, upstream)
     torch_values, torch_grad = case.truth(case.logits.dtype, upstream)
     values, grad = case.run(kernels, upstream)
+    wanted = (upstream[1] != 0, upstream[2] != 0)
+    needed, same_grad = case.run(kernels, upstream, wanted=wanted)
+    assert torch.equal(same_grad, grad), "the gradient depends on what else is asked for"
+    for asked, lone, value in zip((True, *wanted, True), needed, values, strict=False):
+        assert torch.equal(lone, value if asked else value[:0]), "a value depends on what else is asked for"
     # sums of terms of the size of an exponent and of log V
     size = max(1.0, (case.a if case.c == 0 else 1.0) * case.logits.double().abs().max().item())
     of_p = size if values[0].dtype == torch.float64 else None  # torch's own error is unknown there: below

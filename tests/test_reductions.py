@@ -244,8 +244,8 @@ def test_a_backend_without_the_kernels(monkeypatch):
 def test_opcheck(backend, dtype):
     batch = random_batch(0, B=2, T=7, dtype=dtype)
     layout, ref = batch.layout, torch.randn(2, 7, 11).to(dtype)
-    for given in (ref, None):
-        args = (batch.logits, layout.rows, layout.labels, given, 0.7, 5.0, backend)
+    for given, *wanted in ((ref, True, True), (None, True, True), (ref, False, False), (None, True, False)):
+        args = (batch.logits, layout.rows, layout.labels, given, 0.7, 5.0, *wanted, backend)
         torch.library.opcheck(ops.row_reductions_fwd, args)
         _, lse, *_, ref_lse = ops.row_reductions_fwd(*args)
         coefs = torch.randn(layout.num_rows, 5)

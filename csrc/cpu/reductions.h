@@ -7,7 +7,12 @@
 // was summed before is moved to the new shift.
 //
 // Backward, per row: p (A + B t + C p) - kappa q, times dz/dx; A, B, C, kappa are numbers of the row.
+//
+// What is asked for most is asked for alone: LEAN is the entropy without a reference, and KL without the entropy with
+// one. Everything else takes all sums.
 #pragma once
+
+#include <type_traits>
 
 #include "rows_common.h"
 
@@ -56,15 +61,15 @@ struct RowSums {
     }
 };
 
-template <bool KL>
+template <bool KL, bool LEAN>
 struct LaneSums {
     F e[2] = {}, et[2] = {}, ee[2] = {}, s[2] = {}, srt[2] = {};
 
     RowSums total() const {
         RowSums sums;
         sums.e = horizontal_sum(e[0] + e[1]);
-        sums.et = horizontal_sum(et[0] + et[1]);
-        sums.ee = horizontal_sum(ee[0] + ee[1]);
+        if (!KL || !LEAN) sums.et = horizontal_sum(et[0] + et[1]);
+        if (!LEAN) sums.ee = horizontal_sum(ee[0] + ee[1]);
         if (KL) {
             sums.s = horizontal_sum(s[0] + s[1]);
             sums.srt = horizontal_sum(srt[0] + srt[1]);
@@ -73,17 +78,17 @@ struct LaneSums {
     }
 };
 
-template <class T, bool CAP, bool KL>
+template <class T, bool CAP, bool KL, bool LEAN>
 RowSums tile_sums(const T* x, const T* y, int64_t n, const Exponent<CAP>& map, const Exp2<kDegree>& exp2_, float shift,
                   float ref_shift) {
     const F shift_x = splat(shift), shift_y = splat(ref_shift);
-    LaneSums<KL> sums;
+    LaneSums<KL, LEAN> sums;
     const auto add = [&](int which, F x_v, F y_v, auto counts) SSPO_INLINE {
         const F t = map.relative(map.map(x_v), shift_x);
         const F e = counts(exp2_(clamp_exponent(t)));
         sums.e[which] += e;
-        sums.et[which] += e * finite_exponent(t);
-        sums.ee[which] += e * e;
+        if (!KL || !LEAN) sums.et[which] += e * finite_exponent(t);
+        if (!LEAN) sums.ee[which] += e * e;
         if (KL) {
             const F r = map.relative(map.map(y_v), shift_y);
             const F s = counts(exp2_(clamp_exponent(r)));
@@ -173,7 +178,7 @@ RowResult row_exact(const Logits& l, const T* x, const T* y) {
     return result;
 }
 
-template <class T, bool CAP, bool KL>
+template <class T, bool CAP, bool KL, bool LEAN>
 RowResult row_result(const Logits& l, const T* x, const T* y, const Exponent<CAP>& map, const Exp2<kDegree>& exp2_) {
     const float low = -__builtin_inff();
     RowSums sums;
@@ -182,7 +187,7 @@ RowResult row_result(const Logits& l, const T* x, const T* y, const Exponent<CAP
     for (int64_t i = 0; i < l.V; i += kTile) {
         const int64_t n = l.V - i < kTile ? l.V - i : kTile;
         RowSums part;
-        const auto sum = [&] { part = tile_sums<T, CAP, KL>(x + i, y + i, n, map, exp2_, shift, ref_shift); };
+        const auto sum = [&] { part = tile_sums<T, CAP, KL, LEAN>(x + i, y + i, n, map, exp2_, shift, ref_shift); };
         const auto fits = [&] { return part.e <= kLateMaximum && part.s <= kLateMaximum; };  // no NaN does
         if (seen && ref_seen) sum();
         if (!seen || !ref_seen || !fits()) {
@@ -224,8 +229,8 @@ void reduce_rows(const ReductionArgs& args, int64_t begin, int64_t end, const Ro
         }
         ((Out*)args.logp)[n] = (Out)logp;
         args.lse[n] = r.lse;
-        ((Out*)args.entropy)[n] = (Out)r.entropy;
-        ((Out*)args.sum_p2)[n] = (Out)r.sum_p2;
+        if (args.entropy) ((Out*)args.entropy)[n] = (Out)r.entropy;
+        if (args.sum_p2) ((Out*)args.sum_p2)[n] = (Out)r.sum_p2;
         if (!args.ref.data) continue;
         ((Out*)args.kl)[n] = (Out)r.kl;
         args.ref_lse[n] = r.ref_lse;
@@ -237,9 +242,14 @@ void reductions_fwd_rows(const ReductionArgs& args, int64_t begin, int64_t end) 
     const Logits& l = args.logits;
     const Exponent<CAP> map(l);
     const Exp2<kDegree> exp2_;
+    const bool lean = !args.sum_p2 && !(args.ref.data && args.entropy);
     const auto row = [&](const T* x, const T* y) {
         if (!(map.k_value > 0)) return row_exact(l, x, y);
-        return y ? row_result<T, CAP, true>(l, x, y, map, exp2_) : row_result<T, CAP, false>(l, x, x, map, exp2_);
+        if (lean)
+            return y ? row_result<T, CAP, true, true>(l, x, y, map, exp2_)
+                     : row_result<T, CAP, false, true>(l, x, x, map, exp2_);
+        return y ? row_result<T, CAP, true, false>(l, x, y, map, exp2_)
+                 : row_result<T, CAP, false, false>(l, x, x, map, exp2_);
     };
     reduce_rows<T, float>(args, begin, end, row, [&](double x) { return map.z(l, x); });
 }
@@ -289,11 +299,11 @@ inline double element_grad(const Logits& l, const RowCoefs& r, double z, double 
 }
 
 // Numbers of the row in the units of the vectors.
-template <bool CAP>
+template <class T, bool CAP>
 struct GradRow {
     float shift, ref_shift;
     F constant, log_p, square;
-    Exp2<kDegree> exp2_, ref_exp2;
+    Exp2<kGradDegree<T>> exp2_, constant_exp2, ref_exp2;
 
     static float shift_of(const Logits& l, const Exponent<CAP>& map, double lse, double* rounding) {
         const double exact = map.to_shift(lse / (CAP ? l.c : l.a));
@@ -313,18 +323,25 @@ struct GradRow {
           log_p(splat((float)(slope * r.log_p * kLn2))),
           square(splat((float)(slope * r.square))),
           exp2_(exp2(off)),
+          constant_exp2(slope * (r.constant - r.g) * exp2(off)),
           ref_exp2(slope * r.kappa * exp2(ref_off)) {}
 };
 
-template <class T, bool CAP, bool STREAM, bool KL>
+// LEAN, without a reference: C = 0; with one: B = C = 0.
+template <class T, bool CAP, bool STREAM, bool KL, bool LEAN>
 void reduction_grad_elements(const T* x, const T* y, T* out, int64_t n, const Exponent<CAP>& map,
-                             const GradRow<CAP>& row) {
+                             const GradRow<T, CAP>& row) {
     const F shift = splat(row.shift), ref_shift = splat(row.ref_shift);
     const auto grad = [&](F x_v, F y_v) SSPO_INLINE {
         const F m = map.map(x_v);
         const F t = map.relative(m, shift);
-        const F p = row.exp2_(t);
-        F d = p * (row.square * p + (row.log_p * finite_exponent(t) + row.constant));
+        F d;
+        if (KL && LEAN) {
+            d = row.constant_exp2(t);
+        } else {
+            const F p = row.exp2_(t), linear = row.log_p * finite_exponent(t) + row.constant;
+            d = p * (LEAN ? linear : row.square * p + linear);
+        }
         if (KL) d -= row.ref_exp2(map.relative(map.map(y_v), ref_shift));
         return CAP ? d * (1.0f - m * m) : d;
     };
@@ -378,15 +395,16 @@ void reductions_bwd_rows(const ReductionGradArgs& args, int64_t begin, int64_t e
         if (r.label != sspo::kNoLabel)
             label_value =
                 element_grad(l, r, map.z(l, to_double(x[r.label])), y ? map.z(l, to_double(y[r.label])) : 0, true);
-        const GradRow<CAP> row(l, map, r);
-        if (y && args.stream)
-            reduction_grad_elements<T, CAP, true, true>(x, y, out, l.V, map, row);
-        else if (y)
-            reduction_grad_elements<T, CAP, false, true>(x, y, out, l.V, map, row);
-        else if (args.stream)
-            reduction_grad_elements<T, CAP, true, false>(x, y, out, l.V, map, row);
-        else
-            reduction_grad_elements<T, CAP, false, false>(x, y, out, l.V, map, row);
+        const GradRow<T, CAP> row(l, map, r);
+        const bool lean = r.square == 0 && !(y && r.log_p != 0);
+        constexpr std::true_type yes;
+        constexpr std::false_type no;
+        const auto elements = [&](auto stream, auto kl, auto is_lean) {
+            reduction_grad_elements<T, CAP, stream, kl, is_lean>(x, y, out, l.V, map, row);
+        };
+        const auto with_kl = [&](auto stream, auto kl) { lean ? elements(stream, kl, yes) : elements(stream, kl, no); };
+        const auto with_stream = [&](auto stream) { y ? with_kl(stream, yes) : with_kl(stream, no); };
+        args.stream ? with_stream(yes) : with_stream(no);
         if (r.label != sspo::kNoLabel) from_double(label_value, out + r.label);
     }
     if (args.stream) store_fence();

@@ -317,9 +317,12 @@ def row_reductions_fwd(
     ref: torch.Tensor | None,  # the reference's logits: dtype, shape and map of the logits
     a: float,
     c: float,
+    wants_entropy: bool = True,
+    wants_sum_p2: bool = True,
 ) -> tuple[torch.Tensor, ...]:
     """logp, lse as `token_logp_fwd`; entropy, sum of p^2 and KL(ref || p), (N,) float32; the reference's lse, (N,)
-    float64. The last two are empty without a reference."""
+    float64. What is not asked for is empty (and computed: memory is what a row waits for), as the last two are without
+    a reference."""
     assert a > 0 and c >= 0, (a, c)
     assert ref is None or (ref.shape == logits.shape and ref.dtype == logits.dtype)
     N, (_, T, V) = rows.shape[0], logits.shape
@@ -337,4 +340,4 @@ def row_reductions_fwd(
             a, *two_floats(factor), factor * LOG2E.value,
             SOFTCAP=c != 0, HAS_REF=ref is not None, REF_ALIGNED=lies_alike(logits, other, launch["VEC"]), **launch,
         )  # fmt: skip
-    return out
+    return (logp, lse, entropy if wants_entropy else entropy[:0], sum_p2 if wants_sum_p2 else sum_p2[:0], kl, ref_lse)
