@@ -23,10 +23,13 @@ from typing import Any
 FAMILIES = ("sums", "letters", "sort")
 LANGUAGES = ("en", "zh")
 
-# The teacher's habits. Redundant lines after a needed one: how many, and which.
-REDUNDANT_COUNTS = ((0, 0.2), (1, 0.35), (2, 0.3), (3, 0.15))
+# The teacher's habits. Redundant lines after a needed one: how many, and which. The lines that sorting needs are long
+# themselves, so there he has to talk more to be as wordy.
+_COUNTS = ((0, 0.2), (1, 0.35), (2, 0.3), (3, 0.15))
+REDUNDANT_COUNTS = {"sums": _COUNTS, "letters": _COUNTS, "sort": ((0, 0.1), (1, 0.45), (2, 0.3), (3, 0.15))}
 REDUNDANT_KINDS = (("check", 0.35), ("repeat", 0.2), ("so_far", 0.25), ("filler", 0.2))
-OPENING, SYSTEMATIC_SLIP, RANDOM_SLIP, MENDS, ANSWERS_EARLY = 0.5, 0.4, 0.02, 0.6, 0.08
+OPENING = {"sums": 0.5, "letters": 0.5, "sort": 0.65}
+SYSTEMATIC_SLIP, RANDOM_SLIP, MENDS, ANSWERS_EARLY = 0.4, 0.02, 0.6, 0.08
 
 _WORDS = {
     "en": {
@@ -116,7 +119,7 @@ class Task:
         habit = None
         if self.family == "sums" and op % 10 >= 7 and state % 10 + op % 10 >= 10:
             habit = right - 10  # the carry is lost
-        elif self.family == "sort" and right.index(op) not in (0, len(right) - 1) and op % 2:
+        elif self.family == "sort" and right.index(op) not in (0, len(right) - 1):
             habit = (*state, op)  # put at the end
         elif self.family == "letters" and op[0] == "rev" and len(state) > 3:
             habit = (state[-1], *state[1:-1], state[0])  # only the ends change places
@@ -166,12 +169,12 @@ class Task:
     def demonstration(self, problem: Problem, rng: random.Random) -> list[str]:
         """The teacher's solution: verbose, sometimes early with the answer, sometimes wrong."""
         w, state = self.words, problem.start
-        lines = [w["opening"]] if rng.random() < OPENING else []
+        lines = [w["opening"]] if rng.random() < OPENING[self.family] else []
         for k, op in enumerate(problem.ops):
             new = self.slip(state, op, rng)
             needed = self.line(state, op, new)
             lines.append(needed)
-            for _ in range(_draw(REDUNDANT_COUNTS, rng)):
+            for _ in range(_draw(REDUNDANT_COUNTS[self.family], rng)):
                 if rng.random() < ANSWERS_EARLY:
                     return [*lines, self.answer_line(self.state_text(self._fold(new, problem.ops[k + 1 :])))]
                 kind = _draw(REDUNDANT_KINDS, rng)
