@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks.compression.arms import ARMS, DECISIVE, ShuffledValues, ZeroValues
 from benchmarks.compression.pairs import PairArm, _forward, train_pairs
 from benchmarks.compression.report import _accuracy, best_penalty, write_report
+from benchmarks.compression.verdicts import difference, verdicts
 from sspo_ext.demo.arms import load_start, make_trainer
 from sspo_ext.demo.tasks import Task
 from sspo_ext.train.sspo_trainer import SSPOTrainer
@@ -65,6 +66,32 @@ def test_report(tmp_path):
     assert (tmp_path / "sums-en.png").exists() and (tmp_path / "RESULTS.md").read_text() == text
     assert best_penalty({}) is None
     assert _accuracy([[1, 1, 1]]) == "1.000 ± 0.000"
+
+
+def runs_of(arm: str, tokens: int, *seeds: list[int]) -> list[dict]:
+    numbers = [{"correct": bits, "tokens": [tokens] * len(bits), "skipped": [0] * len(bits)} for bits in seeds]
+    return [{"arm": arm, "seed": seed, "greedy": n, "sampled": n} for seed, n in enumerate(numbers)]
+
+
+def test_verdicts():
+    """Differences are taken problem by problem: these two arms are right on the same share of other problems."""
+    ours, others = runs_of("sspo-0", 10, [1, 1, 0, 0], [1, 1, 0, 1]), runs_of("rloo", 20, [1, 0, 0, 0], [1, 0, 1, 0])
+    mean, error, single = difference(ours, others, "greedy", "correct")
+    # by problem: 1 - 1, 1 - 0, 0 - 1/2, 1/2 - 0
+    assert mean == pytest.approx(0.25) and single == [0.25, 0.25]
+    assert error == pytest.approx(1.96 * (1.25 / 3 / 4) ** 0.5)
+    arms = {"sspo-0": ours, "rloo": others, "start": runs_of("start", 20, [0, 0, 0, 0])}
+    text = verdicts({("sums", "en"): arms})
+    assert "| sums, en | lambda 0 | **-50%** | **-50%** | +0.250 ± 0.633 [+0.250, +0.250] |" in text
+    assert text.splitlines()[2].endswith("| - | - |")  # nothing to compare with
+    arms["sspo-0-shuffled"] = runs_of("sspo-0-shuffled", 20, [0, 0, 0, 0])
+    arms["rloo"] = runs_of("rloo", 20, [1, 1, 1, 1])
+    found = verdicts({("sums", "en"): arms}).splitlines()[2]
+    assert "| -0.375 ± 0.469 [-0.500, -0.250] |" in found
+    arms["rloo"] = runs_of("rloo", 20, [1, 1, 1, 1], [1, 1, 1, 1])
+    arms["sspo-0"] = runs_of("sspo-0", 19, [0, 0, 0, 0])
+    found = verdicts({("sums", "en"): arms}).splitlines()[2]
+    assert "| -5% | -5% | *-1.000 ± 0.000 [-1.000, -1.000]*" in found
 
 
 def test_pair_form(trainers):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .arms import ARMS
+from .verdicts import verdicts
 
 _PENALTIES = [name for name in ARMS if name.startswith("penalty")]
 HEADER = (
@@ -43,6 +44,7 @@ def write_report(folder: Path, command: str) -> str:
         "compare with before anything is said of the values.",
         f"{_cpu()}, torch {torch.__version__}.",
     ]
+    parts += ["## What SSPO adds", verdicts(tasks)]
     for (family, language), arms in sorted(tasks.items()):
         parts += [f"## {family}, {language}", _table(arms), f"![{family}, {language}]({family}-{language}.png)"]
         _draw(arms, folder / f"{family}-{language}.png", f"{family}, {language}")
