@@ -6,8 +6,8 @@ import math
 
 HEADER = (
     "| task | arm | tokens, greedy | sampled | accuracy less RLOO's, greedy | sampled | skipped less the start's, "
-    "greedy | sampled | accuracy less shuffled V's, greedy | sampled |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    "greedy | sampled | skip a step, greedy (of these right) | accuracy less shuffled V's, greedy | sampled |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 NOTE = (
     "Tokens: change from the start model (asked: -45 % or more). Differences ± 1.96 standard errors over the same "
@@ -32,6 +32,7 @@ def verdicts(tasks: dict[tuple[str, str], dict[str, list[dict]]]) -> str:
                 (f"{name}-shuffled", "correct", 1),
             ):
                 cells += [_difference(arms, name, other, how, key, sign) for how in ("greedy", "sampled")]
+                cells += [_skips(arms[name])] * (key == "skipped")
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", NOTE])
 
@@ -59,6 +60,13 @@ def _difference(arms, name: str, other: str, how: str, key: str, sign: int) -> s
     if abs(mean) <= error:
         return text
     return f"**{text}**" if mean * sign > 0 else f"*{text}*"
+
+
+def _skips(runs: list[dict]) -> str:
+    """Share of the solutions that leave out a needed step, and how many of these are right all the same."""
+    pairs = [pair for run in runs for pair in zip(run["greedy"]["skipped"], run["greedy"]["correct"], strict=True)]
+    right = [correct for skipped, correct in pairs if skipped]
+    return f"{len(right) / len(pairs):.3f} ({sum(right) / len(right):.0%})" if right else "0"
 
 
 def _tokens(arms, name: str, how: str) -> str:
