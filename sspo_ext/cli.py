@@ -81,8 +81,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--overflow", default="drop", choices=("drop", "cut", "error"), help="what happens to longer rows")
 
     add = parser.add_argument_group("loss").add_argument
-    add("--loss-type", default="sigmoid", help="see sspo_ext.heads")
-    add("--beta", type=float, help="reward scale (default: the loss type's)")
+    add("--loss-type", nargs="+", default=["sigmoid"], metavar="NAME", help="of docs/losses.md; several are added up")
+    add("--loss-weights", nargs="+", type=float, metavar="WEIGHT", help="one for each loss type (default: 1 each)")
+    add("--beta", type=float, help="reward scale (default: each loss type's)")
     add("--label-smoothing", type=float, default=0.0, help="probability that a pair's order is wrong")
     add("--loss-option", type=_assignment, action="append", default=[], metavar="NAME=VALUE", help="as simpo_gamma=0.5")
     add("--reference-free", action="store_true", help="no reference model")
@@ -139,14 +140,13 @@ def _rl(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from .heads import get_pair_head
+    from .pair_spec import checked_options, chosen_heads
     from .signals.split import split_text
     from .train.data import load_preference_rows
 
     # What can be wrong is looked at in the order of what it costs: arguments, rows, then the model.
-    head = get_pair_head(options.loss_type)
     loss_options = dict(options.loss_option)
-    head.check_options(head.options["beta"] if options.beta is None else options.beta, loss_options)
+    checked_options(chosen_heads(options.loss_type, options.loss_weights), options.beta, loss_options)
     split_text("", options.split_by)
     checkpoint = _checkpoint(options)
     rows = load_preference_rows(options.data)
@@ -172,6 +172,7 @@ def _train(options: argparse.Namespace) -> None:
     args = StepPreferenceConfig(
         output_dir=options.output_dir,
         loss_type=options.loss_type,
+        loss_weights=options.loss_weights,
         beta=options.beta,
         label_smoothing=options.label_smoothing,
         loss_options=loss_options or None,

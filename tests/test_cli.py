@@ -99,6 +99,7 @@ def test_train_evaluate_save_and_resume(model, data, tmp_path, capsys):
     [
         ("--lora-r", "2", "--packing"),
         ("--loss-type", "simpo", "--loss-option", "simpo_gamma=0.3", "--pairing", "branch"),
+        ("--loss-type", "sigmoid", "sft", "--loss-weights", "1", "0.2"),
         (
             "--loss-type",
             "ipo",
@@ -124,6 +125,8 @@ def test_options_run(model, data, tmp_path, more):
         (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--model", "no-such-folder/at-all"), "no-such-folder/at-all"),
         (("--loss-type", "dpo"), "loss_type: expected one of 'sigmoid'"),
+        (("--loss-type", "sigmoid", "kto"), "loss_type: 'kto' needs more than a pair at a time"),
+        (("--loss-type", "sigmoid", "sft", "--loss-weights", "1"), "loss_weights: expected 2 numbers"),
         (("--loss-option", "gamma=1"), "gamma: "),
         (("--beta", "0"), "beta: "),
         (("--split-by", "newlines"), "'newlines' is none of"),

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from .. import StepLogps, StepPrefOutput, linear_step_pref_loss, step_pref_loss
 from ..backends import select
-from ..heads import get_pair_head
 from ..hf import forward_hidden, model_head
 from ..layout import TensorBundle
+from ..pair_spec import checked_options, chosen_heads
 from .collator import StepPreferenceCollator
 from .means import Means
 from .models import load_model
@@ -36,11 +36,17 @@ class StepPreferenceConfig(TrainingArguments):
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "True hides a NaN loss from the log."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many updates."})
-    loss_type: str = field(default="sigmoid", metadata={"help": "sigmoid, hinge, ipo or simpo (sspo_ext.heads)."})
+    loss_type: str | list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": "A pair loss of docs/losses.md, or several, which are added up."},
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "What each loss type counts; None is 1 each."}
+    )
     beta: float | None = field(default=None, metadata={"help": "Reward scale; None is the loss type's own default."})
     label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a pair's order is wrong."})
     loss_options: dict | None = field(
-        default=None, metadata={"help": "The loss type's other options, {'simpo_gamma': 0.5}."}
+        default=None, metadata={"help": "The loss types' other options, {'simpo_gamma': 0.5}."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Logits are divided by it."})
     reference_free: bool = field(default=False, metadata={"help": "No reference model: rewards are beta * log pi."})
@@ -55,6 +61,11 @@ class StepPreferenceConfig(TrainingArguments):
         default=None,
         metadata={"help": "Logits route: write the gradient over the logits; None does where the backend can."},
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
 
 
 class StepPreferenceTrainer(Trainer):
@@ -100,10 +111,11 @@ class StepPreferenceTrainer(Trainer):
             raise ValueError(
                 "compute_metrics: expected None, since evaluation keeps no logits; it returns the loss's metrics"
             )
-        head = get_pair_head(args.loss_type)
-        head.check_options(head.options["beta"] if args.beta is None else args.beta, args.loss_options or {})
-        if args.reference_free and head.reference == "required":
-            raise ValueError(f"reference_free: expected False, since loss_type {args.loss_type!r} needs a reference")
+        heads = chosen_heads(args.loss_type, args.loss_weights)
+        checked_options(heads, args.beta, args.loss_options or {})
+        needing = [head.name for head, _ in heads if head.reference == "required"]
+        if args.reference_free and needing:
+            raise ValueError(f"reference_free: expected False, since loss_type {needing[0]!r} needs a reference")
         if isinstance(model, (str, os.PathLike)):
             model, tokenizer = load_model(model)
             processing_class = processing_class or tokenizer
@@ -116,7 +128,7 @@ class StepPreferenceTrainer(Trainer):
             data_collator = StepPreferenceCollator(
                 0 if pad is None else pad, packed=args.packing, flash_attention=uses_flash_attention(model)
             )
-        named = ("loss_type", "beta", "label_smoothing", "temperature")
+        named = ("loss_type", "loss_weights", "beta", "label_smoothing", "temperature")
         self._loss_options = {**{name: getattr(args, name) for name in named}, **(args.loss_options or {})}
         self._means = {"train": Means(), "eval": Means()}
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **trainer_kwargs)
@@ -125,7 +137,7 @@ class StepPreferenceTrainer(Trainer):
         self.route = choose_route(self.model, args.route, args.device)
         if args.packing:
             self._check_packing(train_dataset if train_dataset is not None else eval_dataset)
-        if not args.reference_free and head.reference != "forbidden":
+        if not args.reference_free and any(head.reference != "forbidden" for head, _ in heads):
             self._add_references()
 
     def preference_loss(self, model: nn.Module, batch: dict, num_items: float | Tensor | None) -> StepPrefOutput:
