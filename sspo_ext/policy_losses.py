@@ -129,9 +129,9 @@ def step_policy_loss(
         kl_coef, kl_estimator: KL term, 'k1', 'k2' or 'k3'; differentiated as it stands, so that k1's gradient is zero
             on average, and k2's that of KL(pi || ref).
         entropy_coef: bonus on the entropy of each scored row.
-        aggregation: 'token': mean over all tokens (DAPO); 'step': mean within a step, then over steps; 'sequence': mean
-            within a sequence, then over sequences (GRPO); 'sum'. Steps and sequences in which nothing counts are left
-            out. Head, KL and entropy share it.
+        aggregation: 'token': mean over all tokens of the batch (DAPO in TRL and verl); 'step': mean within a step, then
+            over steps; 'sequence': mean within a sequence, then over sequences (GRPO); 'sum'. Steps and sequences in
+            which nothing counts are left out. Head, KL and entropy share it.
         num_items: divides instead of the number of tokens, steps or sequences in this batch (a global one, under
             gradient accumulation or data parallel); with 'sum' any constant (B * max_completion_length: Dr. GRPO). A
             number or a 0-dim tensor.

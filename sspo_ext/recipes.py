@@ -56,6 +56,16 @@ RECIPES: list[tuple[str, str, str, str]] = [
         "Monte Carlo values at segment boundaries, old log-probs",
     ),
     (
+        "DAPO, its loss",
+        '`step_policy_loss(..., loss_type="ppo", epsilon=0.2, epsilon_high=0.28, aggregation="token", num_items=)` the '
+        "update's tokens, on GRPO's advantages, without KL. Its paper divides by the tokens of each prompt's group and "
+        "averages over prompts; TRL and verl divide by all tokens of a batch, and so does this. Dynamic sampling and "
+        "the reward for overlong answers are the sampler's",
+        'arXiv 2503.14476, eq. 8 and section 4.1; TRL\'s `loss_type="dapo"`, which tests/test_parity_policy.py holds '
+        "it against; verl's `loss_agg_mode`",
+        "advantages, old log-probs",
+    ),
+    (
         "RTO",
         "`step_policy_loss` with (N,) advantages from its token rewards (clipped log-ratios of a frozen DPO model, plus "
         "the reward at the end)",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_not_negative, check_positive
+from ._checks import check_not_negative, check_positive, check_shape
 from .heads.numerics import logistic
 from .layout import StepLayout
 from .logps import StepLogps
@@ -56,11 +56,13 @@ def direct_advantage_loss(
 
 @loss_function(
     "oreo",
-    formula="(sg V_k - R + beta (u_k + sg sum_{j>k} u_j))^2 + kl_coef mean_t KL(ref || pi)",
-    source="OREO (arXiv 2412.16145), policy form with step-level values; defaults are those of its released trainer",
+    formula="(sg V_k - R + beta (u_k + sg sum_{j>k} u_j))^2 + kl_coef mean_t KL_t",
+    source="OREO (arXiv 2412.16145), eq. 9, its step-level variant, with the paper's beta. The paper, and its authors' "
+    "scripts, regularise by KL(pi || ref), with a coefficient of 0.01 for tokens and 0.1 for steps, and average in "
+    "each sequence first: pass that divergence as `kl=`, since `StepLogps.kl` is KL(ref || pi)",
     use="offline multi-step reasoning with a value per step and an outcome",
     unit="step",
-    needs="values (S,), outcome rewards (B,), reference; `StepLogps.kl` where kl_coef is not 0",
+    needs="values (S,), outcome rewards (B,), reference; `kl=` or `StepLogps.kl` where kl_coef is not 0",
 )
 def oreo_loss(
     logps: StepLogps,
@@ -71,13 +73,21 @@ def oreo_loss(
     ref: StepLogps | Tensor | None = None,
     beta: float = 0.03,
     kl_coef: float = 0.0,
+    kl: Tensor | None = None,  # (N,) divergence of each scored token, with gradient
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
 ) -> StepLossOutput:
     """OREO's policy loss: each step's log-ratio takes up what value, outcome and later steps leave unexplained.
 
-    kl_coef times the mean over scored tokens of KL(reference || pi) is added to a mean; it needs log-probs made with
-    `kl_ref_logits=` (or `kl_ref_hidden=`). ValueError without them.
+    kl_coef times the mean of a divergence over this batch's scored tokens is added. The paper's is KL(pi || ref), which
+    no fused reduction makes: pass it as `kl`, at the price of its own (N, V). Without `kl` it is `logps.kl`, KL(ref ||
+    pi), of log-probs made with `kl_ref_logits=` (or `kl_ref_hidden=`). ValueError where neither is there.
+
+    Example::
+
+        >>> rows = layout.rows.long()
+        >>> p, q = (x.flatten(0, 1)[rows].log_softmax(-1) for x in (logits, ref_logits))
+        >>> oreo_loss(logps, layout, values, rewards, ref=ref, kl_coef=0.1, kl=(p.exp() * (p - q)).sum(-1))
     """
     u, outcome, grid = _oreo_parts(logps, layout, rewards, ref, beta)
     check_not_negative("kl_coef", kl_coef)
@@ -86,10 +96,13 @@ def oreo_loss(
     valid = layout.counts > 0
     loss, losses = reduce_units(torch.square(residual), valid, None, reduction, num_items)
     metrics = {"rewards/mean": masked_mean(beta * u, valid)}
+    if kl is not None:
+        check_shape("kl", kl, (layout.num_rows,))
+    kl = logps.kl if kl is None else kl
+    if kl_coef and kl is None:
+        raise ValueError("logps: expected .kl beside kl_coef (step_logps(..., kl_ref_logits=)), or kl=, got None")
     if kl_coef:
-        if logps.kl is None:
-            raise ValueError("logps: expected .kl beside kl_coef (step_logps(..., kl_ref_logits=)), got None")
-        kl = logps.kl.sum() / max(layout.num_rows, 1)
+        kl = kl.to(loss.dtype).sum() / max(layout.num_rows, 1)
         loss = loss + kl_coef * kl
         metrics["kl"] = kl.detach()
     return StepLossOutput(loss, losses.detach(), beta * u.detach(), metrics)

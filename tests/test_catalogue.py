@@ -50,7 +50,7 @@ def test_the_methods_that_were_asked_for_are_present_or_explained():
         "Step-DPO", "Step-Controlled DPO", "SVPO", "Segment-supervised", "Full-Step-DPO", "TDPO1", "TDPO2", "TGDPO",
         "LD-DPO", "OREO", "Direct Advantage", "DVO", "RTO", "SPO-chain", "PRIME", "From r to Q*", "TRPA", "TARS",
         "cDPO", "Robust DPO", "SLiC", "IPO", "EXO", "NCA", "BCO", "KTO", "APO-zero", "APO-down", "SPPO", "DiscoPOP",
-        "AOT", "f-DPO", "SimPO", "CPO", "ORPO", "ASFT", "TPO", "SRPO", "WPO", "Flex-DPO",
+        "AOT", "f-DPO", "SimPO", "CPO", "ORPO", "ASFT", "TPO", "SRPO", "WPO", "Flex-DPO", "DAPO",
     ):  # fmt: skip
         assert method in page, method
 

@@ -114,6 +114,28 @@ def test_oreo_with_exact_kl():
         oreo_loss(replace(logps, kl=None), layout, *args, ref=t(0.0, 0.0), kl_coef=0.5)
 
 
+def test_oreo_with_the_papers_kl():
+    """pi = (3/4, 1/4), ref = (1/2, 1/2): KL(pi || ref) = 3/4 ln 3/2 + 1/4 ln 1/2; the fused one is KL(ref || pi)."""
+    layout = StepLayout.from_step_ids(torch.zeros(1, 3).long(), torch.tensor([[-1, 0, 1]]))
+    logits, ref_logits = t(3.0, 1.0).log().repeat(1, 3, 1).requires_grad_(), torch.zeros(1, 3, 2, dtype=F64)
+    logps = step_logps(logits, layout, kl_ref_logits=ref_logits)
+    args = (logps, layout, t(0.0, 0.0), t(0.0))
+    p, q = (x.flatten(0, 1)[layout.rows.long()].log_softmax(-1) for x in (logits, ref_logits))
+    kl = (p.exp() * (p - q)).sum(-1)
+    plain, fused, paper = (oreo_loss(*args, ref=t(0.0, 0.0), **more) for more in (
+        {}, {"kl_coef": 0.5}, {"kl_coef": 0.5, "kl": kl}
+    ))  # fmt: skip
+    assert (fused.loss - plain.loss).item() == pytest.approx(0.5 * math.log(2 / math.sqrt(3)))
+    assert (paper.loss - plain.loss).item() == pytest.approx(0.5 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5)))
+    assert paper.metrics["kl"].item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    (gradient,) = torch.autograd.grad(paper.loss - plain.loss, logits)
+    # d KL / d z_1 = p_1 p_2 ln 3, a mean over two tokens, times .5; nothing after the last row
+    row = 0.5 / 2 * 3 / 16 * math.log(3)
+    assert gradient.flatten().tolist() == pytest.approx([row, -row] * 2 + [0.0, 0.0])
+    with pytest.raises(ValueError, match=r"kl: expected shape \(2,\)"):
+        oreo_loss(*args, ref=t(0.0, 0.0), kl_coef=0.5, kl=kl[None])
+
+
 def test_implicit_prm_by_hand():
     # U = -3 and -4 + 6 = 2, beta .5: -1.5, 1 ; outcomes 1, 0: softplus(1.5), softplus(1)
     logps, layout = made([[-1.0], [-2.0]], [[-4.0]])
