@@ -6,8 +6,10 @@ they are made.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +22,9 @@ def load_grader(name: str) -> Grader:
 
     * "exact" or "exact:MARKER": 1 if the text after the last MARKER (default "####", else the last line that is not
       blank) is the answer, white space aside;
-    * "math-verify": 1 if the two are the same mathematics (package math-verify, which needs the main thread);
+    * "math-verify": 1 if the two are the same mathematics (package math-verify, which needs the main thread). An answer
+      without $, \\( \\), \\[ \\] or \\boxed is LaTeX as a whole, "\\sqrt{2}"; a completion is read as math-verify reads it:
+      numbers in plain text, all else between such delimiters. ValueError for an answer without mathematics;
     * "reasoning-gym": the dataset's own score in [0, 1] of the text after the last "####"; the answer is the
       dataset's entry, {"question", "answer", "metadata": {"source_dataset", ...}} (package reasoning-gym);
     * "package.module:function": your own.
@@ -84,8 +88,17 @@ def grade(grader: Grader, prompt: str, completion: str, answer: Any) -> float:
 def _math_verify() -> Grader:
     from math_verify import parse, verify
 
+    @functools.lru_cache(4096)  # a group's completions share their answer
+    def gold(text: str) -> list:
+        bare = re.search(r"\$|\\boxed|\\[(\[]", text) is None
+        found = parse(f"${text}$" if bare else text) or parse(text)
+        if not found:
+            raise ValueError(f"answer: math-verify reads no mathematics in {text!r}")
+        return found
+
     def same_mathematics(prompt: str, completion: str, answer: Any) -> float:
-        return float(verify(parse(answer_text(answer)), parse(completion)))
+        # "\$" is dollars to LaTeX, and to math-verify the beginning of a formula that never ends
+        return float(verify(gold(answer_text(answer).replace("\\$", "")), parse(completion)))
 
     return same_mathematics
 
