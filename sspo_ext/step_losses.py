@@ -57,9 +57,9 @@ def direct_advantage_loss(
 @loss_function(
     "oreo",
     formula="(sg V_k - R + beta (u_k + sg sum_{j>k} u_j))^2 + kl_coef mean_t KL_t",
-    source="OREO (arXiv 2412.16145), eq. 9, its step-level variant, with the paper's beta. The paper, and its authors' "
-    "scripts, regularise by KL(pi || ref), with a coefficient of 0.01 for tokens and 0.1 for steps, and average in "
-    "each sequence first: pass that divergence as `kl=`, since `StepLogps.kl` is KL(ref || pi)",
+    source="OREO (arXiv 2412.16145), eq. 9, its step-level variant, with the paper's beta. The paper regularises by "
+    "KL(pi || ref), by 0.01 for tokens and 0.1 for steps, as its authors' scripts do, and averages in each sequence "
+    "first: pass that divergence as `kl=`, since `StepLogps.kl` is KL(ref || pi)",
     use="offline multi-step reasoning with a value per step and an outcome",
     unit="step",
     needs="values (S,), outcome rewards (B,), reference; `kl=` or `StepLogps.kl` where kl_coef is not 0",
