@@ -1,11 +1,17 @@
 """Graders: what counts as the same answer, and how the answers of a probe are handed to them.
 
-Mutations of sspo_ext/train/grade.py that turned a test red: see the end of each test's docstring.
+Mutations of sspo_ext/train/grade.py that turned a test red: gold answers parsed as they are (9 cases of
+test_math_verify*); probe answers graded only with the probe's text before them
+(test_ready_made_graders_take_them_after_any_probe, test_the_trainers_default_grader_and_probe_agree).
 """
 
 import pytest
 
-from sspo_ext.train.grade import load_grader
+pytest.importorskip("transformers")
+from helpers_rl import make_tokenizer, make_trainer
+
+from sspo_ext.signals import PROBES, Probe
+from sspo_ext.train.grade import answer_grader, load_grader
 
 HALF = "\\frac{1}{2}"
 
@@ -45,3 +51,48 @@ def test_math_verify_refuses_an_answer_without_mathematics():
     for answer in ("", "$$"):
         with pytest.raises(ValueError, match="answer: math-verify reads no mathematics in"):
             load_grader("math-verify")("", "$2$", answer)
+
+
+class TestAnswersOfAProbe:
+    """What `sspo-ext trace` and SSPOTrainer hand a grader in graded mode, and what a snippet of your own can."""
+
+    @pytest.mark.parametrize("probe", (None, *PROBES.values(), Probe("So what is it:")))
+    @pytest.mark.parametrize("name", ("exact", "exact:答案", "math-verify"))
+    def test_ready_made_graders_take_them_after_any_probe(self, name, probe):
+        if name == "math-verify":
+            pytest.importorskip("math_verify")
+        grade = answer_grader(load_grader(name), probe)
+        assert grade("26", "26") == 1.0 and grade("25", "26") == 0.0
+
+    def test_the_probes_text_is_part_of_a_completion(self):
+        seen = []
+
+        def boxed(prompt, completion, answer):
+            seen.append((prompt, completion))
+            return float(completion.endswith(f"\\boxed{{{answer}}}"))
+
+        assert answer_grader(boxed, Probe("\\boxed{", separator=""))("26}", "26", "6 + 20?") == 1.0
+        assert seen == [("6 + 20?", "26}"), ("6 + 20?", "\\boxed{26}")]
+
+    def test_several_accepted_answers(self):
+        grade = answer_grader(load_grader("exact"))
+        assert grade("so\n#### 七", ["7", "七"]) == 1.0 and grade("#### 8", ["7", "七"]) == 0.0
+        with pytest.raises(TypeError, match="grader: expected a number, got None"):
+            answer_grader(lambda *a: None)("26", "26")
+
+    def test_the_trainers_default_grader_and_probe_agree(self, tmp_path, monkeypatch):
+        from sspo_ext.signals import graded
+        from sspo_ext.train.experience import Rollout
+
+        tokenizer = make_tokenizer()
+        said = iter(["26", "25"] * 4)
+        monkeypatch.setattr(
+            graded, "sample_branches", lambda *a, **o: [[tokenizer(next(said)).input_ids] for _ in a[2]]
+        )
+        trainer = make_trainer(
+            tmp_path, tokenizer=tokenizer, reward_func=load_grader("exact"), probe="en",
+            probe_options={"mode": "graded"},
+        )  # fmt: skip
+        steps = [tokenizer("6+13=19\n").input_ids] * 3
+        rollout = Rollout({"prompt": "6+13+7=\n", "answer": 26}, [5], sum(steps, []), "", True, steps)
+        assert trainer.step_values([rollout]) == [[1.0, 0.0, 1.0, 0.0]]

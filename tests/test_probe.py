@@ -7,6 +7,7 @@ Mutations of sspo_ext/signals/probe.py that turned a test red: answers that begi
 
 import math
 import sys
+import warnings
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -288,6 +289,14 @@ class TestGraded:
             with pytest.raises(ValueError, match=f"{name}: expected"):
                 arguments = {"grader": lambda text, answer: 1} | options | change
                 probe_step_values(Knows(), BATCH, [2], ["", ""], **arguments)
+
+    def test_a_grader_that_accepts_nothing_is_told(self):
+        options = {"mode": "graded", "tokenizer": Letters(), "num_samples": 2}
+        with pytest.warns(UserWarning, match="the grader gave 0 to every answer"):
+            probe_step_values(Knows(), BATCH, [2], ["", ""], grader=lambda text, answer: 0, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            probe_step_values(Knows(), BATCH, [2], [1, 0], grader=lambda text, answer: answer, **options)
 
     @pytest.mark.parametrize("name", ("llama", "mistral"))
     def test_engines_are_equal(self, models, tokenizer, batch, name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ def graded_values(
         stop=ends_line, eos_token_ids=sorted(special), temperature=temperature, seed=seed, engine=engine,
         max_tokens=max_tokens,
     )  # fmt: skip
-    values = []
+    values: list[float] = []
     for branch, some in zip(branches, sampled, strict=True):
         texts = [text(ids) for ids in some]
         grades = {t: float(grader(t, answers[branch.trunk])) for t in dict.fromkeys(texts)}
@@ -56,4 +57,10 @@ def graded_values(
         if wrong is not None:
             raise ValueError(f"grader: expected grades in [0, 1], got {wrong}")
         values.append(sum(grades[t] for t in texts) / len(texts))
+    if values and not any(values):
+        warnings.warn(
+            "graded probe: the grader gave 0 to every answer of a whole batch. If that goes on, the values say nothing "
+            "and the discount alone is trained; look at what grader(text, answer) is given: a short answer by itself",
+            stacklevel=2,
+        )
     return torch.tensor(values, device=model_device(model))

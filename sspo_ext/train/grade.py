@@ -11,7 +11,10 @@ import importlib
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..signals.probe import Probe
 
 Grader = Callable[[str, str, Any], float]
 DEFAULT_MARKER = "####"
@@ -23,7 +26,7 @@ def load_grader(name: str) -> Grader:
     * "exact" or "exact:MARKER": 1 if the text after the last MARKER (default "####", else the last line that is not
       blank) is the answer, white space aside;
     * "math-verify": 1 if the two are the same mathematics (package math-verify, which needs the main thread). An answer
-      without $, \\( \\), \\[ \\] or \\boxed is LaTeX as a whole, "\\sqrt{2}"; a completion is read as math-verify reads it:
+      without $, \\(, \\[ or \\boxed is LaTeX as a whole, "\\sqrt{2}"; a completion is read as math-verify reads it:
       numbers in plain text, all else between such delimiters. ValueError for an answer without mathematics;
     * "reasoning-gym": the dataset's own score in [0, 1] of the text after the last "####"; the answer is the
       dataset's entry, {"question", "answer", "metadata": {"source_dataset", ...}} (package reasoning-gym);
@@ -83,6 +86,25 @@ def grade(grader: Grader, prompt: str, completion: str, answer: Any) -> float:
     if not math.isfinite(value):
         raise ValueError(f"grader: expected a finite reward, got {value} for the completion {completion!r}")
     return value
+
+
+def answer_grader(grader: Grader, probe: Probe | None = None) -> Callable[..., float]:
+    """A grader of completions as a grader of what `sspo_ext.signals` has: `grade(text, answer, prompt="") -> float`.
+
+    For `trace_candidates`, whose texts are responses, and for the graded probe, whose texts are short answers after the
+    `probe`. Such an answer is graded as a completion that is the answer alone, and as one that says the probe's text
+    before it, "The final answer is 26"; the better grade counts. So "exact" accepts 26 whatever the probe says, and a
+    grader that looks for a mark of its own finds it in the probe.
+
+    answer  as the grader takes it, or a list of accepted ones, of which the best grade counts
+    """
+
+    def graded(text: str, answer: Any, prompt: str = "") -> float:
+        said = [] if probe is None else [f"{probe.text}{probe.separator}{text}"]
+        accepted = answer if isinstance(answer, (list, tuple)) else [answer]
+        return max(grade(grader, prompt, form, one) for one in accepted for form in (text, *said))
+
+    return graded
 
 
 def _math_verify() -> Grader:

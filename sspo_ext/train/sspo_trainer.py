@@ -39,7 +39,7 @@ from ..signals import (
     step_gae,
 )
 from .experience import PromptSampler, Rollout, num_items, policy_batch, prompt_tokens, rollout_metrics, split_steps
-from .grade import Grader, answer_text, grade
+from .grade import Grader, answer_grader, answer_text, grade
 from .models import load_model
 from .rollout import RolloutEngine, Sampling, make_engine
 from .route import batch_logps, choose_route, model_inputs, router_loss
@@ -200,9 +200,8 @@ class SSPOTrainer(Trainer):
         probe = replace(PROBES.get(self.args.probe) or Probe(self.args.probe), ends=(self.args.probe_end,))
         if options.get("mode") == "graded":
             answers = [r.row for r in rollouts]
-            options["grader"] = lambda text, row: grade(
-                self.reward_func, row["prompt"], f"{probe.text}{probe.separator}{text}", row["answer"]
-            )
+            judge = answer_grader(self.reward_func, probe)
+            options["grader"] = lambda text, row: judge(text, [row["answer"]], row["prompt"])
         else:
             answers = [answer_text(r.row["answer"]) for r in rollouts]
         with torch.no_grad(), self.accelerator.autocast():

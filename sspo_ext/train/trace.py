@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 def run(options: argparse.Namespace) -> None:
     from ..signals.probe import PROBES, Probe
     from ..signals.split import split_text
-    from .grade import load_grader
+    from .grade import answer_grader, load_grader
 
     # What can be wrong is looked at in the order of what it costs: arguments, then the model, then rows.
     split_text("", options.split_by)
@@ -102,13 +102,9 @@ def run(options: argparse.Namespace) -> None:
     note = f"; {len(long)} over {options.max_length} tokens are left out" if long else ""
     print(f"{len(chains)} chains, {sum(len(c.steps) for c in chains)} steps{note}")
     running = {"max_tokens": options.max_tokens, "engine": options.engine, "resume": options.resume}
-    settings = {"model": options.model, "dtype": options.dtype, "split_by": options.split_by}
-
-    def by_text(text: str, answer) -> float:
-        answers = [answer] if isinstance(answer, str) else answer
-        return max(grader("", text, one) for one in answers)
-
-    graded = {"grader": by_text, "num_samples": options.num_samples, "seed": options.seed}
+    settings = {"model": options.model, "dtype": options.dtype, "split_by": options.split_by, "grader": options.grader}
+    by_probe = answer_grader(grader, probe)
+    graded = {"grader": by_probe, "num_samples": options.num_samples, "seed": options.seed}
     traced = trace_values(
         model, tokenizer, chains, output / "values.jsonl", probe=probe, gamma=options.gamma, lam=options.lam,
         mode=options.mode, reduce=options.reduce, batch_size=options.batch_size, progress=_progress("values"),
@@ -122,8 +118,9 @@ def run(options: argparse.Namespace) -> None:
     elif options.pairs == "sampled":
         rows = trace_pairs(
             model, tokenizer, chains, output / "pairs.jsonl", states_per_chain=options.states, pairing=pairing,
-            num_candidates=options.num_candidates, value=options.value, gamma=options.gamma, grader=by_text,
-            probe=probe, split_by=options.split_by, final=options.final, max_step_tokens=options.max_step_tokens,
+            num_candidates=options.num_candidates, value=options.value, gamma=options.gamma,
+            grader=answer_grader(grader), probe=probe, split_by=options.split_by, final=options.final,
+            max_step_tokens=options.max_step_tokens,
             max_continuation_tokens=options.max_continuation_tokens, temperature=options.temperature,
             seed=options.seed, progress=_progress("pairs"), settings=settings, **running,
         )  # fmt: skip
