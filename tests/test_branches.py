@@ -17,8 +17,10 @@ from torch import nn
 sys.path.append(str(Path(__file__).parents[1]))  # for benchmarks/; last: not for sspo_ext/
 
 pytest.importorskip("transformers")
+from helpers_rl import make_trainer  # noqa: E402
+
 from benchmarks import families  # noqa: E402
-from sspo_ext.signals import Branch, branch_logps, support, why_not  # noqa: E402
+from sspo_ext.signals import Branch, branch_logps, sample, support, why_not  # noqa: E402
 from sspo_ext.signals.branches import Tree  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -204,6 +206,42 @@ class TestSupport:
     def test_auto_takes_what_works(self, models):
         assert support.choose_engine(models("llama"), "auto") == "packed"
         assert support.choose_engine(models("mistral"), "auto", 40) == "packed"
+
+    @pytest.mark.parametrize("engine", ENGINES)
+    def test_autocast_of_the_callers_does_not_count(self, engine):
+        """fp32 weights: what is checked is masks and positions, and bf16's rounding is no wrong mask."""
+        model = families.enlarge(families.build("llama"))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert why_not(model, engine) is None
+
+    @pytest.mark.parametrize("peft", (False, True))
+    def test_a_trainers_bf16_autocast_does_not_count(self, tmp_path, monkeypatch, peft):
+        """accelerate puts autocast into model.forward itself."""
+        ran = []
+        name = "sspo_ext.signals.branches.run_engine"
+        monkeypatch.setattr(name, lambda *a, run=support.run_engine: ran.append(a[3]) or run(*a))
+        options = {}
+        if peft:
+            options["peft_config"] = pytest.importorskip("peft").LoraConfig(r=2, target_modules=["q_proj"])
+        make_trainer(tmp_path, max_steps=1, bf16=True, **options).train()
+        assert ran == ["packed"]
+
+    def test_separate_without_a_known_reason_is_told_once(self, caplog):
+        model = IgnoresMasks()
+        for engine in ("packed", "cached", "auto"):
+            for _ in range(2):
+                if engine == "auto":
+                    assert support.choose_engine(model, engine) == "separate"
+                else:
+                    why_not(model, engine)
+        warned = [r.message for r in caplog.records if r.levelname == "WARNING"]
+        assert len(warned) == 1 and "packed: its log-probs differ" in warned[0] and "cached: " in warned[0]
+        assert sample.sample_branches(model, [[5, 6]], [Branch(0, 2, [])], 1, max_new_tokens=1)
+        caplog.clear()
+        model = IgnoresMasks()
+        model.config._attn_implementation = "flash_attention_2"
+        assert support.choose_engine(model, "auto", among=("packed", "separate")) == "separate"
+        assert not [r for r in caplog.records if r.levelname == "WARNING"]
 
     def test_unknown_engine(self, models):
         with pytest.raises(ValueError, match="engine: expected one of"):

@@ -201,6 +201,15 @@ class TestLineStore:
         with pytest.raises(ValueError, match="another run"):
             LineStore(tmp_path / "a.jsonl", {"x": 1}, resume=False)
 
+    @pytest.mark.parametrize("text", ("a\u2028b", "a\u2029b", "a\x85b", "a\rb\x0b\x0c\x1c", "最终 🙂"))
+    def test_any_text_comes_back(self, tmp_path, text):
+        settings, rows = {"probe": text}, {"x": {"key": "x", "text": text}, "y": {"key": "y", "text": "b"}}
+        LineStore(tmp_path / "a.jsonl", settings, resume=False).add(rows.values())
+        again = LineStore(tmp_path / "a.jsonl", settings, resume=True)
+        assert again.rows == rows and again.finish(["y", "x"])
+        again = LineStore(tmp_path / "a.jsonl", settings, resume=True)
+        assert again.complete and again.rows == rows
+
     def test_a_file_is_whole_or_not_there(self, tmp_path, monkeypatch):
         lines.write_lines(tmp_path / "a.jsonl", [{"a": 1}])
         monkeypatch.setattr(lines.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))

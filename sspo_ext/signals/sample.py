@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_not_negative
+from .._checks import check_not_negative
 from ..hf import eval_mode
 from .branches import (
     Branch,
@@ -25,7 +25,9 @@ from .branches import (
     prefill,
     repeat_cache,
 )
-from .support import choose_engine, why_not
+from .support import choose_engine
+
+_ENGINES = ("cached", "separate")  # in the order in which "auto" tries them
 
 
 def sample_branches(
@@ -52,7 +54,6 @@ def sample_branches(
                 branch by itself, without padding or mask; "auto" is "cached" where the model supports it
     max_tokens  budget of a forward's cache, in tokens (one branch with all of its samples at least)
     """
-    check_choice("engine", engine, ("auto", "cached", "separate"))
     check_not_negative("temperature", temperature)
     check_branches(trunks, branches, max_tokens)
     for r, branch in enumerate(branches):
@@ -61,9 +62,7 @@ def sample_branches(
     result: list[list[list[int]]] = [[] for _ in branches]
     with torch.no_grad(), eval_mode(model):
         longest = max((b.cut + len(b.ids) for b in branches), default=0) + max_new_tokens
-        if engine == "auto":
-            engine = "separate" if why_not(model, "cached", longest) else "cached"
-        run = {"separate": _separate, "cached": _cached}[choose_engine(model, engine, longest)]
+        run = {"separate": _separate, "cached": _cached}[choose_engine(model, engine, longest, _ENGINES)]
         for members, start in run(model, trunks, branches, num_samples, max_new_tokens, max_tokens):
             contexts = [[*trunks[branches[r].trunk][: branches[r].cut], *branches[r].ids] for r in members]
             draws = np.concatenate([_draws(seed, ids, num_samples, max_new_tokens) for ids in contexts])

@@ -7,8 +7,10 @@ example, once for each model and engine. The answer is kept as long as the model
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,19 +29,35 @@ _known: weakref.WeakKeyDictionary[nn.Module, dict[tuple, str | None]] = weakref.
 _FAILURES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
 
 
-def choose_engine(model: nn.Module, engine: str, longest: int = 0) -> str:
-    """The engine to run: the one asked for, or for "auto" the first of `ENGINES` that the model supports.
+def choose_engine(model: nn.Module, engine: str, longest: int = 0, among: Sequence[str] = ENGINES) -> str:
+    """The engine to run: the one asked for, or for "auto" the first of `among` that the model supports.
 
     longest  tokens of the longest path; what is beyond a sliding window is another case. ValueError with the reason if
-    the engine was asked for by name and the model does not support it.
+    the engine was asked for by name and the model does not support it. A warning, once a model, if "auto" is left with
+    "separate" though nothing about the model's kind says so.
     """
-    check_choice("engine", engine, ("auto", *ENGINES))
-    if engine != "auto":
-        reason = why_not(model, engine, longest)
-        if reason is not None:
-            raise ValueError(f"engine: {engine!r} cannot run {_name(model)}: {reason}")
-        return engine
-    return next(name for name in ENGINES if why_not(model, name, longest) is None)
+    check_choice("engine", engine, ("auto", *among))
+    refused = {}
+    for name in among if engine == "auto" else [engine]:
+        reason = why_not(model, name, longest)
+        if reason is None:
+            break
+        refused[name] = reason
+    if engine in refused:
+        raise ValueError(f"engine: {engine!r} cannot run {_name(model)}: {refused[engine]}")
+    if engine == "auto" and name == "separate":
+        _tell_of_separate(model, refused, longest)
+    return name
+
+
+def _tell_of_separate(model: nn.Module, refused: dict[str, str], longest: int) -> None:
+    config = _config(model)
+    beyond = _is_beyond(config, longest)
+    if ("told", beyond) in _known[model] or all(_refusal(config, name, beyond) for name in refused):
+        return
+    _known[model]["told", beyond] = None
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+    logger.warning("%s: every state is a forward of its own, since no other engine runs it (%s)", _name(model), reasons)
 
 
 def why_not(model: nn.Module, engine: str, longest: int = 0) -> str | None:
@@ -53,13 +71,12 @@ def why_not(model: nn.Module, engine: str, longest: int = 0) -> str | None:
     if engine == "separate":
         return None
     config = _config(model)
-    window = _window(config)
-    beyond = window is not None and longest > window
+    beyond = _is_beyond(config, longest)
     key = (engine, beyond, _attention(config), model_device(model), model_dtype(model))
     known = _known.setdefault(model, {})
     if key not in known:
         reason = _refusal(config, engine, beyond)
-        known[key] = _self_check(model, engine, window if beyond else None) if reason is None else reason
+        known[key] = _self_check(model, engine, _window(config) if beyond else None) if reason is None else reason
         if known[key] is not None:
             logger.info("engine %s cannot run %s: %s", engine, _name(model), known[key])
     return known[key]
@@ -116,7 +133,7 @@ def _self_check(model: nn.Module, engine: str, window: int | None) -> str | None
     tail = made_up(5, 3)
     cuts = ((0, 4), (0, length // 2), (0, length), (1, 3), (1, length - 8))
     branches = [Branch(t, cut, tail, start) for t, cut in cuts for start in (0, 3)]
-    with torch.no_grad(), eval_mode(model):
+    with torch.no_grad(), eval_mode(model), _plain(model), _head_dtypes(model) as dtypes:
         expected = run_engine(model, trunks, branches, "separate", 1 << 30).tokens
         try:
             got = run_engine(model, trunks, branches, engine, 1 << 30).tokens
@@ -125,11 +142,36 @@ def _self_check(model: nn.Module, engine: str, window: int | None) -> str | None
     difference = float((got - expected).abs().max())
     # What the same token's log-prob changes by from context to context is what a wrong mask would change it by.
     spread = float((expected.view(len(cuts), -1) - expected.view(len(cuts), -1)[:1]).abs().max())
-    eps = torch.finfo(model_dtype(model)).eps
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
     bound = max(32 * eps, min(4 * eps**0.5, 0.1 * spread))
     if not difference <= bound:
         return f"its log-probs differ from separate forwards by {difference:.2g} on an example (bound {bound:.2g})"
     return None
+
+
+def _plain(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Without autocast, whose rounding would hide what the check looks for; with it where dtypes are mixed, which only
+    autocast may bring together."""
+    if len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1:
+        return contextlib.nullcontext()
+    return torch.autocast(model_device(model).type, enabled=False)
+
+
+@contextlib.contextmanager
+def _head_dtypes(model: nn.Module) -> Iterator[set[torch.dtype]]:
+    """The weights' dtype, and those in which the head gives logits: accelerate puts autocast into the model's own
+    forward, where nobody outside can see it or turn it off."""
+    dtypes = {model_dtype(model)}
+    inner = unwrap(model)
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    if head is None:
+        yield dtypes
+        return
+    hook = head.register_forward_hook(lambda module, args, logits: dtypes.add(logits.dtype))
+    try:
+        yield dtypes
+    finally:
+        hook.remove()
 
 
 def _config(model: nn.Module) -> Any:
@@ -146,6 +188,11 @@ def _window(config: Any) -> int | None:
         return None
     found = (getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_chunk_size"))
     return next((w for w in found if isinstance(w, int) and w > 0), None)
+
+
+def _is_beyond(config: Any, longest: int) -> bool:
+    window = _window(config)
+    return window is not None and longest > window
 
 
 def _name(model: nn.Module) -> str:

@@ -36,9 +36,10 @@ class LineStore:
             raise ValueError(f"{str(present)!r} is there from another run; resume it, or choose another folder")
         self._settings = Path(f"{os.fspath(path)}.settings")
         if present == self.path:
-            self._check(json.loads(self._settings.read_text()) if self._settings.exists() else {})
+            self._check(json.loads(self._settings.read_bytes()) if self._settings.exists() else {})
             self.complete = True
-            self.rows = {row["key"]: row for row in map(json.loads, self.path.read_text().splitlines())}
+            # as bytes: lines of a text also end with U+2028, U+2029 and U+0085, which JSON leaves as they are
+            self.rows = {row["key"]: row for row in map(json.loads, self.path.read_bytes().splitlines())}
             return
         self.part.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.part, "a+b")
