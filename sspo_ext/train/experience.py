@@ -138,3 +138,18 @@ def num_items(aggregation: str, everyone: Sequence[tuple], longest: int) -> floa
         "sum": len(everyone) * longest,
     }[aggregation]
     return float(max(count, 1))
+
+
+def counted_items(aggregation: str, batches: Iterable[dict], prob_threshold: float) -> int:
+    """Tokens, steps or sequences of these batches in which a token counts: its probability at sampling, exp(old), was
+    below the threshold."""
+    total = 0
+    for batch in batches:
+        layout = batch["layout"]
+        rows = torch.nonzero(batch["old"].cpu().exp() < prob_threshold)[:, 0]
+        if aggregation != "token":
+            rows = layout.step_of_row[rows].unique()
+        if aggregation == "sequence":
+            rows = layout.step_sequence[rows].unique()
+        total += len(rows)
+    return total

@@ -42,14 +42,16 @@ class ReferenceCache:
         return Path(self.folder) / f"{key}{suffix}.npz"
 
 
-def reference_key(model: nn.Module, settings: dict) -> str:
-    """Hash of the weights of a model without its adapters, its config and `settings`: 40 hex digits."""
+def reference_key(model: nn.Module, settings: dict, *, adapters: bool = False) -> str:
+    """Hash of a model's weights (those of its adapters if `adapters`), its config and `settings`: 40 hex digits."""
     config = model.config.to_dict() if hasattr(model, "config") else {}
     for name in ("_name_or_path", "transformers_version", "use_cache"):
         config.pop(name, None)
     header = json.dumps([_FORMAT, config, settings], sort_keys=True, default=str)
     digest = hashlib.blake2b(header.encode(), digest_size=20)
-    prefix = getattr(getattr(model, "base_model", None), "prefix", None) if hasattr(model, "peft_config") else None
+    prefix = None
+    if hasattr(model, "peft_config") and not adapters:
+        prefix = getattr(getattr(model, "base_model", None), "prefix", None)
     weights = {
         name: value
         for name, value in model.state_dict().items()

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
     add("--lam", type=float, default=0.9, help="lambda of GAE over steps; 0 is a step's own progress")
     add("--baseline", default="rloo", help="rloo, grpo, dr_grpo, reinforce, reinforce++ or reinforce++_baseline")
     add(
-        "--combine", default="add", choices=("add", "multiply", "replace", "outcome"),
+        "--combine", default="add", choices=("add", "replace", "outcome"),
         help="step advantages with the outcome's; outcome: that alone, without probing",
     )  # fmt: skip
 
@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
     add("--max-steps", type=int, default=-1, help="updates; overrides --epochs")
     add("--batch-size", type=positive, default=8, help="completions in a micro-batch, on each device")
     add("--gradient-accumulation", type=positive, default=1, help="micro-batches in an update")
+    add("--eval-batch-size", type=positive, default=32, help="rows completed at once in evaluation, on each device")
     add("--lora-r", type=int, default=0, help="rank of a LoRA adapter; 0 trains all weights")
     add("--lora-alpha", type=int, help="(default: twice the rank)")
     add("--gradient-checkpointing", action="store_true", help="less memory, more time")
@@ -131,6 +132,7 @@ def run(options: argparse.Namespace, checkpoint: str | None, lora) -> None:
         num_train_epochs=options.epochs,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation,
+        per_device_eval_batch_size=options.eval_batch_size,
         eval_strategy="steps" if options.eval_steps and held_out else "no",
         dataloader_pin_memory=torch.cuda.is_available(),
         **({"gradient_checkpointing": True} if options.gradient_checkpointing else {}),

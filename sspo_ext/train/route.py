@@ -38,6 +38,15 @@ def choose_route(model: nn.Module, route: str, device: torch.device) -> str:
     return "linear"
 
 
+def check_one_gpu(args) -> None:
+    """Trainer would wrap the model in DataParallel, which neither route runs in, and multiply the batch."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"n_gpu: expected one GPU for each process, got {args.n_gpu}; start one process for each with torchrun or "
+            "accelerate launch, or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+
+
 def batch_logps(model: nn.Module, batch: dict, route: str, *, chunk_bytes: int | None = None, **options) -> StepLogps:
     """The model's forward and the log-probs of the batch's layout, as the loss of the same route sees them."""
     if route == "linear":

@@ -12,7 +12,7 @@ from ..policy_losses import AGGREGATIONS
 from ..signals import BASELINES
 from .route import ROUTE_HELP
 
-COMBINE = ("add", "multiply", "replace", "outcome")
+COMBINE = ("add", "replace", "outcome")
 
 
 def _option(default, text: str):
@@ -49,14 +49,14 @@ class SSPOConfig(TrainingArguments):
     lam: float = _option(0.9, "GAE's lambda over steps. 0: a step's own progress.")
     baseline: str = _option("rloo", "Of the outcome: rloo, grpo, dr_grpo, reinforce or reinforce++.")
     combine: str = _option(
-        "add", "add, multiply or replace the outcome's advantage by the step's; outcome: the outcome's alone, no probe."
+        "add", "add to the outcome's advantage the step's, or replace it; outcome: the outcome's alone, no probe."
     )
 
     loss_type: str = _option("reinforce", "See sspo_ext.policy.POLICY_HEADS.")
     loss_options: dict | None = _option(None, "The loss type's other options.")
     epsilon: float | None = _option(None, "Clipping below, for a loss that clips; None: its own default.")
     epsilon_high: float | None = _option(None, "Clipping above; None: the loss's own default.")
-    beta: float = _option(0.0, "Weight of the KL to the model as given; 0 keeps no reference.")
+    beta: float = _option(0.0, "Weight of the KL to the model as given (a PeftModel: with its adapter); 0: none.")
     kl_estimator: str = _option("k3", "k1, k2 or k3.")
     entropy_coef: float = _option(0.0, "Weight of the entropy bonus.")
     aggregation: str = _option("token", "How tokens are averaged, see step_policy_loss.")

@@ -38,11 +38,20 @@ from ..signals import (
     probe_step_values,
     step_gae,
 )
-from .experience import PromptSampler, Rollout, num_items, policy_batch, prompt_tokens, rollout_metrics, split_steps
+from .experience import (
+    PromptSampler,
+    Rollout,
+    counted_items,
+    num_items,
+    policy_batch,
+    prompt_tokens,
+    rollout_metrics,
+    split_steps,
+)
 from .grade import Grader, answer_grader, answer_text, grade
 from .models import load_model
 from .rollout import RolloutEngine, Sampling, make_engine
-from .route import batch_logps, choose_route, model_inputs, router_loss
+from .route import batch_logps, check_one_gpu, choose_route, model_inputs, router_loss
 from .sspo_config import SSPOConfig
 
 _METRICS = (
@@ -62,7 +71,8 @@ class SSPOTrainer(Trainer):
             "answer" for graders that need more). With a length.
         eval_dataset: the same. `evaluate()` completes it greedily: eval_accuracy, eval_reward, lengths.
         processing_class: the tokenizer.
-        peft_config: wraps the model in an adapter. The reference (`beta`) is then the model without it.
+        peft_config: wraps the model in an adapter. The reference (`beta`) is the model as given: without the adapter
+            here; for a PeftModel that is given, with its adapter as it is then.
         engine: a RolloutEngine of your own in place of `args.rollout_engine`.
         **trainer_kwargs: Trainer's other arguments (callbacks, optimizers, ...).
 
@@ -95,16 +105,23 @@ class SSPOTrainer(Trainer):
             _check_rows(name, dataset, args.combine != "outcome" and name == "train_dataset")
         self.ref_model = None
         if peft_config is not None:
-            from peft import get_peft_model
+            from peft import PeftModel, get_peft_model
 
+            if isinstance(model, PeftModel):
+                raise ValueError("peft_config: expected None for a PeftModel, which has an adapter; or merge that")
             model = get_peft_model(model, peft_config)
-        elif args.beta and not hasattr(model, "disable_adapter"):
-            self.ref_model = copy.deepcopy(model).eval().requires_grad_(False)
+        elif args.beta:
+            # What is frozen stays as it is and is shared: an adapter's reference costs an adapter.
+            frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+            self.ref_model = copy.deepcopy(model, frozen).eval().requires_grad_(False)
         self.reward_func = reward_func
         self.pad_token_id = processing_class.pad_token_id or 0
+        self.eos_token_ids = _ends(model, processing_class)
+        padding = [] if processing_class.pad_token_id is None else [processing_class.pad_token_id]
         self.delimiters = delimiter_mask(
-            processing_class, args.split_by, vocab_size=max(model.config.vocab_size, len(processing_class))
-        )
+            processing_class, args.split_by, vocab_size=max(model.config.vocab_size, len(processing_class)),
+            eos_token_ids=[*self.eos_token_ids, *padding],
+        )  # fmt: skip
         self._sums: dict[str, list] = defaultdict(lambda: [0.0, 0])
         self._buffer: tuple[list[dict], Tensor | float] | None = None
         self._update_began: float | None = None
@@ -114,7 +131,6 @@ class SSPOTrainer(Trainer):
         self.engine = engine or make_engine(
             args.rollout_engine, processing_class, rows_at_once=args.rollout_batch_size, **(args.rollout_options or {})
         )
-        self.eos_token_ids = _ends(self.model, processing_class)
         self.route = choose_route(self.model, args.route, args.device)
         if self.ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
@@ -165,7 +181,12 @@ class SSPOTrainer(Trainer):
                 for batch in micro:
                     self._add_log_probs(batch)
         self.on_rollouts(rollouts)
-        return micro, num_items(args.aggregation, everyone, args.max_completion_length)
+        items = num_items(args.aggregation, everyone, args.max_completion_length)
+        threshold = (args.loss_options or {}).get("prob_threshold")
+        if threshold is not None and args.aggregation != "sum":
+            counted = torch.tensor(counted_items(args.aggregation, micro, threshold), device=args.device)
+            items = float(max(self.accelerator.reduce(counted, "sum").item(), 1))
+        return micro, items
 
     def roll_out(
         self, rows: Sequence[Mapping], seeds: Sequence[Sequence[int]], *, temperature: float | None = None
@@ -291,13 +312,21 @@ class SSPOTrainer(Trainer):
     # ---- evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Greedy completions of the dataset: accuracy (share of rewards of at least 1), reward, tokens, steps."""
+        """Greedy completions of the dataset, `per_device_eval_batch_size` (or `rollout_batch_size`) at once: accuracy
+        (share of rewards of at least 1), reward, tokens, steps."""
+        args = self.args
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         _check_rows("eval_dataset", dataset, False, required=True)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         rows = [dataset[i] for i in range(rank, len(dataset), world)]
+        # vLLM makes its own batches, and is given the weights in every call.
+        size = args.rollout_batch_size or args.per_device_eval_batch_size
+        size = len(rows) if args.rollout_engine == "vllm" else size
+        rollouts: list[Rollout] = []
         with self._evaluating():
-            rollouts = self.roll_out(rows, [(i,) for i in range(len(rows))], temperature=0.0) if rows else []
+            for i in range(0, len(rows), max(size, 1)):
+                some = rows[i : i + size]
+                rollouts += self.roll_out(some, [(i + j,) for j in range(len(some))], temperature=0.0)
         shared = [(0, r.reward, len(r.steps), r.values, len(r.completion_ids), r.ended) for r in rollouts]
         everyone = gather_object(shared) if world > 1 else shared
         for name in ("time/rollout", "time/grade"):
@@ -323,6 +352,7 @@ class SSPOTrainer(Trainer):
         return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
 
     def _check_batch(self) -> None:
+        check_one_gpu(self.args)
         if self._rows_per_update % self.args.num_generations:
             raise ValueError(
                 "per_device_train_batch_size: expected per_device_train_batch_size x gradient_accumulation_steps x "

@@ -23,7 +23,7 @@ from .collator import StepPreferenceCollator
 from .means import Means
 from .models import load_model
 from .reference_cache import TOKEN_COLUMNS, ReferenceCache, add_reference, reference_key
-from .route import ROUTE_HELP, batch_logps, choose_route, model_inputs, router_loss, uses_flash_attention
+from .route import ROUTE_HELP, batch_logps, check_one_gpu, choose_route, model_inputs, router_loss, uses_flash_attention
 
 
 @dataclass
@@ -75,8 +75,8 @@ class StepPreferenceTrainer(Trainer):
         model: a causal LM, a PEFT model, or a name or path (`load_model`, which then gives the tokenizer too).
         args: StepPreferenceConfig.
         train_dataset: list (or datasets.Dataset) of features. Reference log-probs are computed here, before training,
-            with the model as given (PEFT adapters disabled), unless the loss needs none or the features carry
-            `ref_chosen` and `ref_rejected`.
+            with the model as given (without the adapter of `peft_config`; with that of a PeftModel), unless the loss
+            needs none or the features carry `ref_chosen` and `ref_rejected`.
         eval_dataset: the same, or a dict of them. `evaluate()` returns eval_loss (mean over pairs) and the metrics.
         processing_class: the tokenizer; pads batches and is saved with checkpoints.
         peft_config: wraps the model in an adapter (LoraConfig, ...), so that only the adapter is trained.
@@ -120,9 +120,12 @@ class StepPreferenceTrainer(Trainer):
             model, tokenizer = load_model(model)
             processing_class = processing_class or tokenizer
         if peft_config is not None:
-            from peft import get_peft_model
+            from peft import PeftModel, get_peft_model
 
+            if isinstance(model, PeftModel):
+                raise ValueError("peft_config: expected None for a PeftModel, which has an adapter; or merge that")
             model = get_peft_model(model, peft_config)
+        self._new_adapter = peft_config is not None
         if data_collator is None:
             pad = getattr(processing_class, "pad_token_id", None)
             data_collator = StepPreferenceCollator(
@@ -132,6 +135,7 @@ class StepPreferenceTrainer(Trainer):
         self._loss_options = {**{name: getattr(args, name) for name in named}, **(args.loss_options or {})}
         self._means = {"train": Means(), "eval": Means()}
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **trainer_kwargs)
+        check_one_gpu(args)
         # Versions before loss_is_scaled_for_ga decide by this whether to divide by the accumulation steps.
         self.model_accepts_loss_kwargs = True
         self.route = choose_route(self.model, args.route, args.device)
@@ -238,7 +242,7 @@ class StepPreferenceTrainer(Trainer):
             has_length = hasattr(dataset, "__len__")
             if dataset is None or has_length and len(dataset) and {"ref_chosen", "ref_rejected"} <= set(dataset[0]):
                 return dataset
-            model_key = model_key or reference_key(self.model, settings)
+            model_key = model_key or reference_key(self.model, settings, adapters=not self._new_adapter)
             with self._reference_model() as model:
                 return add_reference(
                     dataset, model_key, cache, self.data_collator, lambda b: self._reference_sums(model, b), name
@@ -257,11 +261,11 @@ class StepPreferenceTrainer(Trainer):
 
     @contextlib.contextmanager
     def _reference_model(self):
-        """The model before training: adapters off, dropout off."""
+        """The model as given: without the adapter made here, without dropout."""
         model, training = self.model, self.model.training
         model.eval()
         try:
-            with model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext():
+            with model.disable_adapter() if self._new_adapter else contextlib.nullcontext():
                 yield model
         finally:
             model.train(training)

@@ -1,0 +1,182 @@
+"""SSPOTrainer: ends of turn, references of adapters, what divides the loss, evaluation in batches, composite models,
+and what is refused before anything is trained."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from helpers_rl import ROWS, config, make_model, make_tokenizer, make_trainer, reward
+from test_sspo_trainer import said
+
+from sspo_ext.train.sspo_trainer import SSPOTrainer
+
+
+class Completes:
+    """A rollout engine that always says the same tokens, and counts the rows of its calls."""
+
+    def __init__(self, ids):
+        self.ids, self.calls = ids, []
+
+    def complete(self, model, prompts, sampling, seeds):
+        self.calls.append(len(prompts))
+        return [self.ids] * len(prompts)
+
+
+# ---- steps
+
+
+def test_an_end_of_turn_is_no_step_of_its_own(tmp_path):
+    """An end that only the generation config names, as Gemma's <end_of_turn>, behaves as the tokenizer's own."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<eot>"]})
+    end = tokenizer.convert_tokens_to_ids("<eot>")
+    model = make_model()
+    model.resize_token_embeddings(len(tokenizer))
+    model.generation_config.eos_token_id = [1, end]
+    found = {}
+    for last in (1, end):
+        engine = Completes([*tokenizer("1+1=2\n2\n").input_ids, last])
+        trainer = make_trainer(tmp_path, model=model, tokenizer=tokenizer, engine=engine)
+        (rollout,) = trainer.roll_out(ROWS[:1], [(0,)])
+        assert rollout.ended
+        found[last] = [len(step) for step in rollout.steps]
+    assert found == {1: [6, 3], end: [6, 3]}
+
+
+# ---- the loss
+
+
+@pytest.mark.parametrize("aggregation", ["token", "step", "sequence", "sum"])
+def test_prob_threshold_divides_by_what_counts(tmp_path, aggregation):
+    """The update of one micro-batch is that of step_policy_loss by itself, and accumulation does not change it."""
+    options = {
+        "loss_type": "ppo", "loss_options": {"prob_threshold": 0.025}, "combine": "outcome", "temperature": 0.5,
+        "aggregation": aggregation,
+    }  # fmt: skip
+    gradients, items = [], []
+
+    def gradient(trainer, batches, number):
+        trainer.model.zero_grad()
+        for batch in batches:
+            trainer.policy_loss(trainer.model, batch, number)[0].loss.backward()
+        return torch.cat([p.grad.reshape(-1) for p in trainer.model.parameters()])
+
+    for size in (4, 1):
+        trainer = said(
+            tmp_path, trainer_class=SSPOTrainer, per_device_train_batch_size=size,
+            gradient_accumulation_steps=4 // size, **options,
+        )  # fmt: skip
+        micro, number = trainer._experience([[ROWS[0]] * size] * (4 // size))
+        items.append(number)
+        gradients.append(gradient(trainer, micro, number))
+        if size == 4:
+            assert 0 < (micro[0]["old"].exp() < 0.025).sum() < micro[0]["layout"].num_rows
+            if aggregation != "sum":
+                torch.testing.assert_close(gradients[0], gradient(trainer, micro, None), rtol=1e-5, atol=1e-7)
+    assert items[0] == items[1] and gradients[0].abs().max() > 1e-3
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+# ---- references
+
+
+def peft_model(trained: bool):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(make_model(), lora)
+    for name, p in model.named_parameters():
+        if trained and "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_reference_of_a_given_peft_model_has_its_adapter(tmp_path, trained):
+    model = peft_model(trained)
+    trainer = make_trainer(tmp_path, model=model, beta=0.1, max_steps=3)
+    reference = trainer.ref_model
+    given = {name: p.detach().clone() for name, p in reference.named_parameters()}
+    trainer.train()
+    kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    assert kl[0] == pytest.approx(0, abs=1e-6) and kl[2] > 1e-6
+    assert all(torch.equal(p, given[name]) for name, p in reference.named_parameters())
+    # the frozen weights are there once
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
+        assert (ours is theirs) == ("lora_" not in name), name
+
+
+def test_an_adapter_over_an_adapter_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="peft_config: expected None for a PeftModel"):
+        make_trainer(tmp_path, model=peft_model(False), peft_config=lora)
+
+
+def test_pair_trainers_reference_of_a_given_peft_model_has_its_adapter(tmp_path):
+    from test_trainer import config as pair_config
+    from test_trainer import make_features
+    from test_trainer import make_model as make_pair_model
+
+    from sspo_ext.train.reference_cache import reference_key
+    from sspo_ext.train.trainer import StepPreferenceTrainer
+
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(make_pair_model(), lora)
+    trainer = StepPreferenceTrainer(model, pair_config(tmp_path, max_steps=1), make_features(4), make_features(4))
+    metrics = trainer.evaluate()
+    assert metrics["eval_rewards/chosen"] == pytest.approx(0, abs=1e-5)
+    assert metrics["eval_loss"] == pytest.approx(0.6931, abs=1e-3)
+    key = reference_key(model, {}, adapters=True)  # another adapter is another reference
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_" in n).add_(1)
+    assert reference_key(model, {}, adapters=True) != key
+    with pytest.raises(ValueError, match="peft_config: expected None for a PeftModel"):
+        StepPreferenceTrainer(model, pair_config(tmp_path), make_features(4), peft_config=lora)
+
+
+# ---- evaluation
+
+
+@pytest.mark.parametrize("options,calls", [({}, [3, 3, 1]), ({"rollout_batch_size": 5}, [5, 2])])
+def test_evaluation_in_batches(tmp_path, options, calls):
+    engine = Completes([5, 1])
+    trainer = make_trainer(tmp_path, engine=engine, eval_dataset=ROWS[:7], per_device_eval_batch_size=3, **options)
+    metrics = trainer.evaluate()
+    assert engine.calls == calls and metrics["eval_completions/mean_length"] == 2
+
+
+def test_evaluation_does_not_depend_on_its_batches(tmp_path):
+    found = [
+        make_trainer(tmp_path, eval_dataset=ROWS[:6], per_device_eval_batch_size=size).evaluate() for size in (6, 2)
+    ]
+    assert found[0] == pytest.approx(found[1])
+
+
+# ---- what is refused
+
+
+def test_two_gpus_in_one_process_are_refused(tmp_path):
+    """DataParallel, into which Trainer wraps the model: neither trainer runs in it."""
+    from test_trainer import config as pair_config
+    from test_trainer import make_features
+    from test_trainer import make_model as make_pair_model
+
+    from sspo_ext.train.trainer import StepPreferenceTrainer
+
+    args = config(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="n_gpu: expected one GPU for each process, got 2.*torchrun"):
+        SSPOTrainer(make_model(), args, reward, ROWS, processing_class=make_tokenizer())
+    args = pair_config(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="n_gpu: expected one GPU for each process, got 2.*torchrun"):
+        StepPreferenceTrainer(make_pair_model(), args, make_features(4))
+
+
+def test_multiply_is_refused(tmp_path):
+    """Step advantages are of both signs: their product with the outcome's would reward what broke an answer."""
+    with pytest.raises(ValueError, match="combine: expected one of 'add', 'replace', 'outcome', got 'multiply'"):
+        config(tmp_path, combine="multiply")
