@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from helpers_rl import ROWS, config, make_model, make_tokenizer, make_trainer, reward
+from helpers_rl import PROMPTS, ROWS, config, make_model, make_tokenizer, make_trainer, reward
 from test_sspo_trainer import said
 
 from sspo_ext.train.sspo_trainer import SSPOTrainer
@@ -180,3 +180,104 @@ def test_multiply_is_refused(tmp_path):
     """Step advantages are of both signs: their product with the outcome's would reward what broke an answer."""
     with pytest.raises(ValueError, match="combine: expected one of 'add', 'replace', 'outcome', got 'multiply'"):
         config(tmp_path, combine="multiply")
+
+
+def test_probed_rewards_are_on_the_scale_of_values(tmp_path):
+    def verdict(prompt, completion, answer):
+        return 1.0 if "2" in completion else -1.0
+
+    with pytest.raises(ValueError, match=r"reward_func: expected a reward in \[0, 1\].*got -1.*combine='outcome'"):
+        said(tmp_path, reward_func=verdict, trainer_class=SSPOTrainer).train()
+    said(tmp_path, reward_func=verdict, trainer_class=SSPOTrainer, combine="outcome").train()
+    said(tmp_path, reward_func=verdict).train()  # values of one's own making have their own scale
+
+
+def test_options_of_an_engine_that_has_none(tmp_path):
+    from sspo_ext.train.rollout import make_engine
+
+    for engine in ("generate", "compact"):
+        with pytest.raises(ValueError, match=f"rollout_options: rollout_engine '{engine}' has none, got typo"):
+            make_trainer(tmp_path, rollout_engine=engine, rollout_options={"typo": 1})
+    with pytest.raises(ValueError, match="rollout_options: expected None beside an engine of your own"):
+        make_trainer(tmp_path, engine=Completes([5, 1]), rollout_options={"typo": 1})
+    with pytest.raises(ValueError, match="rollout_batch_size: expected None with rollout_engine 'vllm'"):
+        make_engine("vllm", make_tokenizer(), rows_at_once=4, model="x")
+
+
+# ---- answers
+
+
+@pytest.mark.parametrize("answer", [None, "", "  ", True, [], ["2", ""], ["2", None], {"answer": None}, 1j])
+def test_a_bad_answer_is_found_before_training(tmp_path, answer):
+    rows = [*ROWS[:4], {"prompt": "9+9=\n", "answer": answer}, {"prompt": "9"}]
+    with pytest.raises(
+        ValueError, match="train_dataset: 2 of 6 rows cannot be used:\n  row 4: answer: expected a text"
+    ):
+        make_trainer(tmp_path, rows=rows)
+    for other in ({"combine": "outcome"}, {"probe_options": {"mode": "graded"}}):
+        make_trainer(tmp_path, rows=rows[:5], **other)  # the answer is the grader's alone
+    with pytest.raises(ValueError, match="eval_dataset: 1 of 2 rows cannot be used:\n  row 1: expected 'prompt'"):
+        make_trainer(tmp_path, eval_dataset=[ROWS[0], {"answer": "2"}])
+
+
+def test_several_spellings(tmp_path):
+    """V is the probability of any of them, and the graders take any of them."""
+    from sspo_ext.train.grade import load_grader
+
+    rows = [{"prompt": PROMPTS[0], "answer": answer} for answer in ("2", ["2"], "3", ["2", 3], {"answer": ["2", "3"]})]
+    trainer = said(tmp_path, rows=rows, trainer_class=SSPOTrainer)
+    rollouts = trainer.roll_out(rows, [(0,)] * len(rows))
+    two, alone, three, both, mapped = (values[:-1] for values in trainer.step_values(rollouts))
+    assert two == alone and both == mapped == pytest.approx([a + b for a, b in zip(two, three, strict=True)])
+    grader = load_grader("exact")
+    assert [grader("", text, ["2", "two"]) for text in ("2", "1\ntwo", "#### three")] == [1.0, 1.0, 0.0]
+    said(tmp_path, rows=rows[3:4], trainer_class=SSPOTrainer, reward_func=grader).train()
+
+
+def test_several_spellings_of_mathematics():
+    pytest.importorskip("math_verify")
+    from sspo_ext.train.grade import load_grader
+
+    grader = load_grader("math-verify")
+    assert [grader("", f"so ${x}$", ["0.5", "2"]) for x in ("\\frac{1}{2}", "2", "3")] == [1.0, 1.0, 0.0]
+
+
+# ---- models
+
+
+def test_a_model_of_text_and_images(tmp_path):
+    """Its config has the vocabulary, and the balance loss of a mixture of experts, in the text's part."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    tokenizer = make_tokenizer()
+    text = dict(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=128, sliding_window=64,
+    )  # fmt: skip
+    vision = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    special = dict.fromkeys(("image_token_index", "boi_token_index", "eoi_token_index"), 3)
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **special)
+    )
+    with torch.no_grad():
+        for p in model.language_model.parameters() if hasattr(model, "language_model") else model.parameters():
+            if p.ndim == 2:
+                p *= 4
+    model.generation_config.eos_token_id = 1
+    trainer = make_trainer(tmp_path, model=model, tokenizer=tokenizer, max_steps=1)
+    assert len(trainer.delimiters) == len(tokenizer)
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] > 0
+
+
+def test_router_loss_of_a_composite_config():
+    from types import SimpleNamespace
+
+    from sspo_ext.train.route import router_loss
+
+    text = SimpleNamespace(router_aux_loss_coef=0.5)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+    assert router_loss(model, SimpleNamespace(aux_loss=torch.tensor(2.0))) == 1.0

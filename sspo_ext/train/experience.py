@@ -12,6 +12,8 @@ from torch.utils.data import Sampler
 
 from ..layout import StepLayout
 from ..signals import step_ids_from_tokens
+from .data import raise_bad_rows
+from .grade import answer_texts
 
 
 @dataclass
@@ -62,6 +64,30 @@ class PromptSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return self.size // self.prompts * self.prompts * self.num_generations * self.num_iterations
+
+
+def check_rows(name: str, dataset, *, answers: bool = False, texts: bool = False, required: bool = False) -> None:
+    """Every row has a prompt, with `answers` an answer, and with `texts` one that can be written: what cannot be used
+    is found before training. ValueError naming the rows."""
+    if dataset is None and not required:
+        return
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ValueError(f"{name}: expected rows with a length (a list or a datasets.Dataset), got {type(dataset)}")
+    bad = []
+    for i in range(len(dataset)):
+        row = dataset[i]
+        missing = [key for key in ("prompt", "answer")[: 1 + answers] if key not in row]
+        if missing:
+            bad.append((f"row {i}", f"expected {missing[0]!r}, has {sorted(row)}"))
+        elif texts:
+            try:
+                answer_texts(row["answer"])
+            except (TypeError, ValueError) as error:
+                bad.append((f"row {i}", str(error)))
+    try:
+        raise_bad_rows(bad, len(dataset))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def prompt_tokens(prompt: str | Sequence[dict], tokenizer) -> list[int]:

@@ -24,7 +24,7 @@ def load_grader(name: str) -> Grader:
     """A grader by name:
 
     * "exact" or "exact:MARKER": 1 if the text after the last MARKER (default "####", else the last line that is not
-      blank) is the answer, white space aside;
+      blank) is the answer, or one of several, white space aside;
     * "math-verify": 1 if the two are the same mathematics (package math-verify, which needs the main thread). An answer
       without $, \\(, \\[ or \\boxed is LaTeX as a whole, "\\sqrt{2}"; a completion is read as math-verify reads it:
       numbers in plain text, all else between such delimiters. ValueError for an answer without mathematics;
@@ -54,7 +54,8 @@ def load_grader(name: str) -> Grader:
 
 def exact_grader(marker: str = DEFAULT_MARKER) -> Grader:
     def exact(prompt: str, completion: str, answer: Any) -> float:
-        return float(final_text(completion, marker).split() == answer_text(answer).split())
+        words = final_text(completion, marker).split()
+        return float(any(words == text.split() for text in answer_texts(answer)))
 
     return exact
 
@@ -74,6 +75,16 @@ def answer_text(answer: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise TypeError(f"answer: expected a text, a number or a mapping with an 'answer', got {answer!r}")
     return str(value)
+
+
+def answer_texts(answer: Any) -> list[str]:
+    """The accepted spellings: `answer_text` of the answer, or of each one of a list. ValueError for none, or a blank
+    one, which saying nothing would match."""
+    value = answer.get("answer") if isinstance(answer, dict) else answer
+    texts = [answer_text(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
+    if not texts or not all(text.strip() for text in texts):
+        raise ValueError(f"answer: expected a text, a number or several, none of them blank, got {answer!r}")
+    return texts
 
 
 def grade(grader: Grader, prompt: str, completion: str, answer: Any) -> float:
@@ -120,7 +131,8 @@ def _math_verify() -> Grader:
 
     def same_mathematics(prompt: str, completion: str, answer: Any) -> float:
         # "\$" is dollars to LaTeX, and to math-verify the beginning of a formula that never ends
-        return float(verify(gold(answer_text(answer).replace("\\$", "")), parse(completion)))
+        given = parse(completion)
+        return float(any(verify(gold(text.replace("\\$", "")), given) for text in answer_texts(answer)))
 
     return same_mathematics
 

@@ -75,9 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
-def load_prompt_rows(paths: list[str]) -> list[dict]:
-    """Rows with "prompt" and "answer" from JSONL files, other keys kept. One ValueError names all bad lines."""
+def load_prompt_rows(paths: list[str], texts: bool = False) -> list[dict]:
+    """Rows with "prompt" and "answer" from JSONL files, other keys kept; with `texts`, answers are texts or numbers, or
+    lists of accepted ones. One ValueError names all bad lines."""
     from .data import raise_bad_rows
+    from .grade import answer_texts
 
     rows, bad, total = [], [], 0
     for path in paths:
@@ -93,8 +95,10 @@ def load_prompt_rows(paths: list[str]) -> list[dict]:
                         raise ValueError(f"expected an object with 'prompt' and 'answer', has no {missing[0]!r}")
                     if not isinstance(row["prompt"], (str, list)) or not row["prompt"]:
                         raise ValueError("prompt: expected a text or chat messages")
+                    if texts:
+                        answer_texts(row["answer"])
                     rows.append(row)
-                except ValueError as error:
+                except (TypeError, ValueError) as error:
                     bad.append((f"{path}:{number}", str(error)))
     raise_bad_rows(bad, total)
     if not rows:
@@ -105,8 +109,9 @@ def load_prompt_rows(paths: list[str]) -> list[dict]:
 def run(options: argparse.Namespace, checkpoint: str | None, lora) -> None:
     """Trains, evaluates before and after, saves the model and progress.png."""
     # What can be wrong is looked at in the order of what it costs: rows, grader, arguments, then the model.
-    rows = load_prompt_rows(options.data)
-    held_out = load_prompt_rows(options.eval_data) if options.eval_data else None
+    by_text = options.grader.partition(":")[0] in ("exact", "math-verify")
+    rows = load_prompt_rows(options.data, by_text or options.combine != "outcome")
+    held_out = load_prompt_rows(options.eval_data, by_text) if options.eval_data else None
 
     import torch
     from transformers import set_seed

@@ -57,10 +57,19 @@ def make_engine(name: str, tokenizer, *, rows_at_once: int | None = None, **opti
     * "generate": Hugging Face's `generate`, for every model;
     * "compact": a loop over the key-value cache that lets go of rows as they end, for models whose cache can select
       rows: the same completions, sooner where lengths differ;
-    * "vllm": vLLM beside the policy; `options` go to `vllm.LLM`.
+    * "vllm": vLLM beside the policy; `options` go to `vllm.LLM`, and it decides itself how many rows are under way.
+
+    ValueError for options that the engine does not have.
     """
     check_choice("rollout_engine", name, ENGINES)
+    if name != "vllm" and options:
+        raise ValueError(f"rollout_options: rollout_engine {name!r} has none, got {', '.join(sorted(options))}")
     if name == "vllm":
+        if rows_at_once is not None:
+            raise ValueError(
+                "rollout_batch_size: expected None with rollout_engine 'vllm', which makes its own batches "
+                f"(max_num_seqs of rollout_options), got {rows_at_once}"
+            )
         from .vllm_engine import VLLMEngine
 
         return VLLMEngine(**options)

@@ -75,5 +75,6 @@ def uses_flash_attention(model: nn.Module) -> bool:
 def router_loss(model: nn.Module, outputs) -> Tensor | None:
     """A mixture of experts' balance loss with its coefficient, which models add only to a loss of their own."""
     aux = getattr(outputs, "aux_loss", None)
-    coefficient = getattr(model.config, "router_aux_loss_coef", None)
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    coefficient = getattr(config, "router_aux_loss_coef", None)
     return None if aux is None or not coefficient else coefficient * aux

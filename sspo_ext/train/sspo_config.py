@@ -38,7 +38,7 @@ class SSPOConfig(TrainingArguments):
     top_p: float = _option(1.0, "Nucleus sampling; below 1 the loss is no longer that of the sampled distribution.")
     top_k: int = _option(0, "Sampling from the k most probable tokens; 0: from all. The same caution.")
     rollout_engine: str = _option("generate", "generate, compact or vllm (sspo_ext.train.rollout).")
-    rollout_batch_size: int | None = _option(None, "Rows completed at once on a device; None: all.")
+    rollout_batch_size: int | None = _option(None, "Rows completed at once on a device; None: all. Not for vllm.")
     rollout_options: dict | None = _option(None, "vLLM's own options.")
 
     split_by: str = _option("newline", "newline, blank_line or a regular expression (sspo_ext.signals.split).")

@@ -41,6 +41,7 @@ from ..signals import (
 from .experience import (
     PromptSampler,
     Rollout,
+    check_rows,
     counted_items,
     num_items,
     policy_batch,
@@ -48,7 +49,7 @@ from .experience import (
     rollout_metrics,
     split_steps,
 )
-from .grade import Grader, answer_grader, answer_text, grade
+from .grade import Grader, answer_grader, answer_texts, grade
 from .models import load_model
 from .rollout import RolloutEngine, Sampling, make_engine
 from .route import batch_logps, check_one_gpu, choose_route, model_inputs, router_loss
@@ -66,9 +67,10 @@ class SSPOTrainer(Trainer):
     Args:
         model: a causal LM, a PEFT model, or a name or path (`load_model`, which then gives the tokenizer too).
         args: SSPOConfig.
-        reward_func: `reward(prompt, completion, answer) -> float`, see `sspo_ext.train.grade`.
+        reward_func: `reward(prompt, completion, answer) -> float`, see `sspo_ext.train.grade`. In [0, 1], the scale of
+            the values; of any scale with combine="outcome".
         train_dataset: rows with "prompt" (a text or chat messages) and "answer" (a text or number; a mapping with an
-            "answer" for graders that need more). With a length.
+            "answer" for graders that need more; a list of accepted spellings). With a length. Every row is looked at.
         eval_dataset: the same. `evaluate()` completes it greedily: eval_accuracy, eval_reward, lengths.
         processing_class: the tokenizer.
         peft_config: wraps the model in an adapter. The reference (`beta`) is the model as given: without the adapter
@@ -101,8 +103,12 @@ class SSPOTrainer(Trainer):
             processing_class = processing_class or tokenizer
         if processing_class is None:
             raise ValueError("processing_class: expected the model's tokenizer, got None")
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            _check_rows(name, dataset, args.combine != "outcome" and name == "train_dataset")
+        probed = args.combine != "outcome"
+        # values of a subclass's own making may need no text
+        by_text = probed and (args.probe_options or {}).get("mode", "likelihood") == "likelihood"
+        by_text = by_text and type(self).step_values is SSPOTrainer.step_values
+        check_rows("train_dataset", train_dataset, answers=probed, texts=by_text)
+        check_rows("eval_dataset", eval_dataset)
         self.ref_model = None
         if peft_config is not None:
             from peft import PeftModel, get_peft_model
@@ -115,11 +121,14 @@ class SSPOTrainer(Trainer):
             frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
             self.ref_model = copy.deepcopy(model, frozen).eval().requires_grad_(False)
         self.reward_func = reward_func
+        self._on_scale = probed and type(self).step_values is SSPOTrainer.step_values
         self.pad_token_id = processing_class.pad_token_id or 0
         self.eos_token_ids = _ends(model, processing_class)
+        # a model of several parts (text and images) has its vocabulary in the text's config
+        vocabulary = model.config.get_text_config().vocab_size
         padding = [] if processing_class.pad_token_id is None else [processing_class.pad_token_id]
         self.delimiters = delimiter_mask(
-            processing_class, args.split_by, vocab_size=max(model.config.vocab_size, len(processing_class)),
+            processing_class, args.split_by, vocab_size=max(vocabulary, len(processing_class)),
             eos_token_ids=[*self.eos_token_ids, *padding],
         )  # fmt: skip
         self._sums: dict[str, list] = defaultdict(lambda: [0.0, 0])
@@ -128,6 +137,8 @@ class SSPOTrainer(Trainer):
         super().__init__(model, args, list, train_dataset, eval_dataset, processing_class, **trainer_kwargs)
         self.model_accepts_loss_kwargs = True
         self._check_batch()
+        if engine is not None and args.rollout_options:
+            raise ValueError("rollout_options: expected None beside an engine of your own, which has its options")
         self.engine = engine or make_engine(
             args.rollout_engine, processing_class, rows_at_once=args.rollout_batch_size, **(args.rollout_options or {})
         )
@@ -210,6 +221,12 @@ class SSPOTrainer(Trainer):
                 text = tokenizer.decode(ids, skip_special_tokens=True)
                 ended = bool(ids) and ids[-1] in self.eos_token_ids
                 reward = grade(self.reward_func, row["prompt"], text, row.get("answer")) if ended else 0.0
+                if self._on_scale and not -1e-6 <= reward <= 1 + 1e-6:
+                    raise ValueError(
+                        "reward_func: expected a reward in [0, 1], since values are probabilities of a right answer, "
+                        f"got {reward:g} for the completion {text!r}; rescale it (-1 and +1: "
+                        "(reward + 1) / 2), or train on the outcome alone (combine='outcome')"
+                    )
                 found.append(Rollout(row, prompt, ids, text, ended, steps, reward))
         return found
 
@@ -224,7 +241,7 @@ class SSPOTrainer(Trainer):
             judge = answer_grader(self.reward_func, probe)
             options["grader"] = lambda text, row: judge(text, [row["answer"]], row["prompt"])
         else:
-            answers = [answer_text(r.row["answer"]) for r in rollouts]
+            answers = [answer_texts(r.row["answer"]) for r in rollouts]
         with torch.no_grad(), self.accelerator.autocast():
             values = probe_step_values(self.model, states, probe, answers, **options).to_lists()
         return [[*v, 0.0] if r.steps else v for r, v in zip(rollouts, values, strict=True)]
@@ -316,7 +333,7 @@ class SSPOTrainer(Trainer):
         (share of rewards of at least 1), reward, tokens, steps."""
         args = self.args
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        _check_rows("eval_dataset", dataset, False, required=True)
+        check_rows("eval_dataset", dataset, required=True)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         rows = [dataset[i] for i in range(rank, len(dataset), world)]
         # vLLM makes its own batches, and is given the weights in every call.
@@ -433,14 +450,3 @@ def _ends(model: nn.Module, tokenizer) -> tuple[int, ...]:
     if not ends:
         raise ValueError("processing_class: expected an end-of-sequence token, which ends a completion; it has none")
     return ends
-
-
-def _check_rows(name: str, dataset, needs_answer: bool, required: bool = False) -> None:
-    if dataset is None and not required:
-        return
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise ValueError(f"{name}: expected rows with a length (a list or a datasets.Dataset), got {type(dataset)}")
-    if len(dataset):
-        missing = [key for key in ("prompt", "answer")[: 1 + needs_answer] if key not in dataset[0]]
-        if missing:
-            raise ValueError(f"{name}: expected rows with {', '.join(map(repr, missing))}, got {list(dataset[0])}")
