@@ -9,6 +9,9 @@ from pathlib import Path
 
 from .train import rl, trace
 
+# What is not in the command's own extra.
+_EXTRAS = {"math_verify": "graders", "reasoning_gym": "graders", "vllm": "vllm"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 when the arguments, a file or the installation do not allow what was asked."""
@@ -18,7 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.run(options)
         return 0
     except ModuleNotFoundError as error:
-        message = f"{error}; install it with: pip install 'sspo-ext[{options.extra}]'" if options.extra else str(error)
+        root = (error.name or "").partition(".")[0]
+        own = getattr(options, "grader", "").partition(":")[0].partition(".")[0]  # a grader's module is in no extra
+        extra = None if root == own else _EXTRAS.get(root, options.extra)
+        message = f"{error}; install it with: pip install 'sspo-ext[{extra}]'" if extra else str(error)
     except (ValueError, TypeError, OSError) as error:
         if options.traceback:
             raise
@@ -46,9 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command("info", _info, None, "versions, backends, and why a backend cannot run")
     _add_train(command("train", _train, "train", "train a causal LM on preference rows"))
-    rl.add_arguments(
-        command("rl", _rl, "train", "train a causal LM by SSPO on prompts with answers"), _positive, _assignment
-    )
+    rl.add_arguments(command("rl", _rl, "train", "train a causal LM by SSPO on prompts with answers"), _positive)
     trace.add_arguments(
         command("trace", trace.run, "train", "values, advantages and step preferences of given chains"), _positive
     )

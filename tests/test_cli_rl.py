@@ -1,6 +1,8 @@
 """`sspo-ext rl`: a whole run from a file, resume, and one message for every mistake."""
 
+import argparse
 import json
+import sys
 
 import pytest
 
@@ -79,6 +81,12 @@ def test_train_evaluate_draw_save_and_resume(model, data, tmp_path, capsys):
             "grpo",
         ),
         ("--combine", "outcome", "--aggregation", "sequence", "--route", "logits", "--grader", "exact:="),
+        # GSPO, sampled answers, a nucleus
+        (
+            *("--loss-type", "ppo", "--epsilon", "3e-4", "--epsilon-high", "4e-4", "--top-p", "0.9", "--top-k", "9"),
+            *("--loss-option", "importance_sampling_level=sequence", "--kl-estimator", "k2", "--beta", "0.1"),
+            *("--probe-option", "mode=graded", "--probe-option", "num_samples=2", "--probe-end", "\n"),
+        ),
     ],
 )
 def test_options_run(model, tmp_path, more):
@@ -107,6 +115,48 @@ def test_mistakes_are_messages(model, data, tmp_path, capsys, monkeypatch, more,
     assert rl(model, data, tmp_path / "out", "--max-steps", "1", *more) == 2
     error = capsys.readouterr().err
     assert "sspo-ext rl: error: " in error and message in error and "Traceback" not in error
+
+
+def test_every_option_of_the_configuration_is_there():
+    import dataclasses
+
+    from transformers import TrainingArguments
+
+    from sspo_ext.cli import build_parser
+    from sspo_ext.train import SSPOConfig
+
+    (commands,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    there = {action.dest for action in commands.choices["rl"]._actions}
+    spelled = {"chat_template_kwargs": "chat_template_option"}
+    own = {f.name for f in dataclasses.fields(SSPOConfig)} - {f.name for f in dataclasses.fields(TrainingArguments)}
+    assert {spelled.get(name, name) for name in own} <= there | {f"{name}s" for name in there}
+
+
+def test_settings():
+    from sspo_ext.train.rl import setting
+
+    given = ("delta=4", "epsilon=.5", "level=sequence", "thinking=false", "text=a=b", "empty=")
+    assert dict(map(setting, given)) == {
+        "delta": 4, "epsilon": 0.5, "level": "sequence", "thinking": False, "text": "a=b", "empty": "",
+    }  # fmt: skip
+    with pytest.raises(argparse.ArgumentTypeError, match="expected NAME=VALUE, got 'delta'"):
+        setting("delta")
+
+
+def test_a_missing_grader_names_its_own_extra(model, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    assert rl(model, data, tmp_path / "out", "--grader", "math-verify") == 2
+    assert "pip install 'sspo-ext[graders]'" in capsys.readouterr().err
+    assert rl(model, data, tmp_path / "out", "--grader", "nowhere:f") == 2
+    assert "pip install" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("answer", [None, "", [], ["2", None], True])
+def test_bad_answers_are_named_before_the_model_is_loaded(tmp_path, capsys, answer):
+    path = write(tmp_path / "bad.jsonl", [*ROWS, {"prompt": "1", "answer": answer}])
+    assert rl("no-model", path, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "1 of 17 rows" in error and "bad.jsonl:17: answer: expected a text" in error
 
 
 def test_bad_rows_are_all_named(model, tmp_path, capsys):

@@ -281,3 +281,64 @@ def test_router_loss_of_a_composite_config():
     text = SimpleNamespace(router_aux_loss_coef=0.5)
     model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
     assert router_loss(model, SimpleNamespace(aux_loss=torch.tensor(2.0))) == 1.0
+
+
+# ---- configuration
+
+
+def test_config_from_the_command_line_of_transformers():
+    from transformers import HfArgumentParser
+
+    from sspo_ext.train import SSPOConfig
+
+    words = ["--output_dir", "out", "--probe_options", '{"mode": "graded"}', "--loss_options", '{"delta": 4}']
+    words += ["--loss_type", "ppo", "--chat_template_kwargs", '{"enable_thinking": false}', "--probe_end", "\n", "."]
+    (args,) = HfArgumentParser(SSPOConfig).parse_args_into_dataclasses([*words, "--use_cpu"])
+    assert args.probe_options == {"mode": "graded"} and args.loss_options == {"delta": 4}
+    assert args.chat_template_kwargs == {"enable_thinking": False} and args.probe_end == ["\n", "."]
+    with pytest.raises(TypeError, match="probe_options: expected a dictionary, or its JSON, got 'graded'"):
+        SSPOConfig("out", use_cpu=True, probe_options="graded")
+
+
+def test_levels_are_checked_at_once(tmp_path):
+    level = {"importance_sampling_level": "sequences"}
+    with pytest.raises(ValueError, match="importance_sampling_level: expected one of 'token'"):
+        config(tmp_path, loss_type="ppo", loss_options=level)
+    with pytest.raises(ValueError, match="importance_sampling_level: loss_type 'reinforce' has no ratio"):
+        config(tmp_path, loss_options={"importance_sampling_level": "sequence"})
+
+
+def test_several_ends_of_an_answer(tmp_path):
+    found = {}
+    for ends in ("<eos>", "\n", ["<eos>", "\n"]):
+        trainer = said(tmp_path, trainer_class=SSPOTrainer, probe_end=ends)
+        found[str(ends)] = trainer.step_values(trainer.roll_out(ROWS[:1], [(0,)]))[0][:-1]
+    one, other, both = found.values()
+    assert both == pytest.approx([a + b for a, b in zip(one, other, strict=True)], rel=1e-5)
+
+
+def test_probe_in_a_turn_of_the_users_and_options_of_the_template(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}\n{% endfor %}{{ 'b:' if brief else 'a:' }}"
+    )
+    rows = [{"prompt": [{"role": "user", "content": "1+1"}], "answer": "2"}]
+    values = {}
+    for turn in (False, True):
+        trainer = make_trainer(
+            tmp_path, tokenizer=tokenizer, rows=rows, engine=Completes(tokenizer("1+1\n2<eos>").input_ids),
+            probe_turn=turn, chat_template_kwargs={"brief": True},
+        )  # fmt: skip
+        (rollout,) = trainer.roll_out(rows, [(0,)])
+        assert tokenizer.decode(rollout.prompt_ids).endswith("b:")
+        (values[turn],) = trainer.step_values([rollout])
+    assert values[True] != values[False]
+
+
+def test_names_of_the_package():
+    import sspo_ext.train as package
+
+    assert all(callable(getattr(package, name)) for name in package.__all__)
+    assert package.SSPOTrainer is SSPOTrainer and "SSPOTrainer" in dir(package)
+    with pytest.raises(AttributeError, match="has no attribute 'SSPOTrainers'"):
+        package.SSPOTrainers  # noqa: B018

@@ -1,1 +1,26 @@
-"""Thin trainer on transformers.Trainer: data, collator, trainer."""
+"""Thin trainers on transformers.Trainer. Names are imported when they are first asked for: the command line's help must
+not wait for transformers."""
+
+from importlib import import_module
+
+_MODULES = {
+    "SSPOConfig": "sspo_config",
+    "SSPOTrainer": "sspo_trainer",
+    "StepPreferenceConfig": "trainer",
+    "StepPreferenceTrainer": "trainer",
+    "load_grader": "grade",
+    "load_model": "models",
+    "load_preference_rows": "data",
+    "tokenize_rows": "tokenize",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -90,12 +90,15 @@ def check_rows(name: str, dataset, *, answers: bool = False, texts: bool = False
         raise ValueError(f"{name}: {error}") from None
 
 
-def prompt_tokens(prompt: str | Sequence[dict], tokenizer) -> list[int]:
-    """A text with the tokenizer's special tokens, or chat messages by its template, ready to be completed."""
+def prompt_tokens(prompt: str | Sequence[dict], tokenizer, template_options: dict | None = None) -> list[int]:
+    """A text with the tokenizer's special tokens, or chat messages by its template and its options, ready to be
+    completed."""
     if isinstance(prompt, str):
         ids = tokenizer(prompt).input_ids
     else:
-        ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False)
+        ids = tokenizer.apply_chat_template(
+            list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False, **(template_options or {})
+        )
     if not ids:
         raise ValueError(f"prompt: expected at least one token, got none for {prompt!r}")
     return list(ids)

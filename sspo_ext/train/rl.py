@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int], assignment: Callable) -> None:
+def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
+    several = {"type": setting, "action": "append", "default": [], "metavar": "NAME=VALUE"}
     add = parser.add_argument
     add("--model", required=True, help="hub name, folder, folder with one .gguf file, or .gguf file")
     add("--data", required=True, nargs="+", metavar="JSONL", help="rows: prompt (a text or chat messages) and answer")
@@ -21,13 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
     add("--num-generations", type=positive, default=8, help="completions of every prompt")
     add("--max-completion-length", type=positive, default=256, help="tokens; what reaches it earns nothing")
     add("--temperature", type=float, default=1.0, help="of sampling, and of the loss")
+    add("--top-p", type=float, default=1.0, help="nucleus sampling; below 1 the loss is not of what was sampled from")
+    add("--top-k", type=int, default=0, help="sample from the k most probable tokens; 0: from all")
+    add("--chat-template-option", **several, help="as enable_thinking=false")
     add("--rollout-engine", default="generate", choices=("generate", "compact", "vllm"), help="what completes prompts")
     add("--rollout-batch-size", type=positive, help="rows completed at once (default: all of an update)")
+    add("--rollout-option", **several, help="of vllm, as gpu_memory_utilization=0.4")
 
     add = parser.add_argument_group("steps, values, advantages").add_argument
     add("--split-by", default="newline", help="newline, blank_line, or a regular expression")
     add("--probe", default="en", help="a language (en, zh, ...) or the text that asks for the answer")
-    add("--probe-end", default="", help="what must follow the answer, such as the end of sequence")
+    add("--probe-end", action="append", metavar="TEXT", help="may follow the answer (default: anything); repeatable")
+    add("--probe-turn", action="store_true", help="ask in a turn of the user's, by the chat template")
+    add("--probe-option", **several, help="as mode=graded, num_samples=5, reduce=mean, engine=packed")
     add("--gamma", type=float, default=0.9, help="discount per step; below 1 it makes reasoning short")
     add("--lam", type=float, default=0.9, help="lambda of GAE over steps; 0 is a step's own progress")
     add("--baseline", default="rloo", help="rloo, grpo, dr_grpo, reinforce, reinforce++ or reinforce++_baseline")
@@ -38,10 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 
     add = parser.add_argument_group("loss").add_argument
     add("--loss-type", default="reinforce", help="reinforce, ppo or cispo")
-    add("--loss-option", type=assignment, action="append", default=[], metavar="NAME=VALUE", help="as delta=4")
+    add("--loss-option", **several, help="as delta=4, or importance_sampling_level=sequence (GSPO)")
     add("--epsilon", type=float, help="clipping below (default: the loss type's)")
     add("--epsilon-high", type=float, help="clipping above (default: the loss type's)")
     add("--beta", type=float, default=0.0, help="weight of the KL to the model as given; 0 keeps no reference")
+    add("--kl-estimator", default="k3", choices=("k1", "k2", "k3"), help="of that KL")
     add("--entropy-coef", type=float, default=0.0, help="weight of the entropy bonus")
     add("--aggregation", default="token", choices=("token", "step", "sequence", "sum"), help="how tokens are averaged")
     add("--num-iterations", type=positive, default=1, help="updates on every batch of rollouts")
@@ -73,6 +81,19 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
     add("--report-to", default="none", help="transformers' name of a logging integration")
     add("--attn-implementation", help="eager, sdpa, flash_attention_2, ... (default: the model's)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def setting(text: str) -> tuple[str, object]:
+    """NAME=VALUE: the value is a number, true, false, null, or else a text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    for read in (json.loads, float):
+        try:
+            return name.strip(), read(value)
+        except ValueError:
+            continue
+    return name.strip(), value
 
 
 def load_prompt_rows(paths: list[str], texts: bool = False) -> list[dict]:
@@ -110,7 +131,8 @@ def run(options: argparse.Namespace, checkpoint: str | None, lora) -> None:
     """Trains, evaluates before and after, saves the model and progress.png."""
     # What can be wrong is looked at in the order of what it costs: rows, grader, arguments, then the model.
     by_text = options.grader.partition(":")[0] in ("exact", "math-verify")
-    rows = load_prompt_rows(options.data, by_text or options.combine != "outcome")
+    probed = options.combine != "outcome" and dict(options.probe_option).get("mode", "likelihood") == "likelihood"
+    rows = load_prompt_rows(options.data, by_text or probed)
     held_out = load_prompt_rows(options.eval_data, by_text) if options.eval_data else None
 
     import torch
@@ -124,14 +146,20 @@ def run(options: argparse.Namespace, checkpoint: str | None, lora) -> None:
 
     grader = load_grader(options.grader)
     same = (
-        "num_generations max_completion_length temperature rollout_engine rollout_batch_size split_by probe probe_end "
-        "gamma lam baseline combine loss_type epsilon epsilon_high beta entropy_coef aggregation num_iterations route "
-        "chunk_bytes backend warmup_steps optim max_steps bf16 seed logging_steps save_steps eval_steps report_to"
+        "num_generations max_completion_length temperature top_p top_k rollout_engine rollout_batch_size split_by "
+        "probe probe_turn gamma lam baseline combine loss_type epsilon epsilon_high beta kl_estimator entropy_coef "
+        "aggregation num_iterations route chunk_bytes backend warmup_steps optim max_steps bf16 seed logging_steps "
+        "save_steps eval_steps report_to"
     ).split()
+    rollout_options = {"model": options.model} if options.rollout_engine == "vllm" else {}
+    rollout_options.update(options.rollout_option)
     args = SSPOConfig(
         output_dir=options.output_dir,
         loss_options=dict(options.loss_option) or None,
-        rollout_options={"model": options.model} if options.rollout_engine == "vllm" else None,
+        rollout_options=rollout_options or None,
+        chat_template_kwargs=dict(options.chat_template_option) or None,
+        probe_end=options.probe_end or "",
+        probe_options=dict(options.probe_option) or None,
         learning_rate=options.lr,
         lr_scheduler_type=options.lr_scheduler,
         num_train_epochs=options.epochs,

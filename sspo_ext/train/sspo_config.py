@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from .._checks import check_choice, check_not_negative
-from ..policy import get_policy_head
+from ..policy import LEVELS, get_policy_head
 from ..policy_losses import AGGREGATIONS
 from ..signals import BASELINES
 from .route import ROUTE_HELP
 
 COMBINE = ("add", "replace", "outcome")
+_DICTIONARIES = ("rollout_options", "chat_template_kwargs", "probe_options", "loss_options")
 
 
 def _option(default, text: str):
@@ -27,6 +28,8 @@ class SSPOConfig(TrainingArguments):
     gradient_accumulation_steps x processes of them: a multiple of `num_generations`.
     """
 
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *_DICTIONARIES]
+
     remove_unused_columns: bool = _option(False, "Rows are the grader's, not the model's.")
     logging_nan_inf_filter: bool = _option(False, "True hides a NaN loss from the log.")
     logging_steps: float = _option(1, "Log every so many updates.")
@@ -39,12 +42,16 @@ class SSPOConfig(TrainingArguments):
     top_k: int = _option(0, "Sampling from the k most probable tokens; 0: from all. The same caution.")
     rollout_engine: str = _option("generate", "generate, compact or vllm (sspo_ext.train.rollout).")
     rollout_batch_size: int | None = _option(None, "Rows completed at once on a device; None: all. Not for vllm.")
-    rollout_options: dict | None = _option(None, "vLLM's own options.")
+    rollout_options: dict | str | None = _option(None, "vLLM's own options.")
+    chat_template_kwargs: dict | str | None = _option(None, "Of the chat template: {'enable_thinking': false}.")
 
     split_by: str = _option("newline", "newline, blank_line or a regular expression (sspo_ext.signals.split).")
     probe: str = _option("en", "A language of sspo_ext.signals.PROBES, or the text that asks for the answer.")
-    probe_end: str = _option("", "What must follow the answer for it to count, such as the end of sequence.")
-    probe_options: dict | None = _option(None, "Of sspo_ext.signals.probe_step_values: mode, reduce, engine, ...")
+    probe_end: str | list[str] = _option(
+        "", "What must follow the answer for it to count, such as the end of sequence; any of several."
+    )
+    probe_turn: bool = _option(False, "Ask in a turn of the user's, by the chat template.")
+    probe_options: dict | str | None = _option(None, "Of sspo_ext.signals.probe_step_values: mode, reduce, engine, ...")
     gamma: float = _option(0.9, "Discount per step: what a step costs. It makes reasoning short; 1 does not.")
     lam: float = _option(0.9, "GAE's lambda over steps. 0: a step's own progress.")
     baseline: str = _option("rloo", "Of the outcome: rloo, grpo, dr_grpo, reinforce or reinforce++.")
@@ -53,7 +60,9 @@ class SSPOConfig(TrainingArguments):
     )
 
     loss_type: str = _option("reinforce", "See sspo_ext.policy.POLICY_HEADS.")
-    loss_options: dict | None = _option(None, "The loss type's other options.")
+    loss_options: dict | str | None = _option(
+        None, "Other options of the loss type and of step_policy_loss: {'importance_sampling_level': 'sequence'}."
+    )
     epsilon: float | None = _option(None, "Clipping below, for a loss that clips; None: its own default.")
     epsilon_high: float | None = _option(None, "Clipping above; None: the loss's own default.")
     beta: float = _option(0.0, "Weight of the KL to the model as given (a PeftModel: with its adapter); 0: none.")
@@ -67,6 +76,9 @@ class SSPOConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in _DICTIONARIES:
+            if not isinstance(getattr(self, name), dict | None):
+                raise TypeError(f"{name}: expected a dictionary, or its JSON, got {getattr(self, name)!r}")
         check_choice("combine", self.combine, COMBINE)
         check_choice("baseline", self.baseline, tuple(BASELINES))
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
@@ -80,6 +92,10 @@ class SSPOConfig(TrainingArguments):
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         head = get_policy_head(self.loss_type)
         head.check_options(self.head_options)
+        level = (self.loss_options or {}).get("importance_sampling_level", "token")
+        check_choice("importance_sampling_level", level, LEVELS)
+        if level != "token" and not head.has_ratio:
+            raise ValueError(f"importance_sampling_level: loss_type {self.loss_type!r} has no ratio, got {level!r}")
         if self.num_iterations > 1 and not head.has_ratio:
             raise ValueError(
                 f"num_iterations: expected 1 with loss_type {self.loss_type!r}, which has no ratio to correct for the "

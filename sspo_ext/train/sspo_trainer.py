@@ -210,7 +210,7 @@ class SSPOTrainer(Trainer):
         )  # fmt: skip
         with self._phase("rollout"), torch.no_grad(), self.accelerator.autocast():
             known = {str(row["prompt"]): row["prompt"] for row in rows}  # a group's rows share theirs
-            known = {key: prompt_tokens(prompt, tokenizer) for key, prompt in known.items()}
+            known = {key: prompt_tokens(prompt, tokenizer, args.chat_template_kwargs) for key, prompt in known.items()}
             prompts = [known[str(row["prompt"])] for row in rows]
             completions = self.engine.complete(self.model, prompts, sampling, seeds)
         with self._phase("grade"):
@@ -235,7 +235,9 @@ class SSPOTrainer(Trainer):
         # Nothing is asked after the last step: the outcome itself is known there.
         states = StepBatch([r.prompt_ids for r in rollouts], [r.steps[:-1] for r in rollouts])
         options = {"tokenizer": self.processing_class, **(self.args.probe_options or {})}
-        probe = replace(PROBES.get(self.args.probe) or Probe(self.args.probe), ends=(self.args.probe_end,))
+        ends = self.args.probe_end
+        ends = (ends,) if isinstance(ends, str) else tuple(ends)
+        probe = replace(PROBES.get(self.args.probe) or Probe(self.args.probe), ends=ends, turn=self.args.probe_turn)
         if options.get("mode") == "graded":
             answers = [r.row for r in rollouts]
             judge = answer_grader(self.reward_func, probe)
