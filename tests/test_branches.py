@@ -1,7 +1,9 @@
 """Log-probs of branches: three engines, one answer, on small models of many families.
 
 Mutations of sspo_ext/signals/{branches,support}.py that turned a test red: the cached engine's mask without its hole
-(test_engines_are_equal[llama-cached]); the window left out of the 4-D mask (test_engines_are_equal[mistral-packed]).
+(test_engines_are_equal[llama-cached]); the window left out of the 4-D mask (test_engines_are_equal[mistral-packed]);
+a bound from the weights' dtype, under the caller's autocast (test_*_autocast_does_not_count); every path beyond the
+budget as a tree under a mask (test_beyond_the_budget_packed_costs_no_more_than_separate).
 """
 
 import functools
@@ -17,7 +19,7 @@ from torch import nn
 sys.path.append(str(Path(__file__).parents[1]))  # for benchmarks/; last: not for sspo_ext/
 
 pytest.importorskip("transformers")
-from helpers_rl import make_trainer  # noqa: E402
+from helpers_rl import make_tokenizer, make_trainer  # noqa: E402
 
 from benchmarks import families  # noqa: E402
 from sspo_ext.signals import Branch, branch_logps, sample, support, why_not  # noqa: E402
@@ -84,7 +86,7 @@ class TestEngines:
             assert "sliding window" in reason
             return
         expected = branch_logps(models(name), TRUNKS, BRANCHES, engine="separate")
-        for max_tokens in (1, 60, 4096):
+        for max_tokens in (1, 15, 60, 4096):  # 15: some paths are longer, some are not
             got = branch_logps(models(name), TRUNKS, BRANCHES, engine=engine, max_tokens=max_tokens)
             close(got.tokens, expected.tokens)
             assert got.offsets.tolist() == expected.offsets.tolist()
@@ -102,6 +104,35 @@ class TestEngines:
         for part, branch in zip(parts, BRANCHES, strict=True):
             alone = branch_logps(models(name), TRUNKS, [branch], engine=engine).tokens
             close(part, alone)
+
+    @pytest.mark.parametrize("name", ("llama", "mistral"))
+    def test_beyond_the_budget_packed_costs_no_more_than_separate(self, models, name):
+        """The same chain, longer and longer: forwards and tokens, and no mask of ours on a path by itself."""
+        model, seen = models(name), []
+
+        def note(module, args, inputs):
+            mask = inputs.get("attention_mask")
+            seen.append((inputs["input_ids"].numel(), isinstance(mask, dict) or mask is not None and mask.ndim == 4))
+
+        def cost(engine, trunk, max_tokens):
+            branches = [Branch(0, cut, [3, 4, 5], 1) for cut in range(4, len(trunk) + 1, 4)]
+            branch_logps(model, [trunk], branches, engine=engine, max_tokens=max_tokens)  # with its self-check
+            seen.clear()
+            hook = model.register_forward_pre_hook(note, with_kwargs=True)
+            try:
+                branch_logps(model, [trunk], branches, engine=engine, max_tokens=max_tokens)
+            finally:
+                hook.remove()
+            assert not any(masked and size > max_tokens for size, masked in seen)
+            return len(seen), sum(size for size, _ in seen)
+
+        for length in (16, 28, 56):
+            packed, separate = (cost(engine, tokens(length, 11), 30) for engine in ("packed", "separate"))
+            assert packed[0] <= separate[0] + 1 and packed[1] < separate[1]
+            if length == 16:
+                assert packed == (1, 16 + 4 * 2)
+            if length == 56 and name == "llama":  # a trunk's cache is shared by what is beyond the budget
+                assert packed[1] < 30 * 3 + 56 + 14 * 3
 
     def test_eager_attention_gets_a_mask_that_is_added(self):
         model = families.enlarge(families.build("llama"))
@@ -172,6 +203,19 @@ class IgnoresMasks(nn.Module):
         return SimpleNamespace(logits=self.embed(input_ids).cumsum(1))
 
 
+def rounds_in_bf16():
+    """fp32 weights, large enough that engines under bf16 autocast differ by .02, and by 1e-6 without it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(make_tokenizer()), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2,
+        pad_token_id=0, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
 class TestSupport:
     def test_a_model_that_ignores_the_mask_is_found_out(self):
         model = IgnoresMasks()
@@ -210,9 +254,8 @@ class TestSupport:
     @pytest.mark.parametrize("engine", ENGINES)
     def test_autocast_of_the_callers_does_not_count(self, engine):
         """fp32 weights: what is checked is masks and positions, and bf16's rounding is no wrong mask."""
-        model = families.enlarge(families.build("llama"))
         with torch.autocast("cpu", torch.bfloat16):
-            assert why_not(model, engine) is None
+            assert why_not(rounds_in_bf16(), engine) is None
 
     @pytest.mark.parametrize("peft", (False, True))
     def test_a_trainers_bf16_autocast_does_not_count(self, tmp_path, monkeypatch, peft):
@@ -223,7 +266,7 @@ class TestSupport:
         options = {}
         if peft:
             options["peft_config"] = pytest.importorskip("peft").LoraConfig(r=2, target_modules=["q_proj"])
-        make_trainer(tmp_path, max_steps=1, bf16=True, **options).train()
+        make_trainer(tmp_path, model=rounds_in_bf16(), max_steps=1, bf16=True, **options).train()
         assert ran == ["packed"]
 
     def test_separate_without_a_known_reason_is_told_once(self, caplog):

@@ -19,10 +19,11 @@ from torch import nn
 sys.path.append(str(Path(__file__).parents[1]))  # for benchmarks/; last: not for sspo_ext/
 
 pytest.importorskip("transformers")
+from helpers_rl import config  # noqa: E402
 from helpers_tokenizer import byte_tokenizer  # noqa: E402
 
 from benchmarks import families  # noqa: E402
-from sspo_ext.signals import PROBES, Probe, StepBatch, probe_step_values, split_text, why_not  # noqa: E402
+from sspo_ext.signals import PROBES, Probe, StepBatch, as_probe, probe_step_values, split_text, why_not  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -336,6 +337,18 @@ class TestErrors:
         arguments = {"probe": [2], "answers": [[7], [7]]} | change
         with pytest.raises(ValueError, match=message):
             probe_step_values(Knows(), BATCH, arguments.pop("probe"), arguments.pop("answers"), **arguments)
+
+    @pytest.mark.parametrize("text", ("jp", "english", "zh-cn", "zh_CN"))
+    def test_a_language_that_is_none(self, tokenizer, tmp_path, text):
+        with pytest.raises(ValueError, match="probe: expected a language"):
+            config(tmp_path, probe=text)  # SSPOConfig, before anything is loaded
+        for probe in (text, [text, "en"]):
+            with pytest.raises(
+                ValueError, match=rf"probe: expected a language \(en, zh.*got '{text}'.*Probe\('{text}'\)"
+            ):
+                probe_step_values(Knows(), BATCH, probe, ["7", "7"], tokenizer=tokenizer)
+        assert as_probe(Probe(text)).text == text and as_probe(f"{text}:").text == f"{text}:"
+        assert as_probe("zh") is PROBES["zh"] and as_probe("####").text == "####" and as_probe("答案").text == "答案"
 
     def test_batches(self):
         for prompts, steps, message in (

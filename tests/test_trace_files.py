@@ -141,6 +141,7 @@ class TestCommand:
         (
             (("--split-by", "word"), "by: 'word' is none of"),
             (("--grader", "luck"), "grader: expected"),
+            (("--probe", "jp"), "probe: expected a language"),
             (("--max-length", "3"), "--data: no chain of at most 3 tokens"),
             (("--pairs", "sampled", "--split-by", "numbered"), "numbered"),
         ),

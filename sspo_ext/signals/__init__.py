@@ -4,7 +4,7 @@ from .baselines import BASELINES, combine_advantages, outcome_advantages
 from .branches import Branch, BranchLogps, branch_logps
 from .candidates import Candidate, Node, nodes_from_rollouts, trace_candidates
 from .gae import step_gae
-from .probe import PROBES, Probe, probe_step_values
+from .probe import PROBES, Probe, as_probe, probe_step_values
 from .split import delimiter_mask, split_text, step_ids_from_tokens, token_step_ids
 from .support import why_not
 from .trace import TracedPair, divergence_index, divergence_weights, pair_candidates, pair_rows
@@ -21,6 +21,7 @@ __all__ = [
     "StepBatch",
     "StepValues",
     "TracedPair",
+    "as_probe",
     "branch_logps",
     "combine_advantages",
     "delimiter_mask",

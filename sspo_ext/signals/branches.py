@@ -6,7 +6,8 @@ Three engines give the same numbers:
 
     separate   one forward for each branch, without padding, mask or cache: the specification
     packed     one forward for a trunk and all of its branches, as a tree: equal tokens after equal contexts are
-               computed once, and a 4-D mask lets each token see the path from the root to itself alone
+               computed once, and a 4-D mask lets each token see the path from the root to itself alone. Paths that are
+               longer than a forward's budget are run as by "cached", else as by "separate"
     cached     the trunk is computed once; its branches are rows of a second forward that continue its cache, and
                their mask hides what lies behind their cut
 
@@ -161,7 +162,11 @@ class Tree:
 
 def _packed(model, trunks: Trunks, branches: Sequence[Branch], todo: list[int], max_tokens: int) -> Iterator[_Part]:
     rows = []
+    beyond: list[int] = []
     for members in by_trunk(branches, todo, max_tokens):
+        if len(members) == 1 and branches[members[0]].cut + len(branches[members[0]].ids) > max_tokens:
+            beyond += members
+            continue
         tree = Tree(trunks[branches[members[0]].trunk][: max(branches[r].cut for r in members)])
         scored = [(r, *tree.add(*branches[r][1:])) for r in members]
         rows.append((tree, scored))
@@ -188,6 +193,13 @@ def _packed(model, trunks: Trunks, branches: Sequence[Branch], todo: list[int], 
         inputs = {"attention_mask": four_d_mask(model, mask, positions), "position_ids": positions}
         logits, _ = logits_at(model, at, input_ids=ids, **inputs)
         yield owners, label_logps(logits, labels)
+    # A path beyond the budget shares its context with no other: the trunk's cache does, and a mask would only cost.
+    if beyond:
+        from .support import why_not
+
+        longest = max(branches[r].cut + len(branches[r].ids) for r in beyond)
+        run = _separate if why_not(model, "cached", longest) else _cached
+        yield from run(model, trunks, branches, beyond, max_tokens)
 
 
 def _cached(model, trunks: Trunks, branches: Sequence[Branch], todo: list[int], max_tokens: int) -> Iterator[_Part]:

@@ -9,6 +9,7 @@ the two values and their defaults here are our reconstruction. V_k is on the sca
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -54,6 +55,25 @@ PROBES = {
     "symbol": Probe("####"),
 }
 
+_LIKE_A_LANGUAGE = re.compile(r"[a-z]+([-_][A-Za-z]+)?")
+
+
+def as_probe(probe: str | Probe) -> Probe:
+    """A Probe as it is; a language of `PROBES`; any other text, which then asks for the answer.
+
+    Raises ValueError for a text that reads like a language and is none, "jp" or "zh-cn": the model would be asked with
+    that word.
+    """
+    if isinstance(probe, Probe):
+        return probe
+    if probe not in PROBES and _LIKE_A_LANGUAGE.fullmatch(probe):
+        raise ValueError(
+            f"probe: expected a language ({', '.join(PROBES)}) or a text that asks for the answer, got {probe!r}, "
+            f"which reads like a language; if this word is the text, pass Probe({probe!r}), or {probe + ':'!r}"
+        )
+    return PROBES.get(probe) or Probe(probe)
+
+
 AnyProbe = str | Probe | Sequence[int]
 Answer = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
@@ -82,6 +102,7 @@ def probe_step_values(
         batch: prompts (with the chat template's tokens, where there is one) and steps. Special tokens at the end of a
             response are left out before the probe: V_K is asked of the text.
         probe: a language of `PROBES`, any other text, a `Probe`, or token ids; or one text or Probe for each sequence.
+            See `as_probe`.
         answers: (B,) the gold answer of each sequence. "likelihood": a text, several accepted texts, or the same in
             token ids. "graded": whatever `grader` takes.
         mode: "likelihood" or "graded".
@@ -265,7 +286,7 @@ def _resolve(probe: Any, batch: int, tokenizer) -> list:
     found = []
     for one in probe if many else [probe] * batch:
         if isinstance(one, str):
-            one = PROBES.get(one) or Probe(one)
+            one = as_probe(one)
         if isinstance(one, Probe):
             if tokenizer is None:
                 raise ValueError("tokenizer: expected one, since the probe is a text")

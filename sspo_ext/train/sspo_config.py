@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from .._checks import check_choice, check_not_negative
 from ..policy import LEVELS, get_policy_head
 from ..policy_losses import AGGREGATIONS
-from ..signals import BASELINES
+from ..signals import BASELINES, as_probe
 from .route import ROUTE_HELP
 
 COMBINE = ("add", "replace", "outcome")
@@ -79,6 +79,7 @@ class SSPOConfig(TrainingArguments):
         for name in _DICTIONARIES:
             if not isinstance(getattr(self, name), dict | None):
                 raise TypeError(f"{name}: expected a dictionary, or its JSON, got {getattr(self, name)!r}")
+        as_probe(self.probe)
         check_choice("combine", self.combine, COMBINE)
         check_choice("baseline", self.baseline, tuple(BASELINES))
         check_choice("aggregation", self.aggregation, AGGREGATIONS)

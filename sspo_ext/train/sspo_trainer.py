@@ -28,10 +28,9 @@ from .. import StepPolicyOutput, linear_step_policy_loss, step_policy_loss
 from ..hf import forward_hidden, model_head
 from ..layout import TensorBundle
 from ..signals import (
-    PROBES,
-    Probe,
     StepBatch,
     StepValues,
+    as_probe,
     combine_advantages,
     delimiter_mask,
     outcome_advantages,
@@ -237,7 +236,7 @@ class SSPOTrainer(Trainer):
         options = {"tokenizer": self.processing_class, **(self.args.probe_options or {})}
         ends = self.args.probe_end
         ends = (ends,) if isinstance(ends, str) else tuple(ends)
-        probe = replace(PROBES.get(self.args.probe) or Probe(self.args.probe), ends=ends, turn=self.args.probe_turn)
+        probe = replace(as_probe(self.args.probe), ends=ends, turn=self.args.probe_turn)
         if options.get("mode") == "graded":
             answers = [r.row for r in rollouts]
             judge = answer_grader(self.reward_func, probe)

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..signals.probe import PROBES, Probe
+    from ..signals.probe import as_probe
     from ..signals.split import split_text
     from .grade import answer_grader, load_grader
 
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
     missing = [name for name in options.data if not Path(name).is_file()]
     if missing:
         raise ValueError(f"--data: {missing[0]!r} is not there")
-    probe = PROBES.get(options.probe) or Probe(options.probe)
+    probe = as_probe(options.probe)
     if options.probe_end:
         probe = replace(probe, ends=tuple(options.probe_end))
     output = Path(options.output_dir)
