@@ -1,5 +1,9 @@
 """SSPOTrainer: ends of turn, references of adapters, what divides the loss, evaluation in batches, composite models,
-and what is refused before anything is trained."""
+and what is refused before anything is trained.
+
+All were run on the code without what they ask for. All were red but two, which hold what has to stay:
+test_prob_threshold_divides_by_what_counts[sum], test_evaluation_does_not_depend_on_its_batches.
+"""
 
 import pytest
 import torch

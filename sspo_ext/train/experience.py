@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,22 @@ class Rollout:
     reward: float = 0.0
     values: list[float] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
+
+
+class Summary(NamedTuple):
+    """What all processes hear of a rollout. They sort by `place`, which is the row's in the whole update."""
+
+    place: int
+    reward: float
+    steps: int
+    values: list[float]
+    tokens: int
+    ended: bool
+
+    @classmethod
+    def of(cls, place: int, rollout: Rollout) -> Summary:
+        r = rollout
+        return cls(place, r.reward, len(r.steps), r.values, len(r.completion_ids), r.ended)
 
 
 class PromptSampler(Sampler[int]):
@@ -143,27 +159,49 @@ def policy_batch(rollouts: Sequence[Rollout], pad_token_id: int) -> dict:
     return {"input_ids": ids, "attention_mask": mask, "layout": layout, "advantages": advantages}
 
 
-def rollout_metrics(rows: Iterable[tuple]) -> dict[str, float]:
-    """Means of (place, reward, steps, values, tokens, ended) rows."""
+def rollout_metrics(rows: Iterable[Summary]) -> dict[str, float]:
+    """Means over rollouts."""
     rows = list(rows)
     n = max(len(rows), 1)
-    rewards = torch.tensor([row[1] for row in rows], dtype=torch.float64)
+    rewards = torch.tensor([row.reward for row in rows], dtype=torch.float64)
     return {
-        "accuracy": sum(row[1] >= 1 for row in rows) / n,
-        "reward": sum(row[1] for row in rows) / n,
+        "accuracy": sum(row.reward >= 1 for row in rows) / n,
+        "reward": sum(row.reward for row in rows) / n,
         "reward_std": rewards.std(correction=0).item() if len(rows) else 0.0,
-        "completions/mean_length": sum(row[4] for row in rows) / n,
-        "completions/clipped_ratio": sum(not row[5] for row in rows) / n,
-        "steps/mean": sum(row[2] for row in rows) / n,
+        "completions/mean_length": sum(row.tokens for row in rows) / n,
+        "completions/clipped_ratio": sum(not row.ended for row in rows) / n,
+        "steps/mean": sum(row.steps for row in rows) / n,
     }
 
 
-def num_items(aggregation: str, everyone: Sequence[tuple], longest: int) -> float:
+def advantage_metrics(
+    rows: Iterable[Summary], advantages: Sequence[Sequence[float]]
+) -> dict[str, tuple[float, int]]:  # name: (sum, count)
+    """Values before and after all steps but the last, and advantages over steps."""
+    found: dict[str, tuple[float, int]] = {}
+    probed = [row.values for row in rows if len(row.values) > 1]
+    if probed:
+        found["values/first"] = sum(v[0] for v in probed), len(probed)
+        found["values/last"] = sum(v[-2] for v in probed), len(probed)
+    flat = torch.tensor([a for row in advantages for a in row])
+    if len(flat):
+        found["advantages/mean"] = flat.mean().item(), 1
+        found["advantages/std"] = flat.std(correction=0).item(), 1
+    return found
+
+
+def over_std(values: Tensor) -> Tensor:
+    """Scaled, not centred; all equal stays as it is (a batch of zeros stays zeros)."""
+    std = values.std() if len(values) > 1 else values.new_zeros(())
+    return torch.where(std > 1e-6, values / std.clamp(min=1e-6), values)
+
+
+def num_items(aggregation: str, everyone: Sequence[Summary], longest: int) -> float:
     """What the aggregation averages over, in the whole update; a constant for "sum" (Dr. GRPO)."""
     count = {
-        "token": sum(row[4] for row in everyone),
-        "step": sum(row[2] for row in everyone),
-        "sequence": sum(row[4] > 0 for row in everyone),
+        "token": sum(row.tokens for row in everyone),
+        "step": sum(row.steps for row in everyone),
+        "sequence": sum(row.tokens > 0 for row in everyone),
         "sum": len(everyone) * longest,
     }[aggregation]
     return float(max(count, 1))

@@ -1,7 +1,9 @@
-"""Metrics as means over pairs and steps, whatever the sizes of the batches they came from."""
+"""Metrics as means over what they count, whatever the sizes of the batches they came from."""
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections import defaultdict
 
 import torch
@@ -39,3 +41,38 @@ class Means:
             return sums[name] / max(sums["steps/count" if name.startswith("steps/") else "pairs/count"], 1)
 
         return {name: sums[name] if name in _COUNTS else mean(name) for name in sums}
+
+
+class Sums:
+    """Sums of named values and of their counts, on the host or the device, until `pop`."""
+
+    def __init__(self):
+        self.sums: dict[str, list] = defaultdict(lambda: [0.0, 0])
+
+    def add(self, name: str, total: float | Tensor, count: float = 1) -> None:
+        entry = self.sums[name]
+        entry[0], entry[1] = entry[0] + total, entry[1] + count
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        """Adds the seconds of the block as "time/name"."""
+        began = time.perf_counter()
+        yield
+        self.add(f"time/{name}", time.perf_counter() - began)
+
+    def forget(self, *names: str) -> None:
+        for name in names:
+            self.sums.pop(name, None)
+
+    def pop(self, accelerator, device: torch.device) -> dict[str, float]:
+        """Means over what was added, on all processes. The one host sync."""
+        if not self.sums:
+            return {}
+        pairs = torch.stack(
+            [torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in v]) for v in
+             self.sums.values()]
+        )  # fmt: skip
+        totals = accelerator.reduce(pairs, "sum").tolist()
+        means = {name: total / max(count, 1e-9) for name, (total, count) in zip(self.sums, totals, strict=True)}
+        self.sums.clear()
+        return means

@@ -178,6 +178,16 @@ class _ChooseOne:
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn[:, None], 0.0)
 
 
+def end_tokens(model: nn.Module, tokenizer) -> tuple[int, ...]:
+    """Every token that ends a completion: the generation config's, then the tokenizer's end of sequence."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = found if isinstance(found, list) else [found]
+    ends = tuple(dict.fromkeys(i for i in [*ids, tokenizer.eos_token_id] if i is not None))
+    if not ends:
+        raise ValueError("processing_class: expected an end-of-sequence token, which ends a completion; it has none")
+    return ends
+
+
 def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
     """input_ids and attention_mask (B, T) int64."""
     width = max(map(len, prompts))

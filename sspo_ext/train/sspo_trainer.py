@@ -10,12 +10,10 @@ How values become advantages is our reconstruction of SSPO (arXiv 2508.12604).
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import os
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from .. import StepPolicyOutput, linear_step_policy_loss, step_policy_loss
-from ..hf import forward_hidden, model_head
+from ..hf import eval_mode, forward_hidden, model_head
 from ..layout import TensorBundle
 from ..signals import (
     StepBatch,
@@ -40,17 +38,21 @@ from ..signals import (
 from .experience import (
     PromptSampler,
     Rollout,
+    Summary,
+    advantage_metrics,
     check_rows,
     counted_items,
     num_items,
+    over_std,
     policy_batch,
     prompt_tokens,
     rollout_metrics,
     split_steps,
 )
 from .grade import Grader, answer_grader, answer_texts, grade
+from .means import Sums
 from .models import load_model
-from .rollout import RolloutEngine, Sampling, make_engine
+from .rollout import RolloutEngine, Sampling, end_tokens, make_engine
 from .route import batch_logps, check_one_gpu, choose_route, model_inputs, router_loss
 from .sspo_config import SSPOConfig
 
@@ -122,7 +124,7 @@ class SSPOTrainer(Trainer):
         self.reward_func = reward_func
         self._on_scale = probed and type(self).step_values is SSPOTrainer.step_values
         self.pad_token_id = processing_class.pad_token_id or 0
-        self.eos_token_ids = _ends(model, processing_class)
+        self.eos_token_ids = end_tokens(model, processing_class)
         # a model of several parts (text and images) has its vocabulary in the text's config
         vocabulary = model.config.get_text_config().vocab_size
         padding = [] if processing_class.pad_token_id is None else [processing_class.pad_token_id]
@@ -130,7 +132,7 @@ class SSPOTrainer(Trainer):
             processing_class, args.split_by, vocab_size=max(vocabulary, len(processing_class)),
             eos_token_ids=[*self.eos_token_ids, *padding],
         )  # fmt: skip
-        self._sums: dict[str, list] = defaultdict(lambda: [0.0, 0])
+        self._sums = Sums()
         self._buffer: tuple[list[dict], Tensor | float] | None = None
         self._update_began: float | None = None
         super().__init__(model, args, list, train_dataset, eval_dataset, processing_class, **trainer_kwargs)
@@ -152,7 +154,7 @@ class SSPOTrainer(Trainer):
         if not batches:
             return [], None
         if self._update_began is not None:
-            self._add("time/update", time.perf_counter() - self._update_began)
+            self._sums.add("time/update", time.perf_counter() - self._update_began)
         if self._buffer is None or self.state.global_step % self.args.num_iterations == 0:
             self._buffer = self._experience(batches)
         self._update_began = time.perf_counter()
@@ -165,29 +167,31 @@ class SSPOTrainer(Trainer):
         # A row's place in the whole update decides its seed and its group, whatever process it is on.
         places = [(g * world + rank) * size + j for g in range(len(batches)) for j in range(size)]
         update = self.state.global_step // args.num_iterations
-        with self._evaluating():
+        with eval_mode(self.model):
             rows = [row for batch in batches for row in batch]
             rollouts = self.roll_out(rows, [(args.seed, update, place) for place in places])
             if args.combine != "outcome":
-                with self._phase("probe"):
+                with self._sums.phase("probe"):
                     for rollout, values in zip(rollouts, self.step_values(rollouts), strict=True):
                         rollout.values = values
-            shared = [(p, r.reward, len(r.steps), r.values, len(r.completion_ids), r.ended) for p, r in
-                      zip(places, rollouts, strict=True)]  # fmt: skip
+            shared = [Summary.of(place, rollout) for place, rollout in zip(places, rollouts, strict=True)]
             everyone = sorted(gather_object(shared)) if world > 1 else sorted(shared)
             advantages = self.advantages(
-                torch.tensor([row[1] for row in everyone]),
-                [row[2] for row in everyone],
-                [row[3] for row in everyone],
-                torch.tensor([row[0] // args.num_generations for row in everyone]),
+                torch.tensor([row.reward for row in everyone]),
+                [row.steps for row in everyone],
+                [row.values for row in everyone],
+                torch.tensor([row.place // args.num_generations for row in everyone]),
             )
             for place, rollout in zip(places, rollouts, strict=True):
                 rollout.advantages = advantages[place]
-            self._log_rollouts(everyone, advantages)
+            for name, value in rollout_metrics(everyone).items():
+                self._sums.add(name, value)
+            for name, (total, count) in advantage_metrics(everyone, advantages).items():
+                self._sums.add(name, total, count)
             # of like lengths together, which leaves little padding; the loss is a sum over all of them anyway
             rollouts.sort(key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
             micro = [policy_batch(rollouts[i : i + size], self.pad_token_id) for i in range(0, len(rollouts), size)]
-            with self._phase("logps"):
+            with self._sums.phase("logps"):
                 for batch in micro:
                     self._add_log_probs(batch)
         self.on_rollouts(rollouts)
@@ -207,12 +211,12 @@ class SSPOTrainer(Trainer):
             args.max_completion_length, self.eos_token_ids, args.temperature if temperature is None else temperature,
             args.top_p, args.top_k,
         )  # fmt: skip
-        with self._phase("rollout"), torch.no_grad(), self.accelerator.autocast():
+        with self._sums.phase("rollout"), torch.no_grad(), self.accelerator.autocast():
             known = {str(row["prompt"]): row["prompt"] for row in rows}  # a group's rows share theirs
             known = {key: prompt_tokens(prompt, tokenizer, args.chat_template_kwargs) for key, prompt in known.items()}
             prompts = [known[str(row["prompt"])] for row in rows]
             completions = self.engine.complete(self.model, prompts, sampling, seeds)
-        with self._phase("grade"):
+        with self._sums.phase("grade"):
             found = []
             for row, prompt, ids, steps in zip(
                 rows, prompts, completions, split_steps(completions, self.delimiters), strict=True
@@ -258,7 +262,7 @@ class SSPOTrainer(Trainer):
         deviation of its own. No mean is taken off step advantages, which would reward long rollouts for their length.
         """
         args = self.args
-        outcome = _over_std(outcome_advantages(rewards, args.baseline, groups=groups))
+        outcome = over_std(outcome_advantages(rewards, args.baseline, groups=groups))
         step_sequence = torch.repeat_interleave(torch.arange(len(rewards)), torch.tensor(num_steps))
         if args.combine == "outcome":
             found = outcome[step_sequence]
@@ -320,7 +324,7 @@ class SSPOTrainer(Trainer):
         for name, value in out.metrics.items():
             if name in _METRICS:
                 count = layout.num_steps if name.startswith("steps/") else layout.num_rows
-                self._add(name, value.detach().float() * count, count)
+                self._sums.add(name, value.detach().float() * count, count)
         # DDP averages gradients over processes, while num_items counts the items of all of them.
         loss = out.loss * self.accelerator.num_processes
         if aux is not None:
@@ -341,14 +345,13 @@ class SSPOTrainer(Trainer):
         size = args.rollout_batch_size or args.per_device_eval_batch_size
         size = len(rows) if args.rollout_engine == "vllm" else size
         rollouts: list[Rollout] = []
-        with self._evaluating():
+        with eval_mode(self.model):
             for i in range(0, len(rows), max(size, 1)):
                 some = rows[i : i + size]
                 rollouts += self.roll_out(some, [(i + j,) for j in range(len(some))], temperature=0.0)
-        shared = [(0, r.reward, len(r.steps), r.values, len(r.completion_ids), r.ended) for r in rollouts]
+        shared = [Summary.of(0, rollout) for rollout in rollouts]
         everyone = gather_object(shared) if world > 1 else shared
-        for name in ("time/rollout", "time/grade"):
-            self._sums.pop(name, None)
+        self._sums.forget("time/rollout", "time/grade")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in rollout_metrics(everyone).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -387,67 +390,5 @@ class SSPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
-            logs.update(self._pop_sums())
+            logs.update(self._sums.pop(self.accelerator, self.args.device))
         super().log(logs, *args, **kwargs)
-
-    # ---- metrics
-
-    def _log_rollouts(self, everyone: Sequence[tuple], advantages: Sequence[Sequence[float]]) -> None:
-        for name, value in rollout_metrics(everyone).items():
-            self._add(name, value)
-        probed = [row[3] for row in everyone if len(row[3]) > 1]
-        if probed:
-            self._add("values/first", sum(v[0] for v in probed), len(probed))
-            self._add("values/last", sum(v[-2] for v in probed), len(probed))
-        flat = torch.tensor([a for row in advantages for a in row])
-        if len(flat):
-            self._add("advantages/mean", flat.mean().item())
-            self._add("advantages/std", flat.std(correction=0).item())
-
-    def _add(self, name: str, total: float | Tensor, count: float = 1) -> None:
-        entry = self._sums[name]
-        entry[0], entry[1] = entry[0] + total, entry[1] + count
-
-    def _pop_sums(self) -> dict[str, float]:
-        """Means over what was added, on all processes. The one host sync."""
-        if not self._sums:
-            return {}
-        device = self.args.device
-        pairs = torch.stack(
-            [torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in v]) for v in
-             self._sums.values()]
-        )  # fmt: skip
-        totals = self.accelerator.reduce(pairs, "sum").tolist()
-        means = {name: total / max(count, 1e-9) for name, (total, count) in zip(self._sums, totals, strict=True)}
-        self._sums.clear()
-        return means
-
-    @contextlib.contextmanager
-    def _phase(self, name: str):
-        began = time.perf_counter()
-        yield
-        self._add(f"time/{name}", time.perf_counter() - began)
-
-    @contextlib.contextmanager
-    def _evaluating(self):
-        training = self.model.training
-        self.model.eval()
-        try:
-            yield
-        finally:
-            self.model.train(training)
-
-
-def _over_std(values: Tensor) -> Tensor:
-    """Scaled, not centred; all equal stays as it is (a batch of zeros stays zeros)."""
-    std = values.std() if len(values) > 1 else values.new_zeros(())
-    return torch.where(std > 1e-6, values / std.clamp(min=1e-6), values)
-
-
-def _ends(model: nn.Module, tokenizer) -> tuple[int, ...]:
-    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = found if isinstance(found, list) else [found]
-    ends = tuple(dict.fromkeys(i for i in [*ids, tokenizer.eos_token_id] if i is not None))
-    if not ends:
-        raise ValueError("processing_class: expected an end-of-sequence token, which ends a completion; it has none")
-    return ends
