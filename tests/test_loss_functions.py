@@ -5,6 +5,7 @@ Mutations of sspo_ext/{step,batch,token}_losses.py and step_functions.py, each c
   OREO: gradient through later steps        test_oreo_by_hand
   OREO's critic without its own step        test_oreo_by_hand
   prefix sums for suffix sums               test_oreo_by_hand
+  OREO: kl= not used, constant, or summed   test_oreo_with_the_papers_kl
   KTO: z0 added                             test_kto_by_hand
   KTO: z0 below 0                           test_kto_by_hand
   AOT: empty steps sorted among the others  test_aot_leaves_out_empty_steps
