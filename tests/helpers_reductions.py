@@ -11,7 +11,12 @@ from torch import Tensor
 from sspo_ext.backends import reference
 from sspo_ext.reductions import gradient_coefs
 
-MAPS = {"plain": (1.0, 0.0), "temperature": (1 / 0.7, 0.0), "softcap": (1 / 30.0, 30.0 / 0.9)}
+MAPS = {
+    "plain": (1.0, 0.0),
+    "temperature": (1 / 0.7, 0.0),
+    "softcap": (1 / 30.0, 30.0 / 0.9),
+    "small cap": (1 / 3, 3.0),
+}
 # of log-prob, entropy, sum of squares and KL; each alone too, since one could hide another
 UPSTREAMS = {
     "all": (1.3, -0.7, 2.1, 0.9),

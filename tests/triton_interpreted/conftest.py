@@ -42,27 +42,7 @@ def _checking_hints():
     interpreter._patch_lang_core = patch
 
 
-def _patching_once_per_launch():
-    """The interpreter patches triton.language again at every call of a device function: a third of the time."""
-    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched = set()
-
-    def patch_once(fn):
-        languages = frozenset(id(value) for value in fn.__globals__.values() if value in (tl, tl.core))
-        if languages not in patched:
-            patched.add(languages)
-            return patch(fn)
-
-    def launch_kernel(self, *args, **kwargs):
-        patched.clear()
-        return launch(self, *args, **kwargs)
-
-    interpreter._patch_lang = patch_once
-    interpreter.GridExecutor.__call__ = launch_kernel
-
-
 _checking_hints()
-_patching_once_per_launch()
 
 
 @pytest.fixture(autouse=True)
