@@ -117,6 +117,9 @@ def test_options_run(model, data, tmp_path, more):
     assert train(model, data, tmp_path / "out", "--max-steps", "2", *more) == 0
     adapter = (tmp_path / "out" / "adapter_model.safetensors").exists()
     assert adapter == ("--lora-r" in more)
+    used = torch.load(tmp_path / "out" / "training_args.bin", weights_only=False)
+    given = (["sigmoid", "sft"], [1.0, 0.2]) if "--loss-weights" in more else (used.loss_type, None)
+    assert (used.loss_type, used.loss_weights) == given
 
 
 @pytest.mark.parametrize(
