@@ -8,6 +8,7 @@ Mutations that turned a test red: no gap asked for (test_only_within_a_node_and_
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -271,3 +272,28 @@ class TestDivergence:
 
 def test_rows_are_json():
     assert json.loads(json.dumps(pair_rows(pair_candidates(NODES), ["Q"] * 2, [["s"]] * 2)))
+
+
+def test_the_snippets_of_the_page_run():
+    """docs/signals.md, as written, on a random model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(TOKENIZER), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=512, initializer_range=0.3, eos_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    scope = {"model": LlamaForCausalLM(config).eval(), "tokenizer": TOKENIZER, "answers": ["26", ["2", "two"]]}
+    scope["prompts"], scope["steps"] = (
+        ["6 + 13 + 7?\n", "1 + 1?\n"],
+        [["6 + 13 = 19\n", "= 26\n", "#### 26"], ["#### 2"]],
+    )
+    scope |= {"prompt_ids": list(map(ids, scope["prompts"])), "step_ids": [list(map(ids, s)) for s in scope["steps"]]}
+    page = (Path(__file__).parents[1] / "docs" / "signals.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for snippet in snippets:
+        exec(snippet, scope)
+    assert len(snippets) == 2
+    assert [len(v) for v in scope["values"].to_lists()] == [4, 2]
+    assert [(n.sequence, n.step) for n in scope["nodes"]] == [(0, 2), (1, 0)] and isinstance(scope["rows"], list)
+    assert scope["grader"]("so\n#### 2", scope["answers"][1]) == 1.0
