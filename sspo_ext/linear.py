@@ -193,7 +193,8 @@ def linear_step_logps(
     `entropy`, `sum_p2` and the reference for `.kl` (KL(reference || pi) of each row) are as in `step_logps`, from the
     same chunks. Without gradients they cost no further GEMM; with gradients backward computes the logits again: three
     with a frozen head, four with a trained one. The reference's logits cost one GEMM (N x H' x V) forward and, for a
-    gradient at `.kl`, one backward; their buffer shares `chunk_bytes`. They cannot be had with `tp_group`.
+    gradient at `.kl`, one backward; their buffer shares `chunk_bytes`. With `tp_group`, `kl_ref_weight` and
+    `kl_ref_bias` are this rank's rows too.
 
     Example::
 

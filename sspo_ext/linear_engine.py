@@ -78,6 +78,29 @@ class Head:
         self.kernels.token_logp_bwd(out, row_of, labels, lse, coef, None, self.a, self.c, out)
         return logits
 
+    def reductions(
+        self, logits: Tensor, labels: Tensor, ref_logits: Tensor | None, sum_p2: bool = True
+    ) -> tuple[Tensor, ...]:
+        """`row_reductions_fwd` of a chunk, over the whole vocabulary when this is a shard of it."""
+        row_ids, a, c = self.row_ids[: logits.shape[0]], self.a, self.c
+        labels = labels if self.shard is None else self.shard.local_labels(labels)
+        ref = None if ref_logits is None else ref_logits[None]
+        parts = self.kernels.row_reductions_fwd(logits[None], row_ids, labels, ref, a, c, True, sum_p2)
+        if self.shard is None:
+            return parts
+        if ref is not None:  # where the policy has no probability in a shard, its kernel looks no further
+            parts = (*parts[:-1], self.kernels.token_logp_fwd(ref, row_ids, labels, a, c)[1])
+        return self.shard.combine_reductions(*parts, labels)
+
+    def reductions_to_gradient(
+        self, logits: Tensor, labels: Tensor, lse: Tensor, ref_logits: Tensor | None, ref_lse: Tensor, coefs: Tensor
+    ) -> None:
+        """Turns the chunk's logits into d/dlogits for coefs (n, 5), see reductions.py, in place."""
+        labels = labels if self.shard is None else self.shard.local_labels(labels)
+        ref, out = None if ref_logits is None else ref_logits[None], logits[None]
+        row_of = self.row_of[: logits.shape[0]]
+        self.kernels.row_reductions_bwd(out, row_of, labels, lse, ref, ref_lse, coefs, self.a, self.c, out)
+
 
 class WeightGradient:
     """Sum over chunks of G^T @ hidden. A 16-bit sum of several products goes through float32, a block of vocabulary
@@ -333,9 +356,8 @@ def run_reductions(head: Head, rows: Rows, plan: LinearPlan, ref: Reference | No
     for group in plan.groups:
         for start, end in group.chunks:
             hidden, labels, _ = rows.chunk(start, end)
-            logits, row_ids = head.logits(hidden)[None], head.row_ids[: end - start]
-            ref_logits = None if ref is None else ref.logits(start, end)[None]
-            parts = head.kernels.row_reductions_fwd(logits, row_ids, labels, ref_logits, head.a, head.c)
+            ref_logits = None if ref is None else ref.logits(start, end)
+            parts = head.reductions(head.logits(hidden), labels, ref_logits)
             for whole, part in zip(out, parts, strict=True):
                 if len(whole):
                     whole[start:end] = part
@@ -351,12 +373,10 @@ def run_reductions_backward(
     for group in plan.groups:
         for start, end in group.chunks:
             hidden, labels, places = rows.chunk(start, end)
-            logits, row_of = head.logits(hidden), head.row_of[: end - start]
-            ref_logits = None if ref is None else ref.logits(start, end)[None]
-            head.kernels.row_reductions_bwd(
-                logits[None], row_of, labels, lse[start:end], ref_logits, ref_lse[start:end], coefs[start:end],
-                head.a, head.c, logits[None],
-            )  # fmt: skip
+            logits, ref_logits = head.logits(hidden), None if ref is None else ref.logits(start, end)
+            head.reductions_to_gradient(
+                logits, labels, lse[start:end], ref_logits, ref_lse[start:end], coefs[start:end]
+            )
             gradients.add(head, logits, hidden, places)
 
 

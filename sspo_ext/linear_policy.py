@@ -152,9 +152,8 @@ def run_policy(
         hidden, labels, places = rows.chunk(start, end)
         logits = head.logits(hidden)
         if wants_entropy:
-            row_ids = head.row_ids[: end - start]
-            out = head.kernels.row_reductions_fwd(logits[None], row_ids, labels, None, head.a, head.c, True, False)
-            tokens[start:end], lse[start:end], entropy[start:end] = out[:3]
+            parts = head.reductions(logits, labels, None, sum_p2=False)
+            tokens[start:end], lse[start:end], entropy[start:end] = parts[:3]
         else:
             tokens[start:end], lse[start:end] = head.logps(logits, labels)
         return hidden, labels, places, logits
@@ -164,10 +163,7 @@ def run_policy(
         if wants_entropy:
             d_entropy = -problem.entropy_coef * problem.scale[start:end]
             coefs = gradient_coefs(entropy[start:end], None, coef, d_entropy, None, None)
-            row_of, no_lse = head.row_of[: end - start], lse[:0]
-            head.kernels.row_reductions_bwd(
-                logits[None], row_of, labels, lse[start:end], None, no_lse, coefs, head.a, head.c, logits[None]
-            )
+            head.reductions_to_gradient(logits, labels, lse[start:end], None, lse[:0], coefs)
         else:
             head.to_gradient(logits, labels, lse[start:end], coef)
         gradients.add(head, logits, hidden, places)
@@ -272,8 +268,7 @@ def linear_step_policy_loss(
     Only scored rows enter a GEMM. 1 GEMM (N x H x V) without gradients, 2 with a frozen head, 3 with a trained one:
     what ties tokens together is at most the ratio of a step or sequence, and one larger than a chunk costs 4 (3 with a
     frozen head and an entropy bonus). `sspo_ext.linear_policy.policy_plan(layout, ...)` prints it. The losses' options
-    are as in `step_policy_loss`, those of the linear route as in `linear_step_pref_loss`; an entropy bonus cannot be
-    had with `tp_group`.
+    are as in `step_policy_loss`, those of the linear route as in `linear_step_pref_loss`.
 
     Example::
 
@@ -303,8 +298,6 @@ def linear_step_policy_loss(
             weight_grad=weight_grad, tp_group=tp_group, backend=backend,
         )  # fmt: skip
         return policy_output(scored, layout, problem)
-    if wants_entropy and tp_group is not None:
-        raise ValueError("tp_group: an entropy bonus needs the whole vocabulary on each rank, got a process group")
     loss, tokens, entropy = LinearPolicyRoute.apply(flat, local, local_bias, layout, problem, settings)
     with torch.no_grad():
         weighted = tokens if layout.weights is None else tokens * layout.weights.to(tokens.dtype)

@@ -22,6 +22,7 @@ from .linear_ops import _HEAD, _fake_gradients, _gradients, _setup
 from .logps import StepLogps, StepSums
 from .ops import register
 from .reductions import gradient_coefs
+from .tensor_parallel import local_part
 
 if TYPE_CHECKING:
     from .linear import LinearSettings
@@ -146,6 +147,7 @@ def kl_reference(ref_hidden, ref_weight, ref_bias, weight, bias, layout) -> tupl
         return None, None, None
     if ref_weight is None and ref_bias is None:
         ref_weight, ref_bias = weight, bias
+    ref_weight, ref_bias = local_part(ref_weight), local_part(ref_bias)
     check_float("kl_ref_hidden", ref_hidden, ndim=(2, 3))
     check_float("kl_ref_weight", ref_weight, ndim=2)
     check_shape("kl_ref_weight", ref_weight, (weight.shape[0], ref_hidden.shape[-1]))
@@ -166,11 +168,12 @@ def kl_reference(ref_hidden, ref_weight, ref_bias, weight, bias, layout) -> tupl
 def linear_reductions(
     hidden, weight, bias, ref, layout, entropy: bool, sum_p2: bool, settings: LinearSettings, requested: str, tp_group
 ) -> StepLogps:
-    if tp_group is not None:
-        raise ValueError("tp_group: entropy, sum_p2 and kl need the whole vocabulary on each rank, got a process group")
     name = backends.with_reductions(requested, settings.backend)
-    if name != settings.backend and settings.weight_grad is not None:
-        raise ValueError(f"weight_grad: {settings.backend!r} has no entropy, sum_p2 or kl, and 'reference' no buffer")
+    for argument, value in (("tp_group", tp_group), ("weight_grad", settings.weight_grad)):
+        if name != settings.backend and value is not None:
+            raise ValueError(
+                f"{argument}: {settings.backend!r} has no entropy, sum_p2 or kl, and 'reference' no {argument}"
+            )
     if name == "reference":
         logits = reference_logits(hidden, weight, bias, layout, settings)
         ref_logits = None if ref[0] is None else reference_logits(*ref, layout, settings)

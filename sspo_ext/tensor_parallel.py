@@ -1,4 +1,4 @@
-"""A vocabulary split over ranks: which label is whose, and the log-sum-exp over all of it."""
+"""A vocabulary split over ranks: which label is whose, and the log-sum-exp and further reductions over all of it."""
 
 from __future__ import annotations
 
@@ -27,17 +27,55 @@ class VocabShard:
 
         One all-gather of two floats a row; every rank then adds up in the same order, so all ranks hold the same bits.
         """
-        label_logit = torch.where(local >= 0, logps.double() + lse, 0.0)
-        mine = torch.stack([lse, label_logit])
-        world = dist.get_world_size(self.group)
-        everyone = mine.new_empty((world, *mine.shape))
-        dist.all_gather_into_tensor(everyone.view(-1, *mine.shape[1:]), mine, group=self.group)
-        total = torch.logsumexp(everyone[:, 0], dim=0)
-        return (everyone[:, 1].sum(0) - total).to(logps.dtype), total
+        lses, label_logits = self._gather(lse, _label_logit(logps, lse, local))
+        total = torch.logsumexp(lses, dim=0)
+        return (label_logits.sum(0) - total).to(logps.dtype), total
+
+    def combine_reductions(
+        self, logps: Tensor, lse: Tensor, entropy: Tensor, sum_p2: Tensor, kl: Tensor, ref_lse: Tensor, local: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What `row_reductions_fwd` gives, over the whole vocabulary from that over the shards; as `combine`, in one
+        all-gather, and empty stays empty.
+
+        With w = exp(lse of a shard - lse), the shard's probability, and q the same of the reference: H = sum w (H_shard
+        - log w), sum p^2 = sum w^2 s_shard, KL = sum q (KL_shard + log q - log w).
+        """
+        lses, label_logits, entropies, squares, kls, ref_lses = self._gather(
+            lse, _label_logit(logps, lse, local), entropy, sum_p2, kl, ref_lse
+        )
+        total, ref_total = torch.logsumexp(lses, dim=0), torch.logsumexp(ref_lses, dim=0)
+        log_w, log_q = lses - total, ref_lses - ref_total
+        w, q = log_w.exp(), log_q.exp()
+        if len(entropy):
+            entropy = _over_shards(w, w * (entropies - log_w), entropy.dtype)
+        if len(sum_p2):
+            sum_p2 = _over_shards(w, w.square() * squares, sum_p2.dtype)
+        if len(kl):
+            allowed = torch.where(log_w == -torch.inf, torch.inf, q * (kls + log_q - log_w))
+            kl = _over_shards(q, allowed, kl.dtype)
+        return (label_logits.sum(0) - total).to(logps.dtype), total, entropy, sum_p2, kl, ref_total
+
+    def _gather(self, *mine: Tensor) -> tuple[Tensor, ...]:
+        """Values (n,) of this rank -> (ranks, n) float64 of all, in one collective."""
+        packed = torch.cat([value.double() for value in mine])
+        everyone = packed.new_empty((dist.get_world_size(self.group), len(packed)))
+        dist.all_gather_into_tensor(everyone.view(-1), packed, group=self.group)
+        return everyone.split([len(value) for value in mine], dim=1)
 
     def all_reduce(self, partial: Tensor) -> Tensor:
         dist.all_reduce(partial, group=self.group)
         return partial
+
+
+def _label_logit(logps: Tensor, lse: Tensor, local: Tensor) -> Tensor:
+    """(N,) float64; 0 for a label of another shard."""
+    return torch.where(local >= 0, logps.double() + lse, 0.0)
+
+
+def _over_shards(weights: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """(ranks, N) -> (N,). A shard without probability counts 0, whatever its own distribution would be; what rounding
+    makes negative is 0; NaN stays."""
+    return torch.where(weights == 0, 0.0, values).sum(0).clamp(min=0).to(dtype)
 
 
 def resolve_group(name: str) -> dist.ProcessGroup:

@@ -4,6 +4,7 @@ import it by name."""
 from __future__ import annotations
 
 import datetime
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from sspo_ext import StepLayout
 from sspo_ext.linear import linear_step_logps, linear_step_pref_loss
+from sspo_ext.linear_policy import linear_step_policy_loss
 
 SHAPE, H = (4, 10), 9
 
@@ -28,6 +30,8 @@ class Case:
     rows: int = 1000
     dtype: torch.dtype = torch.float32
     logps: bool = False
+    ask: str = ""  # or "reductions", "same head" (for the reference of KL) or "policy"
+    forbidden: int = 0  # last rows of the vocabulary with a bias of -inf, which Megatron pads a vocabulary with
     buffer: bool = False
     upstream: float = 1.0
     options: dict = field(default_factory=dict)
@@ -50,6 +54,23 @@ CASES = {
         "buffer": {"buffer": True, "rows": 6},
     }.items()
 }
+CASES |= {
+    f"{kind}, {world}, {name}": Case(world, V, kind, **more)
+    for kind, world, V in (("megatron", 2, 40), ("megatron", 4, 40), ("dtensor", 2, 37), ("dtensor", 4, 37))
+    for name, more in {
+        "reductions": {"ask": "reductions", "rows": 6},
+        "reductions, float64": {"ask": "reductions", "rows": 6, "dtype": torch.float64},
+        "reductions, frozen": {"ask": "reductions", "rows": 6, "needs": (1, 0, 0)},
+        "reductions, no gradient": {"ask": "reductions", "needs": (0, 0, 0)},
+        "reductions, softcap": {"ask": "same head", "options": {"logit_softcap": 4.0, "temperature": 0.8}},
+        "policy": {"ask": "policy", "rows": 6, "upstream": -0.7},
+        "policy, recompute, float64": {"ask": "policy", "rows": 2, "dtype": torch.float64},
+        "policy, no gradient": {"ask": "policy", "rows": 6, "needs": (0, 0, 0)},
+    }.items()
+}
+CASES["megatron, 4, reductions, a forbidden shard"] = Case(4, 40, ask="reductions", forbidden=13)
+CASES["megatron, 4, policy, a forbidden shard"] = Case(4, 40, ask="policy", rows=6, forbidden=10)
+CASES["dtensor, 4, reductions, a shard without rows"] = Case(4, 5, "dtensor", ask="reductions", rows=6)
 CASES["dtensor, 4, a shard without rows"] = Case(4, 5, "dtensor", rows=6)
 CASES["dtensor, 2, one label in all"] = Case(2, 2, "dtensor")
 
@@ -57,18 +78,42 @@ CASES["dtensor, 2, one label in all"] = Case(2, 2, "dtensor")
 def inputs(case: Case) -> tuple[StepLayout, object, Problem]:
     """The same on every rank and in the parent."""
     g = torch.Generator().manual_seed(1)
-    labels = torch.randint(0, case.V, SHAPE, generator=g)
+    labels = torch.randint(0, case.V - case.forbidden, SHAPE, generator=g)
     ids = (torch.arange(SHAPE[1]) - 2).div(3, rounding_mode="floor").clamp(min=-1).expand(SHAPE).contiguous()
     layout = StepLayout.from_step_ids(labels, ids, token_weights=torch.rand(SHAPE, generator=g) + 0.5)
     pairs = pairs_of(layout, (0, 3), (1, 4), (1, 7), (6, 9), (8, 11))
     p = problem(SHAPE, case.V, H, hidden_dtype=case.dtype, weight_dtype=case.dtype, scale=2.0)
+    p.bias[case.V - case.forbidden :] = -math.inf
     return layout, pairs, p
 
 
-def call(case: Case, leaves, layout, pairs, **more) -> tuple[Tensor, Tensor]:
-    """(loss, what every rank must agree on)."""
+def kl_reference(case: Case) -> tuple[Tensor, ...]:
+    """Hidden states, and with a head of its own weight and bias."""
+    width = H if case.ask == "same head" else H + 2
+    p = problem(SHAPE, case.V, width, seed=7, hidden_dtype=case.dtype, weight_dtype=case.dtype, scale=2.0)
+    p.bias[case.V - case.forbidden :] = -math.inf
+    return (p.hidden,) if case.ask == "same head" else (p.hidden, p.weight, p.bias)
+
+
+def call(case: Case, leaves, layout, pairs, kl_ref=None, **more) -> tuple[Tensor, Tensor]:
+    """(loss, what every rank must agree on). `kl_ref`: this rank's part of `kl_reference`."""
     largest = -(-case.V // case.world)
     more = {**more, **case.options, "chunk_bytes": case.rows * largest * case.dtype.itemsize, "bias": leaves[2]}
+    if case.ask == "policy":
+        constants = {name: torch.linspace(-4, -1, layout.num_rows) for name in ("old", "ref")}
+        more |= dict(
+            loss_type="ppo", epsilon_high=50.0, importance_sampling_level="step", kl_coef=0.2, entropy_coef=0.7
+        )
+        out = linear_step_policy_loss(*leaves[:2], layout, torch.linspace(1, 2, layout.num_steps), **constants, **more)
+        return out.loss, torch.stack([out.tokens, out.entropy])
+    if case.ask:
+        kl_ref = [t.to(leaves[0].dtype) for t in kl_reference(case)] if kl_ref is None else kl_ref
+        names = ("kl_ref_hidden", "kl_ref_weight", "kl_ref_bias")
+        reference = dict(zip(names, kl_ref, strict=False))
+        out = linear_step_logps(*leaves[:2], layout, entropy=True, sum_p2=True, **reference, **more)
+        values = torch.stack([out.tokens, out.entropy, out.sum_p2, out.kl])
+        factors = torch.linspace(0.5, 1.5, layout.num_rows) * torch.tensor([-1.3, 0.7, 2.1, 0.9])[:, None]
+        return (values * factors.to(values.dtype)).sum() / 10, values.detach()
     if case.logps:
         out = linear_step_logps(*leaves[:2], layout, **more)
         factors = torch.arange(1, layout.num_steps + 1, dtype=out.sums.dtype)
@@ -93,6 +138,11 @@ def run_case(case: Case, group, mesh, rank: int) -> dict[str, Tensor | None]:
     rows = len(range(*mine.indices(case.V)))
     buffer = torch.ones(rows, H, dtype=case.dtype) if case.buffer else None
     more = {} if buffer is None else {"weight_grad": buffer}
+    if case.ask in ("reductions", "same head"):
+        ref_hidden, *ref_head = kl_reference(case)
+        more["kl_ref"] = [ref_hidden, *(t[mine] for t in ref_head)]
+        if case.kind == "dtensor":
+            more["kl_ref"][1:] = [distribute_tensor(t, mesh, [Shard(0)]) for t in ref_head]
     loss, agreed = call(case, (hidden, weight, bias), layout, pairs, tp_group=group, backend="cpu", **more)
     if loss.requires_grad:
         (loss * case.upstream).backward()
