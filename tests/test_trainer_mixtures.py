@@ -1,4 +1,15 @@
-"""Several loss types in the trainer and on its command line: the sum of the losses, TRL's names, what raises."""
+"""Several loss types in the trainer and on its command line: the sum of the losses, TRL's names, what raises.
+
+Mutations of sspo_ext/train/trainer.py and cli.py, each caught by the test named (on a copy of the package):
+  loss_weights not handed on                  test_update_is_the_gradient_of_the_sum
+  a reference only if the first loss takes it   test_reference_is_made_where_one_loss_takes_it
+  reference_free asks the first loss alone    test_arguments_are_checked_before_the_model_is_loaded
+  options not checked at the start            test_arguments_are_checked_before_the_model_is_loaded
+  lengths not checked at the start            test_arguments_are_checked_before_the_model_is_loaded
+  command line: --loss-type takes one name    test_command_line_takes_several_names
+  one name not made a list                    test_config_through_json_and_arguments
+  the default a name, lost by the argument parser   test_config_through_json_and_arguments
+"""
 
 import json
 
