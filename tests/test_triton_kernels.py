@@ -25,7 +25,7 @@ def run(tmp_path_factory):
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     env.pop("PYTEST_ADDOPTS", None)
     done = subprocess.run(
-        [*command, "--junitxml", str(report)], cwd=HERE.parent, env=env, capture_output=True, text=True, timeout=900
+        [*command, "--junitxml", str(report)], cwd=HERE.parent, env=env, capture_output=True, text=True, timeout=1800
     )
     assert report.exists(), f"pytest did not start:\n{done.stdout}\n{done.stderr}"
     # 1: some failed, which the tests of their files say; anything else is not a run
