@@ -6,7 +6,7 @@ Mutations of sspo_ext/train/trainer.py and cli.py, each caught by the test named
   reference_free asks the first loss alone    test_arguments_are_checked_before_the_model_is_loaded
   options not checked at the start            test_arguments_are_checked_before_the_model_is_loaded
   lengths not checked at the start            test_arguments_are_checked_before_the_model_is_loaded
-  command line: --loss-type takes one name    test_command_line_takes_several_names
+  command line: one name, or weights as text  test_command_line_takes_several_names
   one name not made a list                    test_config_through_json_and_arguments
   the default a name, lost by the argument parser   test_config_through_json_and_arguments
 """
