@@ -83,9 +83,9 @@ def test_verdicts():
     arms = {"sspo-0": ours, "rloo": others, "start": runs_of("start", 20, [0, 0, 0, 0])}
     text = verdicts({("sums", "en"): arms})
     assert "| sums, en | lambda 0 | **-50%** | **-50%** | +0.250 ± 0.633 [+0.250, +0.250] |" in text
-    assert text.splitlines()[2].endswith("| 0 | - | - |")  # nothing skipped, and nothing to compare with
+    assert text.splitlines()[2].endswith("| 0 | - | - | - | - |")  # nothing skipped, and nothing to compare with
     ours[0]["greedy"]["skipped"] = [2, 0, 1, 0]
-    assert "| 0.250 (50%) | - | - |" in verdicts({("sums", "en"): arms})
+    assert "| 0.250 (50%) | - | - | - | - |" in verdicts({("sums", "en"): arms})
     ours[0]["greedy"]["skipped"] = [0, 0, 0, 0]
     arms["sspo-0-shuffled"] = runs_of("sspo-0-shuffled", 20, [0, 0, 0, 0])
     arms["rloo"] = runs_of("rloo", 20, [1, 1, 1, 1])

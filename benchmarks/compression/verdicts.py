@@ -6,8 +6,9 @@ import math
 
 HEADER = (
     "| task | arm | tokens, greedy | sampled | accuracy less RLOO's, greedy | sampled | skipped less the start's, "
-    "greedy | sampled | skip a step, greedy (of these right) | accuracy less shuffled V's, greedy | sampled |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    "greedy | sampled | skip a step, greedy (of these right) | accuracy less shuffled V's, greedy | sampled "
+    "| less V = 0's, greedy | sampled |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 NOTE = (
     "Tokens: change from the start model (asked: -45 % or more). Differences ± 1.96 standard errors over the same "
@@ -30,6 +31,7 @@ def verdicts(tasks: dict[tuple[str, str], dict[str, list[dict]]]) -> str:
                 ("rloo", "correct", 1),
                 ("start", "skipped", -1),
                 (f"{name}-shuffled", "correct", 1),
+                (f"{name}-zero", "correct", 1),
             ):
                 cells += [_difference(arms, name, other, how, key, sign) for how in ("greedy", "sampled")]
                 cells += [_skips(arms[name])] * (key == "skipped")
