@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from sspo_ext import StepLayout, StepLogps, StepPairs
 from sspo_ext.batch_losses import aot_loss, aot_unpaired_loss, kto_reference_point
-from sspo_ext.batch_state import RewardMean
+from sspo_ext.batch_state import RewardMean, all_reduce
 from sspo_ext.losses import pref_loss
 from sspo_ext.step_functions import sums_over_steps
 
@@ -57,6 +57,8 @@ def worker(rank: int, world: int, folder: str) -> None:
         timeout=datetime.timedelta(seconds=60),
     )
     mine = batch(8 * rank, 8)
+    given = torch.tensor([1.0 + rank])
+    assert all_reduce(given, dist.group.WORLD).item() == 3.0 and given.item() == 1.0 + rank
     torch.save(results(*mine, group=dist.group.WORLD), f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
