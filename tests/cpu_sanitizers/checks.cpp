@@ -148,11 +148,11 @@ void check_reductions(const Isa& isa, DType dtype, int64_t V, int64_t count, boo
     // the reference's positions backwards
     const Logits of_ref = {
         has_ref ? ref + size * (size_t)((count - 1) * V) : nullptr, dtype, 0, -V, count, count, V, a, 0};
-    row_reductions_fwd(*isa.reductions,
-                       ReductionArgs{logits, of_ref, rows.data(), labels.data(), value(0),
-                                     wants_entropy ? value(1) : nullptr, wants_sum_p2 ? value(2) : nullptr, value(3),
-                                     lse.data(), ref_lse.data()},
-                       count, kThreads);
+    row_reductions_fwd(
+        *isa.reductions,
+        ReductionArgs{logits, of_ref, rows.data(), labels.data(), value(0), wants_entropy ? value(1) : nullptr,
+                      wants_sum_p2 ? value(2) : nullptr, value(3), lse.data(), ref_lse.data()},
+        count, kThreads);
     std::vector<double> truth((size_t)(count * V));
     for (int64_t n = 0; n < count; ++n) {
         const auto z = [&](int64_t v) { return a * load(data, dtype, n * V + v); };
@@ -170,8 +170,9 @@ void check_reductions(const Isa& isa, DType dtype, int64_t V, int64_t count, boo
         const char* names[4] = {"logp+", "entropy", "sum_p2", "kl"};
         const bool asked[4] = {true, wants_entropy, wants_sum_p2, has_ref};
         for (int k = 0; k < 4; ++k)
-            if (asked[k]) expect(names[k], wide ? values_wide[k * N + n] : values[k * N + n], exact[k], 400 * eps, isa.name.c_str(),
-                   V, n);
+            if (asked[k])
+                expect(names[k], wide ? values_wide[k * N + n] : values[k * N + n], exact[k], 400 * eps,
+                       isa.name.c_str(), V, n);
     }
     row_reductions_bwd(
         *isa.reductions,
