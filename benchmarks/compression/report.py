@@ -20,6 +20,14 @@ HEADER = (
 )
 
 
+_COLOURS = {
+    "start": "#444444", "rloo": "#e8871e", "grpo": "#a0522d", "penalty-0.25": "#f2b8b5", "penalty-0.5": "#e0736d",
+    "penalty-1": "#b3261e", "sspo-0": "#1b6ca8", "sspo-9": "#17a398", "no-discount": "#9aa0a6", "pairs": "#7b4fa3",
+    "whole-pairs": "#d17bd1",
+}  # fmt: skip
+_MARKERS = {"start": "s", "-zero": "v", "-shuffled": "x", "-likelihood": "P"}
+
+
 def write_report(folder: Path, command: str) -> str:
     """Writes RESULTS.md and the pictures; returns the report."""
     tasks: dict[tuple[str, str], dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
@@ -94,7 +102,7 @@ def _accuracy(seeds: list[list[int]]) -> str:
 
 
 def _draw(arms: dict[str, list[dict]], path: Path, title: str) -> None:
-    """Accuracy against tokens: a ring for a start model, a dot for every run."""
+    """Accuracy against tokens: a square for a start model, a mark for every run."""
     try:
         import matplotlib
     except ImportError:
@@ -103,20 +111,16 @@ def _draw(arms: dict[str, list[dict]], path: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), dpi=110, layout="constrained", sharey=True)
-    palette = plt.get_cmap("tab10")
     for axis, how in zip(axes, ("greedy", "sampled"), strict=True):
         shown = [(name, arm) for name, arm in ARMS.items() if name in arms]
-        # a control is a cross in the colour of what it controls
-        parents = [name for name, arm in shown if not arm.text.startswith("...")]
         for name, arm in shown:
-            control = name not in parents
-            parent = max((p for p in parents if name.startswith(p)), key=len, default=name) if control else name
-            colour = palette(parents.index(parent) if parent in parents else 9)
+            # a control has the colour of what it controls
+            parent = max((p for p in _COLOURS if name.startswith(p)), key=len)
             x = [_mean([run], how, "tokens") for run in arms[name]]
             y = [_mean([run], how, "correct") for run in arms[name]]
-            text = f"{ARMS[parent].text} {arm.text}" if control and parent != name else arm.text
-            marker = "x" if control else "o" if arm.trains else "s"
-            axis.scatter(x, y, s=46, color=colour, label=text, alpha=0.9, marker=marker)
+            text = f"{ARMS[parent].text} {arm.text}" if arm.text.startswith("...") else arm.text
+            marker = next((m for end, m in _MARKERS.items() if name.endswith(end)), "o")
+            axis.scatter(x, y, s=46, color=_COLOURS[parent], label=text, alpha=0.85, marker=marker)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_title(f"{title}: {how}", loc="left")
         axis.set(xlabel="tokens of a solution", ylim=(-0.03, 1.03))
