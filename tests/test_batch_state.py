@@ -4,6 +4,7 @@ Mutations of sspo_ext/{batch_state,batch_losses}.py, each caught by the test nam
 tried of RewardMean, 10 survived at first; tests were written for 6 of them, marked +:
   no reduction over ranks                 test_two_ranks_agree_with_one_process
   other ranks' values with no gradient of our own   test_two_ranks_agree_with_one_process
+  all_reduce in place of the caller's values        test_two_ranks_agree_with_one_process
   margins: -mean; float64; one for each step        test_running_mean_by_hand
   chosen or rejected rewards alone; counted once    test_running_mean_by_hand
   count not kept, of this batch alone, or seen without the past   test_running_mean_by_hand
@@ -17,7 +18,7 @@ tried of RewardMean, 10 survived at first; tests were written for 6 of them, mar
 + margins a view of one number                      test_running_mean_by_hand
 + mean kept, or summed, in float32                  test_summed_in_float64
 Of the others three change nothing (either division by an empty batch's count is masked, and what comes in is detached);
-sums left on the loss's device only a GPU would show. Two-rank mutations beside the first two were not run.
+sums left on the loss's device only a GPU would show. Two-rank mutations beside the first three were not run.
 """
 
 import pytest
