@@ -221,6 +221,7 @@ def test_nonfinite_propagates(V):
     case.logits.view(-1, V)[3] = float("-inf")
     logp, lse = case.forward()
     assert logp[0].isnan() and torch.isfinite(logp[1:]).all()
+    assert lse[0] == float("-inf")
     assert case.backward(lse).view(-1, V)[3].isnan().all()
 
 

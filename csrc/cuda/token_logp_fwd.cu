@@ -80,6 +80,7 @@ __device__ __noinline__ Partial sum_in_two_passes(const T* row, int V, LogitMap 
     if (threadIdx.x % 32 == 0) per_warp[0][warp] = x_max;
     __syncthreads();
     for (int w = 0; w < kWarps; ++w) x_max = fmaxf(x_max, per_warp[0][w]);
+    if (!kSoftcap && x_max == -INFINITY) x_max = 0;  // nothing is allowed: a sum of 0, lse -inf
 
     const float u_max = mapped<kSoftcap>(map, x_max);
     float sum = 0;

@@ -93,6 +93,9 @@ def test_not_finite():
         values, grad = case.run(backend, UPSTREAMS["all"])
         assert all(v[1].isnan() for v in values) and grad[0, 2].isnan().all() and grad[0, 0].isfinite().all()
         assert all(torch.equal(v[2:], c[2:]) for v, c in zip(values, clean, strict=True))
+    case.logits[0, 2] = -math.inf
+    lse = backend.row_reductions_fwd(case.logits, case.rows, case.labels, None, 1.0, 0.0)[1]
+    assert lse[1] == -math.inf  # of a vocabulary shard that is all padding
 
 
 def test_in_place_and_shares(monkeypatch):

@@ -101,6 +101,7 @@ def _max_and_sum_in_two_passes(row_ptr, V, a, scale, SOFTCAP: tl.constexpr, BLOC
         x = tl.load(row_ptr + v + o, mask=o < V - v, other=float("-inf")).to(tl.float32)
         m = tl.maximum(m, tl.where(o < V - v, _mapped(x, a, SOFTCAP, VEC), float("-inf")))
     top = tl.max(m, axis=0)
+    top = tl.where(top == float("-inf"), 0.0, top)  # nothing is allowed: a sum of 0, lse -inf
     s = tl.zeros([BLOCK], tl.float32)
     for v in range(0, V, BLOCK):
         x = tl.load(row_ptr + v + o, mask=o < V - v, other=float("-inf")).to(tl.float32)

@@ -139,7 +139,8 @@ def _max_of_row(row_ptr, V, a, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, VEC: 
     for v in range(0, V, BLOCK):
         x = tl.load(row_ptr + v + o, mask=o < V - v, other=float("-inf")).to(tl.float32)
         m = tl.maximum(m, tl.where(o < V - v, _mapped(x, a, SOFTCAP, VEC), float("-inf")))
-    return tl.max(m, axis=0)
+    top = tl.max(m, axis=0)
+    return tl.where(top == float("-inf"), 0.0, top)  # nothing is allowed: sums of 0, lse -inf
 
 
 @triton.jit
