@@ -136,7 +136,8 @@ def report(result: dict) -> str:
         "",
         *(
             f"{name}: {arm['train']['rows']} rows, {arm['train']['tokens']} tokens, {arm['speed']['updates']} updates, "
-            f"{arm['speed']['train_seconds']:.0f} s."
+            f"{arm['speed']['train_seconds']:.0f} s, {arm['speed']['tokens_per_second']:.0f} tokens/s, "
+            f"{arm['speed']['peak_rss_mib']:.0f} MiB."
             for name, arm in arms.items()
         ),
         "",
