@@ -48,8 +48,8 @@ def test_math_verify(answer, completion, expected):
 
 def test_math_verify_refuses_an_answer_without_mathematics():
     pytest.importorskip("math_verify")
-    for answer in ("", "$$"):
-        with pytest.raises(ValueError, match="answer: math-verify reads no mathematics in"):
+    for answer, message in (("", "answer: expected a text"), ("$$", "answer: math-verify reads no mathematics in")):
+        with pytest.raises(ValueError, match=message):
             load_grader("math-verify")("", "$2$", answer)
 
 
