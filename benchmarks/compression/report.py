@@ -42,7 +42,7 @@ def write_report(folder: Path, command: str) -> str:
         f"{some['updates'] if some else 0} updates of 24 problems x 8 samples, learning rate 5e-4, one thread. The "
         "reward is 1 for the right answer and 0 else; only the arms called length penalty see length. Accuracy ± 1.96 "
         f"standard errors over {some['held_out'] if some else 0} held-out problems (each problem's mean over seeds), "
-        "with the worst and best seed in brackets; tokens and steps of a solution; skipped: needed steps that it "
+        "with every seed in brackets; tokens and steps of a solution; skipped: needed steps that it "
         "leaves out; drawn: tokens sampled in training; s: training seconds, of a run beside another, not a "
         "measurement of speed.",
         "How to read it. SSPO against outcome only: what the step signal adds at equal updates. Against the length "
@@ -97,7 +97,7 @@ def _accuracy(seeds: list[list[int]]) -> str:
     mean = sum(problems) / n
     error = math.sqrt(sum((x - mean) ** 2 for x in problems) / max(n - 1, 1) / n)
     each = [sum(seed) / n for seed in seeds]
-    spread = f" [{min(each):.3f}, {max(each):.3f}]" if len(seeds) > 1 else ""
+    spread = f" [{', '.join(f'{x:.3f}' for x in each)}]" if len(seeds) > 1 else ""
     return f"{mean:.3f} ± {1.96 * error:.3f}{spread}"
 
 
