@@ -50,7 +50,10 @@ def main(argv: list[str] | None = None) -> None:
         print(" ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
     result = {
         "command": " ".join(["python -m benchmarks probe", *shown(argv)]),
-        "options": {k: v for k, v in vars(options).items() if k != "output"},
+        "options": {
+            **{k: v for k, v in vars(options).items() if k != "output"},
+            "model": Path(options.model).name,
+        },
         "hardware": hardware(),
         "auto": choose_engine(model, "auto", options.length + 8),
         "rows": rows,

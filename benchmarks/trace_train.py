@@ -52,7 +52,10 @@ def main(argv: list[str] | None = None) -> None:
     rows = min([options.rows, *map(len, arms.values())])
     result = {
         "command": " ".join(["python -m benchmarks trace-train", *shown(argv)]),
-        "options": {k: v for k, v in vars(options).items() if k not in ("data", "work", "output")},
+        "options": {
+            **{k: v for k, v in vars(options).items() if k not in ("data", "work", "output")},
+            "model": Path(options.model).name,
+        },
         "hardware": hardware(),
         "held_out": describe(whole),
         "arms": {},

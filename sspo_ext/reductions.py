@@ -65,15 +65,14 @@ class ReductionsRoute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_tokens, d_entropy, d_sum_p2, d_kl):
-        upstream = (d_tokens, d_entropy, d_sum_p2, d_kl)
-        if all(d is None for d in upstream):
-            return (None,) * 8
-        refuse_double_backward()
         logits, ref, lse, ref_lse, entropy, sum_p2, labels, row_of = ctx.saved_tensors
         a, c, wanted, backend, inplace_backward = ctx.settings
         # compiled, an empty output gets an empty gradient
         d_entropy, d_sum_p2 = d_entropy if wanted[0] else None, d_sum_p2 if wanted[1] else None
         d_kl = None if ref is None else d_kl
+        if all(d is None for d in (d_tokens, d_entropy, d_sum_p2, d_kl)):
+            return (None,) * 8
+        refuse_double_backward()
         coefs = gradient_coefs(entropy, sum_p2, d_tokens, d_entropy, d_sum_p2, d_kl)
         args = (logits, row_of, labels, lse, None if d_kl is None else ref, ref_lse, coefs, a, c, backend)
         if inplace_backward:

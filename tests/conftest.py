@@ -21,6 +21,8 @@ def _quicken_triton_interpreter():
     import triton.language as tl
     from triton.runtime import interpreter
 
+    if not hasattr(interpreter, "_patch_lang") or not hasattr(interpreter.interpreter_builder, "options"):
+        return  # another version, which is slower only
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched = set()
 
@@ -37,7 +39,8 @@ def _quicken_triton_interpreter():
     interpreter._patch_lang = patch_once
     interpreter.GridExecutor.__call__ = launch_kernel
     builder = interpreter.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
+    if hasattr(builder.options, "sanitize_overflow"):
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
 
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):

@@ -124,15 +124,16 @@ def row_reductions_fwd(
     ref: Tensor | None,  # the reference's logits: dtype, shape and map of the logits, any strides
     a: float,
     c: float,
-    entropy: bool = True,
-    sum_p2: bool = True,
+    wants_entropy: bool = True,
+    wants_sum_p2: bool = True,
 ) -> tuple[Tensor, ...]:
     """logp, lse as `token_logp_fwd`; entropy, sum of p^2 and KL(ref || p), (N,) like logp; the reference's lse, (N,)
     float64. What is not asked for is empty, as the last two are without a reference. Each logit is read once."""
     N, dtype, M = rows.numel(), _accumulator(logits.dtype), 0 if ref is None else rows.numel()
-    logp, H, s, kl = (torch.empty(n, dtype=dtype) for n in (N, N * entropy, N * sum_p2, M))
+    sizes = (N, N * wants_entropy, N * wants_sum_p2, M)
+    logp, entropy, sum_p2, kl = (torch.empty(n, dtype=dtype) for n in sizes)
     lse, ref_lse = (torch.empty(n, dtype=torch.float64) for n in (N, M))
-    out = (logp, lse, H, s, kl, ref_lse)
+    out = (logp, lse, entropy, sum_p2, kl, ref_lse)
     _C.row_reductions_fwd(
         *_logits_view(logits), *_reference_view(logits, ref), _pointer(rows, torch.int64, N),
         _pointer(labels, torch.int64, N), N, a, c, [t.data_ptr() for t in out], torch.get_num_threads(),
