@@ -10,9 +10,10 @@ pytest.importorskip("transformers")
 
 sys.path.append(str(Path(__file__).parents[1]))
 
+from benchmarks.compression.__main__ import parse
 from benchmarks.compression.arms import ARMS, DECISIVE, ShuffledValues, ZeroValues
 from benchmarks.compression.pairs import PairArm, _forward, train_pairs
-from benchmarks.compression.report import _accuracy, best_penalty, write_report
+from benchmarks.compression.report import _accuracy, best_penalty, commands, write_report
 from benchmarks.compression.verdicts import difference, verdicts
 from sspo_ext.demo.arms import load_start, make_trainer
 from sspo_ext.demo.tasks import Task
@@ -60,12 +61,41 @@ def test_report(tmp_path):
             run = {"family": "sums", "language": "en", "arm": arm, "seed": seed, "updates": 3, "held_out": 4,
                    "seconds": 1.0, "sampled_tokens": 1000, "greedy": numbers, "sampled": numbers}  # fmt: skip
             (tmp_path / "runs" / f"{arm}-{seed}.json").write_text(json.dumps(run))
-    text = write_report(tmp_path, "the command")
+    text = write_report(tmp_path)
     assert "length penalty 0.5 (the best of those run)" in text and "0.25 (the best" not in text
     assert "| SSPO, lambda 0 | 2 | 0.750 ± 0.283 [0.500, 1.000] | 6.5 |" in text
     assert (tmp_path / "sums-en.png").exists() and (tmp_path / "RESULTS.md").read_text() == text
+    assert "`python -m benchmarks compression --families sums --languages en --seeds 2 --arms penalty-0.25 " in text
     assert best_penalty({}) is None
     assert _accuracy([[1, 1, 1]]) == "1.000 ± 0.000"
+
+
+def test_commands_make_the_runs_and_no_others():
+    there = {("sums", "en"): (3, 3, 1), ("sort", "en"): (3, 2, 0), ("sums", "zh"): (3, 3, 0), ("sort", "zh"): (3, 3, 0)}
+    tasks = {
+        task: {
+            "start": [{}],
+            **{arm: [{}] * n for arm, n in zip(("rloo", "sspo-9", "pairs"), counts, strict=True) if n},
+        }
+        for task, counts in there.items()
+    }
+    expected = {
+        (family, language, arm, seed)
+        for (family, language), arms in tasks.items()
+        for arm, runs in arms.items()
+        for seed in range(len(runs))
+    }
+    found = [vars(parse(command.split()[4:])) for command in commands(tasks)]
+    named = [
+        (family, language, arm, seed)
+        for o in found
+        for family in o["families"]
+        for language in o["languages"]
+        for arm in o["arms"]
+        for seed in range(o["seeds"] if ARMS[arm].trains else 1)
+    ]
+    assert set(named) == expected and len(named) == len(expected)
+    assert any("--families sort sums --languages en zh --seeds 3 --arms start rloo" in c for c in commands(tasks))
 
 
 def runs_of(arm: str, tokens: int, *seeds: list[int]) -> list[dict]:

@@ -2,16 +2,18 @@
 
 Mutations of sspo_ext/train/grade.py that turned a test red: gold answers parsed as they are (9 cases of
 test_math_verify*); probe answers graded only with the probe's text before them
-(test_ready_made_graders_take_them_after_any_probe, test_the_trainers_default_grader_and_probe_agree).
+(test_ready_made_graders_take_them_after_any_probe, test_the_trainers_default_grader_and_probe_agree); of TRL's form:
+columns left out, chat completions as texts, unfinished completions graded too, a scalar or short list taken
+(TestTRLsForm).
 """
 
 import pytest
 
 pytest.importorskip("transformers")
-from helpers_rl import make_tokenizer, make_trainer
+from helpers_rl import ROWS, Says, make_tokenizer, make_trainer
 
 from sspo_ext.signals import PROBES, Probe
-from sspo_ext.train.grade import answer_grader, load_grader
+from sspo_ext.train.grade import answer_grader, grade, grade_rows, load_grader
 
 HALF = "\\frac{1}{2}"
 
@@ -96,3 +98,73 @@ class TestAnswersOfAProbe:
         steps = [tokenizer("6+13=19\n").input_ids] * 3
         rollout = Rollout({"prompt": "6+13+7=\n", "answer": 26}, [5], sum(steps, []), "", True, steps)
         assert trainer.step_values([rollout]) == [[1.0, 0.0, 1.0, 0.0]]
+
+
+class TestTRLsForm:
+    """`reward(prompts, completions, **columns) -> list`, one call for all rows."""
+
+    CHAT = [{"prompt": [{"role": "user", "content": f"{a}?"}], "answer": a, "level": i} for i, a in enumerate("bd")]
+
+    def test_one_call_with_every_column(self):
+        calls = []
+
+        def reward(prompts, completions, **columns):
+            calls.append((prompts, completions, columns))
+            return [len(text) for text in completions]
+
+        rows = [{"prompt": "a", "answer": 1, "level": 3}, {"prompt": "b", "answer": 2, "level": 4}]
+        assert grade_rows(reward, rows, ["x", "xyz"], trainer_state="state") == [1.0, 3.0]
+        columns = {"answer": [1, 2], "level": [3, 4], "trainer_state": "state"}
+        assert calls == [(["a", "b"], ["x", "xyz"], columns)]
+        assert grade_rows(reward, [], []) == [] and len(calls) == 1
+
+    def test_chat_prompts_have_chat_completions(self):
+        def reward(completions, answer, **_):
+            return [float(message["content"] == a and message["role"] == "assistant")
+                    for (message,), a in zip(completions, answer, strict=True)]  # fmt: skip
+
+        assert grade_rows(reward, self.CHAT, ["b", "c"]) == [1.0, 0.0]
+        # a single completion, as `sspo-ext trace` and the graded probe have them
+        assert grade(reward, self.CHAT[0]["prompt"], "b", "b") == 1.0
+        assert answer_grader(reward)("b", ["c", "b"], self.CHAT[0]["prompt"]) == 1.0
+
+    def test_trls_own(self):
+        rewards = pytest.importorskip("trl.rewards")
+        rows = [{**row, "solution": "$2$"} for row in self.CHAT]
+        assert grade_rows(rewards.accuracy_reward, rows, ["\\boxed{2}", "\\boxed{3}"]) == [1.0, 0.0]
+
+    @pytest.mark.parametrize("found", (0.5, [0.5], [0.5] * 3, None))
+    def test_a_reward_for_each_completion(self, found):
+        with pytest.raises(ValueError, match="grader: expected a reward for each of 2 completions, got"):
+            grade_rows(lambda completions, **_: found, self.CHAT, ["", ""])
+
+    def test_no_reward_is_refused(self):
+        with pytest.raises(TypeError, match="grader: expected a number, got None"):
+            grade_rows(lambda completions, **_: [1, None], self.CHAT, ["", ""])
+
+    @pytest.mark.parametrize("graded", (False, True))
+    def test_in_the_trainer(self, tmp_path, graded):
+        seen = []
+
+        def reward(prompts, completions, level, answer, **more):
+            seen.append((prompts, completions, level, answer, more))
+            return [1.0] * len(prompts)
+
+        options = {"probe_options": {"mode": "graded", "num_samples": 1, "max_answer_tokens": 2}} if graded else {}
+        rows = [{**row, "level": 7} for row in ROWS[:1]]
+        tokenizer = make_tokenizer()
+        engine = Says(tokenizer, ["1\n2<eos>", "3<eos>", "4", "5<eos>"])
+        trainer = make_trainer(
+            tmp_path, rows=rows, reward_func=reward, tokenizer=tokenizer, engine=engine, max_steps=1, **options
+        )
+        kept = []
+        trainer.on_rollouts = kept.extend
+        trainer.train()
+        whole = [r for r in kept if r.ended]
+        prompts, completions, level, answer, more = seen[0]
+        assert sorted(completions) == sorted(r.text for r in whole) and len(whole) == 3
+        assert level == [7] * len(whole) and answer == [ROWS[0]["answer"]] * len(whole)
+        assert sorted(more["completion_ids"]) == sorted(r.completion_ids for r in whole)
+        assert more["trainer_state"] is trainer.state
+        assert [r.reward for r in kept] == [float(r.ended) for r in kept]
+        assert all(call[2] == [7] * len(call[1]) for call in seen) and (len(seen) > 1) == graded

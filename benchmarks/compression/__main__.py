@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         return arm.pair_form.rounds if arm.pair_form else options.updates * arm.trains
 
     execute(todo, options, "runs", length)
-    print(write_report(output, " ".join(["python -m benchmarks compression", *(argv or sys.argv[1:])])))
+    print(write_report(output))
 
 
 def execute(runs: list[Run], options: argparse.Namespace, title: str, length) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import platform
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ _COLOURS = {
 _MARKERS = {"start": "s", "-zero": "v", "-shuffled": "x", "-likelihood": "P"}
 
 
-def write_report(folder: Path, command: str) -> str:
+def write_report(folder: Path) -> str:
     """Writes RESULTS.md and the pictures; returns the report."""
     tasks: dict[tuple[str, str], dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for file in sorted((folder / "runs").glob("*.json")):
@@ -37,7 +38,7 @@ def write_report(folder: Path, command: str) -> str:
     some = next((r for arms in tasks.values() for runs in arms.values() for r in runs if r["updates"]), None)
     parts = [
         "# Compression",
-        f"`{command}`",
+        "\n\n".join(f"`{command}`" for command in commands(tasks)),
         "Tiny Llamas (233k weights) that imitated a wordy teacher, then trained by each arm from the same start: "
         f"{some['updates'] if some else 0} updates of 24 problems x 8 samples, learning rate 5e-4, one thread. The "
         "reward is 1 for the right answer and 0 else; only the arms called length penalty see length. Accuracy ± 1.96 "
@@ -59,6 +60,30 @@ def write_report(folder: Path, command: str) -> str:
     text = "\n\n".join(parts) + "\n"
     (folder / "RESULTS.md").write_text(text)
     return text
+
+
+def commands(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> list[str]:
+    """What makes all these runs, and no others."""
+    # by arm: the families, languages and seeds it was run for, languages with the same families and seeds together
+    arms: dict[tuple, list[str]] = defaultdict(list)
+    for arm in ARMS:
+        families = defaultdict(lambda: defaultdict(list))
+        for (family, language), runs in tasks.items():
+            if arm in runs:
+                # a start model is measured once, whatever the number of seeds
+                seeds = max(len(r) for r in (runs.values() if not ARMS[arm].trains else [runs[arm]]))
+                families[language][seeds].append(family)
+        alike = defaultdict(list)
+        for language, by_seeds in sorted(families.items()):
+            for seeds, names in by_seeds.items():
+                alike[tuple(sorted(names)), seeds].append(language)
+        for (names, seeds), languages in alike.items():
+            arms[names, tuple(languages), seeds].append(arm)
+    return [
+        f"python -m benchmarks compression --families {' '.join(names)} --languages {' '.join(languages)} "
+        f"--seeds {seeds} --arms {' '.join(which)}"
+        for (names, languages, seeds), which in arms.items()
+    ]
 
 
 def _table(arms: dict[str, list[dict]]) -> str:

@@ -1,22 +1,24 @@
 """Outcome rewards: what a completion is worth, by its answer alone.
 
-A grader is any function `reward(prompt, completion, answer) -> float`. The ready-made ones import what they need when
-they are made.
+A grader is any function `reward(prompt, completion, answer) -> float`, or one of TRL's,
+`reward(prompts, completions, **columns) -> list[float]`, known by its parameter `completions`. The ready-made ones
+import what they need when they are made.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..signals.probe import Probe
 
-Grader = Callable[[str, str, Any], float]
+Grader = Callable[..., Any]
 DEFAULT_MARKER = "####"
 
 
@@ -87,20 +89,61 @@ def answer_texts(answer: Any) -> list[str]:
     return texts
 
 
-def grade(grader: Grader, prompt: str, completion: str, answer: Any) -> float:
-    """The grader's reward, checked to be one finite number."""
-    reward = grader(prompt, completion, answer)
+def grade(grader: Grader, prompt: Any, completion: str, answer: Any, **columns: Any) -> float:
+    """The reward of one completion, checked to be one finite number."""
+    return grade_rows(grader, [{**columns, "prompt": prompt, "answer": answer}], [completion])[0]
+
+
+def grade_rows(
+    grader: Grader, rows: Sequence[Mapping], completions: Sequence[str], *, unit: bool = False, **more: Any
+) -> list[float]:
+    """The reward of every row's completion, each checked to be one finite number; with `unit` in [0, 1].
+
+    A grader of TRL's form gets all rows in one call, their columns by name beside what `more` holds, and, where
+    prompts are chat messages, completions as messages too.
+    """
+    if not rows:
+        return []
+    if not _in_batches(grader):
+        found = [grader(row["prompt"], text, row.get("answer")) for row, text in zip(rows, completions, strict=True)]
+    else:
+        prompts = [row["prompt"] for row in rows]
+        said = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, completions, strict=True)
+        ]
+        columns = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
+        found = grader(**{**columns, "prompts": prompts, "completions": said, **more})
+        if not hasattr(found, "__len__") or len(found) != len(rows):
+            raise ValueError(f"grader: expected a reward for each of {len(rows)} completions, got {found!r}")
+    return [_checked(reward, text, unit) for reward, text in zip(found, completions, strict=True)]
+
+
+def _in_batches(grader: Grader) -> bool:
+    try:
+        return "completions" in inspect.signature(grader).parameters
+    except (TypeError, ValueError):  # a builtin without a signature
+        return False
+
+
+def _checked(reward: Any, completion: str, unit: bool) -> float:
     try:
         value = float(reward)
     except (TypeError, ValueError) as error:
         raise TypeError(f"grader: expected a number, got {reward!r} for the completion {completion!r}") from error
     if not math.isfinite(value):
         raise ValueError(f"grader: expected a finite reward, got {value} for the completion {completion!r}")
+    if unit and not -1e-6 <= value <= 1 + 1e-6:
+        raise ValueError(
+            "reward_func: expected a reward in [0, 1], since values are probabilities of a right answer, "
+            f"got {value:g} for the completion {completion!r}; rescale it (-1 and +1: (reward + 1) / 2), or train on "
+            "the outcome alone (combine='outcome')"
+        )
     return value
 
 
 def answer_grader(grader: Grader, probe: Probe | None = None) -> Callable[..., float]:
-    """A grader of completions as a grader of what `sspo_ext.signals` has: `grade(text, answer, prompt="") -> float`.
+    """A grader of completions as one of what `sspo_ext.signals` has: `grade(text, answer, prompt="", **columns)`.
 
     For `trace_candidates`, whose texts are responses, and for the graded probe, whose texts are short answers after the
     `probe`. Such an answer is graded as a completion that is the answer alone, and as one that says the probe's text
@@ -110,10 +153,10 @@ def answer_grader(grader: Grader, probe: Probe | None = None) -> Callable[..., f
     answer  as the grader takes it, or a list of accepted ones, of which the best grade counts
     """
 
-    def graded(text: str, answer: Any, prompt: str = "") -> float:
+    def graded(text: str, answer: Any, prompt: Any = "", **columns: Any) -> float:
         said = [] if probe is None else [f"{probe.text}{probe.separator}{text}"]
         accepted = answer if isinstance(answer, (list, tuple)) else [answer]
-        return max(grade(grader, prompt, form, one) for one in accepted for form in (text, *said))
+        return max(grade(grader, prompt, form, one, **columns) for one in accepted for form in (text, *said))
 
     return graded
 

@@ -49,7 +49,7 @@ from .experience import (
     rollout_metrics,
     split_steps,
 )
-from .grade import Grader, answer_grader, answer_texts, grade
+from .grade import Grader, answer_grader, answer_texts, grade_rows
 from .means import Sums
 from .models import load_model
 from .rollout import RolloutEngine, Sampling, end_tokens, make_engine
@@ -68,8 +68,9 @@ class SSPOTrainer(Trainer):
     Args:
         model: a causal LM, a PEFT model, or a name or path (`load_model`, which then gives the tokenizer too).
         args: SSPOConfig.
-        reward_func: `reward(prompt, completion, answer) -> float`, see `sspo_ext.train.grade`. In [0, 1], the scale of
-            the values; of any scale with combine="outcome".
+        reward_func: `reward(prompt, completion, answer) -> float`, or TRL's form `reward(prompts, completions,
+            **columns) -> list[float]`, see `sspo_ext.train.grade`. In [0, 1], the scale of the values; of any scale
+            with combine="outcome".
         train_dataset: rows with "prompt" (a text or chat messages) and "answer" (a text or number; a mapping with an
             "answer" for graders that need more; a list of accepted spellings). With a length. Every row is looked at.
         eval_dataset: the same. `evaluate()` completes it greedily: eval_accuracy, eval_reward, lengths.
@@ -217,21 +218,19 @@ class SSPOTrainer(Trainer):
             prompts = [known[str(row["prompt"])] for row in rows]
             completions = self.engine.complete(self.model, prompts, sampling, seeds)
         with self._sums.phase("grade"):
-            found = []
-            for row, prompt, ids, steps in zip(
-                rows, prompts, completions, split_steps(completions, self.delimiters), strict=True
-            ):
-                text = tokenizer.decode(ids, skip_special_tokens=True)
-                ended = bool(ids) and ids[-1] in self.eos_token_ids
-                reward = grade(self.reward_func, row["prompt"], text, row.get("answer")) if ended else 0.0
-                if self._on_scale and not -1e-6 <= reward <= 1 + 1e-6:
-                    raise ValueError(
-                        "reward_func: expected a reward in [0, 1], since values are probabilities of a right answer, "
-                        f"got {reward:g} for the completion {text!r}; rescale it (-1 and +1: "
-                        "(reward + 1) / 2), or train on the outcome alone (combine='outcome')"
-                    )
-                found.append(Rollout(row, prompt, ids, text, ended, steps, reward))
-        return found
+            steps = split_steps(completions, self.delimiters)
+            texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
+            ended = [bool(ids) and ids[-1] in self.eos_token_ids for ids in completions]
+            graded = [i for i, whole in enumerate(ended) if whole]
+            found = grade_rows(
+                self.reward_func, [rows[i] for i in graded], [texts[i] for i in graded], unit=self._on_scale,
+                completion_ids=[completions[i] for i in graded], trainer_state=self.state,
+            )  # fmt: skip
+            rewards = dict(zip(graded, found, strict=True))
+        return [
+            Rollout(row, prompts[i], completions[i], texts[i], ended[i], steps[i], rewards.get(i, 0.0))
+            for i, row in enumerate(rows)
+        ]
 
     def step_values(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         """V_0 .. V_K of each: the policy's own estimate after the probe, and 0 at the end."""
@@ -244,7 +243,7 @@ class SSPOTrainer(Trainer):
         if options.get("mode") == "graded":
             answers = [r.row for r in rollouts]
             judge = answer_grader(self.reward_func, probe)
-            options["grader"] = lambda text, row: judge(text, [row["answer"]], row["prompt"])
+            options["grader"] = lambda text, row: judge(text, **{**row, "answer": [row["answer"]]})
         else:
             answers = [answer_texts(r.row["answer"]) for r in rollouts]
         with torch.no_grad(), self.accelerator.autocast():
