@@ -132,15 +132,29 @@ class TestTRLsForm:
         rewards = pytest.importorskip("trl.rewards")
         rows = [{**row, "solution": "$2$"} for row in self.CHAT]
         assert grade_rows(rewards.accuracy_reward, rows, ["\\boxed{2}", "\\boxed{3}"]) == [1.0, 0.0]
+        overlong = rewards.get_soft_overlong_punishment(max_completion_len=4, soft_punish_cache=2)
+        assert grade_rows(overlong, rows, ["", ""], completion_ids=[[1], [1] * 3]) == [0.0, -0.5]
 
     @pytest.mark.parametrize("found", (0.5, [0.5], [0.5] * 3, None))
     def test_a_reward_for_each_completion(self, found):
         with pytest.raises(ValueError, match="grader: expected a reward for each of 2 completions, got"):
             grade_rows(lambda completions, **_: found, self.CHAT, ["", ""])
 
-    def test_no_reward_is_refused(self):
+    def test_none_is_nothing(self):
+        assert grade_rows(lambda completions, **_: [1, None], self.CHAT, ["", ""]) == [1.0, 0.0]
         with pytest.raises(TypeError, match="grader: expected a number, got None"):
-            grade_rows(lambda completions, **_: [1, None], self.CHAT, ["", ""])
+            grade_rows(lambda prompt, completion, answer: None, self.CHAT, ["", ""])
+
+    @pytest.mark.parametrize("name", ("prompts", "completions", "completion_ids"))
+    def test_known_by_any_of_its_names(self, name):
+        scope = {}
+        exec(f"def reward({name}, **_): return [len(x) for x in {name}]", scope)
+        rows = [{"prompt": "ab", "answer": 0}, {"prompt": "ab", "answer": 0}]
+        assert grade_rows(scope["reward"], rows, ["ab", "cd"], completion_ids=[[1, 2], [3, 4]]) == [2.0, 2.0]
+
+    def test_columns_are_those_of_all_rows(self):
+        rows = [{"prompt": "a"}, {"prompt": "b", "weight": 2}]
+        assert grade_rows(lambda completions, weight: [w or 0 for w in weight], rows, ["", ""]) == [0.0, 2.0]
 
     @pytest.mark.parametrize("graded", (False, True))
     def test_in_the_trainer(self, tmp_path, graded):

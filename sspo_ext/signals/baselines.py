@@ -73,7 +73,7 @@ BASELINES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "reinforce++": _reinforce_pp,
     "reinforce++_baseline": _reinforce_pp_baseline,
 }
-_UNGROUPED = ("reinforce", "reinforce++")
+UNGROUPED = ("reinforce", "reinforce++")
 
 
 def outcome_advantages(
@@ -104,7 +104,7 @@ def outcome_advantages(
     check_choice("name", name, tuple(BASELINES))
     check_float("rewards", rewards, ndim=1)
     rewards = rewards.detach() if rewards.dtype == torch.float64 else rewards.detach().float()
-    if name in _UNGROUPED:
+    if name in UNGROUPED:
         return BASELINES[name](rewards, torch.zeros_like(rewards, dtype=torch.int64), 1)
     if groups is None:
         raise TypeError(f"groups: expected (B,) ids for {name!r}, got None")

@@ -10,8 +10,8 @@ the two values and their defaults here are our reconstruction. V_k is on the sca
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +34,7 @@ class Probe:
                counts however it goes on, "4" also where the model would go on to "42"
     turn       ask in a turn of the user's (the tokenizer's chat template closes the model's turn and opens its next)
                instead of going on in the model's turn
+    chat_template_kwargs  with `turn`, the template's options: those the prompt was made with
     """
 
     text: str
@@ -41,6 +42,7 @@ class Probe:
     separator: str = " "
     ends: tuple[str, ...] = ("",)
     turn: bool = False
+    chat_template_kwargs: Mapping[str, Any] | None = field(default=None, hash=False)
 
 
 PROBES = {
@@ -316,6 +318,7 @@ def _asked(tokenizer, probe: Probe) -> str:
     mark = "@@"
     messages = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
     text = tokenizer.apply_chat_template(
-        [*messages, {"role": "user", "content": probe.text}], tokenize=False, add_generation_prompt=True
-    )
+        [*messages, {"role": "user", "content": probe.text}], tokenize=False, add_generation_prompt=True,
+        **(probe.chat_template_kwargs or {}),
+    )  # fmt: skip
     return text[text.rindex(mark) + len(mark) :]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -82,12 +82,14 @@ class PromptSampler(Sampler[int]):
         return self.size // self.prompts * self.prompts * self.num_generations * self.num_iterations
 
 
-def check_rows(name: str, dataset, *, answers: bool = False, texts: bool = False, required: bool = False) -> None:
-    """Every row has a prompt, with `answers` an answer, and with `texts` one that can be written: what cannot be used
-    is found before training. ValueError naming the rows."""
+def check_rows(
+    name: str, dataset, *, chat: bool, answers: bool = False, texts: bool = False, required: bool = False
+) -> None:
+    """Every row has a prompt, a text or, with `chat`, messages; with `answers` an answer, and with `texts` one that can
+    be written: what cannot be used is found before training. ValueError naming the rows."""
     if dataset is None and not required:
         return
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or isinstance(dataset, Mapping):
         raise ValueError(f"{name}: expected rows with a length (a list or a datasets.Dataset), got {type(dataset)}")
     bad = []
     for i in range(len(dataset)):
@@ -95,6 +97,9 @@ def check_rows(name: str, dataset, *, answers: bool = False, texts: bool = False
         missing = [key for key in ("prompt", "answer")[: 1 + answers] if key not in row]
         if missing:
             bad.append((f"row {i}", f"expected {missing[0]!r}, has {sorted(row)}"))
+        elif not _is_prompt(row["prompt"], chat):
+            expected = "a text or chat messages" if chat else "a text, since the tokenizer has no chat template"
+            bad.append((f"row {i}", f"prompt: expected {expected}, not empty, got {row['prompt']!r}"))
         elif texts:
             try:
                 answer_texts(row["answer"])
@@ -104,6 +109,13 @@ def check_rows(name: str, dataset, *, answers: bool = False, texts: bool = False
         raise_bad_rows(bad, len(dataset))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def _is_prompt(prompt: Any, chat: bool) -> bool:
+    if isinstance(prompt, str):
+        return bool(prompt)
+    messages = chat and isinstance(prompt, Sequence) and len(prompt) > 0
+    return messages and all(isinstance(message, Mapping) and "role" in message for message in prompt)
 
 
 def prompt_tokens(prompt: str | Sequence[dict], tokenizer, template_options: dict | None = None) -> list[int]:
@@ -137,6 +149,33 @@ def split_steps(completions: Sequence[Sequence[int]], delimiters: Tensor) -> lis
             parts[step].append(token)
         found.append(parts)
     return found
+
+
+def graded_rollouts(
+    rows: Sequence[Mapping],
+    prompts: Sequence[list[int]],
+    completions: Sequence[list[int]],
+    tokenizer,
+    eos_token_ids: Collection[int],
+    delimiters: Tensor,
+    grader: Callable[..., list[float]],  # grade_rows with all that it needs beside rows, texts and token ids
+) -> list[Rollout]:
+    """Completions with their texts, steps and rewards. Only what has ended is graded; the rest has 0."""
+    ended = [bool(ids) and ids[-1] in eos_token_ids for ids in completions]
+    texts = [  # an end of sequence need not be among the special tokens
+        tokenizer.decode(ids[:-1] if whole else ids, skip_special_tokens=True)
+        for ids, whole in zip(completions, ended, strict=True)
+    ]
+    whole = [i for i, ends in enumerate(ended) if ends]
+    names = dict.fromkeys(name for row in rows for name in row)  # the same columns whichever rows have ended
+    graded = [{name: rows[i].get(name) for name in names} for i in whole]
+    found = grader(graded, [texts[i] for i in whole], completion_ids=[completions[i] for i in whole])
+    rewards = dict(zip(whole, found, strict=True))
+    steps = split_steps(completions, delimiters)
+    return [
+        Rollout(row, prompts[i], completions[i], texts[i], ended[i], steps[i], rewards.get(i, 0.0))
+        for i, row in enumerate(rows)
+    ]
 
 
 def policy_batch(rollouts: Sequence[Rollout], pad_token_id: int) -> dict:

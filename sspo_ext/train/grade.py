@@ -1,8 +1,8 @@
 """Outcome rewards: what a completion is worth, by its answer alone.
 
 A grader is any function `reward(prompt, completion, answer) -> float`, or one of TRL's,
-`reward(prompts, completions, **columns) -> list[float]`, known by its parameter `completions`. The ready-made ones
-import what they need when they are made.
+`reward(prompts, completions, **columns) -> list[float]`, known by a parameter `prompts`, `completions` or
+`completion_ids`. The ready-made ones import what they need when they are made.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def answer_texts(answer: Any) -> list[str]:
     return texts
 
 
-def grade(grader: Grader, prompt: Any, completion: str, answer: Any, **columns: Any) -> float:
+def grade(grader: Grader, prompt: Any, completion: str, answer: Any, /, **columns: Any) -> float:
     """The reward of one completion, checked to be one finite number."""
     return grade_rows(grader, [{**columns, "prompt": prompt, "answer": answer}], [completion])[0]
 
@@ -100,7 +100,7 @@ def grade_rows(
     """The reward of every row's completion, each checked to be one finite number; with `unit` in [0, 1].
 
     A grader of TRL's form gets all rows in one call, their columns by name beside what `more` holds, and, where
-    prompts are chat messages, completions as messages too.
+    prompts are chat messages, completions as messages too; its None, "does not apply", is 0.
     """
     if not rows:
         return []
@@ -112,16 +112,18 @@ def grade_rows(
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, completions, strict=True)
         ]
-        columns = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
+        names = dict.fromkeys(name for row in rows for name in row if name != "prompt")
+        columns = {name: [row.get(name) for row in rows] for name in names}
         found = grader(**{**columns, "prompts": prompts, "completions": said, **more})
         if not hasattr(found, "__len__") or len(found) != len(rows):
             raise ValueError(f"grader: expected a reward for each of {len(rows)} completions, got {found!r}")
+        found = [0.0 if reward is None else reward for reward in found]
     return [_checked(reward, text, unit) for reward, text in zip(found, completions, strict=True)]
 
 
 def _in_batches(grader: Grader) -> bool:
     try:
-        return "completions" in inspect.signature(grader).parameters
+        return not {"prompts", "completions", "completion_ids"}.isdisjoint(inspect.signature(grader).parameters)
     except (TypeError, ValueError):  # a builtin without a signature
         return False
 
@@ -153,7 +155,7 @@ def answer_grader(grader: Grader, probe: Probe | None = None) -> Callable[..., f
     answer  as the grader takes it, or a list of accepted ones, of which the best grade counts
     """
 
-    def graded(text: str, answer: Any, prompt: Any = "", **columns: Any) -> float:
+    def graded(text: str, answer: Any, /, prompt: Any = "", **columns: Any) -> float:
         said = [] if probe is None else [f"{probe.text}{probe.separator}{text}"]
         accepted = answer if isinstance(answer, (list, tuple)) else [answer]
         return max(grade(grader, prompt, form, one, **columns) for one in accepted for form in (text, *said))

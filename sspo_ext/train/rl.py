@@ -104,13 +104,13 @@ def load_prompt_rows(paths: list[str], texts: bool = False) -> list[dict]:
 
     rows, bad, total = [], [], 0
     for path in paths:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 total += 1
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                     missing = [key for key in ("prompt", "answer") if not isinstance(row, dict) or key not in row]
                     if missing:
                         raise ValueError(f"expected an object with 'prompt' and 'answer', has no {missing[0]!r}")

@@ -94,8 +94,11 @@ class GenerateEngine:
         choose = LogitsProcessorList([_ChooseOne(_Chooser(sampling, seeds, _device(model)), width)])
         out = model.generate(
             **inputs, logits_processor=choose, do_sample=False, num_beams=1, use_cache=True,
-            max_new_tokens=sampling.max_completion_length, min_new_tokens=None, repetition_penalty=1.0,
-            temperature=None, top_p=None, top_k=None,
+            max_new_tokens=sampling.max_completion_length, temperature=None, top_p=None, top_k=None,
+            # of the model's generation_config nothing may change what is drawn: the loss knows nothing of it
+            min_length=0, min_new_tokens=None, repetition_penalty=1.0, no_repeat_ngram_size=0, bad_words_ids=None,
+            suppress_tokens=None, begin_suppress_tokens=None, forced_bos_token_id=None, forced_eos_token_id=None,
+            sequence_bias=None, return_dict_in_generate=False,
             eos_token_id=list(sampling.eos_token_ids), pad_token_id=self.pad_token_id,
         )  # fmt: skip
         return [up_to_end(ids, sampling.eos_token_ids) for ids in out[:, width:].tolist()]
@@ -128,6 +131,12 @@ class CompactEngine:
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
                 logits_to_keep=1,
             )  # fmt: skip
+            if t == 0 and cache.get_seq_length() != ids.shape[1]:
+                raise ValueError(
+                    "rollout_engine: 'compact' needs a model that keeps its context in the DynamicCache it is given, "
+                    f"and {type(model).__name__} kept {cache.get_seq_length()} of {ids.shape[1]} tokens there; use "
+                    "'generate'"
+                )
             drawn = chooser(out.logits[:, -1], rows, t)
             tokens[rows, t] = drawn
             lengths[rows] = t + 1

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import TrainingArguments
 
 from .._checks import check_choice, check_not_negative
 from ..policy import LEVELS, get_policy_head
 from ..policy_losses import AGGREGATIONS
-from ..signals import BASELINES, as_probe
+from ..signals import BASELINES, Probe, as_probe
+from ..signals.baselines import UNGROUPED
 from .route import ROUTE_HELP
 
 COMBINE = ("add", "replace", "outcome")
@@ -36,7 +37,9 @@ class SSPOConfig(TrainingArguments):
     learning_rate: float = _option(1e-6, "Peak learning rate.")
 
     num_generations: int = _option(8, "Completions of every prompt: the group of the baseline.")
-    max_completion_length: int = _option(256, "Tokens; a completion that reaches it earns nothing.")
+    max_completion_length: int = _option(
+        256, "Tokens; a completion that reaches it earns 0, or the update's lowest reward below."
+    )
     temperature: float = _option(1.0, "Of sampling, and of the log-probs in the loss.")
     top_p: float = _option(1.0, "Nucleus sampling; below 1 the loss is no longer that of the sampled distribution.")
     top_k: int = _option(0, "Sampling from the k most probable tokens; 0: from all. The same caution.")
@@ -80,6 +83,16 @@ class SSPOConfig(TrainingArguments):
             if not isinstance(getattr(self, name), dict | None):
                 raise TypeError(f"{name}: expected a dictionary, or its JSON, got {getattr(self, name)!r}")
         as_probe(self.probe)
+        for name in ("grader", "tokenizer"):
+            if name in (self.probe_options or {}):
+                raise ValueError(f"probe_options: expected no {name!r}, which is the trainer's own")
+        if self.label_smoothing_factor:
+            raise ValueError(f"label_smoothing_factor: expected 0, got {self.label_smoothing_factor}; it has no effect")
+        if self.auto_find_batch_size or self.accelerator_config.split_batches:
+            raise ValueError(
+                "auto_find_batch_size, split_batches: expected False, since they change how many completions an update "
+                "has and so the groups"
+            )
         check_choice("combine", self.combine, COMBINE)
         check_choice("baseline", self.baseline, tuple(BASELINES))
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
@@ -91,6 +104,13 @@ class SSPOConfig(TrainingArguments):
         for name in ("num_generations", "num_iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.rollout_batch_size is not None and self.rollout_batch_size < 1:
+            raise ValueError(f"rollout_batch_size: expected at least 1, or None, got {self.rollout_batch_size}")
+        if self.num_generations == 1 and self.combine == "outcome" and self.baseline not in UNGROUPED:
+            raise ValueError(
+                f"num_generations: expected at least 2, since baseline {self.baseline!r} compares the completions of a "
+                "prompt and combine='outcome' leaves nothing else, got 1"
+            )
         head = get_policy_head(self.loss_type)
         head.check_options(self.head_options)
         level = (self.loss_options or {}).get("importance_sampling_level", "token")
@@ -107,6 +127,15 @@ class SSPOConfig(TrainingArguments):
                 f"save_steps: expected a multiple of num_iterations={self.num_iterations}, since rollouts are not "
                 f"saved, got {self.save_steps}"
             )
+
+    @property
+    def asked(self) -> Probe:
+        """The probe, with `probe_end`, `probe_turn` and `chat_template_kwargs` where they are given."""
+        ends = (self.probe_end,) if isinstance(self.probe_end, str) else tuple(self.probe_end)
+        given = {"ends": ends} if any(ends) else {}
+        given |= {"turn": True} if self.probe_turn else {}
+        given |= {"chat_template_kwargs": self.chat_template_kwargs} if self.chat_template_kwargs else {}
+        return replace(as_probe(self.probe), **given)
 
     @property
     def head_options(self) -> dict[str, float]:

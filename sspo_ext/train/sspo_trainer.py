@@ -11,11 +11,11 @@ How values become advantages is our reconstruction of SSPO (arXiv 2508.12604).
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from accelerate.utils import gather_object
@@ -28,7 +28,6 @@ from ..layout import TensorBundle
 from ..signals import (
     StepBatch,
     StepValues,
-    as_probe,
     combine_advantages,
     delimiter_mask,
     outcome_advantages,
@@ -42,12 +41,12 @@ from .experience import (
     advantage_metrics,
     check_rows,
     counted_items,
+    graded_rollouts,
     num_items,
     over_std,
     policy_batch,
     prompt_tokens,
     rollout_metrics,
-    split_steps,
 )
 from .grade import Grader, answer_grader, answer_texts, grade_rows
 from .means import Sums
@@ -109,8 +108,14 @@ class SSPOTrainer(Trainer):
         # values of a subclass's own making may need no text
         by_text = probed and (args.probe_options or {}).get("mode", "likelihood") == "likelihood"
         by_text = by_text and type(self).step_values is SSPOTrainer.step_values
-        check_rows("train_dataset", train_dataset, answers=probed, texts=by_text)
-        check_rows("eval_dataset", eval_dataset)
+        if not callable(reward_func):
+            raise TypeError(f"reward_func: expected one function, see sspo_ext.train.grade, got {reward_func!r}")
+        for name in ("compute_metrics", "compute_loss_func"):
+            if trainer_kwargs.get(name) is not None:
+                raise ValueError(f"{name}: expected None, since the trainer has its own, got {trainer_kwargs[name]!r}")
+        self._chat = getattr(processing_class, "chat_template", None) is not None
+        check_rows("train_dataset", train_dataset, chat=self._chat, answers=probed, texts=by_text)
+        check_rows("eval_dataset", eval_dataset, chat=self._chat)
         self.ref_model = None
         if peft_config is not None:
             from peft import PeftModel, get_peft_model
@@ -177,6 +182,9 @@ class SSPOTrainer(Trainer):
                         rollout.values = values
             shared = [Summary.of(place, rollout) for place, rollout in zip(places, rollouts, strict=True)]
             everyone = sorted(gather_object(shared)) if world > 1 else sorted(shared)
+            # never to end is no better than the worst that was written
+            worst = min([0.0, *(row.reward for row in everyone)])
+            everyone = [row if row.ended else row._replace(reward=worst) for row in everyone]
             advantages = self.advantages(
                 torch.tensor([row.reward for row in everyone]),
                 [row.steps for row in everyone],
@@ -185,6 +193,7 @@ class SSPOTrainer(Trainer):
             )
             for place, rollout in zip(places, rollouts, strict=True):
                 rollout.advantages = advantages[place]
+                rollout.reward = rollout.reward if rollout.ended else worst
             for name, value in rollout_metrics(everyone).items():
                 self._sums.add(name, value)
             for name, (total, count) in advantage_metrics(everyone, advantages).items():
@@ -213,37 +222,27 @@ class SSPOTrainer(Trainer):
             args.top_p, args.top_k,
         )  # fmt: skip
         with self._sums.phase("rollout"), torch.no_grad(), self.accelerator.autocast():
-            known = {str(row["prompt"]): row["prompt"] for row in rows}  # a group's rows share theirs
+            keys = [(isinstance(row["prompt"], str), str(row["prompt"])) for row in rows]  # a group's rows share theirs
+            known = {key: row["prompt"] for key, row in zip(keys, rows, strict=True)}
             known = {key: prompt_tokens(prompt, tokenizer, args.chat_template_kwargs) for key, prompt in known.items()}
-            prompts = [known[str(row["prompt"])] for row in rows]
+            prompts = [known[key] for key in keys]
             completions = self.engine.complete(self.model, prompts, sampling, seeds)
         with self._sums.phase("grade"):
-            steps = split_steps(completions, self.delimiters)
-            texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
-            ended = [bool(ids) and ids[-1] in self.eos_token_ids for ids in completions]
-            graded = [i for i, whole in enumerate(ended) if whole]
-            found = grade_rows(
-                self.reward_func, [rows[i] for i in graded], [texts[i] for i in graded], unit=self._on_scale,
-                completion_ids=[completions[i] for i in graded], trainer_state=self.state,
-            )  # fmt: skip
-            rewards = dict(zip(graded, found, strict=True))
-        return [
-            Rollout(row, prompts[i], completions[i], texts[i], ended[i], steps[i], rewards.get(i, 0.0))
-            for i, row in enumerate(rows)
-        ]
+            grader = functools.partial(grade_rows, self.reward_func, unit=self._on_scale, trainer_state=self.state)
+            return graded_rollouts(rows, prompts, completions, tokenizer, self.eos_token_ids, self.delimiters, grader)
 
     def step_values(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         """V_0 .. V_K of each: the policy's own estimate after the probe, and 0 at the end."""
         # Nothing is asked after the last step: the outcome itself is known there.
         states = StepBatch([r.prompt_ids for r in rollouts], [r.steps[:-1] for r in rollouts])
         options = {"tokenizer": self.processing_class, **(self.args.probe_options or {})}
-        ends = self.args.probe_end
-        ends = (ends,) if isinstance(ends, str) else tuple(ends)
-        probe = replace(as_probe(self.args.probe), ends=ends, turn=self.args.probe_turn)
+        probe = self.args.asked
         if options.get("mode") == "graded":
             answers = [r.row for r in rollouts]
             judge = answer_grader(self.reward_func, probe)
-            options["grader"] = lambda text, row: judge(text, **{**row, "answer": [row["answer"]]})
+            options["grader"] = lambda text, row: judge(
+                text, [row["answer"]], **{name: value for name, value in row.items() if name != "answer"}
+            )
         else:
             answers = [answer_texts(r.row["answer"]) for r in rollouts]
         with torch.no_grad(), self.accelerator.autocast():
@@ -337,7 +336,7 @@ class SSPOTrainer(Trainer):
         (share of rewards of at least 1), reward, tokens, steps."""
         args = self.args
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        check_rows("eval_dataset", dataset, required=True)
+        check_rows("eval_dataset", dataset, chat=self._chat, required=True)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         rows = [dataset[i] for i in range(rank, len(dataset), world)]
         # vLLM makes its own batches, and is given the weights in every call.
