@@ -309,9 +309,9 @@ def _prepare(
     check_float("hidden", hidden, ndim=(2, 3))
     if hasattr(hidden, "device_mesh"):
         raise TypeError("hidden: expected a plain tensor, got a DTensor; pass hidden.full_tensor() or its local part")
+    check_float("weight", weight, ndim=2)
     shard = shard_of(weight, tp_group)
     weight = local_part(weight)
-    check_float("weight", weight, ndim=2)
     check_shape("weight", weight, (weight.shape[0], hidden.shape[-1]))
     batch, length = layout.shape
     flat = hidden.ndim == 2 and batch == 1

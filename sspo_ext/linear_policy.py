@@ -52,7 +52,7 @@ def make_policy_plan(
     else:
         groups, start = [], 0
         ends = host_unit_offsets[1:].tolist()
-        for end, after in zip(ends, [*ends[1:], None], strict=True):
+        for end, after in zip(ends, [*ends, None][1:], strict=True):
             # close the group when it is too large already, or the next unit would make it so
             if end > start and (after is None or after - start > chunk_rows):
                 groups.append(group("complete" if end - start <= chunk_rows else "recompute", start, end))

@@ -787,6 +787,7 @@ def test_errors_name_the_argument():
         "hidden: expected a tensor of": {"hidden": p.hidden.long()},
         "weight": {"weight": p.weight[:, :-1]},
         "weight: expected a tensor of": {"weight": p.weight.int()},
+        "weight: expected a torch.Tensor": {"weight": None},
         "bias": {"bias": p.bias[:-1]},
         "layout: expected a StepLayout": {"layout": torch.zeros(SHAPE)},
         "pairs": {"layout": other},

@@ -141,15 +141,16 @@ def test_weight_grad_buffer():
     torch.testing.assert_close(hidden.grad, want[1])
 
 
-@pytest.mark.parametrize("variant", ["reinforce", "gspo"])
-def test_nothing_to_score(variant):
-    layout = StepLayout.from_step_ids(torch.full((2, 4), -100), torch.full((2, 4), -1))
-    p = linear_problem((2, 4), V, H)
+@pytest.mark.parametrize("sequences", [2, 0])
+@pytest.mark.parametrize("variant", ["reinforce", "gspo", "gspo steps"])
+def test_nothing_to_score(variant, sequences):
+    shape, gspo_steps = (sequences, 4), {**VARIANTS["gspo"], "importance_sampling_level": "step"}
+    layout = StepLayout.from_step_ids(torch.full(shape, -100), torch.full(shape, -1))
+    p = linear_problem(shape, V, H)
     none = torch.zeros(0)
+    options = with_old(gspo_steps if variant == "gspo steps" else VARIANTS[variant], none)
     for entropy_coef in (0.0, 0.1):
-        loss, *gradients = linear_route(
-            p, layout, none, ref=none, kl_coef=0.1, entropy_coef=entropy_coef, **with_old(VARIANTS[variant], none)
-        )
+        loss, *gradients = linear_route(p, layout, none, ref=none, kl_coef=0.1, entropy_coef=entropy_coef, **options)
         assert loss == 0 and all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
 
 
