@@ -38,7 +38,7 @@ class StepPrefOutput:
     loss_types: tuple[str, ...] = field(repr=False)
     layout: StepLayout = field(repr=False)
     pairs: StepPairs = field(repr=False)
-    ref: Tensor | None = field(repr=False)  # (S,) reference step sums
+    ref: Tensor | None = field(repr=False)  # (S,) reference step sums, where the (first) loss has a reference
     beta: float = field(repr=False)
     per_token_reward: bool = field(repr=False)
     _metrics: dict[str, Tensor] = field(repr=False, default_factory=dict)
@@ -231,7 +231,7 @@ def pref_output(
     first, losses = spec.terms[0], term_losses.detach()
     return StepPrefOutput(
         loss, sums.detach(), mixed_pair_losses(losses, spec), losses, tuple(t.head for t in spec.terms), layout,
-        spec.pairs, spec.ref, first.options[0], PAIR_HEADS[first.head].per_token_reward,
+        spec.pairs, spec.ref if first.ref else None, first.options[0], PAIR_HEADS[first.head].per_token_reward,
     )  # fmt: skip
 
 

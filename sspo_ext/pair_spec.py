@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from . import backends
 from ._checks import check_choice, check_device, check_float, check_not_negative, check_shape, describe
 from .backends import reference
 from .heads import PairHead, get_pair_head
 from .layout import StepLayout
-from .logps import StepLogps
+from .logps import StepLogps, StepSums
 from .pairs import StepPairs
 from .terms import LossTerm, PairLossSpec
 
@@ -191,12 +192,12 @@ def reference_sums(ref: StepLogps | Tensor | None, layout: StepLayout) -> Tensor
 
 
 def _sum_rows(tokens: Tensor, layout: StepLayout) -> Tensor:
-    return reference.step_sums(
-        tokens.float() if tokens.dtype != torch.float64 else tokens,
-        layout.weights,
-        layout.step_of_row,
-        layout.num_steps,
-    )
+    """(S,) weighted, by the ordered sums that the policy's log-probs get."""
+    tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
+    backend = backends.select("auto", tokens.device.type, tokens.dtype)
+    if backend == "reference":
+        return reference.step_sums(tokens, layout.weights, layout.step_of_row, layout.num_steps)
+    return StepSums.apply(tokens.contiguous(), layout, backend)
 
 
 def mixed_pair_losses(term_losses: Tensor, spec: PairLossSpec) -> Tensor:

@@ -118,9 +118,10 @@ class StepPairs(TensorBundle):
             if outside.numel():
                 raise ValueError(f"soft_labels: expected probabilities in [0, 1], got {outside[0].item()}")
         device = self.index.device
-        return replace(
-            self, **{k: constant(v).to(device, non_blocking=True) for k, v in given.items() if v is not None}
-        )
+        constants = {k: constant(v).to(device, non_blocking=True) for k, v in given.items() if v is not None}
+        if weights is not None:  # a dropped pair's weight, NaN perhaps, reaches no backend
+            constants["weights"] = torch.where(self.valid, constants["weights"], 0)
+        return replace(self, **constants)
 
     def units(self) -> np.ndarray:
         """(S,) int64: the connected component of each step, -1 for a step in no pair. Losses of different units are

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import ops
 from ._checks import check_choice, describe
+from .backends import reference
 
 MAX_LOG_RATIO = 20.0  # exp of it is finite with room to spare; a ratio beyond is a training run that is lost anyway
 LEVELS = ("token", "step", "sequence")
@@ -146,7 +147,7 @@ class Segments:
 def segment_sums(values: Tensor, offsets: Tensor, of_row: Tensor | None, backend: str) -> Tensor:
     """(U,) sums of constants (N,) by the backend's ordered reduction: the same bits whatever the threads do."""
     if backend == "reference":
-        return values.new_zeros(offsets.shape[0] - 1).index_add(0, of_row, values)
+        return reference.step_sums(values, None, of_row, offsets.shape[0] - 1)
     no_pairs, no_adj = offsets.new_empty((0, 2)), offsets.new_empty(0)
     return ops.step_loss_fwd(
         values.contiguous(), None, offsets, None, no_pairs, torch.zeros_like(offsets), no_adj, None, None, None,
@@ -216,16 +217,18 @@ class PolicyProblem:
         equal this is the gradient of the segment's ratio.
         """
         fixed = logp.detach()
-        if self.segments is None or self.old is None:
+        if self.segments is None:
             return torch.clamp(logp - (fixed if self.old is None else self.old), -MAX_LOG_RATIO, MAX_LOG_RATIO)
         offsets, of_row = self.segments.offsets, self.segments.of_row
-        sums = segment_sums(fixed - self.old, offsets, of_row, self.backend)
-        count = (offsets[1:] - offsets[:-1]).clamp(min=1).to(sums.dtype)
+        count = (offsets[1:] - offsets[:-1]).clamp(min=1).to(fixed.dtype)
         moved = logp - fixed
+        if not self.length_normalize:
+            moved = moved * count[of_row]
+        if self.old is None:
+            return moved
+        sums = segment_sums(fixed - self.old, offsets, of_row, self.backend)
         if self.length_normalize:
             sums = sums / count
-        else:
-            moved = moved * count[of_row]
         return torch.clamp(moved + sums[of_row], -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
     def surrogate(self, logp: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ Mutations of sspo_ext/{losses,logps,autograd}.py and ops.py, each caught by the 
   ref from a StepLogps by its sums         test_ref_is_weighted_as_the_loss_is
   ref (B, T) not shifted                   test_ref_in_every_form
   ref by token unweighted                  test_ref_in_every_form
+  ref summed by index_add in float32       test_ref_is_summed_as_well_as_the_policy
+  a dropped pair's weight kept             test_a_dropped_pairs_weight_is_never_read
   metrics average over dropped pairs       test_dropped_pairs_are_not_in_the_mean
   ties count as accurate                   test_equal_rewards_are_not_accurate
   rewards without beta                     test_metrics_by_hand
@@ -398,6 +400,21 @@ def test_dropped_pairs_are_not_in_the_mean(backend):
                 assert torch.equal(clean.metrics[key], mixed.metrics[key]), key
 
 
+def test_a_dropped_pairs_weight_is_never_read(backend):
+    batch = random_batch(0)
+    counts = batch.layout.counts
+    full, empty = torch.nonzero(counts > 0).flatten(), torch.nonzero(counts == 0).flatten()
+    pairs = torch.stack([torch.stack([full[0], full[-1]]), torch.stack([full[0], empty[0]])])
+    want, gradient = loss_and_grad(batch.logits, batch.layout, pairs, weights=torch.tensor([2.0, 0.0]))
+    for name in ("reference", backend):
+        for none in (float("nan"), float("inf")):
+            got, again = loss_and_grad(
+                batch.logits, batch.layout, pairs, weights=torch.tensor([2.0, none]), backend=name
+            )
+            torch.testing.assert_close(got.loss, want.loss)
+            torch.testing.assert_close(again, gradient)
+
+
 # ---- the arguments
 
 
@@ -417,6 +434,20 @@ def test_ref_in_every_form(backend):
             torch.testing.assert_close(got.loss, want.loss, rtol=2e-6, atol=0)
             assert not got.loss.requires_grad and not got.ref.requires_grad
         assert not torch.equal(want.loss, step_pref_loss(batch.logits, layout, pairs, backend=name).loss)
+
+
+@pytest.mark.parametrize("name", ["reference", "auto"])
+def test_ref_is_summed_as_well_as_the_policy(name):
+    """The same model as its own reference over a long step: rewards of exactly 0, however the reference is given."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 40_001, 5, generator=g)
+    layout = StepLayout.from_step_ids(torch.randint(5, (2, 40_001), generator=g), torch.zeros(2, 40_001).long())
+    ref = step_logps(logits, layout, backend=name)
+    exact = step_logps(logits.double(), layout).sums
+    assert (ref.sums - exact).abs().max() < 1e-7 * exact.abs().max()
+    for form in (ref, ref.tokens, ref.sums):
+        out = step_pref_loss(logits, layout, torch.tensor([[0, 1]]), ref=form, backend=name)
+        assert out.rewards.tolist() == [0, 0]
 
 
 def test_ref_is_weighted_as_the_loss_is():

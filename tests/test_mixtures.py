@@ -145,6 +145,15 @@ def test_metrics_of_each_loss():
     torch.testing.assert_close(out.metrics["rewards/margins"], alone.metrics["rewards/margins"])
 
 
+@pytest.mark.parametrize("first, other", [("cpo", "sigmoid"), ("simpo", "sigmoid"), ("sigmoid", "cpo")])
+def test_rewards_are_the_first_losss(first, other):
+    hidden, head, layout, pairs, ref = problem()
+    logits = hidden @ head.t()
+    want = step_pref_loss(logits, layout, pairs, loss_type=first, ref=ref if first == "sigmoid" else None)
+    got = step_pref_loss(logits, layout, pairs, loss_type=[first, other], ref=ref, beta=want.beta)
+    assert torch.equal(got.rewards, want.rewards) and (got.rewards != 0).any()
+
+
 def test_module():
     hidden, head, layout, pairs, ref = problem()
     module = StepPrefLoss(["sigmoid", "simpo"], loss_weights=[1.0, 0.5], simpo_gamma=1.0)

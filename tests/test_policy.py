@@ -7,6 +7,7 @@ Mutations of sspo_ext/{policy,policy_losses}.py, each caught by the test named:
   k2 without its half                                        test_golden_kl
   the loss summed by torch.sum                               test_same_bits_at_any_thread_count
   no stop-gradient in a ratio without old log-probs          test_first_update_of_every_loss_is_reinforce
+  a summed ratio without old moves as a mean's does          test_without_old_log_probs_it_is_the_first_update
   empty steps and sequences in the mean                      test_equals_the_oracle[reinforce]
   masked tokens in the normaliser                            test_probability_mask
   one over num_items unguarded                               test_num_items_of_nothing
@@ -23,7 +24,7 @@ from helpers_batch import random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sspo_ext import StepLayout, StepLogps, step_logps, step_policy_loss
+from sspo_ext import StepLayout, StepLogps, linear_step_policy_loss, step_logps, step_policy_loss
 from sspo_ext.policy import POLICY_HEADS
 
 F64 = torch.float64
@@ -256,6 +257,29 @@ def test_first_update_of_every_loss_is_reinforce():
             batch.logits,
         )
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize("level", ["step", "sequence"])
+def test_without_old_log_probs_it_is_the_first_update(level, mean, name):
+    """Also of a summed ratio, whose gradient has the segment's length in it; on both routes."""
+    batch, layout, advantages, _, _ = problem()
+    options = {"loss_type": "ppo", "importance_sampling_level": level, "length_normalize": mean, "backend": name}
+    old = step_logps(batch.logits, layout, backend=name).tokens
+    given, absent = (
+        gradient(lambda x, o=o: step_policy_loss(x, layout, advantages, old=o, **options).loss, batch.logits)
+        for o in (old, None)
+    )
+    torch.testing.assert_close(absent, given)
+    weight = torch.randn(batch.logits.shape[-1], 5, dtype=F64, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(*batch.labels.shape, 5, dtype=F64, generator=torch.Generator().manual_seed(1))
+    old = step_logps(hidden @ weight.T, layout).tokens
+    given, absent = (
+        gradient(lambda x, o=o: linear_step_policy_loss(x, weight, layout, advantages, old=o, **options).loss, hidden)
+        for o in (old, None)
+    )
+    torch.testing.assert_close(absent, given)
 
 
 # ---- derivatives
