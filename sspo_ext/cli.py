@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ._help import DefaultsFormatter
 from .train import rl, trace
 
 # What is not in the command's own extra.
@@ -44,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
             name,
             help=text,
             description=text[0].upper() + text[1:] + ".",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=DefaultsFormatter,
         )
         sub.add_argument("--traceback", action="store_true", help="show where an error came from")
         sub.set_defaults(run=run, extra=extra)

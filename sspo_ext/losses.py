@@ -154,7 +154,7 @@ def step_pref_loss(
             construction.
         reduction: 'mean' over pairs whose steps both have tokens, or 'sum'.
         num_items: divides the sum instead (a global number of pairs, under gradient accumulation or data parallel); a
-            number or a 0-dim tensor.
+            number or a 0-dim tensor. DDP and FSDP average gradients: there, multiply the loss by the world size.
         backend: 'auto', 'cpu', 'triton', 'cuda' or 'reference'.
         inplace_backward: write the gradient over the logits.
         **loss_options: further options of the loss type (`simpo_gamma`). One that it does not have raises TypeError.
@@ -258,7 +258,9 @@ class StepPrefLoss(nn.Module):
         checked_options(heads, beta, {k: v for k, v in options.items() if k not in common})
         self.options = {"loss_type": loss_type, "beta": beta, **options}
 
-    def forward(self, logits: Tensor, layout: StepLayout | Tensor, steps_or_pairs=None, **kwargs) -> StepPrefOutput:
+    def forward(
+        self, logits: Tensor, layout: StepLayout | Tensor | None = None, steps_or_pairs=None, **kwargs
+    ) -> StepPrefOutput:
         return step_pref_loss(logits, layout, steps_or_pairs, **{**self.options, **kwargs})
 
     def extra_repr(self) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from ._checks import check_choice, check_device, check_float, check_not_negative, check_shape, describe
+from ._checks import check_choice, check_device, check_float, check_not_negative, check_num_items, check_shape, describe
 from .layout import StepLayout
 from .logps import StepLogps, layout_of, step_logps
 from .policy import KL_ESTIMATORS, LEVELS, POLICY_HEADS, PolicyProblem, Segments, get_policy_head
@@ -134,7 +134,7 @@ def step_policy_loss(
             which nothing counts are left out. Head, KL and entropy share it.
         num_items: divides instead of the number of tokens, steps or sequences in this batch (a global one, under
             gradient accumulation or data parallel); with 'sum' any constant (B * max_completion_length: Dr. GRPO). A
-            number or a 0-dim tensor.
+            number or a 0-dim tensor. DDP and FSDP average gradients: there, multiply the loss by the world size.
         temperature, logit_softcap, logit_scale, token_weights, backend, inplace_backward: as in `step_pref_loss`. Token
             weights multiply L_t; they enter neither ratios nor counts.
         **loss_options: options of the loss type (`epsilon`, `epsilon_high`, `delta`). One that it does not have raises
@@ -268,11 +268,11 @@ def _scale(
         tokens = torch.zeros(number, dtype=torch.int64, device=device).index_add(0, of_row, ones)
         scale = scale / tokens.clamp(min=1)[of_row].to(dtype)
         items = (tokens > 0).sum()
+    if num_items is not None:
+        check_num_items(num_items)
     if isinstance(num_items, Tensor):
-        check_shape("num_items", num_items, ())
         items = num_items.to(device)
     elif num_items is not None:
-        check_not_negative("num_items", num_items)
         items = torch.full((), float(num_items), dtype=torch.float64, device=device)
     if items is None:
         return scale, torch.ones((), dtype=dtype, device=device)

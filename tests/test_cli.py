@@ -1,6 +1,7 @@
 """The console script: a whole training from files, and one message instead of a traceback for every mistake."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -176,6 +177,16 @@ def test_missing_extra_says_what_to_install(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "sspo_ext.demo", None)
     assert main(["demo", "--output-dir", str(tmp_path)]) == 2
     assert "pip install 'sspo-ext[demo]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "rl", "trace", "demo"])
+def test_help_names_each_default_once(command, capsys):
+    """Mutation: argparse's own formatter -> red for train, rl and trace."""
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: 0)" in text
+    assert not re.findall(r"default: (?:None|False|\[\]|\))|\(default[^()]*\) \(default", text)
 
 
 def test_info_and_help_need_no_transformers():

@@ -125,6 +125,11 @@ def test_config_through_json_and_arguments(tmp_path):
     (plain,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path)])
     assert plain.loss_type == ["sigmoid"] and plain.loss_weights is None
     assert config(tmp_path, loss_type="ipo").loss_type == ["ipo"]
+    words = ["--loss_type", "simpo", "--loss_options", '{"simpo_gamma": 0.7}', "--output_dir", str(tmp_path)]
+    (options,) = parser.parse_args_into_dataclasses(words)
+    assert options.loss_options == {"simpo_gamma": 0.7}
+    with pytest.raises(TypeError, match="loss_options: expected a dictionary, or its JSON, got 'simpo_gamma=0.7'"):
+        config(tmp_path, loss_options="simpo_gamma=0.7")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from sspo_ext._help import DefaultsFormatter
 from sspo_ext.demo.tasks import FAMILIES, LANGUAGES
 
 from .arms import ARMS, DECISIVE
@@ -125,7 +126,7 @@ def _last_line(log: Path) -> tuple[int, str]:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks compression", description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
     )  # fmt: skip
     add = parser.add_argument
     add("--full", action="store_true", help="every family, language and arm, three seeds")

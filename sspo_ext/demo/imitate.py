@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from .._help import DefaultsFormatter
 from .tasks import FAMILIES, LANGUAGES, Task, solution_text
 
 
@@ -78,9 +79,7 @@ def make_start_model(folder: str | os.PathLike, task: Task, *, steps: int = 2200
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=DefaultsFormatter)
     parser.add_argument("--output-dir", required=True, help="a new folder for model and tokenizer")
     parser.add_argument("--family", choices=FAMILIES, default="sums", help="of tasks")
     parser.add_argument("--language", choices=LANGUAGES, default="en", help="of prompts and steps")

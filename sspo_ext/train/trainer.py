@@ -31,6 +31,8 @@ class StepPreferenceConfig(TrainingArguments):
     """TrainingArguments and the options of the loss. Three defaults differ: unused columns stay, NaN losses are
     logged as NaN, and something is logged every 10 steps."""
 
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "loss_options"]
+
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Columns are the collator's, not the model's."}
     )
@@ -45,7 +47,7 @@ class StepPreferenceConfig(TrainingArguments):
     )
     beta: float | None = field(default=None, metadata={"help": "Reward scale; None is the loss type's own default."})
     label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a pair's order is wrong."})
-    loss_options: dict | None = field(
+    loss_options: dict | str | None = field(
         default=None, metadata={"help": "The loss types' other options, {'simpo_gamma': 0.5}."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Logits are divided by it."})
@@ -66,6 +68,8 @@ class StepPreferenceConfig(TrainingArguments):
         super().__post_init__()
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        if not isinstance(self.loss_options, dict | None):
+            raise TypeError(f"loss_options: expected a dictionary, or its JSON, got {self.loss_options!r}")
 
 
 class StepPreferenceTrainer(Trainer):
