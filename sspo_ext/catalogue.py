@@ -3,7 +3,7 @@
     python -m sspo_ext.catalogue [--check]
 
 `--check` writes nothing and fails if the page is stale. The parity column comes from docs/parity.json, which
-tests/test_parity_losses.py measures.
+tests/test_parity_losses.py and tests/test_parity_policy.py measure.
 """
 
 from __future__ import annotations
@@ -89,8 +89,9 @@ label_smoothing, or a soft label), sg stop-gradient. An option that a loss does 
 `sspo_ext.losses.catalogue()` gives the same table to a program.
 
 The parity column names independent implementations and the largest absolute differences of the loss and of its gradient
-found by `pytest tests/test_parity_losses.py` in float64 (float32 where the peer has no float64), both rounded up to a
-power of ten. Where it is empty, the golden values worked out by hand and the float64 gradient checks stand alone.
+found by `pytest tests/test_parity_losses.py tests/test_parity_policy.py` in float64 (where the peer has no float64, in
+float32, whose differences grow with the size of the loss and of the gradient), both rounded up to a power of ten. Where
+it is empty, the golden values worked out by hand and the float64 gradient checks stand alone.
 """
 
 _SECTIONS = {
@@ -150,10 +151,10 @@ def _row(*cells: str) -> str:
 
 
 def _parity(measured: list[dict]) -> str:
-    return "; ".join(
-        f"{m['peer']}: {m['loss']:.0e}, {m['gradient']:.0e}" + (f" ({m['note']})" if m.get("note") else "")
-        for m in measured
-    )
+    found: dict[str, list[str]] = {}
+    for m in measured:
+        found.setdefault(f"{m['peer']}: {m['loss']:.0e}, {m['gradient']:.0e}", []).append(m.get("note", ""))
+    return "; ".join(text + (f" ({'; '.join(notes)})" if any(notes) else "") for text, notes in found.items())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 from sspo_ext import StepLayout
 
 F64 = torch.float64
+TRL, LIGER = "TRL 1.16", "Liger 0.8"
 PARITY = Path(__file__).resolve().parents[1] / "docs" / "parity.json"
 
 
@@ -161,6 +162,11 @@ def liger_linear(which, hidden, weight, input_ids, mask, ref_hidden=None, **sett
 # ---- what was measured
 
 
+def gap(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference, in float64."""
+    return (a.detach().double() - b.detach().double()).abs().max().item()
+
+
 def _power_of_ten(value: float) -> float:
     return 0.0 if value == 0 else float(f"1e{math.ceil(math.log10(value))}")
 
@@ -180,4 +186,4 @@ def record(name: str, peer: str, loss: float, gradient: float, limit: float, not
     assert written, f"{name} against {peer} is not in docs/parity.json: run once with SSPO_WRITE_PARITY=1"
     # rounding differs between machines; a power of ten or two is no disagreement
     for key in ("loss", "gradient"):
-        assert mine[key] <= max(1000 * written[0][key], 1e-12), f"{name} against {peer}: {key} {mine[key]:.0e}"
+        assert mine[key] <= max(100 * written[0][key], 1e-12), f"{name} against {peer}: {key} {mine[key]:.0e}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from helpers_truth import assert_fp64_rule
+from helpers_truth import assert_fp64_rule, assert_rounded_once
 from torch import Tensor
 
 from sspo_ext.backends import reference
@@ -63,6 +63,23 @@ class ReductionRows:
         (grad,) = torch.autograd.grad(total, x)
         return [v.detach() for v in values], grad
 
+    def gradient_terms(self, upstream) -> Tensor:
+        """helpers_truth.gradient_terms for the weighted sum of all four, whose derivatives by a logit are onehot - p,
+        -p (log p + H), 2 p (p - sum_p2) and p - q."""
+        rows = self.logits.double().reshape(-1, self.V)[self.rows]
+        ref = rows if self.ref is None else self.ref.double().reshape(-1, self.V)[self.rows]
+        z, z_ref = (reference.map_logits(x, self.a, self.c) for x in (rows, ref))
+        logs, logs_ref = z.log_softmax(-1), z_ref.log_softmax(-1)
+        p, q = logs.exp(), logs_ref.exp()
+        d_logp, d_entropy, d_squares, d_kl = (abs(u) for u in upstream)
+        # 0 times infinity: a masked token
+        entropy = (p * logs.abs()).nan_to_num().sum(-1, keepdim=True)
+        factor = d_logp + d_kl + d_entropy * (logs.abs() + entropy) + 2 * d_squares * (p + p.square().sum(-1, True))
+        terms = (p * (factor * (1 + z.abs() + logs.abs()) + d_entropy)).nan_to_num()
+        terms = terms + (d_kl * q * (1 + z_ref.abs() + logs_ref.abs())).nan_to_num()
+        terms[torch.arange(len(self.rows)), self.labels] += d_logp
+        return terms * (self.varied.double().abs() * self.a * (self.c or 1.0))[:, None]
+
     def run(
         self, kernels, upstream, out: Tensor | None = None, wanted: tuple[bool, bool] = (True, True)
     ) -> tuple[list[Tensor], Tensor]:
@@ -113,6 +130,8 @@ def check(kernels, case: ReductionRows, name: str, upstream=UPSTREAMS["all"]) ->
     if grad.dtype == torch.float64:  # truth is the same arithmetic as torch's
         length, scale = case.V, scale * size
     assert_fp64_rule(grad, torch_grad, truth_grad, length, f"{name} gradient", scale=scale * exact_eps)
+    got, exact = (t.reshape(-1, case.V)[case.rows] for t in (grad, truth_grad))
+    assert_rounded_once(got, exact, case.gradient_terms(upstream), f"{name} gradient")
     flat, scored = grad.view(-1, case.V), case.rows[case.varied != 0]
     others = [i for i in range(len(flat)) if i not in scored.tolist()]
     assert (flat[others] == 0).all(), "a gradient where nothing is scored"

@@ -197,6 +197,7 @@ def test_gsm8k_solutions(tmp_path):
     again, _ = load_gsm8k_solutions(write(tmp_path / "t.jsonl", [line(7, m=wrong, n=good)]), held_out=0.25)
     assert bool(again) == any(r["prompt"] == "Question: q7\nAnswer:\n" for r in train)
     assert len(load_gsm8k_solutions(file, held_out=0, max_pairs=9)[0]) == 400
+    assert load_gsm8k_solutions(file, held_out=0, prompt_template="{question}? ")[0][0]["prompt"] == "q0? "
     assert load_gsm8k_solutions(file, held_out=0, models=["p", "n"])[0][0]["rejected"] == "A: 4"
     with pytest.raises(ValueError, match=r"^models: expected some of .*, got \[.x.\]"):
         load_gsm8k_solutions(file, models=["n", "x"])

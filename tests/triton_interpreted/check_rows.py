@@ -12,7 +12,7 @@ upstream ignored.
 
 import pytest
 import torch
-from helpers_truth import assert_fp64_rule
+from helpers_truth import assert_fp64_rule, assert_rounded_once, gradient_terms
 
 from sspo_ext.backends import triton as backend
 from sspo_ext.backends.triton import backward, forward
@@ -84,7 +84,7 @@ def check(case: Rows, in_place=False):
     logp_truth, lse_truth, grad_truth = case.truth()
     logp32, lse32, grad32 = case.truth(torch.float32)
     size = lse_truth.abs().max().item()
-    before = case.storage.clone()
+    before, logits = case.storage.clone(), case.logits.clone()
     logp, lse = case.forward()
     assert torch.equal(case.storage.view(torch.uint8), before.view(torch.uint8)), "forward changed its input"
     assert logp.dtype == torch.float32 and lse.dtype == torch.float64
@@ -98,6 +98,9 @@ def check(case: Rows, in_place=False):
     # beside the rounding to its dtype, which is torch's too, float32 accuracy
     rounded = EPS / torch.finfo(grad.dtype).eps
     assert_fp64_rule(grad, grad32.to(grad.dtype), grad_truth, 1, "gradient", scale=2 * rounded * weight)
+    got, exact, needed = (t.reshape(-1, case.V)[case.rows] for t in (grad, grad_truth, logits))
+    terms = gradient_terms(needed, case.labels, case.coef * case.upstream, case.a, case.c)
+    assert_rounded_once(got, exact, terms, "gradient")
     return logp, lse, grad
 
 
