@@ -255,6 +255,8 @@ def test_trpa_by_hand():
     assert index.tolist() == [[0, 1], [0, 2], [1, 2]] and top.tolist() == [True, True, False]
     out = trpa_loss(logps, layout, index, top, ref=ref, beta=2.0)
     assert out.losses.tolist() == pytest.approx([softplus(-5.0), softplus(-10.0), softplus(-2.0)])
+    less = trpa_loss(logps, layout, index, top, ref=ref, beta=2.0, top_scale=0.25)
+    assert less.losses.tolist() == pytest.approx([softplus(-0.5), softplus(-1.0), softplus(-2.0)])
     assert level_pairs(torch.tensor([1, 2, 0, 1]), torch.tensor([0, 1, 0, 1]))[0].tolist() == [[3, 1]]
 
 
@@ -276,7 +278,15 @@ def test_tdpo_by_hand():
         [-0.5 * sig] * 2 + [0.5 * sig]
     )
     sig = 1 / (1 + math.exp(1.125))
-    assert torch.autograd.grad(two.loss, kl)[0].tolist() == pytest.approx([0, 0, 0.25 * sig])
+    assert torch.autograd.grad(two.loss, kl, retain_graph=True)[0].tolist() == pytest.approx([0, 0, 0.25 * sig])
+    # alpha 2: .5 (2 + 2 * .5); alpha 0: DPO
+    more = tdpo2_loss(logps, layout, pairs, ref=ref, beta=0.5, tdpo_alpha=2.0)
+    assert more.loss.item() == pytest.approx(softplus(-1.5))
+    sig = 1 / (1 + math.exp(1.5))
+    assert torch.autograd.grad(more.loss, kl, retain_graph=True)[0].tolist() == pytest.approx([0, 0, sig])
+    assert tdpo2_loss(logps, layout, pairs, ref=ref, beta=0.5, tdpo_alpha=0.0).loss.item() == pytest.approx(
+        softplus(-1.0)
+    )
     with pytest.raises(ValueError, match=r"logps: expected \.kl"):
         tdpo1_loss(replace(logps, kl=None), layout, pairs, ref=ref)
 

@@ -1,8 +1,8 @@
 """vLLM as rollout engine, in the trainer's own processes ("colocate"): one engine a process, its weights loaded from
 the policy before every batch of rollouts. Needs a GPU and `pip install vllm`; imported only when asked for.
 
-Not run by this package's tests, since vLLM needs a GPU. Its sampling differs from the other engines': seeds are given
-to vLLM, and rollouts are not those that `GenerateEngine` draws.
+This package's tests run it against a stand-in with vLLM's names, since vLLM needs a GPU. Its sampling differs from the
+other engines': seeds are given to vLLM, and rollouts are not those that `GenerateEngine` draws.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm import LLM
 
-        defaults = {"gpu_memory_utilization": 0.3, "distributed_executor_backend": "external_launcher"}
+        defaults: dict[str, Any] = {"gpu_memory_utilization": 0.3}
+        if "RANK" in os.environ:  # of a launcher; vLLM's own choice would have every engine take the first GPU
+            defaults["distributed_executor_backend"] = "external_launcher"
         self.llm = LLM(model=model, **{**defaults, **options})
 
     def complete(
