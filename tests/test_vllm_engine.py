@@ -2,11 +2,11 @@
 model and its load_weights, reset_prefix_cache, named as in vLLM's sources. What vLLM does with them needs a GPU.
 
 Mutations of train/vllm_engine.py, and the test that went red:
-  prompts or outputs turned round, top_k 0 handed on, ends or an option left out  test_what_is_asked_and_given_back
-  one seed for all, seeds that meet                                               test_many_seeds_do_not_meet
-  weights not handed over, or once only; cached prefixes kept                     test_weights_come_first
-  adapters not merged, not taken out again, under PEFT's names                    test_adapters_are_merged_for_the_moment
-  external_launcher always, or never                                              test_without_and_with_a_launcher
+  prompts or outputs turned round, top_k 0 handed on, ends or an option lost  test_what_is_asked_and_given_back
+  one seed for all, seeds that meet                                           test_many_seeds_do_not_meet
+  weights not handed over, or once only; cached prefixes kept                 test_weights_come_first
+  adapters not merged, not taken out again, under PEFT's names                test_adapters_are_merged_for_the_moment
+  external_launcher always, or never                                          test_without_and_with_a_launcher
 """
 
 import os
