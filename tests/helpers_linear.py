@@ -102,9 +102,10 @@ def errors(got: Tensor, truth: Tensor) -> tuple[float, float]:
     return (e.max().item(), e.square().mean().sqrt().item()) if e.numel() else (0.0, 0.0)
 
 
-def assert_fp64_rule(name: str, got: Tensor, torch_: Tensor, truth: Tensor, gemm_dtype: torch.dtype) -> None:
+def assert_linear_rule(name: str, got: Tensor, torch_: Tensor, truth: Tensor, gemm_dtype: torch.dtype) -> None:
     """err(got) <= 2 err(torch in the same dtype) + floor, where the floor is the result's own rounding and a few
-    float32 operations."""
+    float32 operations: no floor for the length of a reduction, since torch's GEMMs make the same ones, and a bound on
+    the root mean square beside helpers_truth.assert_fp64_rule's on the largest error."""
     assert got.shape == truth.shape and torch.isfinite(got).all(), f"{name}: {got}"
     accumulator = torch.finfo(torch.float64 if gemm_dtype == torch.float64 else torch.float32).eps
     unit = torch.finfo(got.dtype).eps / 2 + 8 * accumulator

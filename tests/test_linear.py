@@ -28,7 +28,7 @@ import torch
 from helpers_batch import random_batch, random_pairs
 from helpers_linear import (
     GRADIENTS,
-    assert_fp64_rule,
+    assert_linear_rule,
     collect,
     errors,
     layout_of_lengths,
@@ -91,7 +91,7 @@ def assert_rule(p, layout, pairs, *, needs=(1, 1, 1), upstream=1.0, rows=10_000,
         assert (a is None) == (t is None), f"{name}: {'missing' if a is None else 'not asked for'}"
         if a is not None:
             assert leaf is None or a.dtype == leaf.dtype, f"{name} has dtype {a.dtype}"
-            assert_fp64_rule(name, a, b, t, p.dtype)
+            assert_linear_rule(name, a, b, t, p.dtype)
 
 
 def assert_same(got, want, rel=1e-11):
@@ -497,7 +497,7 @@ def test_autocast(dtype, needs):
         for name, a, b, t in zip(NAMES, collect(loss, leaves), same, truth, strict=True):
             if a is not None:
                 assert a.dtype == F32
-                assert_fp64_rule(name, a, b, t, dtype)
+                assert_linear_rule(name, a, b, t, dtype)
     assert loss.item() != linear_route(p, layout, pairs, needs=needs, **options)[0].item(), "autocast was not applied"
 
 
@@ -723,7 +723,7 @@ def test_step_logps(gradients, rows):
         for name, a, b, t in zip(("sums", "tokens", *NAMES[1:]), got, same, truth, strict=True):
             assert (a is None) == (t is None), name
             if a is not None:
-                assert_fp64_rule(name, a, b, t, dtype)
+                assert_linear_rule(name, a, b, t, dtype)
 
 
 def test_step_logps_counts_and_detached_use():

@@ -15,7 +15,7 @@ Mutations of sspo_ext/{linear_policy,dual}.py, each caught by the test named:
 import pytest
 import torch
 from helpers_batch import random_batch
-from helpers_linear import GRADIENTS, assert_fp64_rule, collect, gemm_flops, layout_of_lengths
+from helpers_linear import GRADIENTS, assert_linear_rule, collect, gemm_flops, layout_of_lengths
 from helpers_linear import problem as linear_problem
 from test_policy import AGGREGATIONS, VARIANTS, with_old
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -114,7 +114,7 @@ def test_dtypes(variant, gradients, dtype):
     got = linear_route(p, layout, advantages, needs, chunk_bytes=7 * V * dtype.itemsize, **options)
     for name, mine, theirs, true in zip(("loss", "hidden", "weight", "bias"), got, torchs, truth, strict=True):
         if true is not None:
-            assert_fp64_rule(name, mine, theirs, true, dtype)
+            assert_linear_rule(name, mine, theirs, true, dtype)
 
 
 def test_float16_gradients_wait_for_the_loss_scale():
