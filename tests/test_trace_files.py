@@ -170,6 +170,25 @@ class TestChains:
         for part in ("5 of 5 rows", "response: expected a text, or a list of steps with text in each", *reasons):
             assert part in str(error.value)
 
+    @pytest.mark.parametrize(
+        "given, reward",
+        (
+            ({"reward": None, "is_correct": True}, 1.0),
+            ({"reward": 0.0, "is_correct": True}, 0.0),
+            ({"reward": 0.25, "is_correct": None}, 0.25),
+            ({"reward": None, "is_correct": None}, 0.5),
+            ({"reward": float("nan")}, None),
+        ),
+    )
+    def test_a_null_is_no_reward(self, given, reward):
+        """Data sets write nulls into the columns that some of their rows do not have."""
+        rows = [{"prompt": "Q\n", "response": "a", "answer": "1", **given}]
+        if reward is None:
+            with pytest.raises(ValueError, match="reward: expected a finite number"):
+                load_chains(rows, TOKENIZER, grader=lambda p, c, a: 0.5)
+        else:
+            assert load_chains(rows, TOKENIZER, grader=lambda p, c, a: 0.5)[0][0].reward == reward
+
     def test_tokens_are_the_texts(self):
         chains, long = load_chains(ROWS, TOKENIZER, grader=exact_grader())
         assert not long

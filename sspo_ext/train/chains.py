@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -37,8 +38,9 @@ def load_chains(
     """(chains, sources of rows over `max_length` tokens) of JSONL files or mappings.
 
     A row is {"prompt": text or chat messages, "response": text or list of steps, "answer": text or several accepted
-    ones}, with optional "id", and "reward" (a number) or "is_correct" (a bool), else the `grader` gives the reward. A
-    text is split by `split_by` (see `split_text`), a list is taken as it is. A response of null or "" has no steps.
+    ones}, with optional "id", and "reward" (a finite number) or "is_correct" (a bool), else (both absent or null) the
+    `grader` gives the reward. A text is split by `split_by` (see `split_text`), a list is taken as it is. A response of
+    null or "" has no steps.
     Tokens are those of `tokenize_row`, without an end of sequence. A step that owns no token belongs to the one before.
 
     Raises one ValueError that names all rows that are wrong.
@@ -106,9 +108,10 @@ def _by_step(
 
 
 def _reward(row: Mapping, prompt: str, response: str, answers: list[str], grader: Grader | None) -> float:
-    given = row.get("reward", row.get("is_correct"))
+    # where rows of both kinds are mixed, data sets fill the other's column with nulls
+    given = row.get("is_correct") if row.get("reward") is None else row["reward"]
     if given is None and grader is not None:
         return max(grade(grader, prompt, response, answer) for answer in answers)
-    if not isinstance(given, (bool, int, float)):
-        raise ValueError(f"reward: expected a number, or is_correct, or a grader, got {given!r}")
+    if not isinstance(given, (bool, int, float)) or not math.isfinite(given):
+        raise ValueError(f"reward: expected a finite number, or is_correct, or a grader, got {given!r}")
     return float(given)
