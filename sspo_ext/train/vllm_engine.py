@@ -65,14 +65,45 @@ class VLLMEngine:
 
 def policy_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name as in the checkpoint, weight) one after the other; sharded weights (FSDP2) gathered one at a time. PEFT's
-    own names and adapter weights are left out: merge first."""
-    for name, weight in model.named_parameters():
-        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        if "lora_" in name or ".original_module." in name or name.endswith(".lora_magnitude_vector"):
-            continue
-        name = name.replace(".modules_to_save.default.", ".").replace("_checkpoint_wrapped_module.", "")
-        with torch.no_grad():
-            yield name, weight.full_tensor() if hasattr(weight, "full_tensor") else weight.data
+    own names and adapter weights are left out: merge first.
+
+    Raises ValueError for adapters that have no merged form (prompt learning; `model.add_adapter` without a PeftModel).
+    """
+    kinds = getattr(model, "peft_config", None) or {}
+    if kinds and not hasattr(model, "merge_adapter"):
+        names = ", ".join(getattr(config.peft_type, "value", str(config.peft_type)) for config in kinds.values())
+        raise ValueError(
+            f"rollout_engine: 'vllm' takes a model's weights, into which {names} cannot be merged here; use 'generate'"
+        )
+    return _whole(_named_weights(model.get_base_model() if kinds else model, ""))
+
+
+def _whole(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    seen = set()  # tied weights come once
+    for name, weight in weights:
+        if weight not in seen:
+            seen.add(weight)
+            with torch.no_grad():
+                yield name, weight.full_tensor() if hasattr(weight, "full_tensor") else weight.data
+
+
+def _named_weights(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Parameters under the names that they have without PEFT and without checkpoint wrappers."""
+    parts = module._modules
+    for inside in ("base_layer", "token_adapter", "_checkpoint_wrapped_module"):
+        if inside in parts:  # whatever is beside it is the adapter's
+            yield from _named_weights(parts[inside], prefix)
+            return
+    if "modules_to_save" in parts:
+        copies = [parts["modules_to_save"][name] for name in module.active_adapters if name in parts["modules_to_save"]]
+        yield from _named_weights(copies[0] if copies else parts["original_module"], prefix)
+        return
+    for name, weight in module._parameters.items():
+        if weight is not None:
+            yield prefix + name, weight
+    for name, part in parts.items():
+        if part is not None:
+            yield from _named_weights(part, f"{prefix}{name}.")
 
 
 def _one_seed(seed: Sequence[int]) -> int:
