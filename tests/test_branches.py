@@ -66,7 +66,8 @@ def by_hand(model, branch):
     """The definition: log_softmax of the plain model on the path alone."""
     ids = torch.tensor([[*TRUNKS[branch.trunk][: branch.cut], *branch.ids]])
     with torch.no_grad():
-        logps = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        logits = model(input_ids=ids, use_cache=False).logits
+    logps = logits[:, -ids.shape[1] :].float().log_softmax(-1)  # without the logits of virtual tokens
     first = branch.cut + branch.start
     return logps[0, first - 1 : -1].gather(-1, ids[0, first:, None])[:, 0]
 

@@ -321,7 +321,8 @@ def logits_at(model: nn.Module, positions: Tensor, *, use_cache: bool = False, *
     if takes(model, "use_cache"):
         inputs["use_cache"] = use_cache
     width = inputs["input_ids"].shape[1]
-    row, column = positions // width, positions % width
+    # counted from the right, since virtual tokens of PEFT's prompts stand before the text
+    row, column = positions // width, positions % width - width
     if takes(model, "logits_to_keep"):
         kept, column = column.unique(return_inverse=True)
         inputs["logits_to_keep"] = kept
