@@ -7,6 +7,8 @@ hidden NaN.
 import json
 import math
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from sspo_ext import step_logps, step_pref_loss
 from sspo_ext.train.collator import StepPreferenceCollator
 from sspo_ext.train.reference_cache import ReferenceCache, add_reference, reference_key
 from sspo_ext.train.trainer import StepPreferenceConfig, StepPreferenceTrainer
+from sspo_ext.train.whole_batches import whole_batches
 
 VOCAB = 61
 
@@ -257,9 +260,61 @@ def test_arguments_are_checked(tmp_path):
         StepPreferenceTrainer(make_model(), config(tmp_path, loss_options={"simpo_gamma": 1.0}), make_features())
     with pytest.raises(ValueError, match="compute_metrics"):
         StepPreferenceTrainer(make_model(), config(tmp_path), make_features(), compute_metrics=lambda p: {})
+    with pytest.raises(ValueError, match="compute_loss_func: expected None"):
+        StepPreferenceTrainer(make_model(), config(tmp_path), make_features(), compute_loss_func=lambda *a, **k: 0)
+    with pytest.raises(ValueError, match="label_smoothing_factor: expected 0.*got 0.3; label_smoothing is for"):
+        config(tmp_path, label_smoothing_factor=0.3)
     with pytest.raises(ValueError, match="train_dataset: .*length"):
         StepPreferenceTrainer(make_model(), config(tmp_path), Endless())
     StepPreferenceTrainer(make_model(), config(tmp_path, reference_free=True), Endless())
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_evaluation_of_whole_batches_counts_the_rows_alone(tmp_path, packing):
+    """Rows without pairs, which fill the batches of several processes, alone in a batch and beside others."""
+    features = [{**f, "weight": 1.0 + i} for i, f in enumerate(make_features(5, steps=(1, 6)))]
+    trainer = StepPreferenceTrainer(
+        make_model(1), config(tmp_path, packing=packing, per_device_eval_batch_size=2, backend="auto"), None, features
+    )
+    filled = whole_batches(trainer.eval_dataset, 8)
+    assert len(filled) == 8 and len(whole_batches(features, 5)) == 5 and list(whole_batches([], 4)) == []
+    found, expected = trainer.evaluate(filled), trainer.evaluate()
+    assert expected["eval_pairs/count"] == sum(len(f["pairs"]) for f in features)
+    for name, value in expected.items():
+        if "per_second" not in name and "runtime" not in name:
+            assert found[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_a_stream_in_whole_batches():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from make_features(3)
+
+    rows = list(whole_batches(Stream(), 4))
+    assert rows[:3] == make_features(3) and [len(f["pairs"]) for f in rows[3:]] == [0]
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_what_one_does(tmp_path):
+    """5 rows in batches of 1 and of 4, a list and a stream: no row is counted twice (trainer_two_ranks.py)."""
+    import trainer_two_ranks
+
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, trainer_two_ranks.__file__, str(tmp_path)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = trainer_two_ranks.main(tmp_path), torch.load(tmp_path / "found.pt")
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert two[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_packing_of_a_stream(tmp_path):
+    options = {"packing": True, "reference_free": True, "max_steps": 1}
+    streamed = trained(tmp_path / "a", Endless(), **options)
+    torch.testing.assert_close(parameters(streamed), parameters(trained(tmp_path / "b", make_features(2), **options)))
 
 
 class Endless(torch.utils.data.IterableDataset):

@@ -12,7 +12,10 @@ import torch
 from test_trainer import config, make_features, make_model, parameters
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from sspo_ext import step_pref_loss
 from sspo_ext.hf import UnsupportedHead
+from sspo_ext.train.collator import StepPreferenceCollator
+from sspo_ext.train.route import choose_route
 from sspo_ext.train.trainer import StepPreferenceTrainer
 
 
@@ -66,6 +69,82 @@ def test_auto_falls_back(tmp_path, caplog):
     assert trainer.route == "logits" and "adapter on its output head" in caplog.text
     trainer.train()
     assert StepPreferenceTrainer(make_model(), config(tmp_path, route="auto"), make_features()).route == "linear"
+
+
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+def test_virtual_tokens_are_not_the_texts(tmp_path, kernels):
+    """Prompt tuning, whose logits begin with those of its virtual tokens: loss and gradient by hand."""
+    peft = pytest.importorskip("peft")
+
+    def make():
+        prompts = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+        torch.manual_seed(1)
+        return peft.get_peft_model(make_model(), prompts)
+
+    features, options = make_features(2), {"max_steps": 1, "learning_rate": 1.0, "reference_free": True}
+    with pytest.raises(UnsupportedHead, match="prepends virtual tokens"):
+        StepPreferenceTrainer(make(), config(tmp_path, **options), features)
+    trainer = StepPreferenceTrainer(make(), config(tmp_path, route="auto", backend=kernels, **options), features)
+    trainer.train()
+    model, batch = make(), StepPreferenceCollator(0)(features)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    loss = step_pref_loss(logits[:, 3:], batch["layout"], batch["pairs"], backend="reference", beta=0.5).loss
+    loss.backward()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    (before,) = [p for p in model.parameters() if p.requires_grad]
+    (after,) = [p for p in trainer.model.parameters() if p.requires_grad]
+    torch.testing.assert_close(after.detach(), before.detach() - before.grad, rtol=1e-4, atol=1e-6)
+    # with a reference too, whose pass is another place that reads logits
+    first = StepPreferenceTrainer(make(), config(tmp_path, route="logits"), make_features())
+    assert first.train_dataset[0].keys() >= {"ref_chosen", "ref_rejected"}
+
+
+class TestPlacement:
+    """The check runs a model where Trainer has left it."""
+
+    def test_a_model_in_parts_is_not_moved(self, tmp_path, monkeypatch):
+        model, moved = make_model(), []
+        model.hf_device_map = {"model": 0, "lm_head": 1}
+        monkeypatch.setattr(model, "to", lambda *args, **kwargs: moved.append(args) or model)
+        trainer = StepPreferenceTrainer(model, config(tmp_path), make_features())
+        assert trainer.route == "linear" and not trainer.place_model_on_device and not moved
+
+    def test_the_check_follows_the_weights(self):
+        """A model that is to be sharded stays on the host, whatever the process's device."""
+        assert choose_route(make_model(), "linear", torch.device("meta")) == "linear"
+
+    def test_weights_that_are_elsewhere_are_not_checked(self, caplog):
+        with caplog.at_level(logging.WARNING, "sspo_ext.train.route"):
+            assert choose_route(make_model().to("meta"), "linear", torch.device("cpu")) == "linear"
+        assert "not checked" in caplog.text
+
+    @pytest.mark.parametrize("route", ["linear", "auto"])
+    def test_the_first_process_decides(self, monkeypatch, route):
+        """Under FSDP with cpu_ram_efficient_loading, the others' weights are memory that nobody has written to."""
+        model = make_model()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(float("nan"))
+        monkeypatch.setattr("sspo_ext.train.route.broadcast_object_list", lambda mine: [None])
+        assert choose_route(model, route, torch.device("cpu")) == "linear"
+        firsts = [UnsupportedHead("the first one's")]
+        monkeypatch.setattr("sspo_ext.train.route.broadcast_object_list", lambda mine: firsts)
+        if route == "auto":
+            assert choose_route(make_model(), route, torch.device("cpu")) == "logits"
+        else:
+            with pytest.raises(UnsupportedHead, match="the first one's"):
+                choose_route(make_model(), route, torch.device("cpu"))
+
+    def test_a_reference_pass_moves_the_model_and_puts_it_back(self, tmp_path, monkeypatch):
+        """What Trainer leaves on the host until it is sharded: the batches of the pass are on the device."""
+        model, moved = make_model(), []
+        trainer = StepPreferenceTrainer(model, config(tmp_path, reference_free=True), make_features())
+        trainer.place_model_on_device = False
+        monkeypatch.setattr(type(trainer.args), "device", torch.device("meta"))
+        monkeypatch.setattr(model, "to", lambda device: moved.append(device))
+        with trainer._reference_model():
+            assert moved == [torch.device("meta")]
+        assert moved == [torch.device("meta"), torch.device("cpu")]
 
 
 def test_unknown_route(tmp_path):

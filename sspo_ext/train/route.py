@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from .. import StepLogps, linear_step_logps, step_logps
 from .._checks import check_choice
 from ..hf import UnsupportedHead, check_head, forward_hidden, model_head
+from ..layout import StepLayout
 
 logger = logging.getLogger(__name__)
 ROUTES = ("linear", "logits", "auto")
@@ -20,22 +22,38 @@ ROUTE_HELP = (
 
 
 def choose_route(model: nn.Module, route: str, device: torch.device) -> str:
-    """ "linear" or "logits", after the linear route's self-check on the model itself, which is moved to `device`."""
+    """ "linear" or "logits", after the linear route's self-check on the model itself, where it is. `device` is what the
+    hooks of a model with a device map read their inputs from. Every process has the first one's answer."""
     check_choice("route", route, ROUTES)
     if route == "logits":
         return route
-    vocab = model.get_input_embeddings().weight.shape[0]
+    # Under FSDP the first process alone may have the weights, and the others memory that nobody has written to.
+    (refusal,) = broadcast_object_list([_refusal(model, device)])
+    if refusal is None:
+        logger.info("linear route: the logits are never stored")
+        return "linear"
+    if route == "linear":
+        raise refusal
+    logger.warning("logits route, since the linear one cannot take this model: %s", refusal)
+    return "logits"
+
+
+def _refusal(model: nn.Module, device: torch.device) -> UnsupportedHead | None:
+    weight = model.get_input_embeddings().weight
+    if getattr(model, "hf_device_map", None) is None:
+        # Trainer has moved the model where it is to move it; what FSDP or DeepSpeed will split is whole here.
+        device = weight.device
+    if device.type == "meta":
+        logger.warning("linear route: not checked, since the weights are on the meta device")
+        return None
+    vocab = weight.shape[0]
     # from the middle, where no padding row of zeros is
     ids = (vocab // 2 + torch.arange(8, device=device)[None]) % vocab
     try:
-        check_head(model.to(device), {"input_ids": ids})
+        check_head(model, {"input_ids": ids})
     except UnsupportedHead as error:
-        if route == "linear":
-            raise
-        logger.warning("logits route, since the linear one cannot take this model: %s", error)
-        return "logits"
-    logger.info("linear route: the logits are never stored")
-    return "linear"
+        return error
+    return None
 
 
 def check_one_gpu(args) -> None:
@@ -55,7 +73,15 @@ def batch_logps(model: nn.Module, batch: dict, route: str, *, chunk_bytes: int |
         return linear_step_logps(
             hidden, head.weight, batch["layout"], **options, **head.options, chunk_bytes=chunk_bytes
         )
-    return step_logps(model(**model_inputs(batch), use_cache=False).logits, batch["layout"], **options)
+    outputs, layout = model(**model_inputs(batch), use_cache=False), batch["layout"]
+    return step_logps(text_logits(outputs, layout), layout, **options)
+
+
+def text_logits(outputs, layout: StepLayout) -> Tensor:
+    """(B, T, V): the logits without those of virtual tokens, which PEFT's prompts put before the text."""
+    logits, length = outputs.logits, layout.shape[1]
+    # a slice of the whole would cost its backward a copy
+    return logits if logits.shape[1] == length else logits[:, -length:]
 
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")

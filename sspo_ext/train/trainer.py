@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,17 @@ from .collator import StepPreferenceCollator
 from .means import Means
 from .models import load_model
 from .reference_cache import TOKEN_COLUMNS, ReferenceCache, add_reference, reference_key
-from .route import ROUTE_HELP, batch_logps, check_one_gpu, choose_route, model_inputs, router_loss, uses_flash_attention
+from .route import (
+    ROUTE_HELP,
+    batch_logps,
+    check_one_gpu,
+    choose_route,
+    model_inputs,
+    router_loss,
+    text_logits,
+    uses_flash_attention,
+)
+from .whole_batches import whole_batches
 
 
 @dataclass
@@ -68,6 +79,11 @@ class StepPreferenceConfig(TrainingArguments):
         super().__post_init__()
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor: expected 0, since it smooths tokens, got {self.label_smoothing_factor}; "
+                "label_smoothing is for the order of pairs"
+            )
         if not isinstance(self.loss_options, dict | None):
             raise TypeError(f"loss_options: expected a dictionary, or its JSON, got {self.loss_options!r}")
 
@@ -115,6 +131,8 @@ class StepPreferenceTrainer(Trainer):
             raise ValueError(
                 "compute_metrics: expected None, since evaluation keeps no logits; it returns the loss's metrics"
             )
+        if trainer_kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func: expected None, since the loss is loss_type's; override compute_loss")
         heads = chosen_heads(args.loss_type, args.loss_weights)
         checked_options(heads, args.beta, args.loss_options or {})
         needing = [head.name for head, _ in heads if head.reference == "required"]
@@ -159,7 +177,7 @@ class StepPreferenceTrainer(Trainer):
             out = linear_step_pref_loss(hidden, head.weight, layout, pairs, **options)
             return self._with_router_loss(out, outputs, num_items)
         outputs = model(**model_inputs(batch), use_cache=False)
-        logits, inplace = outputs.logits, args.inplace_backward
+        logits, inplace = text_logits(outputs, layout), args.inplace_backward
         if inplace is None:
             inplace = select(args.backend, logits.device.type, logits.dtype) != "reference"
         inplace = inplace and torch.is_grad_enabled()
@@ -216,6 +234,12 @@ class StepPreferenceTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
 
+    def _get_dataloader(self, dataset, *args, is_training: bool = False, **kwargs):
+        if not is_training and self.accelerator.num_processes > 1:
+            # accelerate repeats rows where the last batches are not full, and our means are not cut as Trainer's are
+            dataset = whole_batches(dataset, self.args.eval_batch_size * self.accelerator.num_processes)
+        return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self._means["eval"] = Means()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -265,20 +289,28 @@ class StepPreferenceTrainer(Trainer):
 
     @contextlib.contextmanager
     def _reference_model(self):
-        """The model as given: without the adapter made here, without dropout."""
+        """The model as given: without the adapter made here, without dropout; on the device of the batches, if it is
+        not yet there (before it is sharded) and not in parts."""
         model, training = self.model, self.model.training
+        home = None
+        if not self.place_model_on_device and getattr(model, "hf_device_map", None) is None:
+            home = next(model.parameters()).device
+            model.to(self.args.device)
         model.eval()
         try:
             with model.disable_adapter() if self._new_adapter else contextlib.nullcontext():
                 yield model
         finally:
             model.train(training)
+            if home is not None:
+                model.to(home)
 
     def _check_packing(self, dataset) -> None:
         """One row, packed and padded: some models (OPT) let packed sequences see each other, silently."""
-        if not dataset or isinstance(dataset, dict):
+        # by its iterator, which is all that some datasets have
+        pair = list(islice(() if dataset is None or isinstance(dataset, dict) else dataset, 1))
+        if not pair:
             return
-        pair = [dataset[0]]
         padded = StepPreferenceCollator(getattr(self.data_collator, "pad_token_id", 0))
         with self._reference_model() as model:
             one, other = (self._reference_sums(model, collate(pair)) for collate in (self.data_collator, padded))
