@@ -181,7 +181,7 @@ def test_missing_extra_says_what_to_install(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("command", ["train", "rl", "trace", "demo"])
 def test_help_names_each_default_once(command, capsys):
-    """Mutation: argparse's own formatter -> red for train, rl and trace."""
+    """Mutation: argparse's own formatter -> red for all four."""
     with pytest.raises(SystemExit):
         main([command, "--help"])
     text = " ".join(capsys.readouterr().out.split())
