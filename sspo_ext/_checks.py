@@ -63,6 +63,16 @@ def check_not_negative(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a finite number, 0 or above, got {value!r}")
 
 
+def check_num_items(value: object) -> None:
+    """A number or a 0-dim tensor; one on a device is not waited for."""
+    if isinstance(value, Tensor):
+        check_shape("num_items", value, ())
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        value = value.item()
+    check_not_negative("num_items", value)
+
+
 def check_device(name: str, value: Tensor, device: torch.device, of: str) -> None:
     if value.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, where {of} is, got {describe(value)}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from ._checks import check_choice, check_device, check_float, check_not_negative, check_shape, describe
+from ._checks import check_choice, check_device, check_float, check_num_items, check_shape, describe
 from .backends import reference
 from .heads import PairHead, get_pair_head
 from .layout import StepLayout
@@ -149,12 +149,12 @@ def _scale(pairs: StepPairs, reduction: str, num_items: float | Tensor | None, d
     """(): what the sum over pairs is multiplied by; 0 when there is nothing to divide by."""
     check_choice("reduction", reduction, ("mean", "sum"))
     device = pairs.index.device
+    if num_items is not None:
+        check_num_items(num_items)
     if isinstance(num_items, Tensor):
-        check_shape("num_items", num_items, ())
         items = num_items.to(device, dtype)
         return torch.where(items > 0, items.reciprocal(), torch.zeros_like(items))
     if num_items is not None:
-        check_not_negative("num_items", num_items)
         return torch.full((), 1.0 / num_items if num_items else 0.0, dtype=dtype, device=device)
     if reduction == "sum":
         return torch.ones((), dtype=dtype, device=device)

@@ -496,6 +496,7 @@ def test_inplace_backward():
         ({"entropy_coef": None}, TypeError, "entropy_coef: expected a number"),
         ({"aggregation": "mean"}, ValueError, "aggregation: expected one of"),
         ({"num_items": -1}, ValueError, "num_items: "),
+        ({"num_items": torch.tensor(-1)}, ValueError, "num_items: expected a finite number, 0 or above, got -1"),
         ({"num_items": torch.ones(2)}, ValueError, r"num_items: expected shape \(\)"),
         ({"advantages": torch.ones(1)}, ValueError, "advantages: expected .* a step"),
         ({"advantages": torch.ones(2, 2)}, ValueError, "advantages: expected shape"),
