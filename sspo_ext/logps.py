@@ -18,7 +18,7 @@ from .terms import PairLossSpec, evaluate_terms
 
 @dataclass(frozen=True, eq=False)
 class StepLogps:
-    """Log-probabilities of a batch's steps and of their tokens."""
+    """Log-probabilities of a batch's steps and of their tokens. 16-bit ones, of a cache, are widened to float32."""
 
     sums: Tensor  # (S,) float32 (float64 for float64 logits): sum of w * log pi over the step, 0 for an empty one
     counts: Tensor  # (S,) int32: scored tokens
@@ -26,6 +26,13 @@ class StepLogps:
     entropy: Tensor | None = None  # (N,) like tokens: -sum_v pi_v log pi_v of each row, in nats
     sum_p2: Tensor | None = None  # (N,): sum_v pi_v^2, in [1 / V, 1]
     kl: Tensor | None = None  # (N,): KL(reference || pi), in nats
+
+    def __post_init__(self):
+        # sums, counts and means of them are not to be made in 16 bits by any loss
+        for name in ("sums", "tokens", "entropy", "sum_p2", "kl"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+                object.__setattr__(self, name, value.float())
 
     @property
     def means(self) -> Tensor:
@@ -87,7 +94,7 @@ class LogitsRoute(torch.autograd.Function):
         args = (logits, row_of, labels, lse, coef, d_loss, a, c, backend)
         if inplace_backward:
             ops.token_logp_bwd_(*args)
-            d_logits = logits
+            d_logits = logits.detach()  # the saved logits themselves would bring the model's graph along
         else:
             d_logits = ops.token_logp_bwd(*args)
         return d_logits, None, None, None, None, None, None
@@ -204,6 +211,8 @@ def _with_reductions(
         if ref.dtype != logits.dtype:
             raise TypeError(f"kl_ref_logits: expected {logits.dtype}, as the logits are, got {ref.dtype}")
     name = backends.with_reductions(requested, name)
+    if inplace_backward and name == "reference":
+        raise ValueError(_no_inplace(logits, "no other has entropy, sum_p2 and kl here"))
     if name == "reference":
         tokens = reference.token_logps(logits, layout.rows, layout.labels, a, c)
         sums = reference.step_sums(tokens, layout.weights, layout.step_of_row, layout.num_steps)
@@ -250,12 +259,22 @@ def prepare(
     mapped = logit_map(temperature, logit_softcap, logit_scale)
     name = backends.select(backend, logits.device.type, logits.dtype)
     if inplace_backward and name == "reference":
-        reasons = backends.reasons(logits.device, logits.dtype)
-        raise ValueError(
-            f"inplace_backward: the reference backend cannot write over the logits, and no other runs here ({reasons})"
-        )
-    if inplace_backward and any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError(_no_inplace(logits, "no other runs here"))
+    if inplace_backward and _may_overlap(logits):
         raise ValueError(
             f"inplace_backward: expected logits whose elements do not share memory, got strides {logits.stride()}"
         )
     return layout.check_logits(logits), mapped, name
+
+
+def _no_inplace(logits: Tensor, others: str) -> str:
+    reasons = backends.reasons(logits.device, logits.dtype)
+    return f"inplace_backward: the reference backend cannot write over the logits, and {others} ({reasons})"
+
+
+def _may_overlap(x: Tensor) -> bool:
+    """False where each stride is beyond the reach of all smaller ones, as in every view of a contiguous tensor that
+    names no element twice."""
+    dims = [(n - 1, stride) for n, stride in zip(x.shape, x.stride(), strict=True) if n > 1]
+    reach = [sum(m * s for j, (m, s) in enumerate(dims) if j != i and s <= dims[i][1]) for i in range(len(dims))]
+    return x.numel() > 0 and any(stride <= far for (_, stride), far in zip(dims, reach, strict=True))

@@ -77,7 +77,7 @@ class ReductionsRoute(torch.autograd.Function):
         args = (logits, row_of, labels, lse, None if d_kl is None else ref, ref_lse, coefs, a, c, backend)
         if inplace_backward:
             ops.row_reductions_bwd_(*args)
-            d_logits = logits
+            d_logits = logits.detach()  # the saved logits themselves would bring the model's graph along
         else:
             d_logits = ops.row_reductions_bwd(*args)
         return d_logits, None, None, None, None, None, None, None

@@ -651,6 +651,7 @@ def test_module(backend):
     want = step_pref_loss(batch.logits, batch.layout, loss_type="ipo", beta=0.2, backend=backend).loss
     assert torch.equal(module(batch.logits, batch.layout).loss, want)
     assert torch.equal(module(batch.logits, batch.labels, batch.step_ids).loss, want)
+    assert torch.equal(module(batch.logits, labels=batch.labels, step_ids=batch.step_ids).loss, want)
     assert torch.equal(module(batch.logits, batch.layout, batch.layout.pair_by_index()).loss, want)
     assert not torch.equal(module(batch.logits, batch.layout, beta=0.7).loss, want)
     with pytest.raises(ValueError, match="loss_type: expected one of"):
@@ -677,6 +678,7 @@ BAD_CALLS = {
     "ref device": ({"ref": torch.zeros(4, 12, device="meta")}, ValueError, "ref: expected a tensor on cpu"),
     "reduction": ({"reduction": "none"}, ValueError, "reduction: expected one of 'mean', 'sum', got 'none'"),
     "num_items": ({"num_items": -1}, ValueError, "num_items: expected"),
+    "num_items as a tensor": ({"num_items": torch.tensor(-1)}, ValueError, "num_items: expected a finite number, 0 or above, got -1"),
     "num_items shape": ({"num_items": torch.ones(1)}, ValueError, r"num_items: expected shape \(\)"),
     "temperature": ({"temperature": 0}, ValueError, "temperature: expected a finite number above 0, got 0"),
     "backend": ({"backend": "numpy"}, ValueError, "backend: expected 'auto' or one of 'cpu', 'triton', .*'reference', got 'numpy'"),
