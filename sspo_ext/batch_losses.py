@@ -23,9 +23,9 @@ from .step_functions import (
     log_ratios,
     loss_function,
     masked_mean,
-    pair_steps,
     per_unit,
     reduce_units,
+    unit_numbers,
 )
 
 
@@ -241,7 +241,7 @@ def _list_scores(logps, layout: StepLayout, lists: Tensor, ref, beta: float) -> 
     """u (S,); beta * u of each list's members (G, n), very small where there is none; which there are (G, n)."""
     check_positive("beta", beta)
     u = log_ratios(logps, layout, ref)
-    lists = pair_steps("lists", lists, layout)
+    lists = unit_numbers("lists", lists, layout, padded=True)
     if lists.ndim != 2:
         raise ValueError(f"lists: expected (G, n) step numbers, got {describe(lists)}")
     there = (lists >= 0) & (layout.counts > 0)[lists.clamp(min=0)]
@@ -373,7 +373,7 @@ def _tpo(logps, layout, pairs, gold, means, beta, gamma, alpha, label_smoothing,
     loss, losses = reduce_units(
         logistic(z, torch.full_like(z, 1 - label_smoothing)), pairs.valid, None, reduction, num_items
     )
-    gold = pair_steps("gold", gold, layout)
+    gold = unit_numbers("gold", gold, layout)
     nll = -sums[gold].sum() / layout.counts[gold].sum().clamp(min=1)
     return StepLossOutput(loss + alpha * nll, losses.detach(), beta * scores.detach(), {"nll": nll.detach()})
 

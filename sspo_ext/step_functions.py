@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from ._checks import check_choice, check_device, check_float, check_integer, check_not_negative, check_shape, describe
+from ._checks import check_choice, check_device, check_float, check_integer, check_num_items, check_shape, describe
 from .backends import reference
 from .layout import StepLayout, constant
 from .logps import StepLogps, StepSums
@@ -81,6 +81,7 @@ def row_log_ratios(logps: StepLogps, layout: StepLayout, ref, needed_by: str) ->
 
 def sums_over_steps(values: Tensor, layout: StepLayout) -> Tensor:
     """(S,): sum of w * value over each step's rows (N,), in row order; differentiable."""
+    values = values if values.dtype == torch.float64 else values.float()
     name = backends.select("auto", values.device.type, values.dtype)
     if name == "reference":
         return reference.step_sums(values, layout.weights, layout.step_of_row, layout.num_steps)
@@ -94,7 +95,7 @@ class StepGrid:
         sequence = layout.host_step_sequence
         counts = torch.bincount(sequence, minlength=layout.num_sequences)
         first = counts.cumsum(0) - counts
-        position = torch.arange(len(sequence)) - first[sequence]
+        position = torch.arange(len(sequence), device=sequence.device) - first[sequence]
         self.shape = (layout.num_sequences, int(counts.max()) if len(counts) else 0)
         self.index = (sequence * max(self.shape[1], 1) + position).to(layout.device, non_blocking=True)
 
@@ -124,13 +125,17 @@ def per_unit(name: str, value: Tensor, size: int, like: Tensor) -> Tensor:
     return constant(value).to(like.dtype)
 
 
-def pair_steps(name: str, index: Tensor, layout: StepLayout) -> Tensor:
-    """(..., n) int64 step numbers; a negative one is no step. Checked where they are on the host."""
+def unit_numbers(name: str, index: Tensor, layout: StepLayout, *, unit: str = "step", padded: bool = False) -> Tensor:
+    """The int64 numbers of steps, or of sequences; `padded`: a negative one is none. Checked where they are on the
+    host."""
     check_integer(name, index)
     check_device(name, index, layout.device, "the layout")
     if index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel():
-        if int(index.max()) >= layout.num_steps:
-            raise ValueError(f"{name}: expected step numbers below {layout.num_steps}, got {int(index.max())}")
+        end = layout.num_steps if unit == "step" else layout.num_sequences
+        low, high = (int(x) for x in index.aminmax())
+        if high >= end or (low < 0 and not padded):
+            expected = f"below {end}" if padded else f"in [0, {end})"
+            raise ValueError(f"{name}: expected {unit} numbers {expected}, got {high if high >= end else low}")
     return index.long()
 
 
@@ -145,12 +150,12 @@ def reduce_units(
     check_choice("reduction", reduction, ("mean", "sum"))
     losses = torch.where(valid, losses, torch.zeros_like(losses))
     total = (losses if weights is None else losses * per_unit("weights", weights, len(losses), losses)).sum()
+    if num_items is not None:
+        check_num_items(num_items)
     if isinstance(num_items, Tensor):
-        check_shape("num_items", num_items, ())
         items = num_items.to(losses.device, losses.dtype)
         return torch.where(items > 0, total / items.clamp(min=torch.finfo(items.dtype).tiny), 0 * total), losses
     if num_items is not None:
-        check_not_negative("num_items", num_items)
         return (total / num_items if num_items else 0 * total), losses
     return (total if reduction == "sum" else total / valid.sum().clamp(min=1)), losses
 

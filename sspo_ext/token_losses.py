@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_not_negative, check_positive
+from ._checks import check_not_negative, check_positive, check_shape, check_tensor
 from .layout import StepLayout
 from .logps import StepLogps
 from .pair_spec import check_logps, resolve_pairs
@@ -23,11 +23,11 @@ from .step_functions import (
     log_ratios,
     loss_function,
     masked_mean,
-    pair_steps,
     per_unit,
     reduce_units,
     row_log_ratios,
     sums_over_steps,
+    unit_numbers,
 )
 
 
@@ -170,7 +170,9 @@ def full_step_dpo_loss(
         share = top / (counts * top).sum(1, keepdim=True).clamp(min=torch.finfo(u.dtype).tiny)
         return (share * grid.spread(tokens)).sum(1)
 
-    index = pair_steps("pairs", pairs, layout)
+    check_tensor("pairs", pairs, ndim=2)
+    check_shape("pairs", pairs, (len(pairs), 2))
+    index = unit_numbers("pairs", pairs, layout, unit="sequence")
     better, worse = index.unbind(1)
     valid = (counts.sum(1) > 0)[index].all(1)
     losses = -torch.sigmoid(beta * (total[worse] - total[better])) * (side(1.0)[better] - side(-1.0)[worse])

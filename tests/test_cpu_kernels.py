@@ -550,6 +550,15 @@ def test_step_loss_of_nothing():
     assert loss == 0 and sums.shape == pair_loss.shape == coef.shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int32], ids=str)
+def test_step_loss_takes_no_other_dtype(dtype):
+    """The kernel would write 4 bytes into each element."""
+    none_i, scale = torch.empty(0, dtype=torch.int32), torch.ones((), dtype=dtype)
+    args = (None, torch.tensor([0, 8], dtype=torch.int32), None, none_i.view(0, 2), torch.zeros(2, dtype=torch.int32))
+    with pytest.raises(TypeError, match=f"logp: expected torch.float32 or torch.float64, got {dtype}"):
+        cpu.step_loss_fwd(torch.ones(8).to(dtype), *args, none_i, None, None, None, scale, "sigmoid", [0.1], 1.0)
+
+
 def test_step_loss_sums_in_double_and_keeps_nan():
     n = 200_000
     logp = torch.full((n,), -0.1)

@@ -22,9 +22,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_batch import random_batch
+from helpers_batch import random_batch, random_pairs
 
-from sspo_ext import StepLayout, StepLogps, linear_step_logps, step_logps, step_pref_loss
+from sspo_ext import StepLayout, StepLogps, linear_step_logps, step_logps, step_policy_loss, step_pref_loss
 from sspo_ext.batch_losses import (
     aot_loss,
     aot_unpaired_loss,
@@ -350,7 +350,7 @@ def calls(layout, g):
     ref = torch.randn(S, generator=g, dtype=F64)
     pairs = torch.stack([torch.arange(S - 1), torch.arange(1, S)], 1)
     lists = torch.randint(-1, S, (3, 4), generator=g)
-    up = torch.rand(S, generator=g) < 0.5
+    up, gold, solutions = torch.rand(S, generator=g) < 0.5, torch.tensor([S - 1, 0]), torch.tensor([[0, 1], [1, 0]])
     per_step, per_sequence = torch.rand(S, generator=g), torch.rand(B, generator=g)
     rows = torch.randn(layout.shape, generator=g, dtype=F64)
     return {
@@ -363,13 +363,13 @@ def calls(layout, g):
         "aot": lambda x: aot_loss(x, layout, pairs, ref=ref),
         "aot_unpaired": lambda x: aot_unpaired_loss(x, layout, pairs, ref=ref),
         "plackett_luce": lambda x: plackett_luce_loss(x, layout, lists, ref=ref),
-        "listwise": lambda x: listwise_loss(x, layout, lists, torch.ones(3, 4), ref=ref),
-        "tpo": lambda x: tpo_loss(x, layout, pairs, torch.tensor([S - 1, 0])),
-        "tpo_l": lambda x: tpo_l_loss(x, layout, pairs, torch.tensor([S - 1, 0])),
+        "listwise": lambda x: listwise_loss(x, layout, lists, lists.float(), ref=ref),
+        "tpo": lambda x: tpo_loss(x, layout, pairs, gold),
+        "tpo_l": lambda x: tpo_l_loss(x, layout, pairs, gold),
         "trpa": lambda x: trpa_loss(x, layout, pairs, up[1:], ref=ref),
         "tdpo1": lambda x: tdpo1_loss(x, layout, pairs, ref=ref),
         "tdpo2": lambda x: tdpo2_loss(x, layout, pairs, ref=ref),
-        "full_step_dpo": lambda x: full_step_dpo_loss(x, layout, torch.tensor([[0, 1], [1, 0]]), per_step, ref=rows),
+        "full_step_dpo": lambda x: full_step_dpo_loss(x, layout, solutions, per_step, ref=rows),
     }
 
 
@@ -453,6 +453,48 @@ def test_finite_far_out(name, dtype):
         assert out.loss.isfinite() and grad.isfinite().all() and out.losses.isfinite().all()
 
 
+STORED = {
+    **{name: None for name in LOSS_FUNCTIONS},
+    "pref_loss": lambda x, layout: pref_loss(x, layout, loss_type=["simpo", "sft"]),
+    "pref_loss with ref": lambda x, layout: pref_loss(x, layout, ref=x, loss_type="ipo"),
+    "wpo_weights": lambda x, layout: wpo_weights(x, layout, random_pairs(layout, 0, 6)),
+    "kto_reference_point": lambda x, layout: kto_reference_point(x, layout, x.tokens * 0.5),
+    "step_pref_loss": lambda x, layout: step_pref_loss(random_batch(3).logits, layout, ref=x),
+    "step_policy_loss": lambda x, layout: step_policy_loss(
+        random_batch(3).logits, layout, x.sums, old=x, ref=x, kl_coef=0.1, loss_type="ppo"
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", STORED)
+def test_log_probs_stored_in_16_bits_are_their_float32_values(name, dtype):
+    """A cache of a reference's log-probs; no sum is made in 16 bits, and gradients arrive in them."""
+    layout, g = random_batch(3, weighted=True).layout, torch.Generator().manual_seed(0)
+    tokens = -torch.rand(layout.num_rows, generator=g) * 3
+    parts = {
+        "sums": sums_over_steps(tokens, layout), "tokens": tokens, "entropy": tokens.abs(), "sum_p2": tokens.exp(),
+        "kl": tokens.square(),
+    }  # fmt: skip
+    call = STORED[name] or (lambda x, layout: calls(layout, torch.Generator().manual_seed(0))[name](x))
+    results = []
+    for wide in (torch.float32, dtype):
+        leaves = {k: v.to(dtype).to(wide).requires_grad_() for k, v in parts.items()}
+        out = call(StepLogps(counts=layout.counts, **leaves), layout)
+        out = getattr(out, "loss", out)
+        grads = torch.autograd.grad(out, list(leaves.values()), allow_unused=True) if out.grad_fn else ()
+        results.append([out.detach(), *(g.to(dtype) for g in grads if g is not None)])
+    assert results[1][0].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_over_steps_of_16_bit_values(dtype):
+    layout = random_batch(3, weighted=True).layout
+    values = torch.rand(layout.num_rows, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(sums_over_steps(values, layout), sums_over_steps(values.float(), layout))
+
+
 def test_every_function_is_tested():
     layout = random_batch(0).layout
     assert set(calls(layout, torch.Generator())) == set(LOSS_FUNCTIONS)
@@ -494,6 +536,10 @@ def test_pref_loss_equals_step_pref_loss(backend):
         assert got.metrics.keys() == want.metrics.keys()
 
 
+def full_step(logps, layout, pairs):
+    return full_step_dpo_loss(logps, layout, torch.tensor(pairs), t(0, 0, 0), ref=t(0, 0, 0))
+
+
 BAD = {
     "logps": (lambda x, la: kto_loss(x.sums, la, None), TypeError, "logps: expected a StepLogps"),
     "layout": (lambda x, la: direct_advantage_loss(x, random_batch(0).layout, None), ValueError, r"logps\.sums: expected shape"),
@@ -505,11 +551,30 @@ BAD = {
     "lists": (lambda x, la: plackett_luce_loss(x, la, torch.tensor([0, 1])), ValueError, r"lists: expected \(G, n\)"),
     "list out of range": (lambda x, la: plackett_luce_loss(x, la, torch.tensor([[0, 3]])), ValueError, "lists: expected step numbers below 3, got 3"),
     "scores": (lambda x, la: listwise_loss(x, la, torch.tensor([[0, 1]]), t(1, 2)), ValueError, r"scores: expected shape \(1, 2\)"),
+    "list out of the layout": (lambda x, la: listwise_loss(x, la, torch.tensor([[0, 7]]), t(1, 2)), ValueError, "lists: expected step numbers below 3, got 7"),
+    "gold out of range": (lambda x, la: tpo_loss(x, la, torch.tensor([[0, 1]]), torch.tensor([3])), ValueError, r"gold: expected step numbers in \[0, 3\), got 3"),
+    "gold that is no step": (lambda x, la: tpo_l_loss(x, la, torch.tensor([[0, 1]]), torch.tensor([1, -1])), ValueError, r"gold: expected step numbers in \[0, 3\), got -1"),
+    "solutions": (lambda x, la: full_step(x, la, [[2, 0]]), ValueError, r"pairs: expected sequence numbers in \[0, 2\), got 2"),
+    "no solution": (lambda x, la: full_step(x, la, [[-1, 0]]), ValueError, r"pairs: expected sequence numbers in \[0, 2\), got -1"),
+    "solutions in one row": (lambda x, la: full_step(x, la, [0, 1]), ValueError, "pairs: expected 2 dimensions"),
+    "three solutions": (lambda x, la: full_step(x, la, [[0, 1, 0]]), ValueError, r"pairs: expected shape \(1, 2\)"),
+    "num_items": (lambda x, la: direct_advantage_loss(x, la, t(1, 1, 1), num_items=-4), ValueError, "num_items: expected a finite number, 0 or above, got -4"),
+    "num_items as a tensor": (lambda x, la: direct_advantage_loss(x, la, t(1, 1, 1), num_items=torch.tensor(-4)), ValueError, "num_items: expected a finite number, 0 or above, got -4"),
+    "num_items that is no number": (lambda x, la: direct_advantage_loss(x, la, t(1, 1, 1), num_items=torch.tensor(math.nan)), ValueError, "num_items: expected a finite number, 0 or above, got nan"),
     "gold": (lambda x, la: tpo_loss(x, la, torch.tensor([[0, 1]]), t(1.0)), TypeError, "gold: expected an integer tensor"),
     "top": (lambda x, la: trpa_loss(x, la, torch.tensor([[0, 1]]), torch.ones(2).bool(), ref=t(0, 0, 0)), ValueError, r"top: expected shape \(1,\)"),
     "reduction": (lambda x, la: direct_advantage_loss(x, la, t(1, 1, 1), reduction="none"), ValueError, "reduction: expected one of"),
     "smoothing": (lambda x, la: aot_loss(x, la, torch.tensor([[0, 1]]), ref=t(0, 0, 0), label_smoothing=0.5), ValueError, "label_smoothing: expected"),
 }  # fmt: skip
+
+
+def test_full_step_dpo_counts_sequences():
+    """Six sequences of which two have a step: each number below six is a solution's, the empty ones just do not count."""
+    logps, layout = made([], [[-1.0]], [], [[-2.0]], [], [])
+    args = {"step_rewards": t(0, 0), "ref": t(0, 0)}
+    both = full_step_dpo_loss(logps, layout, torch.tensor([[1, 3], [5, 4]]), **args)
+    assert both.losses[0] != 0 and both.losses[1] == 0
+    assert both.loss == full_step_dpo_loss(logps, layout, torch.tensor([[1, 3]]), **args).loss
 
 
 @pytest.mark.parametrize("case", BAD)

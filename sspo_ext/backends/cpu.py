@@ -68,8 +68,8 @@ def token_logp_fwd(
     For label -1 logp is -lse. Any other row or label out of range gives NaN.
     """
     N = rows.numel()
-    logp = torch.empty(N, dtype=_accumulator(logits.dtype))
-    lse = torch.empty(N, dtype=torch.float64)
+    logp = torch.empty(N, dtype=_accumulator(logits.dtype), device="cpu")
+    lse = torch.empty(N, dtype=torch.float64, device="cpu")
     _C.token_logp_fwd(
         *_logits_view(logits), _pointer(rows, torch.int64, N), _pointer(labels, torch.int64, N), N, a, c,
         logp.data_ptr(), lse.data_ptr(), torch.get_num_threads(),
@@ -131,8 +131,8 @@ def row_reductions_fwd(
     float64. What is not asked for is empty, as the last two are without a reference. Each logit is read once."""
     N, dtype, M = rows.numel(), _accumulator(logits.dtype), 0 if ref is None else rows.numel()
     sizes = (N, N * wants_entropy, N * wants_sum_p2, M)
-    logp, entropy, sum_p2, kl = (torch.empty(n, dtype=dtype) for n in sizes)
-    lse, ref_lse = (torch.empty(n, dtype=torch.float64) for n in (N, M))
+    logp, entropy, sum_p2, kl = (torch.empty(n, dtype=dtype, device="cpu") for n in sizes)
+    lse, ref_lse = (torch.empty(n, dtype=torch.float64, device="cpu") for n in (N, M))
     out = (logp, lse, entropy, sum_p2, kl, ref_lse)
     _C.row_reductions_fwd(
         *_logits_view(logits), *_reference_view(logits, ref), _pointer(rows, torch.int64, N),
@@ -195,7 +195,9 @@ def step_loss_fwd(
     coef = d loss/d logp. Sums run in row and pair order in double. A pair with an empty step gives 0 and no gradient.
     """
     N, S, P, dtype = logp.numel(), step_offsets.numel() - 1, pair_index.shape[0], logp.dtype
-    out = tuple(torch.empty(shape, dtype=dtype) for shape in ((), S, P, N))
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"logp: expected torch.float32 or torch.float64, got {dtype}")
+    out = tuple(torch.empty(shape, dtype=dtype, device="cpu") for shape in ((), S, P, N))
     addresses = [
         _pointer(logp, dtype, N), _pointer(weights, dtype, N), _pointer(step_offsets, torch.int32, S + 1),
         _pointer(ref, dtype, S), _pointer(pair_index, torch.int32, 2 * P), _pointer(adj_offsets, torch.int32, S + 1),
@@ -213,7 +215,7 @@ _LARGE_BYTES = 32 << 20
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """torch.empty; a large one in large pages where the system has them, since fresh memory costs a fault a page."""
-    out = torch.empty(shape, dtype=dtype)
+    out = torch.empty(shape, dtype=dtype, device="cpu")
     if out.numel() * out.itemsize >= _LARGE_BYTES:
         _C.prepare_large_output(out.data_ptr(), out.numel() * out.itemsize)
     return out
