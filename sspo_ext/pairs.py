@@ -61,7 +61,7 @@ class StepPairs(TensorBundle):
         A step may be in any number of pairs. Raises ValueError for an index outside [0, S) or a step paired with
         itself.
         """
-        index = torch.as_tensor(index)
+        index = index if isinstance(index, Tensor) else torch.as_tensor(index, device="cpu")
         if index.numel() == 0:
             index = index.reshape(0, 2).to(torch.int64)
         check_integer("pairs", index, ndim=2)
@@ -86,7 +86,7 @@ class StepPairs(TensorBundle):
         device = layout.device
 
         def tensor(array, dtype):
-            return torch.as_tensor(np.array(array, order="C")).to(dtype).to(device, non_blocking=True)
+            return torch.from_numpy(np.array(array, order="C")).to(dtype).to(device, non_blocking=True)
 
         num_valid = int(valid.sum())
         pairs = cls(

@@ -198,7 +198,7 @@ class PolicyProblem:
 
         segments = self.segments
         if segments is not None:
-            first, last = torch.searchsorted(segments.host_offsets, torch.tensor([start, end])).tolist()
+            first, last = torch.searchsorted(segments.host_offsets, torch.tensor([start, end], device="cpu")).tolist()
             segments = Segments(
                 segments.offsets[first : last + 1] - start,
                 segments.of_row[start:end] - first,

@@ -126,7 +126,7 @@ def divergence_weights(
             if k >= 0:
                 of[k].append((b, t))
         places += of.values()
-    weights = torch.zeros(labels.shape)
+    weights = torch.zeros(labels.shape, device="cpu")
     chosen: dict[int, int] = {}
     for p, pair in enumerate(pairs.tolist()):
         if any(not 0 <= s < len(places) for s in pair):

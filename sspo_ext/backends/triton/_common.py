@@ -48,7 +48,7 @@ def on_device(tensor: torch.Tensor):
 
 def two_floats(x: float) -> tuple[float, float]:
     """x as a float32 and the rest: kernels take no float64 scalars."""
-    high = torch.tensor(x, dtype=torch.float32).item()
+    high = torch.tensor(x, dtype=torch.float32, device="cpu").item()
     return high, x - high
 
 
@@ -61,7 +61,7 @@ def arrival_counters(device: torch.device) -> torch.Tensor:
     One tensor per stream: what is launched on one stream does not overlap.
     """
     if device.type == "cpu":
-        return torch.zeros(MOST_COUNTERS, dtype=torch.int32)
+        return torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():  # zeroed by each replay, and not kept: a graph's memory is the graph's
         return torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
     key = (device, torch.cuda.current_stream(device).cuda_stream)
