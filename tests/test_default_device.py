@@ -2,6 +2,11 @@
 
 "meta" stands for a GPU: whatever is made without a device meets a host tensor there, and raises. A host kernel that
 was given such a tensor's address would write to address 0, or on a GPU into its memory.
+
+Mutations, each caught by the test named:
+  positions in StepGrid without a device     test_functions_of_log_probs_stay_where_they_are
+  as_tensor of the pairs                     test_losses_stay_where_the_tensors_are
+  outputs of the host kernels, no device     test_host_kernels_write_to_the_host (a crash)
 """
 
 import pytest

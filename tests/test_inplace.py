@@ -2,10 +2,11 @@
 
 Mutations, each caught by the test named:
   the saved logits returned as the gradient                test_the_gradient_is_no_part_of_the_models_graph
-  a kept linear gradient that requires grad                test_the_gradient_is_no_part_of_the_models_graph
+  a kept linear gradient that requires grad                test_linear_gradients_are_no_part_of_the_models_graph
   no second look after the reductions chose the reference  test_reductions_that_only_the_reference_has_are_refused
   strides compared with 0 alone                            test_logits_that_overlap_themselves_are_refused
   an extent taken as a size, not as size - 1               test_views_that_do_not_overlap_are_taken
+  no look at whether there is an element                   test_no_logits_overlap_nothing
 """
 
 import pytest

@@ -13,6 +13,9 @@ Mutations of sspo_ext/{step,batch,token}_losses.py and step_functions.py, each c
   TDPO2: gradient through the chosen KL     test_tdpo_by_hand
   WPO: token weights in the mean            test_wpo_by_hand
   Full-Step-DPO: kappa's sign               test_full_step_dpo_is_its_formula
+  Full-Step-DPO: pairs held to step numbers test_full_step_dpo_counts_sequences
+  TPO: a gold step -1 is the last           test_messages
+  16-bit log-probs taken as they are        test_log_probs_stored_in_16_bits_are_their_float32_values
 """
 # ruff: noqa: E501 (tables of calls and their messages)
 
