@@ -15,7 +15,7 @@ from .backends import reference
 from .layout import StepLayout
 from .linear_engine import accumulator
 from .linear_reductions import kl_reference, linear_reductions, reference_logits
-from .logps import StepLogps, StepSums, logit_map
+from .logps import StepLogps, StepSums, logit_map, step_loss
 from .losses import StepPrefOutput, pref_output
 from .pair_spec import chosen_heads, pair_loss_spec, reference_loss, resolve_pairs
 from .pairs import StepPairs
@@ -41,6 +41,12 @@ class LinearSettings:
 
     def needs(self, ctx) -> list[bool]:
         return [need and self.record for need in ctx.needs_input_grad[:3]]
+
+    def waits_for_loss_scale(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether gradients are made in backward: float16 is too narrow for a head's gradient, a sum over the batch,
+        before the caller's loss scale has brought it into range."""
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        return self.dtype == torch.float16 and self.record and trained
 
     def op_args(self, weight: Tensor) -> tuple:
         grad_dtype = weight.dtype if self.weight_grad is None else self.weight_grad.dtype
@@ -72,9 +78,6 @@ class LinearPrefRoute(torch.autograd.Function):
         settings: LinearSettings,
     ):
         needs, acc, pairs = settings.needs(ctx), accumulator(settings.dtype), spec.pairs
-        # float16 gradients wait for the caller's loss scale before they are divided by anything
-        late = settings.dtype == torch.float16
-        scale = spec.scale.to(acc)
 
         def cast(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.to(acc).contiguous()
@@ -83,32 +86,31 @@ class LinearPrefRoute(torch.autograd.Function):
             hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, needs,
             *settings.op_args(weight), cast(layout.weights), cast(spec.ref), pairs.host_index, cast(pairs.weights),
             cast(pairs.margins), cast(pairs.soft_labels), cast(spec.token_pair_weights),
-            torch.ones_like(scale) if late else scale, *pack_terms(spec.terms),
+            spec.scale.to(acc), *pack_terms(spec.terms),
         )  # fmt: skip
         if any(needs):
-            ctx.save_for_backward(layout.rows, coef, d_hidden, d_weight, d_bias, scale if late else None)
+            ctx.save_for_backward(layout.rows, coef, d_hidden, d_weight, d_bias)
             ctx.needs, ctx.settings = needs, settings
             ctx.dtypes = (hidden.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(sums, pair_losses)
         ctx.set_materialize_grads(False)
-        return loss * scale if late else loss, sums, pair_losses
+        return loss, sums, pair_losses
 
     @staticmethod
     def backward(ctx, d_loss, *_):
         if d_loss is None:
             return (None,) * 6
         refuse_double_backward()
-        rows, coef, d_hidden, d_weight, d_bias, late_scale = ctx.saved_tensors
+        rows, coef, d_hidden, d_weight, d_bias = ctx.saved_tensors
         needs, settings, (dtype, bias_dtype) = ctx.needs, ctx.settings, ctx.dtypes
-        upstream = d_loss if late_scale is None else d_loss * late_scale
         if linear_ops.is_frozen(needs):
-            d_hidden = _scale_rows(d_hidden, rows, coef * upstream).to(dtype)
+            d_hidden = _scale_rows(d_hidden, rows, coef * d_loss).to(dtype)
         elif needs[0]:
-            d_hidden = scale_kept(d_hidden, upstream)
+            d_hidden = scale_kept(d_hidden, d_loss)
         return (
             d_hidden if needs[0] else None,
-            settings.deliver_weight(d_weight, upstream) if needs[1] else None,
-            (d_bias * upstream).to(bias_dtype) if needs[2] else None,
+            settings.deliver_weight(d_weight, d_loss) if needs[1] else None,
+            (d_bias * d_loss).to(bias_dtype) if needs[2] else None,
             None,
             None,
             None,
@@ -156,6 +158,23 @@ class LinearLogpsRoute(torch.autograd.Function):
             None,
             None,
         )
+
+
+class TokensLoss(torch.autograd.Function):
+    """(N,) token log-probs -> loss (), step sums (S,), pair losses of each term (C, P), by launch 2."""
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, layout: StepLayout, spec: PairLossSpec, backend: str):
+        weights = None if layout.weights is None else layout.weights.to(tokens.dtype).contiguous()
+        loss, sums, pair_losses, coef = step_loss(tokens, weights, layout, spec, backend)
+        ctx.save_for_backward(coef)
+        ctx.mark_non_differentiable(sums, pair_losses)
+        return loss, sums, pair_losses
+
+    @staticmethod
+    def backward(ctx, d_loss, *_):
+        (coef,) = ctx.saved_tensors
+        return coef * d_loss, None, None, None
 
 
 def _scale_rows(directions: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
@@ -252,9 +271,10 @@ def linear_step_pref_loss(
     Prompt, padding, ignored and zero-weight tokens cost nothing and get exactly zero gradient. Rows are worked on in
     chunks that fit `chunk_bytes`; extra memory is that budget and the gradients asked for, at any sequence length.
     Gradients are made in forward: 1 GEMM (N x H x V) without gradients, 2 with a frozen head, 3 with a trained one when
-    each connected set of pairs fits in a chunk, 4 for a set that does not. `layout.plan(...)` prints it. GEMMs run in
-    the promoted dtype of hidden and weight, or in autocast's; a weight of another dtype is then copied once a call.
-    The same budget gives the same bits.
+    each connected set of pairs fits in a chunk, 4 for a set that does not. In float16 a trained head costs 4 and its
+    gradients are made in backward, under the caller's loss scale. `layout.plan(...)` prints it. GEMMs run in the
+    promoted dtype of hidden and weight, or in autocast's; a weight of another dtype is then copied once a call. The
+    same budget gives the same bits.
 
     Args:
         hidden: (B, T, H), or (total, H) with a packed layout. Copied once if its positions are not evenly strided.
@@ -291,6 +311,9 @@ def linear_step_pref_loss(
     if settings.backend == "reference":
         tokens = _reference_tokens(hidden, weight, bias, layout, settings)
         loss, sums, losses = reference_loss(tokens, layout, spec)
+    elif settings.waits_for_loss_scale(weight, bias):
+        tokens = LinearLogpsRoute.apply(hidden, weight, bias, layout, settings)
+        loss, sums, losses = TokensLoss.apply(tokens, layout, spec, settings.backend)
     else:
         loss, sums, losses = LinearPrefRoute.apply(hidden, weight, bias, layout, spec, settings)
     return pref_output(loss, sums, losses, layout, spec)

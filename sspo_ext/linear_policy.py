@@ -19,7 +19,7 @@ from .linear import LinearSettings, _prepare, linear_step_logps
 from .linear_ops import _HEAD, _gradients, is_frozen
 from .logps import StepLogps
 from .ops import register
-from .plan import Group, LinearPlan, cut_evenly, rows_per_chunk
+from .plan import Group, LinearPlan, cut_evenly, plan_for, rows_per_chunk
 from .policy import PolicyProblem, Segments, segment_sums
 from .policy_losses import StepPolicyOutput, policy_output, policy_problem, segments_of
 from .reductions import gradient_coefs
@@ -75,6 +75,12 @@ def policy_plan(
     bias_gradient: bool = False,
 ) -> LinearPlan:
     """What `linear_step_policy_loss` will do with a trained head: rows, chunks, GEMMs, FLOPs, bytes. Print it."""
+    if dtype == torch.float16:
+        return plan_for(
+            layout, None, vocab=vocab, hidden=hidden, dtype=dtype, chunk_bytes=chunk_bytes,
+            hidden_gradient=hidden_gradient, weight_gradient=weight_gradient, bias_gradient=bias_gradient,
+            reductions=False,
+        )  # fmt: skip
     offsets = None
     if importance_sampling_level != "token":
         offsets = segments_of(layout, importance_sampling_level).host_offsets.numpy()
@@ -197,9 +203,7 @@ class LinearPolicyRoute(torch.autograd.Function):
         settings: LinearSettings,
     ):
         needs = settings.needs(ctx)
-        # float16 gradients wait for the caller's loss scale before they are divided by anything
-        late = problem.norm if settings.dtype == torch.float16 else None
-        scale = problem.scale * problem.norm if late is None else problem.scale
+        scale = problem.scale * problem.norm
         units = problem.segments
         tokens, entropy, d_hidden, d_weight, d_bias = linear_policy_fwd(
             hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, needs,
@@ -209,7 +213,7 @@ class LinearPolicyRoute(torch.autograd.Function):
             problem.entropy_coef,
         )  # fmt: skip
         if any(needs):
-            ctx.save_for_backward(d_hidden, d_weight, d_bias, late)
+            ctx.save_for_backward(d_hidden, d_weight, d_bias)
             ctx.needs, ctx.settings = needs, settings
             ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(tokens, entropy)
@@ -221,13 +225,12 @@ class LinearPolicyRoute(torch.autograd.Function):
         if d_loss is None:
             return (None,) * 6
         refuse_double_backward()
-        d_hidden, d_weight, d_bias, late = ctx.saved_tensors
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
         needs, settings = ctx.needs, ctx.settings
-        upstream = d_loss if late is None else d_loss * late
         return (
-            scale_kept(d_hidden, upstream) if needs[0] else None,
-            settings.deliver_weight(d_weight, upstream) if needs[1] else None,
-            (d_bias * upstream).to(ctx.bias_dtype) if needs[2] else None,
+            scale_kept(d_hidden, d_loss) if needs[0] else None,
+            settings.deliver_weight(d_weight, d_loss) if needs[1] else None,
+            (d_bias * d_loss).to(ctx.bias_dtype) if needs[2] else None,
             None,
             None,
             None,
@@ -267,8 +270,9 @@ def linear_step_policy_loss(
 
     Only scored rows enter a GEMM. 1 GEMM (N x H x V) without gradients, 2 with a frozen head, 3 with a trained one:
     what ties tokens together is at most the ratio of a step or sequence, and one larger than a chunk costs 4 (3 with a
-    frozen head and an entropy bonus). `sspo_ext.linear_policy.policy_plan(layout, ...)` prints it. The losses' options
-    are as in `step_policy_loss`, those of the linear route as in `linear_step_pref_loss`.
+    frozen head and an entropy bonus), as it does in float16, whose gradients wait for the loss scale.
+    `sspo_ext.linear_policy.policy_plan(layout, ...)` prints it. The losses' options are as in `step_policy_loss`, those
+    of the linear route as in `linear_step_pref_loss`.
 
     Example::
 
@@ -289,7 +293,8 @@ def linear_step_policy_loss(
     )  # fmt: skip
     wants_entropy = entropy_coef != 0
     needs = [settings.record and t is not None and t.requires_grad for t in (flat, local, local_bias)]
-    in_forward = any(needs) and (wants_entropy or not is_frozen(needs))
+    # float16 waits for the loss scale, which is known in backward
+    in_forward = any(needs) and (wants_entropy or not is_frozen(needs)) and settings.dtype != torch.float16
     name = backends.with_reductions(backend, settings.backend) if wants_entropy else settings.backend
     if name == "reference" or not in_forward:
         scored = linear_step_logps(

@@ -6,7 +6,8 @@ scalar times a direction known at once; with a trained head three, when its unit
 derivative is then known while the chunk's logits are still there; only a unit larger than the budget is computed twice
 (four). A step in no pair has no gradient and costs one. Where entropy, sum_p2 or kl are asked for beside the log-probs,
 a gradient is known only in backward, with a frozen head too: three with a frozen head, four with a trained one; the
-reference's logits for kl are a product of their own (N x H of the reference x V) in each direction.
+reference's logits for kl are a product of their own (N x H of the reference x V) in each direction. In float16 the
+gradients of a trained head wait for the caller's loss scale, and so are always made in backward (four).
 """
 
 from __future__ import annotations
@@ -207,9 +208,10 @@ def plan_for(
     bias_gradient: bool,
     reductions: bool,
 ) -> LinearPlan:
+    late = dtype == torch.float16 and (weight_gradient or bias_gradient)
     return make_plan(
         layout.host_step_offsets.numpy(),
-        None if pairs is None else pairs.host_index.numpy(),
+        None if pairs is None or late else pairs.host_index.numpy(),
         vocab=vocab,
         hidden=hidden,
         dtype=dtype,

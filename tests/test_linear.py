@@ -8,6 +8,7 @@ Mutations of sspo_ext/{linear,linear_engine,linear_ops,autograd}.py, and the tes
 * weight or bias gradient of the last chunk alone; bias not added; hidden gradient not started at 0: test_fp64_rule
 * 16-bit weight gradient accumulated in place: test_autocast
 * float16 gradients divided before the loss scale reaches them: test_upstream_gradient
+* float16 gradients kept from forward: test_float16_overflows_where_the_logits_route_does
 * kept gradient overwritten though the graph is kept: test_backward_twice
 * upstream rounded to the kept dtype; rows of factor 0 not cleared: test_scaling_what_was_kept
 * softcap dropped in the gradient: test_head_details
@@ -31,6 +32,7 @@ from helpers_linear import (
     assert_linear_rule,
     collect,
     errors,
+    gemm_flops,
     layout_of_lengths,
     logits_route,
     pairs_of,
@@ -198,6 +200,47 @@ def test_float16_gradients_survive_a_small_scale():
         for name, a, t in zip(NAMES[1:], got[1:], exact[1:], strict=True):
             if a is not None:
                 assert errors(a, t)[1] <= 5e-3 * t.square().mean().sqrt(), name
+
+
+@pytest.mark.parametrize("rows", [10_000, 64])
+@pytest.mark.parametrize("accum_dtype", [None, F16])
+def test_float16_overflows_where_the_logits_route_does(accum_dtype, rows):
+    """A gradient of 900,000 under a loss scale of 1/64: what the logits route holds, with the normaliser and the scale
+    in every product, is held here too, in one product or in several."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.full((8, 257), 3)
+    labels[4:] = torch.randint(0, 64, (4, 257), generator=g)
+    layout = StepLayout.from_step_ids(labels, torch.zeros_like(labels))
+    hidden, weight = torch.randn(8, 257, 16, generator=g) * 0.3 + 3, torch.randn(64, 16, generator=g) * 0.05
+    ref = torch.full((layout.num_steps,), -400.0)  # a difference of 700, squared by the head
+
+    def gradients(linear):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.autocast("cpu", F16):
+            if linear:
+                chunk = {"chunk_bytes": budget(rows, F16, 64), "accum_dtype": accum_dtype}
+                loss = linear_step_pref_loss(*leaves, layout, ref=ref, loss_type="sppo_hard", **chunk).loss
+            else:
+                logits = torch.nn.functional.linear(*leaves)
+                loss = step_pref_loss(logits, layout, ref=ref, loss_type="sppo_hard").loss
+        (loss / 64).backward()
+        return [t.grad for t in leaves]
+
+    for got, want in zip(gradients(True), gradients(False), strict=True):
+        assert want.isfinite().all() and want.abs().max() > 0
+        assert (got - want).abs().max() <= 2e-3 * want.abs().max()
+
+
+def test_float16_trains_in_four_products():
+    layout, pairs, options = units_batch(seed=3)
+    leaves = problem(SHAPE, V, H, hidden_dtype=F16, weight_dtype=F16).leaves()
+    plan = layout.plan(pairs, vocab=V, hidden=H, dtype=F16)
+    assert plan.gemm_rows == 4 * layout.num_rows
+
+    def step():
+        linear_step_pref_loss(*leaves[:2], layout, pairs, bias=leaves[2], **options).loss.backward()
+
+    assert gemm_flops(step) == plan.flops
 
 
 def test_zero_upstream_and_unused_loss():

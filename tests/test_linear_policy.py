@@ -6,6 +6,7 @@ Mutations of sspo_ext/{linear_policy,dual}.py, each caught by the test named:
   gradient of the entropy with the other sign                test_equals_the_logits_route[ppo-all]
   the tokens' scale forgotten                                test_equals_the_logits_route[reinforce-all]
   float16 divides before the loss scale                      test_float16_gradients_wait_for_the_loss_scale
+  float16 gradients kept from forward                        test_float16_sums_over_many_tokens
   recompute looks at the last chunk again                    test_gemms_of_the_schedule
   groups one row larger than a chunk                         test_gemms_of_the_schedule
   a frozen head with an entropy bonus in backward            test_gemms_of_the_schedule
@@ -126,6 +127,38 @@ def test_float16_gradients_wait_for_the_loss_scale():
     want = logits_route(exact, layout, advantages, upstream=65536.0, **options)
     for a, b in zip(got[1:], want[1:], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=0.02, atol=0.02 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-10])
+def test_float16_sums_over_many_tokens(scale, entropy_coef):
+    """8192 tokens, a frequent one among them, a large hidden dimension: their sum does not fit, their mean does."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 32, (8, 1025), generator=g)
+    labels[torch.rand(8, 1025, generator=g) < 0.3] = 5
+    layout = StepLayout.from_step_ids(labels, torch.zeros_like(labels))
+    hidden, weight = torch.randn(8, 1025, 16, generator=g) * 0.3, torch.randn(32, 16, generator=g) * 0.05
+    hidden[..., 0], weight[:, 0] = 30.0, weight[:, 0] * 0.01
+    advantages, options = torch.full((8,), 2.0), {"entropy_coef": entropy_coef}
+
+    def gradient(linear):
+        head = weight.clone().requires_grad_()
+        with torch.autocast("cpu", torch.float16):
+            if linear:
+                loss = linear_step_policy_loss(hidden, head, layout, advantages, **options).loss
+            else:
+                logits = torch.nn.functional.linear(hidden, head)
+                loss = step_policy_loss(logits, layout, advantages, **options).loss
+        (loss * scale).backward()
+        return head.grad / scale
+
+    exact = weight.double().requires_grad_()
+    logits = torch.nn.functional.linear(hidden.double(), exact)
+    step_policy_loss(logits, layout, advantages.double(), **options).loss.backward()
+    got, want, truth = gradient(True), gradient(False), exact.grad
+    assert want.isfinite().all() and want.abs().max() > 10
+    # of a token's share, 2 / 8192 of the scale, float16 keeps few digits: both routes
+    assert (got - truth).abs().max() <= 2 * (want - truth).abs().max()
 
 
 def test_weight_grad_buffer():
