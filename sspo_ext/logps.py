@@ -140,6 +140,15 @@ class StepSums(torch.autograd.Function):
         return per_row if weights is None else per_row * weights.to(per_row.dtype), None, None
 
 
+def sums_over_steps(values: Tensor, layout: StepLayout) -> Tensor:
+    """(S,): sum of w * value over each step's rows (N,), in row order; differentiable."""
+    values = values if values.dtype == torch.float64 else values.float()
+    name = backends.select("auto", values.device.type, values.dtype)
+    if name == "reference":
+        return reference.step_sums(values, layout.weights, layout.step_of_row, layout.num_steps)
+    return StepSums.apply(values.contiguous(), layout, name)
+
+
 def _total_coef(coef, weights, step_of_row, d_loss, d_sums, d_tokens) -> Tensor:
     """d/dlogp (N,) when gradient arrives at the sums or the tokens too, and not at the loss alone."""
     total = torch.zeros_like(coef) if d_loss is None else coef * d_loss

@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from . import backends
 from ._checks import check_choice, check_device, check_float, check_num_items, check_shape, describe
 from .backends import reference
 from .heads import PairHead, get_pair_head
 from .layout import StepLayout
-from .logps import StepLogps, StepSums
+from .logps import StepLogps, sums_over_steps
 from .pairs import StepPairs
 from .terms import LossTerm, PairLossSpec
 
@@ -170,13 +169,13 @@ def reference_sums(ref: StepLogps | Tensor | None, layout: StepLayout) -> Tensor
     if isinstance(ref, StepLogps):
         # from the tokens, so that the reference is weighted as this loss is
         check_shape("ref.tokens", ref.tokens, (layout.num_rows,))
-        return _sum_rows(ref.tokens.detach().to(layout.device), layout)
+        return sums_over_steps(ref.tokens.detach().to(layout.device), layout)
     check_float("ref", ref)
     check_device("ref", ref, layout.device, "the layout")
     ref, (rows, steps) = ref.detach(), (layout.num_rows, layout.num_steps)
     if ref.ndim == 2 or (ref.ndim == 1 and layout.shape == (1, ref.shape[0]) and ref.shape[0] not in (rows, steps)):
         check_shape("ref", ref if ref.ndim == 2 else ref[None], layout.shape)
-        return _sum_rows(ref.reshape(-1)[layout.rows + 1], layout)
+        return sums_over_steps(ref.reshape(-1)[layout.rows + 1], layout)
     if ref.shape == (rows,) == (steps,) and (layout.weights is not None or not layout.one_row_per_step):
         raise ValueError(
             f"ref: {describe(ref)} may be step sums or token log-probs here; pass a StepLogps or (B, T) token log-probs"
@@ -184,20 +183,11 @@ def reference_sums(ref: StepLogps | Tensor | None, layout: StepLayout) -> Tensor
     if ref.shape == (steps,):
         return ref
     if ref.shape == (rows,):
-        return _sum_rows(ref, layout)
+        return sums_over_steps(ref, layout)
     raise ValueError(
         f"ref: expected step sums ({steps},), token log-probs ({rows},) or {layout.shape}, or a StepLogps, "
         f"got {describe(ref)}"
     )
-
-
-def _sum_rows(tokens: Tensor, layout: StepLayout) -> Tensor:
-    """(S,) weighted, by the ordered sums that the policy's log-probs get."""
-    tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
-    backend = backends.select("auto", tokens.device.type, tokens.dtype)
-    if backend == "reference":
-        return reference.step_sums(tokens, layout.weights, layout.step_of_row, layout.num_steps)
-    return StepSums.apply(tokens.contiguous(), layout, backend)
 
 
 def mixed_pair_losses(term_losses: Tensor, spec: PairLossSpec) -> Tensor:

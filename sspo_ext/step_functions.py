@@ -12,11 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import backends
 from ._checks import check_choice, check_device, check_float, check_integer, check_num_items, check_shape, describe
-from .backends import reference
 from .layout import StepLayout, constant
-from .logps import StepLogps, StepSums
+from .logps import StepLogps
 from .pair_spec import check_logps, reference_sums
 
 
@@ -77,15 +75,6 @@ def row_log_ratios(logps: StepLogps, layout: StepLayout, ref, needed_by: str) ->
             f"{describe(ref)}"
         )
     return (logps.tokens - tokens.to(logps.tokens.dtype)).detach()
-
-
-def sums_over_steps(values: Tensor, layout: StepLayout) -> Tensor:
-    """(S,): sum of w * value over each step's rows (N,), in row order; differentiable."""
-    values = values if values.dtype == torch.float64 else values.float()
-    name = backends.select("auto", values.device.type, values.dtype)
-    if name == "reference":
-        return reference.step_sums(values, layout.weights, layout.step_of_row, layout.num_steps)
-    return StepSums.apply(values.contiguous(), layout, name)
 
 
 class StepGrid:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._checks import check_not_negative, check_positive, check_shape, check_tensor
 from .layout import StepLayout
-from .logps import StepLogps
+from .logps import StepLogps, sums_over_steps
 from .pair_spec import check_logps, resolve_pairs
 from .pairs import StepPairs
 from .step_functions import (
@@ -26,7 +26,6 @@ from .step_functions import (
     per_unit,
     reduce_units,
     row_log_ratios,
-    sums_over_steps,
     unit_numbers,
 )
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from sspo_ext import StepLayout, StepLogps, StepPairs
 from sspo_ext.batch_losses import aot_loss, aot_unpaired_loss, kto_reference_point
 from sspo_ext.batch_state import RewardMean, all_reduce
+from sspo_ext.logps import sums_over_steps
 from sspo_ext.losses import pref_loss
-from sspo_ext.step_functions import sums_over_steps
 
 F64 = torch.float64
 

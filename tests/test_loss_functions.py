@@ -41,8 +41,9 @@ from sspo_ext.batch_losses import (
     tpo_loss,
     trpa_loss,
 )
+from sspo_ext.logps import sums_over_steps
 from sspo_ext.losses import pref_loss
-from sspo_ext.step_functions import LOSS_FUNCTIONS, StepGrid, sums_over_steps
+from sspo_ext.step_functions import LOSS_FUNCTIONS, StepGrid
 from sspo_ext.step_losses import direct_advantage_loss, implicit_prm_loss, oreo_loss, oreo_value_loss
 from sspo_ext.token_losses import full_step_dpo_loss, tdpo1_loss, tdpo2_loss, wpo_weights
 

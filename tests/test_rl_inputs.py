@@ -6,6 +6,7 @@ by str(), the probe's own ends and turn overwritten, the template's options not 
 """
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 from helpers_rl import ROWS, Says, config, make_model, make_tokenizer, make_trainer
@@ -41,6 +42,26 @@ def test_compact_refuses_virtual_tokens():
     model = peft.get_peft_model(make_model(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="rollout_engine: 'compact' needs"):
         CompactEngine(0).complete(model.eval(), PROMPTS, Sampling(4, (1,)), SEEDS)
+
+
+def test_virtual_tokens_are_not_the_texts(tmp_path):
+    """Prompt tuning, whose logits begin with those of its virtual tokens: the loss of one update by hand."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    tuned = peft.get_peft_model(make_model(), peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    tokenizer, kept, losses = make_tokenizer(), [], []
+    trainer = make_trainer(
+        tmp_path, model=tuned, tokenizer=tokenizer, engine=Says(tokenizer, ["2<eos>", "3<eos>", "1\n2<eos>", "3"]),
+        rows=ROWS[:1], route="logits", combine="outcome", max_steps=1, learning_rate=0.0,
+    )  # fmt: skip
+    trainer.on_rollouts = kept.extend
+    trainer.train()
+    for r in kept:
+        ids = torch.tensor([r.prompt_ids + r.completion_ids])
+        logits = tuned(input_ids=ids, use_cache=False).logits[0, 3:][:-1].log_softmax(-1)
+        logps = logits.gather(1, ids[0, 1:, None])[len(r.prompt_ids) - 1 :, 0]
+        losses.append(-(logps * torch.tensor([a for step, a in zip(r.steps, r.advantages, strict=True) for _ in step])))
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(

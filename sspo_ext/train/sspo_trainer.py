@@ -52,7 +52,7 @@ from .grade import Grader, answer_grader, answer_texts, grade_rows
 from .means import Sums
 from .models import load_model
 from .rollout import RolloutEngine, Sampling, end_tokens, make_engine
-from .route import batch_logps, check_one_gpu, choose_route, model_inputs, router_loss
+from .route import batch_logps, check_one_gpu, choose_route, model_inputs, router_loss, text_logits
 from .sspo_config import SSPOConfig
 
 _METRICS = (
@@ -313,7 +313,8 @@ class SSPOTrainer(Trainer):
             out = linear_step_policy_loss(hidden, head.weight, batch["layout"], batch["advantages"], **options)
         else:
             outputs = model(**model_inputs(batch), use_cache=False)
-            out = step_policy_loss(outputs.logits, batch["layout"], batch["advantages"], **options)
+            logits = text_logits(outputs, batch["layout"])
+            out = step_policy_loss(logits, batch["layout"], batch["advantages"], **options)
         return out, router_loss(self.model, outputs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
