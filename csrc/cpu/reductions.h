@@ -119,31 +119,21 @@ RowSums tile_sums(const T* x, const T* y, int64_t n, const Exponent<CAP>& map, c
 }
 
 struct RowResult {
-    double lse = __builtin_nan(""), entropy = lse, sum_p2 = lse, kl = lse, ref_lse = lse;
+    RowLse lse;
+    double entropy = lse.top, sum_p2 = lse.top, kl = lse.top, ref_lse = lse.top;
 };
 
-// From sums of powers of 2: `lse` without the logarithm of the sum.
-inline RowResult result_of(const RowSums& sums, double lse, double ref_lse) {
+// From sums of powers of 2, relative to `top` and `ref_top`.
+inline RowResult result_of(const RowSums& sums, double top, double ref_top) {
     // what rounding makes negative is 0; NaN stays
     const auto above_zero = [](double v) { return v < 0 ? 0 : v; };
     RowResult r;
-    r.lse = lse + log(sums.e);
+    r.lse = {top, log(sums.e)};
     r.entropy = above_zero(log(sums.e) - kLn2 * sums.et / sums.e);
     r.sum_p2 = sums.ee / (sums.e * sums.e);
-    r.ref_lse = ref_lse + log(sums.s);
+    r.ref_lse = ref_top + log(sums.s);
     r.kl = above_zero(kLn2 * sums.srt / sums.s + log(sums.e) - log(sums.s));
     return r;
-}
-
-template <class T>
-double row_max(const Logits& l, const T* x) {
-    double m = -__builtin_inf();
-    for (int64_t v = 0; v < l.V; ++v) {
-        const double z = exact_z(l, to_double(x[v]));
-        if (!(z <= m)) m = z;  // NaN goes in and stays
-        if (m != m) break;
-    }
-    return m;
 }
 
 // In double, two passes: float64 rows, and the rare rows that the float32 arithmetic cannot represent.
@@ -152,7 +142,7 @@ RowResult row_exact(const Logits& l, const T* x, const T* y) {
     const double m = row_max(l, x), m_ref = y ? row_max(l, y) : 0;
     RowResult none;
     if (isinf(m) || m != m) {
-        none.lse = m == -__builtin_inf() ? m : none.lse;
+        if (m == -__builtin_inf()) none.lse = {m, 0};
         return none;
     }
     RowSums sums;
@@ -167,7 +157,8 @@ RowResult row_exact(const Logits& l, const T* x, const T* y) {
             if (!y) continue;
             const double r = exact_z(l, to_double(y[v])) - m_ref, s = exp(r);
             part.s += s;
-            part.srt += s > 0 ? s * (r - t) : 0;
+            // a reference's finite mask allows nothing, as in float32: wherever in the row its tile is
+            part.srt += (sizeof(T) == 8 ? s > 0 : (float)s > 0) ? s * (r - t) : 0;
         }
         sums.add(part);
     }
@@ -188,7 +179,10 @@ RowResult row_result(const Logits& l, const T* x, const T* y, const Exponent<CAP
         const int64_t n = l.V - i < kTile ? l.V - i : kTile;
         RowSums part;
         const auto sum = [&] { part = tile_sums<T, CAP, KL, LEAN>(x + i, y + i, n, map, exp2_, shift, ref_shift); };
-        const auto fits = [&] { return part.e <= kLateMaximum && part.s <= kLateMaximum; };  // no NaN does
+        // No NaN does. Nor does an infinite srt: a larger maximum of the reference may yet make it 0.
+        const auto fits = [&] {
+            return part.e <= kLateMaximum && part.s <= kLateMaximum && part.srt < __builtin_inf();
+        };
         if (seen && ref_seen) sum();
         if (!seen || !ref_seen || !fits()) {
             const float m = tile_max(x + i, n, map), m_ref = KL ? tile_max(y + i, n, map) : low;
@@ -212,7 +206,7 @@ RowResult row_result(const Logits& l, const T* x, const T* y, const Exponent<CAP
     }
     if (!(sums.e > 0) || (KL && !(sums.s > 0))) return row_exact(l, x, KL ? y : nullptr);
     const double factor = CAP ? l.c : l.a;
-    return result_of(sums, factor * map.from_shift(shift), factor * map.from_shift(ref_shift));
+    return result_of(sums, scaled(factor, map.from_shift(shift)), scaled(factor, map.from_shift(ref_shift)));
 }
 
 template <class T, class Out, class Row, class Z>
@@ -221,14 +215,14 @@ void reduce_rows(const ReductionArgs& args, int64_t begin, int64_t end, const Ro
     for (int64_t n = begin; n < end; ++n) {
         const int64_t position = args.rows[n], label = args.labels[n];
         RowResult r;
-        double logp = r.lse;
+        double logp = r.lse.top;
         if (position >= 0 && position < l.positions) {
             const T* x = row_pointer<T>(l, position);
             r = row(x, args.ref.data ? row_pointer<T>(args.ref, position) : nullptr);
             logp = log_prob(label, l.V, r.lse, [&](int64_t v) { return z_of(to_double(x[v])); });
         }
         ((Out*)args.logp)[n] = (Out)logp;
-        args.lse[n] = r.lse;
+        args.lse[n] = r.lse.lse();
         if (args.entropy) ((Out*)args.entropy)[n] = (Out)r.entropy;
         if (args.sum_p2) ((Out*)args.sum_p2)[n] = (Out)r.sum_p2;
         if (!args.ref.data) continue;
@@ -265,7 +259,7 @@ void reductions_fwd_float64(const ReductionArgs& args, int64_t begin, int64_t en
 
 // d loss/dz_v = g (1[v = label] - p) + p (constant + log_p log p + square p) - kappa q
 struct RowCoefs {
-    double g, constant, log_p, square, kappa, lse, ref_lse;
+    double g, constant, log_p, square, kappa, lse, ref_lse;  // of the forward
     int64_t label;
     enum { kZero, kNaN, kDense } kind = kZero;
 };
@@ -281,21 +275,30 @@ RowCoefs row_coefs(const ReductionGradArgs& args, int64_t position) {
     r.label = args.labels[row];
     r.lse = args.lse[row];
     r.ref_lse = args.ref.data ? args.ref_lse[row] : 0;
-    const double sum = r.g + r.constant + r.log_p + r.square + r.kappa + r.lse + r.ref_lse;
+    const double sum = r.g + r.constant + r.log_p + r.square + r.kappa;
     const bool label_ok = r.label == sspo::kNoLabel || (r.label >= 0 && r.label < args.logits.V);
-    r.kind = isfinite((float)sum) && label_ok ? RowCoefs::kDense : RowCoefs::kNaN;
+    r.kind = isfinite(sum) && isfinite(r.lse) && isfinite(r.ref_lse) && label_ok ? RowCoefs::kDense : RowCoefs::kNaN;
     return r;
 }
 
-inline double slope_of(const Logits& l, double z) { return l.c == 0 ? l.a : l.c * l.a * (1 - z / l.c * (z / l.c)); }
-
 // One element, z and the reference's z_ref given; at the label without cancellation where p is close to 1.
-inline double element_grad(const Logits& l, const RowCoefs& r, double z, double z_ref, bool is_label) {
-    const double log_p = z - r.lse, p = exp(log_p);
+inline double element_grad(const Logits& l, const RowCoefs& r, const RowLse& lse, const RowLse& ref_lse, double z,
+                           double z_ref, bool is_label) {
+    const double log_p = z - lse.top - lse.log_sum, p = exp(log_p);
     double d = is_label ? -r.g * expm1(log_p) : -r.g * p;
     if (p > 0) d += p * (r.constant + r.log_p * log_p + r.square * p);
-    if (r.kappa != 0) d -= r.kappa * exp(z_ref - r.ref_lse);
+    if (r.kappa != 0) d -= r.kappa * exp(z_ref - ref_lse.top - ref_lse.log_sum);
     return d * slope_of(l, z);
+}
+
+// In double: float64 rows, and those whose logits are too large for float32 exponents. y is null where kappa is 0.
+template <class T>
+void reduction_grad_row_exact(const Logits& l, const RowCoefs& r, const T* x, const T* y, T* out) {
+    const RowLse lse = row_lse_parts(l, x, r.lse), ref_lse = y ? row_lse_parts(l, y, r.ref_lse) : RowLse{};
+    for (int64_t v = 0; v < l.V; ++v) {
+        const double z = exact_z(l, to_double(x[v])), z_ref = y ? exact_z(l, to_double(y[v])) : 0;
+        from_double(element_grad(l, r, lse, ref_lse, z, z_ref, v == r.label), out + v);
+    }
 }
 
 // Numbers of the row in the units of the vectors.
@@ -391,10 +394,14 @@ void reductions_bwd_rows(const ReductionGradArgs& args, int64_t begin, int64_t e
         }
         const T* x = row_pointer<T>(l, position);
         const T* y = r.kappa != 0 ? row_pointer<T>(args.ref, position) : nullptr;
+        if (fabs(r.lse) > kHugeLse || fabs(r.ref_lse) > kHugeLse) {
+            reduction_grad_row_exact(l, r, x, y, out);
+            continue;
+        }
         double label_value = 0;
         if (r.label != sspo::kNoLabel)
-            label_value =
-                element_grad(l, r, map.z(l, to_double(x[r.label])), y ? map.z(l, to_double(y[r.label])) : 0, true);
+            label_value = element_grad(l, r, {r.lse, 0}, {r.ref_lse, 0}, map.z(l, to_double(x[r.label])),
+                                       y ? map.z(l, to_double(y[r.label])) : 0, true);
         const GradRow<T, CAP> row(l, map, r);
         const bool lean = r.square == 0 && !(y && r.log_p != 0);
         constexpr std::true_type yes;
@@ -421,8 +428,7 @@ void reductions_bwd_float64(const ReductionGradArgs& args, int64_t begin, int64_
         }
         const double* x = row_pointer<double>(l, position);
         const double* y = r.kappa != 0 ? row_pointer<double>(args.ref, position) : nullptr;
-        for (int64_t v = 0; v < l.V; ++v)
-            out[v] = element_grad(l, r, exact_z(l, x[v]), y ? exact_z(l, y[v]) : 0, v == r.label);
+        reduction_grad_row_exact(l, r, x, y, out);
     }
 }
 

@@ -46,22 +46,8 @@ double tile_sum(const T* x, int64_t n, const Exponent<CAP>& e, const Exp2<kDegre
     return horizontal_sum(sum[0]);
 }
 
-// In double, two passes: float64 rows, and the rare rows that the float32 arithmetic cannot represent.
-template <class T>
-double row_lse_exact(const Logits& l, const T* x) {
-    double m = -__builtin_inf(), sum = 0;
-    for (int64_t v = 0; v < l.V; ++v) {
-        const double z = exact_z(l, to_double(x[v]));
-        if (!(z <= m)) m = z;  // NaN goes in and stays
-        if (m != m) return m;
-    }
-    if (isinf(m)) return m < 0 ? m : __builtin_nan("");
-    for (int64_t v = 0; v < l.V; ++v) sum += exp(exact_z(l, to_double(x[v])) - m);
-    return m + log(sum);
-}
-
 template <class T, bool CAP>
-double row_lse(const Logits& l, const T* x, const Exponent<CAP>& e, const Exp2<kDegree>& exp2_) {
+RowLse row_lse(const Logits& l, const T* x, const Exponent<CAP>& e, const Exp2<kDegree>& exp2_) {
     float shift = 0;
     double sum = 0;
     for (int64_t i = 0; i < l.V; i += kTile) {
@@ -82,7 +68,7 @@ double row_lse(const Logits& l, const T* x, const Exponent<CAP>& e, const Exp2<k
     }
     if (sum == 0) return row_lse_exact(l, x);
     // The shift in double: what its rounding took from the terms' exponents, their sum has.
-    return (CAP ? l.c : l.a) * e.from_shift(shift) + log(sum);
+    return {scaled(CAP ? l.c : l.a, e.from_shift(shift)), log(sum)};
 }
 
 template <class T, bool CAP>
@@ -92,14 +78,15 @@ void fwd_rows(const FwdArgs& args, int64_t begin, int64_t end) {
     const Exp2<kDegree> exp2_;
     for (int64_t n = begin; n < end; ++n) {
         const int64_t position = args.rows[n], label = args.labels[n];
-        double lse = __builtin_nan(""), logp = lse;
+        RowLse row;
+        double logp = row.top;
         if (position >= 0 && position < l.positions) {
             const T* x = row_pointer<T>(l, position);
-            lse = e.k_value > 0 ? row_lse<T, CAP>(l, x, e, exp2_) : row_lse_exact(l, x);
-            logp = log_prob(label, l.V, lse, [&](int64_t v) { return e.z(l, to_double(x[v])); });
+            row = e.k_value > 0 ? row_lse<T, CAP>(l, x, e, exp2_) : row_lse_exact(l, x);
+            logp = log_prob(label, l.V, row, [&](int64_t v) { return e.z(l, to_double(x[v])); });
         }
         ((float*)args.logp)[n] = (float)logp;
-        args.lse[n] = lse;
+        args.lse[n] = row.lse();
     }
 }
 
@@ -107,14 +94,15 @@ void fwd_rows_float64(const FwdArgs& args, int64_t begin, int64_t end) {
     const Logits& l = args.logits;
     for (int64_t n = begin; n < end; ++n) {
         const int64_t position = args.rows[n], label = args.labels[n];
-        double lse = __builtin_nan(""), logp = lse;
+        RowLse row;
+        double logp = row.top;
         if (position >= 0 && position < l.positions) {
             const double* x = row_pointer<double>(l, position);
-            lse = row_lse_exact(l, x);
-            logp = log_prob(label, l.V, lse, [&](int64_t v) { return exact_z(l, x[v]); });
+            row = row_lse_exact(l, x);
+            logp = log_prob(label, l.V, row, [&](int64_t v) { return exact_z(l, x[v]); });
         }
         ((double*)args.logp)[n] = logp;
-        args.lse[n] = lse;
+        args.lse[n] = row.lse();
     }
 }
 
@@ -153,7 +141,7 @@ void grad_elements(const T* x, T* out, int64_t n, const Exponent<CAP>& e, const 
 
 // What a row's gradient needs: factor = dL/dlogp, lse, and whether the row is zero or not a number altogether.
 struct RowGrad {
-    double factor = 0, lse = 0;
+    double factor = 0, lse = 0;  // of the forward
     int64_t label = sspo::kNoLabel;
     enum { kZero, kNaN, kDense } kind = kZero;
 };
@@ -176,9 +164,21 @@ RowGrad row_grad(const BwdArgs& args, int64_t position, bool finite_float) {
 }
 
 // The label's element: factor * (1 - p) * dz/dx, without cancellation where p is close to 1.
-inline double label_grad(const Logits& l, double z, const RowGrad& g) {
-    const double slope = l.c == 0 ? l.a : l.c * l.a * (1 - z / l.c * (z / l.c));
-    return g.factor * slope * -expm1(z - g.lse);
+inline double label_grad(const Logits& l, double z, double factor, const RowLse& row) {
+    return factor * slope_of(l, z) * -expm1(z - row.top - row.log_sum);
+}
+
+// In double: float64 rows, and those whose logits are too large for float32 exponents.
+template <class T>
+void grad_row_exact(const Logits& l, const T* x, T* out, const RowGrad& g) {
+    const RowLse row = row_lse_parts(l, x, g.lse);
+    const bool labelled = g.label != sspo::kNoLabel;
+    const double label_value = labelled ? label_grad(l, exact_z(l, to_double(x[g.label])), g.factor, row) : 0;
+    for (int64_t v = 0; v < l.V; ++v) {
+        const double z = exact_z(l, to_double(x[v]));
+        from_double(-g.factor * slope_of(l, z) * exp(z - row.top - row.log_sum), out + v);
+    }
+    if (labelled) from_double(label_value, out + g.label);
 }
 
 template <class T, bool CAP>
@@ -197,8 +197,12 @@ void bwd_rows(const BwdArgs& args, int64_t begin, int64_t end) {
             continue;
         }
         const T* x = row_pointer<T>(l, position);
+        if (fabs(g.lse) > kHugeLse) {
+            grad_row_exact(l, x, out, g);
+            continue;
+        }
         const bool labelled = g.label != sspo::kNoLabel;
-        const double label_value = labelled ? label_grad(l, e.z(l, to_double(x[g.label])), g) : 0;
+        const double label_value = labelled ? label_grad(l, e.z(l, to_double(x[g.label])), g.factor, {g.lse, 0}) : 0;
         const double exact_shift = e.to_shift(g.lse / (CAP ? l.c : l.a));
         const float shift = (float)exact_shift;
         const double correction = exp2(e.exponent(shift - exact_shift));
@@ -221,15 +225,7 @@ void bwd_rows_float64(const BwdArgs& args, int64_t begin, int64_t end) {
             fill(out, l.V, g.kind == RowGrad::kZero ? 0.0 : __builtin_nan(""));
             continue;
         }
-        const double* x = row_pointer<double>(l, position);
-        const bool labelled = g.label != sspo::kNoLabel;
-        const double label_value = labelled ? label_grad(l, exact_z(l, x[g.label]), g) : 0;
-        for (int64_t v = 0; v < l.V; ++v) {
-            const double tanh_ = l.c == 0 ? 0 : tanh(l.a * x[v]);
-            const double slope = l.c == 0 ? l.a : l.c * l.a * (1 - tanh_ * tanh_);
-            out[v] = -g.factor * slope * exp((l.c == 0 ? l.a * x[v] : l.c * tanh_) - g.lse);
-        }
-        if (labelled) out[g.label] = label_value;
+        grad_row_exact(l, row_pointer<double>(l, position), out, g);
     }
 }
 
