@@ -85,6 +85,45 @@ def test_what_is_forbidden():
     assert (kl == math.inf).all() and grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masks_of_another_kind(dtype):
+    """The policy masks with -inf and the reference with a finite number, which allows nothing: wherever the mask is."""
+    V = 1500
+    for mask in (-300.0, torch.finfo(dtype).min):
+        for masked in (slice(0, 900), slice(700, V)):
+            case = ReductionRows(V, dtype, 1.0, 0.0, few=True)
+            case.logits[..., masked], case.ref[..., masked] = -math.inf, mask
+            allowed = torch.ones(V, dtype=torch.bool)
+            allowed[masked] = False
+            case.labels = torch.arange(V)[allowed][case.labels % 600]
+            (_, _, _, kl), grad = case.run(backend, UPSTREAMS["kl"])
+            case.ref[..., masked] = -math.inf
+            (_, _, _, want), want_grad = case.truth(torch.float64, UPSTREAMS["kl"])
+            torch.testing.assert_close(kl.double(), want, rtol=1e-5, atol=1e-6, msg=f"{mask} {masked}: {kl}, {want}")
+            rtol = torch.finfo(dtype).eps + 4e-6
+            torch.testing.assert_close(grad.double(), want_grad, rtol=rtol, atol=1e-7 * want_grad.abs().max().item())
+
+
+@pytest.mark.parametrize(("dtype", "V"), [(torch.float32, 9), (torch.bfloat16, 530)], ids=str)
+def test_rows_of_huge_numbers(V, dtype):
+    """As in check_rows.py: uniform rows; of entropy, squares and KL the gradient is 0, and that of the log-prob is
+    right as long as lse holds log V."""
+    for size in (1e8, -1e12, -1e30, torch.finfo(dtype).min, torch.finfo(dtype).max):
+        for ref_size in (size, 1.0):
+            case = ReductionRows(V, dtype, 1.0, 0.0, few=True)
+            case.logits[:], case.ref[:], case.varied[:] = size, ref_size, 1.0
+            values, grad = case.run(backend, UPSTREAMS["all"])
+            for value, want in zip(values, (-math.log(V), math.log(V), 1 / V, 0.0), strict=True):
+                assert (value - want).abs().max() <= 1e-5 * (1 + abs(want)), f"{size} {ref_size}: {values}"
+            assert grad.isfinite().all(), f"{size} {ref_size}"
+            if abs(size) > 1e13:
+                continue
+            want = torch.full((len(case.rows), V), -1.3 / V, dtype=torch.float64)
+            want[torch.arange(len(want)), case.labels] += 1.3
+            got = grad.view(-1, V)[case.rows].double()
+            torch.testing.assert_close(got, want, rtol=torch.finfo(dtype).eps + 2e-2, atol=1e-5)
+
+
 def test_not_finite():
     for bad in (math.nan, math.inf):
         case = ReductionRows(700, torch.float32, 1.0, 0.0)

@@ -239,6 +239,38 @@ def test_extreme_rows(V, dtype):
     assert (logp + torch.tensor(float(V)).log()).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("dtype", "V", "a"), [(torch.float32, 9, 0.7), (torch.float32, 530, 1.0), (torch.bfloat16, 530, 0.7)], ids=str
+)
+def test_rows_of_huge_numbers(V, dtype, a):
+    """Where scale * x has no digits behind its point: equal logits have equal shares. From about 1e14 on lse does not
+    hold log V, and the gradient is only finite."""
+    for size in (1e8, 5e9, -1e12, -1e30, torch.finfo(dtype).min, torch.finfo(dtype).max):
+        for lower in (False, True):  # some of the row a number of the dtype lower: probability 0
+            case = Rows(V, dtype, a, 0.0, coef=(0.7, -1.3, 2.0))
+            case.logits[:] = size
+            if lower:
+                below = torch.nextafter(case.logits, torch.full_like(case.logits, float("-inf")))
+                case.logits[..., 2::3] = below[..., 2::3].clamp(min=torch.finfo(dtype).min)
+            case.labels[:] = 3
+            differences = case.logits.double() - case.logits.double().amax(-1, keepdim=True)
+            logs = (a * differences).log_softmax(-1).view(-1, V)[case.rows]
+            logp, lse = case.forward()
+            torch.testing.assert_close(logp.double(), logs[:, 3], rtol=1e-6, atol=1e-6, msg=f"{size} {logp}")
+            out = case.backward(lse)
+            assert out.isfinite().all(), size
+            case.backward(lse, out=case.logits)
+            assert torch.equal(case.logits, out), size
+            if abs(size) > 1e13:
+                continue
+            want = -logs.exp()
+            want[:, 3] += 1
+            want *= case.coef[:, None] * 1.5 * a
+            got = out.view(-1, V)[case.rows].double()
+            rtol = torch.finfo(dtype).eps + (1e-2 if abs(size) > 1e10 else 1e-4)
+            torch.testing.assert_close(got, want, rtol=rtol, atol=1e-7, msg=lambda m, s=size: f"{s}: {m}")
+
+
 def test_constant_shift_costs_no_digits():
     """A row and the same row + 2^13 (exact in float32 here): the same log-probs to float32 accuracy."""
     case = Rows(5000, torch.float32, *PLAIN)

@@ -23,7 +23,27 @@ from ._common import (
     two_floats,
 )
 
-_LARGEST = tl.constexpr(3e38)
+# From here on a float32 exponent has no digits behind its point.
+_FAR = tl.constexpr(2.0**24)
+# A float64 lse holds log V up to here, and what two floats make of a factor is exact enough.
+_FARTHEST = tl.constexpr(2.0**46)
+
+
+@triton.jit
+def row_shift(lse, scale, per_lse, per_lse_lost, SOFTCAP: tl.constexpr):
+    """(shift, lost, centre): softmax = 2^(scale * (u - centre) + shift + lost), `lost` being what float32 cut off.
+
+    The centre is 0 but where logits are so large that scale * u has no digits left; it is their maximum then.
+    """
+    exact = -(lse * per_lse + lse * per_lse_lost)
+    centre = tl.zeros([], tl.float32)
+    if not SOFTCAP:
+        far = (tl.abs(exact) > _FAR) & (tl.abs(lse) < float("inf"))
+        centre = tl.where(far, (exact / -scale).to(tl.float32), 0.0)
+        exact = tl.where(far & (tl.abs(exact) > _FARTHEST), 0.0, exact + centre.to(tl.float64) * scale)
+    shift = exact.to(tl.float32)
+    lost = (exact - shift.to(tl.float64)).to(tl.float32)
+    return shift, tl.where(tl.abs(lost) < 1.0, lost, 0.0), centre
 
 
 @triton.jit
@@ -38,10 +58,15 @@ def _grad(x, a, scale, shift, weight, SOFTCAP: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def _write_tiles(
-    out_ptr, logits_ptr, lanes, a, scale, shift, weight,
+    out_ptr, logits_ptr, lanes, a, scale, shift, centre, weight,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     x0, x1, x2, x3 = load_tiles(logits_ptr, lanes, MASKED, ALIGNED, LANES, VEC)
+    if MASKED:  # rows far from 0 are nothing but masked passes
+        x0 -= centre
+        x1 -= centre
+        x2 -= centre
+        x3 -= centre
     x0 = _grad(x0, a, scale, shift, weight, SOFTCAP, VEC)
     x1 = _grad(x1, a, scale, shift, weight, SOFTCAP, VEC)
     x2 = _grad(x2, a, scale, shift, weight, SOFTCAP, VEC)
@@ -108,33 +133,29 @@ def _token_logp_bwd_kernel(
             body_ptr = tl.multiple_of(body_ptr, 16)
         label = tl.load(labels_ptr + n)
         lse = tl.load(lse_ptr + n)
-        # softmax = exp2(scale * u + shift). In float32 a large shift loses more than its exponential may: what is cut
-        # off it goes into the row's factor.
-        exact = -(lse * per_lse + lse * per_lse_lost)
-        shift = exact.to(tl.float32)
-        overflow = (tl.abs(shift) > _LARGEST) & (tl.abs(lse) < float("inf"))
-        shift = tl.where(overflow, tl.where(lse > 0, -_LARGEST, _LARGEST), shift)
-        lost = (exact - shift.to(tl.float64)).to(tl.float32)
+        # In float32 a large shift loses more than its exponential may: what is cut off it goes into the row's factor.
+        shift, lost, centre = row_shift(lse, scale, per_lse, per_lse_lost, SOFTCAP)
+        g_loop_end = tl.where(centre == 0.0, g_loop_end, g_begin)
         weight = tl.where((label >= -1) & (label < V), coef * slope, float("nan"))
-        softmax_weight = -weight * tl.exp2(tl.where(tl.abs(lost) < 1.0, lost, 0.0))
+        softmax_weight = -weight * tl.exp2(lost)
 
         # In place, these must be read before anything is written, and the label's gradient is written last.
         group = (label - head) // VEC  # of the label; negative or past the end at the edges
         in_head_or_tail = (label < head) | (group >= groups)
         mine = tl.where(in_head_or_tail, has_edges, (group >= g_begin) & (group < g_end))
         mine = mine & (label >= 0) & (label < V)
-        x_label = tl.load(row_ptr + label, mask=mine, other=0.0).to(tl.float32)
-        x_edge = tl.load(row_ptr + columns, mask=at_edge, other=0.0).to(tl.float32)
+        x_label = tl.load(row_ptr + label, mask=mine, other=0.0).to(tl.float32) - centre
+        x_edge = tl.load(row_ptr + columns, mask=at_edge, other=0.0).to(tl.float32) - centre
         tl.debug_barrier()
         for g in range(g_begin, g_loop_end, STEP):
             _write_tiles(
-                out_body_ptr + g * VEC, body_ptr + g * VEC, 0, a, scale, shift, softmax_weight,
+                out_body_ptr + g * VEC, body_ptr + g * VEC, 0, a, scale, shift, centre, softmax_weight,
                 False, SOFTCAP, ALIGNED, LANES, VEC,
             )  # fmt: skip
-        if g_loop_end < g_end:
+        for g in range(g_loop_end, g_end, STEP):
             _write_tiles(
-                out_body_ptr + g_loop_end * VEC, body_ptr + g_loop_end * VEC, g_end - g_loop_end,
-                a, scale, shift, softmax_weight, True, SOFTCAP, ALIGNED, LANES, VEC,
+                out_body_ptr + g * VEC, body_ptr + g * VEC, g_end - g, a, scale, shift, centre, softmax_weight,
+                True, SOFTCAP, ALIGNED, LANES, VEC,
             )  # fmt: skip
         d_edge = _grad(x_edge, a, scale, shift, softmax_weight, SOFTCAP, VEC)
         tl.store(out_row_ptr + columns, d_edge.to(out_ptr.dtype.element_ty), mask=at_edge)

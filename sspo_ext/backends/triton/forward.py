@@ -94,7 +94,8 @@ def _merge(m, total, m_new, total_new, scale):
 
 @triton.jit
 def _max_and_sum_in_two_passes(row_ptr, V, a, scale, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):
-    """(max, sum of exp2(scale * (x - max))): for rows so large that scale * x overflows, or all below _LOWEST."""
+    """(max, sum of exp2(scale * (x - max))): for rows so large that scale * x overflows or its rounding counts, or all
+    below _LOWEST."""
     o = tl.arange(0, BLOCK)
     m = tl.full([BLOCK], float("-inf"), tl.float32)
     for v in range(0, V, BLOCK):
@@ -182,7 +183,7 @@ def _token_logp_fwd_kernel(
         u_max, total = _merge(u_max, total, m, tl.sum(tl.exp2(tl.fma(u_edge, scale, -(m * scale))), axis=0), scale)
         # the sums are relative to the rounded u_max * scale
         rounding = tl.fma(u_max, scale, -(u_max * scale))
-        ordinary = total > 0.0
+        ordinary = (total > 0.0) & (total < float("inf"))
         if not ordinary:
             u_max, total = _max_and_sum_in_two_passes(row_ptr, V, a, scale, SOFTCAP, 4 * LANES, VEC)
             rounding = 0.0

@@ -21,7 +21,7 @@ from ._common import (
     tanh_sech2,
     two_floats,
 )
-from .backward import _LARGEST, _column_shares
+from .backward import _column_shares, row_shift
 from .reductions_forward import _LEAST_EXPONENT, lies_alike
 
 
@@ -49,7 +49,8 @@ def _grad(
 
 @triton.jit
 def _write_tiles(
-    out_ptr, logits_ptr, ref_ptr, lanes, a, scale, shift, ref_shift, power, constant, log_p, square, kappa,
+    out_ptr, logits_ptr, ref_ptr, lanes, a, scale, shift, ref_shift, centre, ref_centre, power, constant, log_p, square,
+    kappa,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, HAS_REF: tl.constexpr, ALIGNED: tl.constexpr,
     REF_ALIGNED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
@@ -58,22 +59,20 @@ def _write_tiles(
         y0, y1, y2, y3 = load_tiles(ref_ptr, lanes, MASKED, REF_ALIGNED, LANES, VEC)
     else:
         y0, y1, y2, y3 = x0, x1, x2, x3
+    if MASKED:  # rows far from 0 are nothing but masked passes
+        x0 -= centre
+        x1 -= centre
+        x2 -= centre
+        x3 -= centre
+        y0 -= ref_centre
+        y1 -= ref_centre
+        y2 -= ref_centre
+        y3 -= ref_centre
     x0 = _grad(x0, y0, a, scale, shift, ref_shift, power, constant, log_p, square, kappa, SOFTCAP, HAS_REF, VEC)
     x1 = _grad(x1, y1, a, scale, shift, ref_shift, power, constant, log_p, square, kappa, SOFTCAP, HAS_REF, VEC)
     x2 = _grad(x2, y2, a, scale, shift, ref_shift, power, constant, log_p, square, kappa, SOFTCAP, HAS_REF, VEC)
     x3 = _grad(x3, y3, a, scale, shift, ref_shift, power, constant, log_p, square, kappa, SOFTCAP, HAS_REF, VEC)
     store_tiles(out_ptr, x0, x1, x2, x3, lanes, MASKED, LANES, VEC)
-
-
-@triton.jit
-def _shift(lse, per_lse, per_lse_lost):
-    """(shift, what float32 cut off it): softmax = 2^(scale * u + shift + lost)."""
-    exact = -(lse * per_lse + lse * per_lse_lost)
-    shift = exact.to(tl.float32)
-    overflow = (tl.abs(shift) > _LARGEST) & (tl.abs(lse) < float("inf"))
-    shift = tl.where(overflow, tl.where(lse > 0, -_LARGEST, _LARGEST), shift)
-    lost = (exact - shift.to(tl.float64)).to(tl.float32)
-    return shift, tl.where(tl.abs(lost) < 1.0, lost, 0.0)
 
 
 @jit
@@ -147,16 +146,19 @@ def _row_reductions_bwd_kernel(
         if REF_ALIGNED:
             ref_body_ptr = tl.multiple_of(ref_body_ptr, 16)
         label = tl.load(labels_ptr + n)
-        shift, lost = _shift(tl.load(lse_ptr + n), per_lse, per_lse_lost)
+        shift, lost, centre = row_shift(tl.load(lse_ptr + n), scale, per_lse, per_lse_lost, SOFTCAP)
         power = tl.exp2(lost)
         # log p = ln 2 (t + lost)
         constant = slope * (tl.load(coefs_ptr + 1) - g_label + log_p * lost * LN2)
         log_p = slope * (log_p * LN2)
         square = slope * square
         ref_shift = shift
+        ref_centre = centre
         if HAS_REF:
-            ref_shift, ref_lost = _shift(tl.load(ref_lse_ptr + n), per_lse, per_lse_lost)
+            ref_lse = tl.load(ref_lse_ptr + n)
+            ref_shift, ref_lost, ref_centre = row_shift(ref_lse, scale, per_lse, per_lse_lost, SOFTCAP)
             kappa = slope * kappa * tl.exp2(ref_lost)
+        g_loop_end = tl.where((centre == 0.0) & (ref_centre == 0.0), g_loop_end, g_begin)
 
         # In place, these must be read before anything is written, and the label's gradient is written last.
         group = (label - head) // VEC  # of the label; negative or past the end at the edges
@@ -170,17 +172,21 @@ def _row_reductions_bwd_kernel(
         if HAS_REF:
             y_label = tl.load(ref_row_ptr + label, mask=mine, other=0.0).to(tl.float32)
             y_edge = tl.load(ref_row_ptr + columns, mask=at_edge, other=0.0).to(tl.float32)
+        x_label -= centre
+        x_edge -= centre
+        y_label -= ref_centre
+        y_edge -= ref_centre
         tl.debug_barrier()
         for g in range(g_begin, g_loop_end, STEP):
             _write_tiles(
                 out_body_ptr + g * VEC, body_ptr + g * VEC, ref_body_ptr + g * VEC, 0,
-                a, scale, shift, ref_shift, power, constant, log_p, square, kappa,
+                a, scale, shift, ref_shift, centre, ref_centre, power, constant, log_p, square, kappa,
                 False, SOFTCAP, HAS_REF, ALIGNED, REF_ALIGNED, LANES, VEC,
             )  # fmt: skip
-        if g_loop_end < g_end:
+        for g in range(g_loop_end, g_end, STEP):
             _write_tiles(
-                out_body_ptr + g_loop_end * VEC, body_ptr + g_loop_end * VEC, ref_body_ptr + g_loop_end * VEC,
-                g_end - g_loop_end, a, scale, shift, ref_shift, power, constant, log_p, square, kappa,
+                out_body_ptr + g * VEC, body_ptr + g * VEC, ref_body_ptr + g * VEC, g_end - g,
+                a, scale, shift, ref_shift, centre, ref_centre, power, constant, log_p, square, kappa,
                 True, SOFTCAP, HAS_REF, ALIGNED, REF_ALIGNED, LANES, VEC,
             )  # fmt: skip
         d_edge = _grad(

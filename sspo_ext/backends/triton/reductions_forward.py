@@ -39,7 +39,7 @@ def _moved(m, top, e, et, ee, srt, s, scale):
 def _moved_reference(m, top, s, srt, scale):
     d = top * scale - m * scale
     f = tl.exp2(-d)
-    # infinite where the row forbids what the reference allows, and f may be 0
+    # infinite where the row forbids what the reference allows as far as this lane knows, and f may be 0
     return f * s, tl.where(srt == float("inf"), srt, f * (srt - d * s))
 
 
@@ -147,7 +147,8 @@ def _max_of_row(row_ptr, V, a, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, VEC: 
 def _in_two_passes(
     row_ptr, ref_ptr, V, a, scale, SOFTCAP: tl.constexpr, HAS_REF: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr
 ):
-    """Maxima and sums of rows so large that scale * x overflows, or all below _LOWEST."""
+    """Maxima and sums of rows so large that scale * x overflows or its rounding counts, or all below _LOWEST, and where
+    the row forbids what the reference may allow."""
     o = tl.arange(0, BLOCK)
     top = _max_of_row(row_ptr, V, a, SOFTCAP, BLOCK, VEC)
     top_ref = top
@@ -264,7 +265,7 @@ def _row_reductions_fwd_kernel(
     total += tl.sum(power, axis=0)
     total_et += tl.sum(_et(t, power, 0.0), axis=0)
     total_ee += tl.sum(power * power, axis=0)
-    ordinary = total > 0.0
+    ordinary = (total > 0.0) & (total < float("inf"))
     if HAS_REF:
         y = tl.load(ref_row_ptr + columns, mask=at_edge, other=float("-inf")).to(tl.float32)
         y = tl.where(at_edge, _mapped(y, a, SOFTCAP, VEC), float("-inf"))
@@ -274,7 +275,7 @@ def _row_reductions_fwd_kernel(
         power, product = _srt(y, -(top_ref * scale), scale, t)
         total_s += tl.sum(power, axis=0)
         total_srt += tl.sum(product, axis=0)
-        ordinary = ordinary & (total_s > 0.0)
+        ordinary = ordinary & (total_s > 0.0) & (total_s < float("inf")) & (total_srt < float("inf"))
     # the sums are relative to the rounded top * scale
     rounding = tl.fma(top, scale, -(top * scale))
     rounding_ref = tl.fma(top_ref, scale, -(top_ref * scale))
