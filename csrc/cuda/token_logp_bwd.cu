@@ -7,7 +7,7 @@
 namespace sspo::cuda {
 namespace {
 
-constexpr float kLargestShift = 1e30f;  // beyond it scale * x may overflow
+constexpr float kLargestShift = 0x1p24f;  // beyond it scale * x has no digits behind its point, and may overflow
 
 // softmax(z) * dz/dx is 2^(scale * u + shift) * weight, `weight` being what is constant in the row.
 template <class T, bool kSoftcap>
@@ -81,14 +81,16 @@ __device__ __forceinline__ void write_groups(const LogitMap& map, const Walk& wa
     for (; g < walk.g_end; g += kThreads) out[g] = grad(map, load(g));
 }
 
-// Rows so large that the float32 form overflows: in double, element by element, as the owner of each.
+// Rows too large for the float32 form: in double, element by element, as the owner of each.
 template <class T, bool kSoftcap>
 __device__ __noinline__ void write_in_double(const T* row, T* out_row, Walk walk, LogitMap map, double lse,
                                              float weight) {
     const auto write = [&](int v) {
         const float x = Traits<T>::to_float(row[v]);
         const float2 t = kSoftcap ? tanh_sech2(map.a * x) : make_float2(x, 1);
-        out_row[v] = Traits<T>::from_float(weight * t.y * exp2f(static_cast<float>((t.x * map.factor - lse) / kLn2)));
+        // no probability is above 1, which the rounding of a huge lse could make it; NaN stays
+        const float exponent = static_cast<float>((t.x * map.factor - lse) / kLn2);
+        out_row[v] = Traits<T>::from_float(weight * t.y * exp2f(exponent > 0 ? 0.0f : exponent));
     };
     for (int g = walk.g_begin + static_cast<int>(threadIdx.x); g < walk.g_end; g += kThreads)
         for (int k = 0; k < Traits<T>::kVec; ++k) write(walk.head + g * Traits<T>::kVec + k);

@@ -68,8 +68,8 @@ struct Running {
     }
 };
 
-// For rows so large that scale * x overflows, or all below kLowest, or not finite: the maximum first, then the sum of
-// 2^(scale * (u - u_max)). Called by the whole block.
+// For rows so large that scale * x overflows or its rounding counts, or all below kLowest, or not finite: the maximum
+// first, then the sum of 2^(scale * (u - u_max)). Called by the whole block.
 template <class T, bool kSoftcap>
 __device__ __noinline__ Partial sum_in_two_passes(const T* row, int V, LogitMap map) {
     __shared__ float per_warp[2][kWarps];
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) token_logp_fwd_kernel(
     float total = row_sum.sum, u_max = mapped<kSoftcap>(map, row_sum.x_max);
     // `sum` is relative to `top`, which is scale * u_max only up to rounding; with one logit the quotient is 1 exactly.
     total /= exp2f(fmaf(u_max, map.scale, -row_sum.top));
-    if (!(total > 0)) {
+    if (!(total > 0 && total < INFINITY)) {
         const Partial again = sum_in_two_passes<T, kSoftcap>(row, p.V, map);
         total = again.sum, u_max = mapped<kSoftcap>(map, again.x_max);
     }
