@@ -154,7 +154,7 @@ class TestTRLsForm:
 
     def test_columns_are_those_of_all_rows(self):
         rows = [{"prompt": "a"}, {"prompt": "b", "weight": 2}]
-        assert grade_rows(lambda completions, weight: [w or 0 for w in weight], rows, ["", ""]) == [0.0, 2.0]
+        assert grade_rows(lambda completions, weight, **_: [w or 0 for w in weight], rows, ["", ""]) == [0.0, 2.0]
 
     @pytest.mark.parametrize("graded", (False, True))
     def test_in_the_trainer(self, tmp_path, graded):
