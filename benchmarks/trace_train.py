@@ -26,7 +26,7 @@ from sspo_ext.train.models import load_model
 from sspo_ext.train.tokenize import tokenize_rows
 from sspo_ext.train.trace_rows import trace_pairs
 
-from .real_run import describe, hardware, judge, make_trainer, model_folder, parser, scored, shown
+from .real_run import describe, hardware, judge, make_trainer, margins, model_folder, parser, scored, shown
 from .trace_run import PROBE, bar, select
 
 
@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         "held_out": describe(whole),
         "arms": {},
     }
+    gains: dict[str, dict] = {}
     for name, features in arms.items():
         folder = work / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,11 +73,16 @@ def main(argv: list[str] | None = None) -> None:
         checkpoints = sorted(folder.glob("checkpoint-[0-9]*"), key=lambda p: int(p.name.split("-")[1]))
         trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
         after = scored(trainer, whole, folder / "after.npz", f"held-out, after {name}")
+        gains[name] = {by: margins(whole, after, by) - margins(whole, before, by) for by in ("sum", "mean")}
         result["arms"][name] = {
             "train": describe(train),
             "table": judge(whole, held, before, after),
             "speed": json.loads((folder / "speed.json").read_text()),
         }
+    result["differences"] = {
+        f"solution, reward {by}": paired(*(gains[name][by] for name in ("sequence", "traced")))
+        for by in ("sum", "mean")
+    }
     (output / "trace_train.json").write_text(json.dumps(result) + "\n")
     (output / "RESULTS.md").write_text(report(result))
     print(report(result))
@@ -112,6 +118,12 @@ def traced(model, tokenizer, options, prompts: set[str], work: Path) -> list[dic
     return load_preference_rows(path)
 
 
+def paired(gains, others) -> dict[str, float]:
+    """Difference of the shares of questions with a gain, and its standard error."""
+    each = (gains > 0).astype(float) - (others > 0)
+    return {"mean": each.mean(), "se": each.std(ddof=1) / len(each) ** 0.5}
+
+
 def report(result: dict) -> str:
     options, hardware = result["options"], result["hardware"]
     arms = result["arms"]
@@ -135,6 +147,11 @@ def report(result: dict) -> str:
             + " | ".join(cell(tables[arm][name]["after"]) for arm in arms)
             + " |"
             for name, row in tables["traced"].items()
+        ),
+        "",
+        *(
+            f"{what.capitalize()}: sequence less traced {d['mean']:+.1%} ± {d['se']:.1%}, question by question."
+            for what, d in result["differences"].items()
         ),
         "",
         *(

@@ -135,3 +135,19 @@ def check(kernels, case: ReductionRows, name: str, upstream=UPSTREAMS["all"]) ->
     flat, scored = grad.view(-1, case.V), case.rows[case.varied != 0]
     others = [i for i in range(len(flat)) if i not in scored.tolist()]
     assert (flat[others] == 0).all(), "a gradient where nothing is scored"
+
+
+def check_masks(backend, V: int, dtype: torch.dtype, mask: float, masked: slice) -> None:
+    """KL and its gradient where the policy masks with -inf and the reference with `mask`, which allows nothing."""
+    case = ReductionRows(V, dtype, 1.0, 0.0, few=True)
+    case.logits[..., masked], case.ref[..., masked] = -math.inf, mask
+    allowed = torch.ones(V, dtype=torch.bool)
+    allowed[masked] = False
+    allowed = torch.arange(V)[allowed]
+    case.labels = allowed[case.labels % len(allowed)]
+    (_, _, _, kl), grad = case.run(backend, UPSTREAMS["kl"])
+    case.ref[..., masked] = -math.inf
+    (_, _, _, want), want_grad = case.truth(torch.float64, UPSTREAMS["kl"])
+    torch.testing.assert_close(kl.double(), want, rtol=1e-5, atol=1e-6, msg=f"{mask} {masked}: {kl}, {want}")
+    rtol = torch.finfo(dtype).eps + 4e-6
+    torch.testing.assert_close(grad.double(), want_grad, rtol=rtol, atol=1e-7 * want_grad.abs().max().item())

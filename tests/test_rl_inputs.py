@@ -137,6 +137,21 @@ def test_prompts_are_looked_at_before_training(tmp_path, prompt, chat):
         make_trainer(tmp_path, rows=rows, tokenizer=tokenizer)
 
 
+def test_an_end_that_the_tokenizer_adds_is_no_part_of_a_prompt():
+    from tokenizers.processors import TemplateProcessing
+
+    from sspo_ext.train.experience import prompt_tokens
+
+    tokenizer = make_tokenizer()
+    plain = tokenizer("1+2=").input_ids
+    assert prompt_tokens("1+2=", tokenizer) == plain
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        "<pad> $A <eos>", special_tokens=[("<pad>", 0), ("<eos>", 1)]
+    )
+    assert tokenizer("1+2=").input_ids == [0, *plain, 1]
+    assert prompt_tokens("1+2=", tokenizer) == [0, *plain]
+
+
 def test_messages_need_a_template(tmp_path):
     rows = [*ROWS, {"prompt": [{"role": "user", "content": "1"}], "answer": "2"}]
     with pytest.raises(ValueError, match="prompt: expected a text, since the tokenizer has no chat template"):

@@ -189,6 +189,19 @@ class TestChains:
         else:
             assert load_chains(rows, TOKENIZER, grader=lambda p, c, a: 0.5)[0][0].reward == reward
 
+    def test_a_grader_of_trls_form_has_the_columns(self):
+        seen = []
+
+        def grader(prompts, completions, answer, level, **_):
+            seen.append((prompts, completions, answer, level))
+            return [0.25]
+
+        row = chain(1) | {"level": 3}
+        row.pop("reward", None), row.pop("is_correct", None)
+        (found,), _ = load_chains([row], TOKENIZER, grader=grader)
+        assert found.reward == 0.25
+        assert seen == [([row["prompt"]], ["".join(found.steps)], [row["answer"]], [3])]
+
     def test_tokens_are_the_texts(self):
         chains, long = load_chains(ROWS, TOKENIZER, grader=exact_grader())
         assert not long

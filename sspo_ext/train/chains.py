@@ -94,7 +94,7 @@ def _chain(row: Mapping, where: str, tokenizer, split_by: SplitBy, grader: Grade
         steps, ids = _by_step(body, list(pairwise(edges)), tokens, offsets)
     head = head if head[: len(first)] == first else first + head
     source = where if row.get("id") is None else str(row["id"])
-    return Chain(source, prompt, answer, _reward(row, text, "".join(steps), texts, grader), steps, head, ids)
+    return Chain(source, prompt, answer, _reward(row, "".join(steps), texts, grader), steps, head, ids)
 
 
 def _by_step(
@@ -107,11 +107,12 @@ def _by_step(
     return steps, [[t for t, owner in zip(tokens, owners, strict=True) if owner == s] for s in starts]
 
 
-def _reward(row: Mapping, prompt: str, response: str, answers: list[str], grader: Grader | None) -> float:
+def _reward(row: Mapping, response: str, answers: list[str], grader: Grader | None) -> float:
     # where rows of both kinds are mixed, data sets fill the other's column with nulls
     given = row.get("is_correct") if row.get("reward") is None else row["reward"]
     if given is None and grader is not None:
-        return max(grade(grader, prompt, response, answer) for answer in answers)
+        columns = {name: value for name, value in row.items() if name not in ("prompt", "response", "answer")}
+        return max(grade(grader, row["prompt"], response, answer, **columns) for answer in answers)
     if not isinstance(given, (bool, int, float)) or not math.isfinite(given):
         raise ValueError(f"reward: expected a finite number, or is_correct, or a grader, got {given!r}")
     return float(given)

@@ -14,6 +14,7 @@ from ..layout import StepLayout
 from ..signals import step_ids_from_tokens
 from .data import raise_bad_rows
 from .grade import answer_texts
+from .tokenize import prompt_text
 
 
 @dataclass
@@ -119,10 +120,11 @@ def _is_prompt(prompt: Any, chat: bool) -> bool:
 
 
 def prompt_tokens(prompt: str | Sequence[dict], tokenizer, template_options: dict | None = None) -> list[int]:
-    """A text with the tokenizer's special tokens, or chat messages by its template and its options, ready to be
-    completed."""
+    """A text behind the tokenizer's special tokens (one that it puts at the end is left out), or chat messages by its
+    template and its options, ready to be completed."""
     if isinstance(prompt, str):
-        ids = tokenizer(prompt).input_ids
+        text, first = prompt_text(prompt, tokenizer)
+        ids = [*first, *tokenizer(text, add_special_tokens=False).input_ids]
     else:
         ids = tokenizer.apply_chat_template(
             list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False, **(template_options or {})
