@@ -137,9 +137,9 @@ def check(kernels, case: ReductionRows, name: str, upstream=UPSTREAMS["all"]) ->
     assert (flat[others] == 0).all(), "a gradient where nothing is scored"
 
 
-def check_masks(backend, V: int, dtype: torch.dtype, mask: float, masked: slice) -> None:
+def check_masks(backend, V: int, dtype: torch.dtype, mask: float, masked: slice, few: bool = False) -> None:
     """KL and its gradient where the policy masks with -inf and the reference with `mask`, which allows nothing."""
-    case = ReductionRows(V, dtype, 1.0, 0.0, few=True)
+    case = ReductionRows(V, dtype, 1.0, 0.0, few=few)
     case.logits[..., masked], case.ref[..., masked] = -math.inf, mask
     allowed = torch.ones(V, dtype=torch.bool)
     allowed[masked] = False
