@@ -161,14 +161,14 @@ class Speed(TrainerCallback):
         self.rows = len(train)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        old = json.loads(self.file.read_text()) if self.file.exists() else {}
-        self.before = old.get("train_seconds", 0.0) if state.global_step else 0.0
+        old = json.loads(self.file.read_text()) if self.file.exists() and state.global_step else {}
+        self.before, self.peak = old.get("train_seconds", 0.0), old.get("peak_rss_mib", 0.0)
         self.start = time.monotonic()
 
     def on_save(self, args, state, control, **kwargs):
         seconds = self.before + time.monotonic() - self.start
         done = self.tokens * state.epoch
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak = max(self.peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         values = {
             "train_seconds": seconds,
             "tokens_per_second": done / seconds,
