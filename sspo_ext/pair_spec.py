@@ -5,7 +5,6 @@ Shared by both routes; everything that can be wrong with an argument is found he
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -36,7 +35,7 @@ def chosen_heads(loss_type: str | Sequence[str], loss_weights: Sequence[float] |
     for weight in weights:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise TypeError(f"loss_weights: expected numbers, got {describe(weight)}")
-        if not math.isfinite(weight):
+        if not abs(weight) < float("inf"):  # math.isfinite is not traced by torch.compile
             raise ValueError(f"loss_weights: expected finite numbers, got {weight!r}")
     return [(get_pair_head(name), float(weight)) for name, weight in zip(loss_type, weights, strict=True)]
 

@@ -56,7 +56,7 @@ class PolicyHead:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name}: expected a number, got {describe(value)}")
-            if not (math.isfinite(value) and value >= 0):
+            if not 0 <= value < float("inf"):
                 raise ValueError(f"{name}: expected a finite number, 0 or above, got {value!r}")
         if self.name == "ppo":
             epsilon = values["epsilon"]

@@ -14,7 +14,7 @@ from benchmarks.compression.__main__ import parse
 from benchmarks.compression.arms import ARMS, DECISIVE, ShuffledValues, ZeroValues
 from benchmarks.compression.pairs import PairArm, _forward, train_pairs
 from benchmarks.compression.report import _accuracy, best_penalty, commands, write_report
-from benchmarks.compression.verdicts import difference, verdicts
+from benchmarks.compression.verdicts import difference, pair_verdicts, verdicts
 from sspo_ext.demo.arms import load_start, make_trainer
 from sspo_ext.demo.tasks import Task
 from sspo_ext.train.sspo_trainer import SSPOTrainer
@@ -125,6 +125,15 @@ def test_verdicts():
     arms["sspo-0"] = runs_of("sspo-0", 19, [0, 0, 0, 0])
     found = verdicts({("sums", "en"): arms}).splitlines()[2]
     assert "| -5% | -5% | *-1.000 ± 0.000 [-1.000, -1.000]*" in found
+
+
+def test_pair_verdicts():
+    arms = {"pairs": runs_of("pairs", 10, [1, 1, 1, 1]), "whole-pairs": runs_of("whole-pairs", 10, [0, 0, 0, 0])}
+    arms["pairs"][0]["greedy"]["skipped"] = [1, 1, 1, 1]
+    rows = pair_verdicts({("sums", "en"): arms}).splitlines()[2:]
+    better, worse = (f"{mark}+1.000 ± 0.000 [+1.000, +1.000]{mark}" for mark in ("**", "*"))
+    assert rows == [f"| sums, en | DPO on whole solutions + likelihood | {better} | {better} | {worse} | {worse} |"]
+    assert pair_verdicts({("sums", "en"): {"sspo-0": arms["pairs"]}}) == ""
 
 
 def test_pair_form(trainers):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers_batch import fused_backends, pack, random_batch, random_pairs
 
-from sspo_ext import StepLayout, ops, step_logps, step_pref_loss
+from sspo_ext import StepLayout, ops, step_logps, step_policy_loss, step_pref_loss
 
 COMPILERS = [
     pytest.param("aot_eager", False),
@@ -238,6 +238,32 @@ def test_no_recompiles_over_batches():
         assert torch.equal(got.detach(), loss(batch.logits, layout, pairs, ref))
     assert len(shapes) == 7
     assert graphs() <= 2, f"{graphs()} graphs for {len(shapes)} batch shapes"
+
+
+@pytest.mark.parametrize(
+    ("option", "dynamic"),
+    [("beta", None), ("beta", True), ("label_smoothing", True), ("loss_weights", None), ("epsilon", None)],
+)
+def test_options_that_change_compile(option, dynamic):
+    """A schedule: torch.compile makes a symbol of a number that changed, or of every one with `dynamic`."""
+    batch = random_batch(1)
+    layout, pairs = batch.layout, batch.layout.pair_by_index()
+    ref, advantages = torch.randn(layout.num_steps), torch.randn(layout.num_steps)
+    old = step_logps(batch.logits * 0.9, layout).tokens
+
+    def loss(logits, number):
+        if option == "epsilon":
+            return step_policy_loss(logits, layout, advantages, old=old, loss_type="ppo", epsilon=number).loss
+        if option == "loss_weights":
+            kinds = {"loss_type": ["sigmoid", "hinge"], "loss_weights": [1.0, number]}
+            return step_pref_loss(logits, layout, pairs, ref=ref, **kinds).loss
+        return step_pref_loss(logits, layout, pairs, ref=ref, **{option: number}).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    values = [loss(batch.logits, number) for number in (0.1, 0.2, 0.3)]
+    assert len({value.item() for value in values}) == 3
+    for number, want in zip((0.1, 0.2, 0.3), values, strict=True):
+        assert torch.equal(compiled(batch.logits.clone().requires_grad_(), number).detach(), want)
 
 
 def test_labels_out_of_range_give_nan_when_unchecked(backend):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .arms import ARMS
-from .verdicts import verdicts
+from .verdicts import pair_verdicts, verdicts
 
 _PENALTIES = [name for name in ARMS if name.startswith("penalty")]
 HEADER = (
@@ -54,6 +54,16 @@ def write_report(folder: Path) -> str:
         f"{_cpu()}, torch {torch.__version__}.",
     ]
     parts += ["## What SSPO adds", verdicts(tasks)]
+    if pairs := pair_verdicts(tasks):
+        of_states, of_solutions = (ARMS[name].pair_form for name in ("pairs", "whole-pairs"))
+        parts += [
+            "## What step pairs add",
+            f"Their arms train by rounds, {of_states.rounds} of them, each on what the policy then samples: a solution "
+            f"to each of {of_states.problems} problems, candidates for the next step at two states of each, and what "
+            f"follows them (whole solutions: {of_solutions.solutions} to each of {of_solutions.problems}). They draw "
+            "more tokens than SSPO's updates, see the table of the task. Signs as above.",
+            pairs,
+        ]
     for (family, language), arms in sorted(tasks.items()):
         parts += [f"## {family}, {language}", _table(arms), f"![{family}, {language}]({family}-{language}.png)"]
         _draw(arms, folder / f"{family}-{language}.png", f"{family}, {language}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from .arms import ARMS
+
 HEADER = (
     "| task | arm | tokens, greedy | sampled | accuracy less RLOO's, greedy | sampled | skipped less the start's, "
     "greedy | sampled | skip a step, greedy (of these right) | accuracy less shuffled V's, greedy | sampled "
@@ -13,8 +15,8 @@ HEADER = (
 NOTE = (
     "Tokens: change from the start model (asked: -45 % or more). Differences ± 1.96 standard errors over the same "
     "problems, each problem's mean over the seeds, with the smallest and largest of single seeds in brackets; they do "
-    "not hold the chance of drawing other seeds. **Bold**: beyond the error and in SSPO's favour (tokens: as asked); "
-    "*italic*: beyond the error and against it."
+    "not hold the chance of drawing other seeds. **Bold**: beyond the error and in favour of SSPO, or of step pairs "
+    "(tokens: as asked); *italic*: beyond the error and against it."
 )
 
 
@@ -37,6 +39,30 @@ def verdicts(tasks: dict[tuple[str, str], dict[str, list[dict]]]) -> str:
                 cells += [_skips(arms[name])] * (key == "skipped")
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", NOTE])
+
+
+PAIRS_HEADER = (
+    "| task | step pairs + likelihood, less | accuracy, greedy | sampled | skipped, greedy | sampled |\n"
+    "| --- | --- | --- | --- | --- | --- |"
+)
+
+
+def pair_verdicts(tasks: dict[tuple[str, str], dict[str, list[dict]]]) -> str:
+    """What step pairs add to the likelihood of the same search, to pairs of whole solutions, and to SSPO's updates;
+    empty where no pairs were run."""
+    lines = []
+    for (family, language), arms in sorted(tasks.items()):
+        for other in ("pairs-likelihood", "whole-pairs", "sspo-0"):
+            if "pairs" in arms and other in arms:
+                cells = [
+                    _difference(arms, "pairs", other, how, key, sign)
+                    for key, sign in (("correct", 1), ("skipped", -1))
+                    for how in ("greedy", "sampled")
+                ]
+                lines.append(
+                    f"| {family}, {language} | {ARMS[other].text.removeprefix('... ')} | {' | '.join(cells)} |"
+                )
+    return "\n".join([PAIRS_HEADER, *lines]) if lines else ""
 
 
 def difference(runs: list[dict], others: list[dict], how: str, key: str) -> tuple[float, float, list[float]]:

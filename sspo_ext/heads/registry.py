@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -61,7 +60,7 @@ class PairHead:
         for name, value in values.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name}: expected a number, got {describe(value)}")
-            if not math.isfinite(value):
+            if not abs(value) < float("inf"):
                 raise ValueError(f"{name}: expected a finite number, got {value!r}")
             if name in self.limits and not self.limits[name].holds(value):
                 raise ValueError(f"{name}: loss_type {self.name!r} expects {self.limits[name].text}, got {value!r}")
