@@ -67,6 +67,12 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "interpreted: also runs on interpreted Triton kernels")
 
 
+@pytest.fixture(autouse=True)
+def _precision_of_its_own(monkeypatch):
+    """TrainingArguments(bf16=True) of transformers 4 makes every later trainer of the process bf16, by this variable."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
 @pytest.fixture
 def batch():
     from helpers_batch import random_batch

@@ -35,9 +35,12 @@ def _checking_hints():
         assert (address % divisor == 0).all(), f"not a multiple of {divisor}: {address}"
         return value
 
-    def patch(lang, scope):
-        patch_core(lang, scope)
-        scope.set_attr(lang, "multiple_of", multiple_of)
+    def patch(lang, *scope):  # Triton 3.2 has no scopes: what it patches stays
+        patch_core(lang, *scope)
+        if scope:
+            scope[0].set_attr(lang, "multiple_of", multiple_of)
+        else:
+            lang.multiple_of = multiple_of
 
     interpreter._patch_lang_core = patch
 

@@ -95,7 +95,7 @@ def edge_columns(head, groups, V, VEC: tl.constexpr):
 def _load_tile(ptr, lanes, MASKED: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
     """(LANES, VEC) float32 from the elements at `ptr`, VEC to a lane; lanes from `lanes` on get -inf."""
     lane = tl.arange(0, LANES)[:, None]
-    if ALIGNED and not MASKED and ptr.dtype.element_ty == tl.bfloat16:
+    if (ALIGNED and not MASKED) and ptr.dtype.element_ty == tl.bfloat16:
         # two bfloat16 in a word are a shift and a mask; as 16-bit values they would cost a third instruction
         o = lane * (VEC // 2) + tl.arange(0, VEC // 2)[None, :]
         w = tl.load(ptr.to(tl.pointer_type(tl.int32)) + o)
