@@ -61,6 +61,15 @@ def test_groups_of_one(name):
     assert got.tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", [n for n in BASELINES if n != "reinforce"])
+def test_what_is_not_finite_is_not_hidden(name, bad):
+    rewards, groups = torch.tensor([bad, 1.0, 0.0, 1.0]), torch.tensor([0, 0, 1, 1])
+    of_group = [True, True, False, False] if "++" not in name else [True] * 4
+    assert outcome_advantages(rewards, name, groups=groups).isfinite().logical_not().tolist() == of_group
+    assert not outcome_advantages(rewards[:1], name, groups=groups[:1]).isfinite().any()
+
+
 def test_combinations():
     step, outcome = torch.tensor([0.5, -0.25, 2.0]), torch.tensor([1.0, -2.0])
     sequence = torch.tensor([0, 0, 1], dtype=torch.int32)
@@ -85,6 +94,12 @@ def test_combinations():
         (lambda: outcome_advantages(R.long(), "grpo", groups=G), TypeError, "rewards: "),
         (lambda: combine_advantages(R, R, G, "sum"), ValueError, "how: expected one of"),
         (lambda: combine_advantages(R, R, G[:2]), ValueError, "step_sequence: expected shape"),
+        (
+            lambda: combine_advantages(R, R, G - 3),
+            ValueError,
+            "step_sequence: expected numbers of the 5 sequences, got -",
+        ),
+        (lambda: combine_advantages(R, R[:2], G - 1), ValueError, "step_sequence: expected numbers of the 2 sequ"),
         (lambda: combine_advantages(R, R, G, step_scale="2"), TypeError, "step_scale: expected a number"),
     ],
 )

@@ -7,6 +7,8 @@ Mutations of sspo_ext/signals/gae.py, each caught by the test named:
   division by a deviation of 0                               test_steps_that_do_not_differ
 """
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -103,6 +105,26 @@ def test_batch_normalisation_keeps_the_mean():
     plain = step_gae(values, rewards, gamma=0.9, lam=0.9)
     got = step_gae(values, rewards, gamma=0.9, lam=0.9, normalize="batch")
     torch.testing.assert_close(got, plain / plain.std())
+
+
+@pytest.mark.parametrize("spread", [1e-5, 1e-3, 1e-1])
+def test_steps_that_hardly_differ_are_not_blown_up(spread):
+    """All wrong, by a model whose values say little: divided by the deviation alone, a mean of -5000 at 1e-5."""
+    noise = torch.randn(64, generator=torch.Generator().manual_seed(0)) * spread
+    values = StepValues.from_lists([[0.5 + x, 0.0] for x in noise.tolist()])
+    got = step_gae(values, torch.zeros(64), normalize="batch")
+    assert got.mean().item() == pytest.approx(-1, abs=1e-5)
+    plain = step_gae(values, torch.zeros(64))
+    torch.testing.assert_close(got, plain / plain.mean().abs())
+
+
+def test_nan_is_not_hidden():
+    values = StepValues.from_lists([[0.2, 0.6, 0.0], [0.5, 0.0], [0.5, 0.0]])
+    rewards, groups = torch.tensor([1.0, math.nan, 0.0]), torch.tensor([0, 1, 1])
+    plain = step_gae(values, rewards)
+    assert plain.isnan().tolist() == [False, False, True, False]
+    assert step_gae(values, rewards, normalize="batch").isnan().all()
+    assert step_gae(values, rewards, normalize="group", groups=groups).isnan().tolist() == [False, False, True, True]
 
 
 def test_group_normalisation_standardises_each_group():

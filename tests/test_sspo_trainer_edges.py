@@ -186,6 +186,19 @@ def test_multiply_is_refused(tmp_path):
         config(tmp_path, combine="multiply")
 
 
+@pytest.mark.parametrize("scaled", [True, False])
+def test_scales_of_the_two_signals(tmp_path, scaled):
+    """As the baseline and GAE define them, or each over its deviation; `step_scale` on the steps' alone."""
+    trainer = make_trainer(tmp_path, gamma=1.0, lam=0.0, step_scale=2.0, scale_advantages=scaled)
+    got = trainer.advantages(
+        torch.tensor([1.0, 0.0]), [2, 1], [[0.25, 0.5, 0.0], [0.5, 0.0]], torch.zeros(2, dtype=torch.int64)
+    )
+    outcome, steps = torch.tensor([1.0, 1.0, -1.0]), torch.tensor([0.25, 0.5, -0.5])  # RLOO of two, progress
+    over = (2**0.5, steps.std()) if scaled else (1, 1)
+    want = outcome / over[0] + 2 * steps / over[1]
+    torch.testing.assert_close(torch.tensor(sum(got, [])), want)
+
+
 def test_probed_rewards_are_on_the_scale_of_values(tmp_path):
     def verdict(prompt, completion, answer):
         return 1.0 if "2" in completion else -1.0

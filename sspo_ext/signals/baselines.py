@@ -28,7 +28,7 @@ def group_moments(values: Tensor, index: Tensor, count: int) -> tuple[Tensor, Te
     squares = zeros.index_add(0, index, (wide - mean[index]).square())
     largest = zeros.scatter_reduce(0, index, wide.abs(), "amax")
     std = (squares / (size - 1).clamp(min=1)).sqrt()
-    std = torch.where(std > _NOISE * largest, std, 0.0)
+    std = torch.where(std <= _NOISE * largest, 0.0, std)  # a NaN stays one
     return mean.to(values.dtype), std.to(values.dtype), size.to(values.dtype)
 
 
@@ -40,7 +40,7 @@ def _reinforce(rewards: Tensor, index: Tensor, count: int) -> Tensor:
 def _centred(rewards: Tensor, index: Tensor, count: int) -> Tensor:
     """R - mean of the group: GRPO without its standard deviation (Dr. GRPO, arXiv 2503.20783)."""
     mean, std, _ = group_moments(rewards, index, count)
-    return torch.where(std[index] > 0, rewards - mean[index], 0.0)
+    return torch.where(std[index] == 0, 0.0, rewards - mean[index])
 
 
 def _rloo(rewards: Tensor, index: Tensor, count: int) -> Tensor:
@@ -92,7 +92,8 @@ def outcome_advantages(
         reinforce++_baseline  R - mean of the group, then as reinforce++
 
     std has n - 1 in its denominator. A group of one, and rewards that do not differ, have advantage 0 (but for
-    reinforce). Sources stand at the functions. Ids on a device cost a sync.
+    reinforce). A reward that is not finite leaves nothing finite in its group, or in the batch. Sources stand at the
+    functions. Ids on a device cost a sync.
 
     Raises ValueError or TypeError naming the argument.
 
@@ -152,6 +153,13 @@ def combine_advantages(
     device = step_advantages.device
     for name, tensor in (("outcome_advantages", outcome_advantages), ("step_sequence", step_sequence)):
         check_device(name, tensor, device, "step_advantages")
+    if device.type == "cpu" and len(step_sequence):  # on a device the indexing itself asserts, without a sync
+        low, high = step_sequence.aminmax()
+        if low < 0 or high >= len(outcome_advantages):
+            raise ValueError(
+                f"step_sequence: expected numbers of the {len(outcome_advantages)} sequences, got "
+                f"{int(low) if low < 0 else int(high)}"
+            )
     step = step_scale * step_advantages.detach()
     if how == "replace":
         return step

@@ -31,9 +31,10 @@ def step_gae(
     the SSPO paper uses is not public: this is our reconstruction. log2(longest K) passes over (S,) vectors; no sync.
 
     normalize: 'none'; 'batch' divides by the standard deviation over all steps, without subtracting the mean (a mean
-    below zero is what makes redundant steps unattractive); 'group' standardises over the steps of each group (GRPO's
-    process supervision, arXiv 2402.03300). Steps that do not differ are left as they are by 'batch', and are 0 under
-    'group'.
+    below zero is what makes redundant steps unattractive), or by the size of the mean where that is larger: steps that
+    hardly differ stay within the signal's own scale; 'group' standardises over the steps of each group (GRPO's process
+    supervision, arXiv 2402.03300). Steps that do not differ are left as they are by 'batch', and are 0 under 'group'.
+    A NaN makes NaN of its sequence, and normalised of its batch or group.
 
     Raises ValueError or TypeError naming the argument when shapes, devices or ranges do not fit.
 
@@ -82,11 +83,11 @@ def step_gae(
     if normalize == "none" or not length:
         return advantage
     if normalize == "batch":
-        _, std, _ = group_moments(advantage, torch.zeros_like(sequence), 1)
-        return torch.where(std > 0, advantage / std, advantage)
+        mean, std, _ = group_moments(advantage, torch.zeros_like(sequence), 1)
+        return torch.where(std == 0, advantage, advantage / torch.maximum(std, mean.abs()))
     check_integer("groups", groups)
     check_shape("groups", groups, (values.num_sequences,))
     index, count = group_index(groups.to(v.device))
     index = index[sequence]
     mean, std, _ = group_moments(advantage, index, count)
-    return torch.where(std[index] > 0, (advantage - mean[index]) / std[index], 0.0)
+    return torch.where(std[index] == 0, 0.0, (advantage - mean[index]) / std[index])
