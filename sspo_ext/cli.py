@@ -204,17 +204,23 @@ def _train(options: argparse.Namespace) -> None:
         eval_steps=options.eval_steps,
         report_to=options.report_to,
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.accelerator.is_available(),  # else several processes on CPUs would be a job each
         # only where it is asked for: transformers has begun to call it activation_checkpointing
         **({"gradient_checkpointing": True} if options.gradient_checkpointing else {}),
     )
     set_seed(options.seed)
     trainer = StepPreferenceTrainer(model, args, train_set, eval_set, processing_class=tokenizer, peft_config=lora)
-    print(f"{len(train_set)} rows, {sum(len(f['pairs']) for f in train_set)} pairs of steps")
+    main_process = trainer.is_world_process_zero()
+    if main_process:
+        print(f"{len(train_set)} rows, {sum(len(f['pairs']) for f in train_set)} pairs of steps")
     before = trainer.evaluate() if eval_set else None
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
+    after = trainer.evaluate() if eval_set else None
+    if not main_process:
+        return
     if eval_set:
-        print("\n" + _table(before, trainer.evaluate()))
+        print("\n" + _table(before, after))
     print(f"\nsaved to {options.output_dir}")
 
 

@@ -168,6 +168,7 @@ def run(options: argparse.Namespace, checkpoint: str | None, lora) -> None:
         per_device_eval_batch_size=options.eval_batch_size,
         eval_strategy="steps" if options.eval_steps and held_out else "no",
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.accelerator.is_available(),  # else several processes on CPUs would be a job each
         **({"gradient_checkpointing": True} if options.gradient_checkpointing else {}),
         **{name: getattr(options, name) for name in same},
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -56,8 +57,15 @@ def _refusal(model: nn.Module, device: torch.device) -> UnsupportedHead | None:
     return None
 
 
-def check_one_gpu(args) -> None:
-    """Trainer would wrap the model in DataParallel, which neither route runs in, and multiply the batch."""
+def check_processes(args) -> None:
+    """One GPU for each process: of several, Trainer would make DataParallel, which neither route runs in. And one job
+    of all processes: accelerate joins them on CPUs only if told so, and else each would train by itself, unnoticed."""
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started > 1 and args.world_size != started:
+        raise ValueError(
+            f"use_cpu: expected {started} processes in one job (WORLD_SIZE), got {args.world_size} on "
+            f"{args.device.type!r}; give use_cpu=True to train on CPUs"
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"n_gpu: expected one GPU for each process, got {args.n_gpu}; start one process for each with torchrun or "

@@ -52,7 +52,7 @@ from .grade import Grader, answer_grader, answer_texts, grade_rows
 from .means import Sums
 from .models import load_model
 from .rollout import RolloutEngine, Sampling, end_tokens, make_engine
-from .route import batch_logps, check_one_gpu, choose_route, model_inputs, router_loss, text_logits
+from .route import batch_logps, check_processes, choose_route, model_inputs, router_loss, text_logits
 from .sspo_config import SSPOConfig
 
 _METRICS = (
@@ -372,7 +372,7 @@ class SSPOTrainer(Trainer):
         return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
 
     def _check_batch(self) -> None:
-        check_one_gpu(self.args)
+        check_processes(self.args)
         if self._rows_per_update % self.args.num_generations:
             raise ValueError(
                 "per_device_train_batch_size: expected per_device_train_batch_size x gradient_accumulation_steps x "

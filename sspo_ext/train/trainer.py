@@ -27,7 +27,7 @@ from .reference_cache import TOKEN_COLUMNS, ReferenceCache, add_reference, refer
 from .route import (
     ROUTE_HELP,
     batch_logps,
-    check_one_gpu,
+    check_processes,
     choose_route,
     model_inputs,
     router_loss,
@@ -157,7 +157,7 @@ class StepPreferenceTrainer(Trainer):
         self._loss_options = {**{name: getattr(args, name) for name in named}, **(args.loss_options or {})}
         self._means = {"train": Means(), "eval": Means()}
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **trainer_kwargs)
-        check_one_gpu(args)
+        check_processes(args)
         # Versions before loss_is_scaled_for_ga decide by this whether to divide by the accumulation steps.
         self.model_accepts_loss_kwargs = True
         self.route = choose_route(self.model, args.route, args.device)

@@ -1,0 +1,81 @@
+"""`sspo-ext rl` and `sspo-ext train` under torchrun on CPUs: one job, which trains what one process trains.
+
+The differences of the weights are printed (pytest -s). Mutation: without use_cpu in either command the first two tests
+are red, since every process then trains by itself and the trainer refuses that; without the refusal both print
+"saved to", and the weights differ.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from helpers_rl import ROWS, config, make_model, make_tokenizer, reward  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+PAIRS = [
+    {"prompt": row["prompt"], "chosen": f"a{n}\n# {row['answer']}", "rejected": f"b{n}+\n#{n}"}
+    for n, row in enumerate(ROWS[:8])
+]
+
+
+def run(command, data, model, out, processes, *more):
+    """What is printed, and the weights."""
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TRANSFORMERS_VERBOSITY": "error"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    options = ["--model", model, "--data", data, "--output-dir", str(out), "--lr", "1e-3", "--max-steps", "3", *more]
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "sspo_ext.cli", command, *options],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights = load_file(out / "model.safetensors")
+    return done.stdout, torch.cat([weights[name].reshape(-1) for name in sorted(weights)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["rl", "train"])
+def test_two_processes_are_one_job(command, tmp_path):
+    model = tmp_path / "model"
+    make_model().save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in (ROWS if command == "rl" else PAIRS)))
+    more = ("--num-generations", "4", "--max-completion-length", "10", "--probe", "#", "--grader", "helpers_rl:reward")
+    more = ("--eval-data", str(data), "--batch-size", "2", *(more if command == "rl" else ()))
+    found = []
+    for processes in (1, 2):  # the same 8 rows in every update
+        accumulation = ("--gradient-accumulation", str(4 // processes))
+        found.append(run(command, str(data), str(model), tmp_path / str(processes), processes, *more, *accumulation))
+    (one_text, one), (two_text, two) = found
+    before = load_file(model / "model.safetensors")
+    moved = (one - torch.cat([before[name].reshape(-1) for name in sorted(before)])).abs().max()
+    difference = (one - two).abs().max()
+    print(f"\n{command}, 3 updates, lr 1e-3, AdamW: weights move by {moved:.1e}, and differ by {difference:.1e}")
+    assert two_text.count("saved to") == one_text.count("saved to") == 1 == two_text.count("| held-out")
+    assert moved > 1e-3 and difference < moved / 100
+
+
+def test_processes_that_know_nothing_of_each_other_are_refused(tmp_path, monkeypatch):
+    """As under torchrun without use_cpu: Trainer joins the processes of GPUs alone."""
+    from test_trainer import config as pair_config
+    from test_trainer import make_features
+    from test_trainer import make_model as make_pair_model
+
+    from sspo_ext.train.sspo_trainer import SSPOTrainer
+    from sspo_ext.train.trainer import StepPreferenceTrainer
+
+    args, pair_args = config(tmp_path), pair_config(tmp_path)
+    assert args.world_size == pair_args.world_size == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = r"use_cpu: expected 2 processes in one job \(WORLD_SIZE\), got 1 on 'cpu'; give use_cpu=True"
+    with pytest.raises(ValueError, match=message):
+        StepPreferenceTrainer(make_pair_model(), pair_args, make_features(4))
+    with pytest.raises(ValueError, match=message):
+        SSPOTrainer(make_model(), args, reward, ROWS, processing_class=make_tokenizer())
