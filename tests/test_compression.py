@@ -1,7 +1,13 @@
-"""The compression benchmark's controls, arithmetic and report; one pair-form update."""
+"""The compression benchmark's controls, arithmetic and report; one pair-form update.
+
+Mutations that turned a test red: MUTATIONS
+"""
 
 import json
+import math
+import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -13,8 +19,18 @@ sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks.compression.__main__ import parse
 from benchmarks.compression.arms import ARMS, DECISIVE, ShuffledValues, ZeroValues
 from benchmarks.compression.pairs import PairArm, _forward, train_pairs
+from benchmarks.compression.pictures import lowest_shown
 from benchmarks.compression.report import _accuracy, best_penalty, commands, write_report
-from benchmarks.compression.verdicts import difference, pair_verdicts, verdicts
+from benchmarks.compression.verdicts import (
+    accuracy,
+    difference,
+    interval,
+    over_seeds,
+    pair_verdicts,
+    student,
+    total,
+    verdicts,
+)
 from sspo_ext.demo.arms import load_start, make_trainer
 from sspo_ext.demo.tasks import Task
 from sspo_ext.train.sspo_trainer import SSPOTrainer
@@ -67,7 +83,8 @@ def test_report(tmp_path):
     assert (tmp_path / "sums-en.png").exists() and (tmp_path / "RESULTS.md").read_text() == text
     assert "`python -m benchmarks compression --families sums --languages en --seeds 2 --arms penalty-0.25 " in text
     assert best_penalty({}) is None
-    assert _accuracy([[1, 1, 1]]) == "1.000 ± 0.000"
+    assert "Training took 0.0 hours summed over the 6 runs, so about 0.0 two side by side" in text
+    assert _accuracy(runs_of("rloo", 5, [1, 1, 1]), "greedy") == "1.000 ± 0.000"
 
 
 def test_commands_make_the_runs_and_no_others():
@@ -132,8 +149,81 @@ def test_pair_verdicts():
     arms["pairs"][0]["greedy"]["skipped"] = [1, 1, 1, 1]
     rows = pair_verdicts({("sums", "en"): arms}).splitlines()[2:]
     better, worse = (f"{mark}+1.000 ± 0.000 [+1.000, +1.000]{mark}" for mark in ("**", "*"))
-    assert rows == [f"| sums, en | DPO on whole solutions + likelihood | {better} | {better} | {worse} | {worse} |"]
+    less = "DPO on whole solutions + likelihood"
+    assert rows == [
+        f"| sums, en | {less} | {better} | {better} | {worse} | {worse} |",
+        f"| sums, en: over seeds | {less} |{' +1.000 |' * 4}",
+    ]
     assert pair_verdicts({("sums", "en"): {"sspo-0": arms["pairs"]}}) == ""
+
+
+def test_interval():
+    assert interval([1.0]) == (1.0, math.inf)
+    mean, half = interval([0.1, 0.2, 0.6])
+    assert mean == pytest.approx(0.3) and half == pytest.approx(4.3027 * (0.14 / 2 / 3) ** 0.5)
+    # quantiles as printed in tables
+    for freedom, quantile in ((1, 12.706), (2, 4.303), (5, 2.571), (7, 2.365), (10, 2.228), (30, 2.042), (1000, 1.962)):
+        assert student(freedom) == pytest.approx(quantile, abs=2e-3)
+
+
+def test_over_seeds():
+    """A seed is one number, however many problems; where two languages are named, all runs are taken together."""
+    ours = runs_of("sspo-0", 10, [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1])
+    others = runs_of("rloo", 20, [1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0])
+    zh = runs_of("rloo", 20, [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0])
+    en, both = {"sspo-0": ours, "rloo": others}, {"sspo-0": ours, "rloo": zh}
+    rows = over_seeds({("sums", "zh"): both, ("sums", "en"): en}).splitlines()[2:5]
+    # .25, .5, 1 and .25, .75, 1: variances 7 / 48 and 19 / 160
+    assert rows[0].startswith("| sums, en | lambda 0 | 3 | +0.583 ± 0.949 | +0.583 ± 0.949 | - |")
+    assert rows[1].startswith("| sums, zh | lambda 0 | 3 | +0.667 ± 0.949 |")
+    assert rows[2].startswith("| sums, en and zh | lambda 0 | 6 | **+0.625 ± 0.362** |")
+    assert "lambda 0.9" not in over_seeds({("sums", "en"): en})
+
+
+def test_ties_are_rounded_alike():
+    """1071 of 1200 is .8925, whichever way it was added up."""
+    bits = ([1] * 374 + [0] * 26, [1] * 341 + [0] * 59, [1] * 356 + [0] * 44)
+    for seeds in (bits, bits[::-1]):
+        runs = runs_of("rloo", 5, *seeds)
+        assert total(runs, "greedy", "correct") == accuracy(runs, "greedy")[0] == 1071 / 1200
+
+
+def test_lowest_shown():
+    assert lowest_shown([0.22, 0.9, 0.92, 0.95]) == 0.9
+    assert lowest_shown([0.85, 0.9, 0.92, 0.95]) == 0.85  # no gap above 0.1
+    assert lowest_shown([0.2, 0.22, 0.25, 0.95]) == 0.2  # most of them lie below
+    assert lowest_shown([0.5]) == 0.5
+
+
+ROOT = Path(__file__).parents[1]
+PAGE_ARMS = ("start", "rloo", "sspo-0", "sspo-0-shuffled", "sspo-0-zero", "sspo-9", "sspo-9-shuffled", "sspo-9-zero",
+             "penalty-0.25", "penalty-1")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stored():
+    tasks = defaultdict(lambda: defaultdict(list))
+    for file in sorted((ROOT / "benchmarks/results/compression/runs").glob("*.json")):
+        run = json.loads(file.read_text())
+        tasks[run["family"], run["language"]][run["arm"]].append(run)
+    if not tasks:
+        pytest.skip("benchmarks/results/compression/runs is not here")
+    return tasks
+
+
+def test_the_page_has_the_runs_numbers(stored):
+    """docs/rl.md's table, cell by cell."""
+    page = (ROOT / "docs/rl.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?:start model|outcome only \(RLOO\)|SSPO, |\.\.\. values|RLOO, length).*$", page, re.M)
+    assert len(rows) == len(PAGE_ARMS)
+    columns = [(family, language) for family in ("sums", "letters", "sort") for language in ("en", "zh")]
+    for arm, row in zip(PAGE_ARMS, rows, strict=True):
+        cells = []
+        for task in columns:
+            runs = stored[task][arm]
+            greedy, sampled = (f"{total(runs, how, 'correct'):.3f}".lstrip("0") for how in ("greedy", "sampled"))
+            cells.append(f"{greedy} @ {total(runs, 'greedy', 'tokens'):.0f} ({sampled})")
+        assert row.split(" | ", 1)[1].removesuffix(" |").split(" | ") == cells, arm
 
 
 def test_pair_form(trainers):

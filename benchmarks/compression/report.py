@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 from collections import defaultdict
 from collections.abc import Mapping
@@ -12,21 +11,14 @@ from pathlib import Path
 import torch
 
 from .arms import ARMS
-from .verdicts import pair_verdicts, verdicts
+from .pictures import draw
+from .verdicts import accuracy, over_seeds, pair_verdicts, total, verdicts
 
 _PENALTIES = [name for name in ARMS if name.startswith("penalty")]
 HEADER = (
     "| arm | seeds | accuracy, greedy | tokens | steps | skipped | accuracy, sampled | tokens | steps | skipped "
     "| drawn | s |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
-
-
-_COLOURS = {
-    "start": "#444444", "rloo": "#e8871e", "grpo": "#a0522d", "penalty-0.25": "#f2b8b5", "penalty-0.5": "#e0736d",
-    "penalty-1": "#b3261e", "sspo-0": "#1b6ca8", "sspo-9": "#17a398", "no-discount": "#9aa0a6", "pairs": "#7b4fa3",
-    "whole-pairs": "#d17bd1",
-}  # fmt: skip
-_MARKERS = {"start": "s", "-zero": "v", "-shuffled": "x", "-likelihood": "P"}
 
 
 def write_report(folder: Path) -> str:
@@ -51,9 +43,9 @@ def write_report(folder: Path) -> str:
         "shuffled: values at their level without their content. What SSPO does and these two do not is due to the "
         "values. At lambda 0.9 the discount reaches back from the outcome by itself, so there V = 0 is the arm to "
         "compare with before anything is said of the values.",
-        f"{_cpu()}, torch {torch.__version__}.",
+        f"{_cpu()}, torch {torch.__version__}. {spent(tasks)}",
     ]
-    parts += ["## What SSPO adds", verdicts(tasks)]
+    parts += ["## What SSPO adds", verdicts(tasks), "## Over seeds", over_seeds(tasks)]
     if pairs := pair_verdicts(tasks):
         of_states, of_solutions = (ARMS[name].pair_form for name in ("pairs", "whole-pairs"))
         parts += [
@@ -66,10 +58,20 @@ def write_report(folder: Path) -> str:
         ]
     for (family, language), arms in sorted(tasks.items()):
         parts += [f"## {family}, {language}", _table(arms), f"![{family}, {language}]({family}-{language}.png)"]
-        _draw(arms, folder / f"{family}-{language}.png", f"{family}, {language}")
+        draw(arms, folder / f"{family}-{language}.png", f"{family}, {language}")
     text = "\n\n".join(parts) + "\n"
     (folder / "RESULTS.md").write_text(text)
     return text
+
+
+def spent(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> str:
+    """What all of it took."""
+    runs = [run for arms in tasks.values() for some in arms.values() for run in some]
+    hours = sum(run["seconds"] for run in runs) / 3600
+    return (
+        f"Training took {hours:.1f} hours summed over the {len(runs)} runs, so about {hours / 2:.1f} two side by side, "
+        "as they were run; other jobs were on the machine. Start models and held-out problems are not in it."
+    )
 
 
 def commands(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> list[str]:
@@ -106,8 +108,8 @@ def _table(arms: dict[str, list[dict]]) -> str:
         mark = " (the best of those run)" if name == best and sum(p in arms for p in _PENALTIES) > 1 else ""
         cells = [arm.text + mark, str(len(runs))]
         for how in ("greedy", "sampled"):
-            cells.append(_accuracy([run[how]["correct"] for run in runs]))
-            cells += [f"{_mean(runs, how, key):.{digits}f}" for key, digits in
+            cells.append(_accuracy(runs, how))
+            cells += [f"{total(runs, how, key):.{digits}f}" for key, digits in
                       (("tokens", 1), ("steps", 2), ("skipped", 3))]  # fmt: skip
         cells.append(f"{sum(run['sampled_tokens'] for run in runs) / len(runs) / 1000:.0f}k")
         cells.append(f"{sum(run['seconds'] for run in runs) / len(runs):.0f}")
@@ -118,52 +120,14 @@ def _table(arms: dict[str, list[dict]]) -> str:
 def best_penalty(arms: dict[str, list[dict]]) -> str | None:
     """The weight with the highest greedy accuracy, chosen on the very problems that are reported: in its favour."""
     there = [name for name in _PENALTIES if name in arms]
-    return max(there, key=lambda name: _mean(arms[name], "greedy", "correct"), default=None)
+    return max(there, key=lambda name: total(arms[name], "greedy", "correct"), default=None)
 
 
-def _mean(runs: list[dict], how: str, key: str) -> float:
-    values = [value for run in runs for value in run[how][key]]
-    return sum(values) / len(values)
-
-
-def _accuracy(seeds: list[list[int]]) -> str:
-    problems = [sum(column) / len(seeds) for column in zip(*seeds, strict=True)]
-    n = len(problems)
-    mean = sum(problems) / n
-    error = math.sqrt(sum((x - mean) ** 2 for x in problems) / max(n - 1, 1) / n)
-    each = [sum(seed) / n for seed in seeds]
-    spread = f" [{', '.join(f'{x:.3f}' for x in each)}]" if len(seeds) > 1 else ""
-    return f"{mean:.3f} ± {1.96 * error:.3f}{spread}"
-
-
-def _draw(arms: dict[str, list[dict]], path: Path, title: str) -> None:
-    """Accuracy against tokens: a square for a start model, a mark for every run."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg", force=False)
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), dpi=110, layout="constrained", sharey=True)
-    for axis, how in zip(axes, ("greedy", "sampled"), strict=True):
-        shown = [(name, arm) for name, arm in ARMS.items() if name in arms]
-        for name, arm in shown:
-            # a control has the colour of what it controls
-            parent = max((p for p in _COLOURS if name.startswith(p)), key=len)
-            x = [_mean([run], how, "tokens") for run in arms[name]]
-            y = [_mean([run], how, "correct") for run in arms[name]]
-            text = f"{ARMS[parent].text} {arm.text}" if arm.text.startswith("...") else arm.text
-            marker = next((m for end, m in _MARKERS.items() if name.endswith(end)), "o")
-            axis.scatter(x, y, s=46, color=_COLOURS[parent], label=text, alpha=0.85, marker=marker)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_title(f"{title}: {how}", loc="left")
-        axis.set(xlabel="tokens of a solution", ylim=(-0.03, 1.03))
-        axis.set_xlim(left=0)
-    axes[0].set_ylabel("right answers, held-out problems")
-    axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path)
-    plt.close(figure)
+def _accuracy(runs: list[dict], how: str) -> str:
+    mean, error = accuracy(runs, how)
+    each = [accuracy([run], how)[0] for run in runs]
+    spread = f" [{', '.join(f'{x:.3f}' for x in each)}]" if len(runs) > 1 else ""
+    return f"{mean:.3f} ± {error:.3f}{spread}"
 
 
 def _cpu() -> str:
