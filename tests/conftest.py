@@ -69,7 +69,7 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def _precision_of_its_own(monkeypatch):
-    """TrainingArguments(bf16=True) of transformers 4 makes every later trainer of the process bf16, by this variable."""
+    """By this variable, TrainingArguments(bf16=True) of transformers 4 makes the later trainers of a process bf16."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
 
 
