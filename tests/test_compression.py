@@ -20,7 +20,7 @@ from benchmarks.compression.__main__ import parse
 from benchmarks.compression.arms import ARMS, DECISIVE, ShuffledValues, ZeroValues
 from benchmarks.compression.pairs import PairArm, _forward, train_pairs
 from benchmarks.compression.pictures import lowest_shown
-from benchmarks.compression.report import _accuracy, best_penalty, commands, write_report
+from benchmarks.compression.report import _accuracy, best_penalty, commands, spent, write_report
 from benchmarks.compression.verdicts import (
     accuracy,
     difference,
@@ -224,6 +224,21 @@ def test_the_page_has_the_runs_numbers(stored):
             greedy, sampled = (f"{total(runs, how, 'correct'):.3f}".lstrip("0") for how in ("greedy", "sampled"))
             cells.append(f"{greedy} @ {total(runs, 'greedy', 'tokens'):.0f} ({sampled})")
         assert row.split(" | ", 1)[1].removesuffix(" |").split(" | ") == cells, arm
+
+
+def test_the_page_quotes_the_report():
+    """Every difference with its error in docs/rl.md stands in RESULTS.md, which is what the runs give."""
+    page = (ROOT / "docs/rl.md").read_text(encoding="utf-8")
+    report = (ROOT / "benchmarks/results/compression/RESULTS.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"(\.\d{3}) ± (\.\d{3})", page)
+    assert len(quoted) > 15
+    assert not [pair for pair in quoted if "0{} ± 0{}".format(*pair) not in report]
+
+
+def test_the_report_is_what_the_runs_give(stored):
+    report = (ROOT / "benchmarks/results/compression/RESULTS.md").read_text(encoding="utf-8")
+    assert verdicts(stored) in report and over_seeds(stored) in report and pair_verdicts(stored) in report
+    assert spent(stored) in report
 
 
 def test_pair_form(trainers):
