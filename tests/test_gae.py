@@ -113,9 +113,9 @@ def test_steps_that_hardly_differ_are_not_blown_up(spread):
     noise = torch.randn(64, generator=torch.Generator().manual_seed(0)) * spread
     values = StepValues.from_lists([[0.5 + x, 0.0] for x in noise.tolist()])
     got = step_gae(values, torch.zeros(64), normalize="batch")
-    assert got.mean().item() == pytest.approx(-1, abs=1e-5)
+    assert got.mean().item() == pytest.approx(-2, abs=1e-5)
     plain = step_gae(values, torch.zeros(64))
-    torch.testing.assert_close(got, plain / plain.mean().abs())
+    torch.testing.assert_close(got, 2 * plain / plain.mean().abs())
 
 
 def test_nan_is_not_hidden():

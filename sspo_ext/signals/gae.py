@@ -31,8 +31,8 @@ def step_gae(
     the SSPO paper uses is not public: this is our reconstruction. log2(longest K) passes over (S,) vectors; no sync.
 
     normalize: 'none'; 'batch' divides by the standard deviation over all steps, without subtracting the mean (a mean
-    below zero is what makes redundant steps unattractive), or by the size of the mean where that is larger: steps that
-    hardly differ stay within the signal's own scale; 'group' standardises over the steps of each group (GRPO's process
+    below zero is what makes redundant steps unattractive), or by half the size of the mean where that is larger, so
+    that steps which hardly differ are not blown up; 'group' standardises over the steps of each group (GRPO's process
     supervision, arXiv 2402.03300). Steps that do not differ are left as they are by 'batch', and are 0 under 'group'.
     A NaN makes NaN of its sequence, and normalised of its batch or group.
 
@@ -84,7 +84,7 @@ def step_gae(
         return advantage
     if normalize == "batch":
         mean, std, _ = group_moments(advantage, torch.zeros_like(sequence), 1)
-        return torch.where(std == 0, advantage, advantage / torch.maximum(std, mean.abs()))
+        return torch.where(std == 0, advantage, advantage / torch.maximum(std, mean.abs() / 2))
     check_integer("groups", groups)
     check_shape("groups", groups, (values.num_sequences,))
     index, count = group_index(groups.to(v.device))
