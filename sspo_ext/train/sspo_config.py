@@ -62,6 +62,12 @@ class SSPOConfig(TrainingArguments):
         "add", "add to the outcome's advantage the step's, or replace it; outcome: the outcome's alone, no probe."
     )
 
+    step_scale: float = _option(1.0, "Weight of the steps' advantages beside the outcome's.")
+    scale_advantages: bool = _option(
+        True, "Divide the outcome's and the steps' each by their standard deviation over the update; False: as the "
+        "baseline and GAE define them (plain RLOO, or Dr. GRPO)."
+    )  # fmt: skip
+
     loss_type: str = _option("reinforce", "See sspo_ext.policy.POLICY_HEADS.")
     loss_options: dict | str | None = _option(
         None, "Other options of the loss type and of step_policy_loss: {'importance_sampling_level': 'sequence'}."
@@ -100,6 +106,11 @@ class SSPOConfig(TrainingArguments):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
+        check_not_negative("step_scale", self.step_scale)
+        if self.step_scale != 1 and self.combine == "outcome":
+            raise ValueError(
+                f"step_scale: expected 1 with combine='outcome', which has no steps, got {self.step_scale}"
+            )
         check_not_negative("beta", self.beta)
         for name in ("num_generations", "num_iterations"):
             if getattr(self, name) < 1:

@@ -257,17 +257,21 @@ class SSPOTrainer(Trainer):
         groups: Tensor,  # (B,) int64: the prompt each row completes
     ) -> list[list[float]]:
         """One advantage a step for every row of the whole update: step GAE and the outcome's, each over the standard
-        deviation of its own. No mean is taken off step advantages, which would reward long rollouts for their length.
+        deviation of its own (`scale_advantages`). No mean is taken off step advantages, which would reward long
+        rollouts for their length.
         """
         args = self.args
-        outcome = over_std(outcome_advantages(rewards, args.baseline, groups=groups))
+        outcome = outcome_advantages(rewards, args.baseline, groups=groups)
+        if args.scale_advantages:
+            outcome = over_std(outcome)
         step_sequence = torch.repeat_interleave(torch.arange(len(rewards)), torch.tensor(num_steps))
         if args.combine == "outcome":
             found = outcome[step_sequence]
         else:
             traced = StepValues.from_lists(values)
-            gae = step_gae(traced, rewards, gamma=args.gamma, lam=args.lam, normalize="batch")
-            found = combine_advantages(gae, outcome, step_sequence, how=args.combine)
+            normalize = "batch" if args.scale_advantages else "none"
+            gae = step_gae(traced, rewards, gamma=args.gamma, lam=args.lam, normalize=normalize)
+            found = combine_advantages(gae, outcome, step_sequence, how=args.combine, step_scale=args.step_scale)
         return [part.tolist() for part in found.split(list(num_steps))]
 
     def on_rollouts(self, rollouts: Sequence[Rollout]) -> None:
