@@ -125,6 +125,8 @@ class TestFamilies:
 
     @pytest.mark.parametrize("kind", ["recurrent_gemma", "xlstm", "hyperclovax", "inkling2_text", "mpt"])
     def test_rarer_names_of_scale_softcap_and_vocabulary(self, kind):
+        if kind not in transformers.CONFIG_MAPPING:
+            pytest.skip(f"transformers {transformers.__version__} has no {kind}")
         model = families.sweep_model(kind)
         head = check_head(model, SAMPLE)
         hidden, _ = forward_hidden(model, input_ids=IDS)

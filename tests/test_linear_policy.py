@@ -322,7 +322,7 @@ def test_fullgraph_equals_eager(fresh, route, variant):
     options = VARIANTS[variant] | {"aggregation": "sequence", "kl_coef": 0.1, "entropy_coef": 0.1 * (variant == "gspo")}
 
     def fn(hidden, weight, bias, layout, advantages, old, ref):
-        mine = with_old(options, old) | {"ref": ref}
+        mine = {**with_old(options, old), "ref": ref}
         if route == "linear":
             out = linear_step_policy_loss(hidden, weight, layout, advantages, bias=bias, chunk_bytes=9 * V * 4, **mine)
         else:

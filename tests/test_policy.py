@@ -56,7 +56,8 @@ def problem(seed=0, B=4, T=14, V=11, dtype=F64, weighted=False):
 
 
 def with_old(options, old):
-    return options | ({"old": old} if POLICY_HEADS[options["loss_type"]].has_ratio else {})
+    # not `|`, which torch.compile of torch 2.6 does not take
+    return {**options, **({"old": old} if POLICY_HEADS[options["loss_type"]].has_ratio else {})}
 
 
 def oracle(batch, advantages, old, ref, *, loss_type="reinforce", importance_sampling_level="token",

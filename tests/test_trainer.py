@@ -13,6 +13,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, TrainerCallback
 
 from sspo_ext import step_logps, step_pref_loss
@@ -22,6 +23,8 @@ from sspo_ext.train.trainer import StepPreferenceConfig, StepPreferenceTrainer
 from sspo_ext.train.whole_batches import whole_batches
 
 VOCAB = 61
+OLD_TRAINER = int(transformers.__version__.split(".")[0]) < 5
+LOG_ROUNDING = 5.1e-5 if OLD_TRAINER else 0  # transformers 4 logs losses with four decimals
 
 
 def make_model(seed=0, dropout=0.0, scale=4.0):
@@ -119,7 +122,7 @@ def test_update_is_the_gradient_of_the_loss(tmp_path):
     out.loss.backward()
     expected = torch.cat([(p - 0.1 * p.grad).detach().reshape(-1) for p in model.parameters()])
     torch.testing.assert_close(parameters(trainer), expected, rtol=0, atol=1e-6)
-    assert logs(trainer) == pytest.approx([out.loss.item()], rel=1e-5)
+    assert logs(trainer) == pytest.approx([out.loss.item()], rel=1e-5, abs=LOG_ROUNDING)
 
 
 @pytest.mark.parametrize("batch_size,accumulation", [(1, 4), (2, 2), (3, 2)])
@@ -139,7 +142,8 @@ def test_accumulation_is_one_big_batch(tmp_path, batch_size, accumulation):
     torch.testing.assert_close(parameters(many), parameters(big), rtol=0, atol=2e-6)
     for key in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "steps/tokens", "pairs/count"):
         # the first step's rewards are rounding around 0, and so its accuracy is noise
-        assert logs(many, key)[1:] == pytest.approx(logs(big, key)[1:], rel=1e-4, abs=1e-6), key
+        rounding = 2 * LOG_ROUNDING if key == "loss" else 1e-6
+        assert logs(many, key)[1:] == pytest.approx(logs(big, key)[1:], rel=1e-4, abs=max(rounding, 1e-6)), key
 
 
 def test_short_last_accumulation_window(tmp_path):
@@ -163,12 +167,12 @@ def test_weighted_pairs_and_loss_types(tmp_path):
         )
         ref = None if loss_type == "simpo" else batch_loss(make_model(), features).step_logps
         expected = batch_loss(make_model(), features, loss_type=loss_type, beta=0.5, ref=ref, **options).loss.item()
-        assert logs(trainer)[0] == pytest.approx(expected, rel=1e-5)
+        assert logs(trainer)[0] == pytest.approx(expected, rel=1e-5, abs=LOG_ROUNDING)
 
 
 def test_first_loss_with_a_reference_is_ln_2(tmp_path):
     trainer = trained(tmp_path, make_features(), max_steps=1)
-    assert logs(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert logs(trainer)[0] == pytest.approx(math.log(2), abs=1e-6 + LOG_ROUNDING)
     assert logs(trainer, "rewards/margins")[0] == pytest.approx(0, abs=1e-5)
 
 
@@ -447,7 +451,7 @@ def test_given_reference_is_used(tmp_path):
     trainer = trained(tmp_path, features, max_steps=1)
     ref = torch.tensor([v for side in ("ref_chosen", "ref_rejected") for f in features for v in f[side]])
     assert logs(trainer)[0] == pytest.approx(
-        batch_loss(make_model(), features, beta=0.5, ref=ref).loss.item(), rel=1e-5
+        batch_loss(make_model(), features, beta=0.5, ref=ref).loss.item(), rel=1e-5, abs=LOG_ROUNDING
     )
     assert not (tmp_path / "reference_cache").exists()
 
@@ -469,7 +473,7 @@ def test_packed_equals_padded(tmp_path, reference_free):
     packed, padded = (trained(tmp_path / str(p), features, packing=p, max_steps=3, **options) for p in (True, False))
     batch = packed.data_collator(features[:2])
     assert "attention_mask" not in batch and batch["input_ids"].shape[0] == 1
-    assert logs(packed) == pytest.approx(logs(padded), rel=1e-5)
+    assert logs(packed) == pytest.approx(logs(padded), rel=1e-5, abs=2 * LOG_ROUNDING)
     torch.testing.assert_close(parameters(packed), parameters(padded), rtol=0, atol=1e-5)
 
 
@@ -493,8 +497,17 @@ def test_packing_is_refused_where_sequences_would_mix(tmp_path):
         StepPreferenceTrainer(opt, config(tmp_path, packing=True), make_features())
 
 
-def test_resumed_equals_uninterrupted(tmp_path):
-    features = make_features(10)
+@pytest.mark.parametrize(
+    "rows",
+    [
+        12,
+        pytest.param(
+            10, marks=pytest.mark.skipif(OLD_TRAINER, reason="transformers 4 resumes without the short last window")
+        ),
+    ],
+)
+def test_resumed_equals_uninterrupted(tmp_path, rows):
+    features = make_features(rows)
     options = dict(
         optim="adamw_torch",
         learning_rate=1e-3,

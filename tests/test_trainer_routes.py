@@ -9,7 +9,7 @@ import logging
 
 import pytest
 import torch
-from test_trainer import config, make_features, make_model, parameters
+from test_trainer import LOG_ROUNDING, config, make_features, make_model, parameters
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from sspo_ext import step_pref_loss
@@ -44,7 +44,7 @@ def test_routes_agree(tmp_path, make):
         assert trainer.route == route
         trainer.train()
         runs[route] = ([r["loss"] for r in trainer.state.log_history if "loss" in r], parameters(trainer))
-    assert runs["linear"][0] == pytest.approx(runs["logits"][0], rel=1e-5)
+    assert runs["linear"][0] == pytest.approx(runs["logits"][0], rel=1e-5, abs=2 * LOG_ROUNDING)
     torch.testing.assert_close(runs["linear"][1], runs["logits"][1], rtol=1e-4, atol=1e-5)
 
 
@@ -90,7 +90,7 @@ def test_virtual_tokens_are_not_the_texts(tmp_path, kernels):
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     loss = step_pref_loss(logits[:, 3:], batch["layout"], batch["pairs"], backend="reference", beta=0.5).loss
     loss.backward()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5, abs=LOG_ROUNDING)
     (before,) = [p for p in model.parameters() if p.requires_grad]
     (after,) = [p for p in trainer.model.parameters() if p.requires_grad]
     torch.testing.assert_close(after.detach(), before.detach() - before.grad, rtol=1e-4, atol=1e-6)

@@ -17,8 +17,11 @@ import pytest
 from sspo_ext.heads import PAIR_HEADS
 
 pytest.importorskip("triton")
+from triton.backends.amd.compiler import HIPBackend  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+# Triton 3.2 leaves the last step for AMD to the linker of a ROCm installation.
+AMD = [] if hasattr(HIPBackend, "path_to_rocm_lld") else ["gfx942"]
 # What is asked of the loops: at most 7.5 and 6 instructions a bfloat16 element on sm_90, so that they are bound by
 # memory on an H200.
 MOST_INSTRUCTIONS = {("token_logp_fwd", "90"): 7.5, ("token_logp_bwd", "90"): 6.0}
@@ -55,14 +58,14 @@ def compiled(*wanted: tuple[str, ...]) -> list[dict]:
 def reports():
     return compiled(
         ("token_logp", "bfloat16", "90"),
-        ("token_logp", "bfloat16", "gfx942"),
+        *(("token_logp", "bfloat16", arch) for arch in AMD),
         ("row_reductions", "bfloat16", "90"),
         ("step_loss", "float32", "90", *LONGEST_HEADS),
     )
 
 
 def test_nothing_spills(reports):
-    assert {report["arch"] for report in reports} == {"90", "gfx942"}
+    assert {report["arch"] for report in reports} == {"90", *AMD}
     assert all(report["spills"] == 0 for report in reports)
     assert sum(report["kernel"] == "step_loss_fwd" for report in reports) == len(LONGEST_HEADS)
 
@@ -73,9 +76,12 @@ def test_no_head_spills():
     assert len(reports) == len(PAIR_HEADS) and all(report["spills"] == 0 for report in reports)
 
 
-def test_main_loops_of_the_row_kernels(reports):
-    loops = [report for report in reports if report["kernel"].startswith("token_logp")]
-    assert len(loops) == 2 * 6
+@pytest.mark.parametrize(
+    "arch", ["90", pytest.param("gfx942", marks=pytest.mark.skipif(not AMD, reason="this Triton needs ROCm's linker"))]
+)
+def test_main_loops_of_the_row_kernels(reports, arch):
+    loops = [report for report in reports if report["kernel"].startswith("token_logp") and report["arch"] == arch]
+    assert len(loops) == 6
     for report in loops:
         assert report["elements"] == 32, report
         assert report["loop_barriers"] == report["loop_shuffles"] == 0, report
