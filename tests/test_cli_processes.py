@@ -1,8 +1,8 @@
 """`sspo-ext rl` and `sspo-ext train` under torchrun on CPUs: one job, which trains what one process trains.
 
-The differences of the weights are printed (pytest -s). Mutation: without use_cpu in either command the first two tests
-are red, since every process then trains by itself and the trainer refuses that; without the refusal both print
-"saved to", and the weights differ.
+The differences of the weights are printed (pytest -s). Mutations: no use_cpu in a command -> its test, by the trainer's
+refusal; nor that -> the last test, and "saved to" is there twice; a model that was evaluated stays marked as prepared
+-> [train], whose processes then train by themselves.
 """
 
 import json

@@ -242,11 +242,23 @@ class StepPreferenceTrainer(Trainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self._means["eval"] = Means()
+        unprepared = not self.accelerator._models
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if unprepared and self.accelerator.num_processes > 1:
+            self._undo_preparation()
         # The loop's own eval_loss is a mean over sequences; this one is over pairs, whatever the batch size.
         means = self._means["eval"].pop(self.accelerator)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
+
+    def _undo_preparation(self) -> None:
+        """accelerate marks a model that it prepares for evaluation as prepared, and would then train it as it is,
+        without DDP: every process by itself. What FSDP and DeepSpeed prepare is the same for both."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        self.model = self.model_wrapped = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+        self.model.__dict__.pop("_is_accelerate_prepared", None)
+        self.accelerator._models.clear()
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
