@@ -63,6 +63,13 @@ def check_not_negative(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a finite number, 0 or above, got {value!r}")
 
 
+def check_count(name: str, value: object, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a whole number, got {describe(value)}")
+    if value < least:
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value}")
+
+
 def check_num_items(value: object) -> None:
     """A number or a 0-dim tensor; one on a device is not waited for."""
     if isinstance(value, Tensor):

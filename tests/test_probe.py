@@ -338,7 +338,7 @@ class TestErrors:
         with pytest.raises(ValueError, match=message):
             probe_step_values(Knows(), BATCH, arguments.pop("probe"), arguments.pop("answers"), **arguments)
 
-    @pytest.mark.parametrize("text", ("jp", "english", "zh-cn", "zh_CN"))
+    @pytest.mark.parametrize("text", ("jp", "Jp", "Englisch", "zh-cn", "zh_CN"))
     def test_a_language_that_is_none(self, tokenizer, tmp_path, text):
         with pytest.raises(ValueError, match="probe: expected a language"):
             config(tmp_path, probe=text)  # SSPOConfig, before anything is loaded
@@ -348,6 +348,8 @@ class TestErrors:
             ):
                 probe_step_values(Knows(), BATCH, probe, ["7", "7"], tokenizer=tokenizer)
         assert as_probe(Probe(text)).text == text and as_probe(f"{text}:").text == f"{text}:"
+        for known in ("EN", "English", "english", " en"):
+            assert as_probe(known) is PROBES["en"]
         assert as_probe("zh") is PROBES["zh"] and as_probe("####").text == "####" and as_probe("答案").text == "答案"
 
     def test_batches(self):

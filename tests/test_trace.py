@@ -94,7 +94,8 @@ def trace(**options):
         "grader": lambda text, answer: float(text.endswith(f"A: {answer}")), "num_candidates": 30,
         "max_continuation_tokens": 20, "states": [(0, 0)],
     } | options  # fmt: skip
-    return trace_candidates(Scripted(SCRIPT), TOKENIZER, BATCH, ["7"], **arguments)
+    answers = arguments.pop("answers", ["7"])
+    return trace_candidates(Scripted(SCRIPT), TOKENIZER, BATCH, answers, **arguments)
 
 
 class TestCandidates:
@@ -148,8 +149,19 @@ class TestCandidates:
         (
             ({"value": "luck"}, "value: expected one of"),
             ({"grader": None}, "grader: expected a function"),
-            ({"gamma": 2}, "gamma, probe_share: expected"),
+            ({"gamma": 2}, "gamma: expected"),
+            ({"probe_share": -0.1}, "probe_share: expected"),
             ({"num_candidates": 0}, "num_candidates: expected"),
+            ({"max_step_tokens": 0}, "max_step_tokens: expected a whole number of at least 1, got 0"),
+            ({"max_continuation_tokens": 0}, "max_continuation_tokens: expected"),
+            ({"temperature": -1}, "temperature: expected"),
+            ({"final": "("}, r"final: '\(' is no regular expression"),
+            ({"split_by": "numbered"}, "split_by: 'numbered'"),
+            ({"states": [(0, 0), (0, 9)]}, r"states: .*got \(0, 9\), which has 2 steps"),
+            ({"states": [(1, 0)]}, r"states: expected .* of 1 sequences, got \(1, 0\)"),
+            ({"states": [(0, -1)]}, "states: expected"),
+            ({"answers": []}, "answers: expected one for each of 1 sequences, got 0"),
+            ({"grader": lambda text, answer: float("nan")}, "grader: expected a finite number, got nan for the resp"),
         ),
     )
     def test_errors(self, options, message):
@@ -181,6 +193,17 @@ class TestPairs:
         assert [(p.winner.text, p.loser.text) for p in pairs] == [("good", "same"), ("上", "下 🙂")]
         assert [p.weight for p in pairs] == pytest.approx([0.41, 1.0]) == [p.margin for p in pairs]
 
+    @pytest.mark.parametrize("number", (-1, 0))
+    def test_a_number_of_pairs_that_is_none(self, number):
+        """-1 once left out the smallest gap."""
+        with pytest.raises(ValueError, match=f"max_pairs: expected a whole number of at least 1, got {number}"):
+            pair_candidates(NODES, max_pairs=number)
+
+    def test_values_that_are_none(self):
+        node = Node(0, 0, (candidate("good", 0.9), candidate("bad", math.nan)))
+        with pytest.raises(ValueError, match="nodes: expected finite values, got nan for the candidate 'bad'"):
+            pair_candidates([node])
+
     def test_rows_are_what_the_trainer_reads(self):
         steps = [["s0\n", "s1"], ["一\n"]]
         rows = pair_rows(pair_candidates(NODES, weight="gap"), ["Q: 0\n", "问：1\n"], steps)
@@ -207,6 +230,20 @@ class TestRollouts:
         found = [[(c.text, round(c.value, 4), c.count, c.ended) for c in n.candidates] for n in nodes]
         assert [(n.sequence, n.step) for n in nodes] == [(0, 0), (0, 1)]
         assert found == [[("a", 0.3, 2, False), ("x", -0.5, 1, False)], [("b", 1.0, 1, True), ("c", -1.0, 1, True)]]
+
+    @pytest.mark.parametrize("order", ([0, 1, 2, 3], [1, 0, 3, 2], [3, 2, 1, 0]))
+    def test_a_text_that_some_ended_with(self, order):
+        """Of two rollouts one ended with "a" and one went on; both ended with "b"."""
+        rollouts = [(["a"], [1.0]), (["a\n", "c"], [-1.0, 0.0]), (["b"], [0.2]), (["b"], [0.4])]
+        some = [rollouts[i] for i in order]
+        batch = StepBatch([ids("Q\n")] * 4, [[ids(s) for s in steps] for steps, _ in some])
+        advantages = torch.tensor([a for _, of in some for a in of])
+        (node,) = nodes_from_rollouts(batch, advantages, TOKENIZER)
+        assert [(c.text, round(c.value, 4), c.count, c.ended) for c in node.candidates] == [
+            ("b", 0.3, 2, True), ("a", 0.0, 2, False),
+        ]  # fmt: skip
+        (row,) = pair_rows(pair_candidates([node]), ["Q\n"] * 4, [steps for steps, _ in some])
+        assert (row["chosen"], row["rejected"], row["partial"]) == (["b"], ["a"], True)
 
     def test_shape(self):
         with pytest.raises(ValueError, match="step_advantages: expected shape"):

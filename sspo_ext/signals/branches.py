@@ -29,6 +29,7 @@ from .._checks import check_choice
 from ..hf import UnsupportedHead, eval_mode, forward_logits_at, unwrap
 
 ENGINES = ("packed", "cached", "separate")  # in the order in which "auto" tries them
+SAMPLING_ENGINES = ("cached", "separate")
 _ROWS = 1024  # of logits that are brought to float32 at a time
 
 Trunks = Sequence[Sequence[int]]
@@ -75,10 +76,11 @@ def branch_logps(
     not support, with the reason.
     """
     check_branches(trunks, branches, max_tokens)
-    from .support import choose_engine
+    from .support import check_positions, choose_engine
 
+    longest = max((b.cut + len(b.ids) for b in branches), default=0)
+    check_positions(model, longest - 1)  # the last token is only ever predicted
     with torch.no_grad(), eval_mode(model):
-        longest = max((b.cut + len(b.ids) for b in branches), default=0)
         engine = choose_engine(model, engine, longest)
         return run_engine(model, trunks, branches, engine, max_tokens)
 

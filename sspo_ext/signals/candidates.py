@@ -8,6 +8,7 @@ is our reconstruction.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_positive, check_shape
+from .._checks import check_choice, check_count, check_not_negative, check_shape
 from .branches import Branch, branch_logps
 from .probe import AnyProbe, States, likelihood_values, special_ids
 from .sample import sample_branches
@@ -91,14 +92,23 @@ def trace_candidates(
 
     Raises ValueError or TypeError naming the argument that does not fit.
     """
-    check_choice("value", value, VALUES)
-    check_positive("num_candidates", num_candidates)
-    if not 0 <= gamma <= 1 or not 0 <= probe_share <= 1:
-        raise ValueError(f"gamma, probe_share: expected numbers in [0, 1], got {gamma!r} and {probe_share!r}")
+    check_candidate_options(
+        value=value, num_candidates=num_candidates, gamma=gamma, probe_share=probe_share, split_by=split_by,
+        final=final, max_step_tokens=max_step_tokens, max_continuation_tokens=max_continuation_tokens,
+        temperature=temperature,
+    )  # fmt: skip
     if value != "probe" and not callable(grader):
         raise ValueError(f"grader: expected a function of a response and its gold answer for {value!r}, got {grader!r}")
+    if len(answers) != len(batch):
+        raise ValueError(f"answers: expected one for each of {len(batch)} sequences, got {len(answers)}")
     if states is None:
         states = [(b, k) for b, steps in enumerate(batch.step_ids) for k in range(max(len(steps), 1))]
+    for b, k in states:
+        if not 0 <= b < len(batch) or not 0 <= k <= len(batch.step_ids[b]):
+            raise ValueError(
+                f"states: expected (sequence, number of its steps) of {len(batch)} sequences, got {(b, k)}"
+                + (f", which has {len(batch.step_ids[b])} steps" if 0 <= b < len(batch) else "")
+            )
     sampler = "auto" if engine == "packed" else engine  # which only scores
     found = _sample(
         model, tokenizer, batch, states, num_candidates, split_by, final, max_step_tokens, temperature, seed, sampler,
@@ -122,6 +132,8 @@ def trace_candidates(
         probed = likelihood_values(
             model, States(model, batch, probe, tokenizer, at), answers, reduce="joint", **scores
         ).tolist()
+        if not all(map(math.isfinite, probed)):
+            raise ValueError("model: expected a probability of the answer after every candidate, got NaN")
         share = 1.0 if value == "probe" else probe_share
         values = [share * p + (1 - share) * v for p, v in zip(probed, values, strict=True)]
     done: list[list[Candidate]] = [[] for _ in found]
@@ -133,6 +145,35 @@ def trace_candidates(
     ]
 
 
+def check_candidate_options(
+    *,
+    value: str = "continuation",
+    num_candidates: int = 12,
+    gamma: float = 0.9,
+    probe_share: float = 0.5,
+    split_by: SplitBy = "newline",
+    final: str | re.Pattern | None = None,
+    max_step_tokens: int = 96,
+    max_continuation_tokens: int = 256,
+    temperature: float = 1.0,
+) -> None:
+    """What `trace_candidates` can say of its options without a model."""
+    check_choice("value", value, VALUES)
+    for name, number in (("gamma", gamma), ("probe_share", probe_share)):
+        check_not_negative(name, number)
+        if number > 1:
+            raise ValueError(f"{name}: expected a number in [0, 1], got {number!r}")
+    check_count("num_candidates", num_candidates)
+    check_count("max_step_tokens", max_step_tokens)
+    check_count("max_continuation_tokens", max_continuation_tokens)
+    check_not_negative("temperature", temperature)
+    step_end(split_by)
+    try:
+        re.compile(final or "")
+    except re.error as error:
+        raise ValueError(f"final: {final!r} is no regular expression: {error}") from error
+
+
 def nodes_from_rollouts(batch: StepBatch, step_advantages: Tensor, tokenizer) -> list[Node]:
     """States at which rollouts of one prompt part, with the steps they took and the mean advantage of each.
 
@@ -140,8 +181,12 @@ def nodes_from_rollouts(batch: StepBatch, step_advantages: Tensor, tokenizer) ->
     step_advantages  (S,) float, of `step_gae`: the value of a step is its mean over the rollouts that took it there
 
     Steps are compared only after the same tokens: prompt and all steps before. Where every rollout goes on with the
-    same text there is no node. Few rollouts meet beyond their first steps, and the mean of few is mostly luck: for
-    training `trace_candidates` at chosen states serves better.
+    same text there is no node. A text is one candidate, whether rollouts ended with it or went on: rows of pairs hold
+    texts, and as two candidates it could be preferred to another text and that one to it. It counts as `ended`, and a
+    row of it gets an end of sequence, only if every rollout ended there.
+
+    Few rollouts meet beyond their first steps, and the mean of few is mostly luck: for training `trace_candidates` at
+    chosen states serves better.
     """
     check_shape("step_advantages", step_advantages, (sum(map(len, batch.step_ids)),))
     advantages = iter(step_advantages.tolist())
@@ -152,7 +197,8 @@ def nodes_from_rollouts(batch: StepBatch, step_advantages: Tensor, tokenizer) ->
         for k, step in enumerate(steps):
             text = tokenizer.decode(step, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
             first.setdefault(key, (b, k))
-            entry = places.setdefault(key, {}).setdefault(text, [tuple(step), k == len(steps) - 1, []])
+            entry = places.setdefault(key, {}).setdefault(text, [tuple(step), True, []])
+            entry[1] = entry[1] and k == len(steps) - 1
             entry[2].append(next(advantages))
             key = (*key, tuple(step))
     nodes = []
@@ -231,7 +277,10 @@ def _continue(
             values.append(0.0)
             continue
         before = [token for step in batch.step_ids[b][:k] for token in step]
-        reward = float(grader(text_of([*before, *candidate.ids, *ids]), answers[b]))
+        response = text_of([*before, *candidate.ids, *ids])
+        reward = float(grader(response, answers[b]))
+        if not math.isfinite(reward):
+            raise ValueError(f"grader: expected a finite number, got {reward} for the response {response!r}")
         values.append(gamma ** len(split_text(text_of(ids).strip(), split_by)) * reward)
     return values, [text_of(ids) for ids in rest]
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._checks import check_choice
 from .branches import Branch, model_device
 from .probe import States, special_ids
 from .sample import sample_branches
@@ -30,7 +29,6 @@ def graded_values(
     max_tokens: int,
 ) -> torch.Tensor:  # (S + B,) float32
     """The mean grade of every state's sampled answers; see `probe_step_values`."""
-    check_choice("engine", engine, ("auto", "cached", "separate"))
     if tokenizer is None:
         raise ValueError("tokenizer: expected one, since graded answers are texts")
     if not callable(grader):

@@ -10,7 +10,7 @@ the two values and their defaults here are our reconstruction. V_k is on the sca
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .._checks import check_choice, check_positive, describe
-from .branches import Branch, branch_logps
+from .._checks import check_choice, check_count, check_not_negative, describe
+from .branches import ENGINES, SAMPLING_ENGINES, Branch, branch_logps
 from .values import StepBatch, StepValues
 
 
@@ -57,23 +57,38 @@ PROBES = {
     "symbol": Probe("####"),
 }
 
-_LIKE_A_LANGUAGE = re.compile(r"[a-z]+([-_][A-Za-z]+)?")
+_NAMES = {
+    "english": "en",
+    "chinese": "zh",
+    "japanese": "ja",
+    "korean": "ko",
+    "german": "de",
+    "french": "fr",
+    "spanish": "es",
+    "russian": "ru",
+}
+_LIKE_A_LANGUAGE = re.compile(r"[A-Za-z]+([-_][A-Za-z]+)?")
 
 
 def as_probe(probe: str | Probe) -> Probe:
-    """A Probe as it is; a language of `PROBES`; any other text, which then asks for the answer.
+    """A Probe as it is; a language of `PROBES`, or its English name, in any case; any other text, which then asks for
+    the answer.
 
-    Raises ValueError for a text that reads like a language and is none, "jp" or "zh-cn": the model would be asked with
+    Raises ValueError for a word that reads like a language and is none, "jp" or "zh-cn": the model would be asked with
     that word.
     """
     if isinstance(probe, Probe):
         return probe
-    if probe not in PROBES and _LIKE_A_LANGUAGE.fullmatch(probe):
+    if not isinstance(probe, str):
+        raise TypeError(f"probe: expected a language, a text or a Probe, got {describe(probe)}")
+    word = probe.strip().lower()
+    language = PROBES.get(_NAMES.get(word, word))
+    if language is None and _LIKE_A_LANGUAGE.fullmatch(word):
         raise ValueError(
             f"probe: expected a language ({', '.join(PROBES)}) or a text that asks for the answer, got {probe!r}, "
             f"which reads like a language; if this word is the text, pass Probe({probe!r}), or {probe + ':'!r}"
         )
-    return PROBES.get(probe) or Probe(probe)
+    return language or Probe(probe)
 
 
 AnyProbe = str | Probe | Sequence[int]
@@ -106,7 +121,7 @@ def probe_step_values(
         probe: a language of `PROBES`, any other text, a `Probe`, or token ids; or one text or Probe for each sequence.
             See `as_probe`.
         answers: (B,) the gold answer of each sequence. "likelihood": a text, several accepted texts, or the same in
-            token ids. "graded": whatever `grader` takes.
+            token ids; a number after a probe that is a text is taken as its text. "graded": whatever `grader` takes.
         mode: "likelihood" or "graded".
         reduce: "likelihood": "joint", exp(sum of log p) over the answer's tokens, the probability of the answer; or
             "mean", exp(mean of log p), which overstates long answers: with exact-match rewards the model then learns
@@ -126,15 +141,18 @@ def probe_step_values(
         StepValues on the model's device, float32.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit, by name; values that are not finite (on the host).
+        ValueError, TypeError: an argument that does not fit, or has no effect in this mode, by name; values that are
+            not finite (on the host).
 
     Example::
 
         >>> batch = StepBatch([tokenizer("6 + 13 + 7 = ?\\n").input_ids], [[tokenizer("6 + 13 = 19\\n").input_ids]])
         >>> probe_step_values(model, batch, "####", ["26"], tokenizer=tokenizer).to_lists()  # [[V_0, V_1]]
     """
-    check_choice("mode", mode, ("likelihood", "graded"))
-    check_choice("reduce", reduce, ("joint", "mean"))
+    check_probe_options(
+        mode=mode, reduce=reduce, engine=engine, max_tokens=max_tokens, grader=grader, num_samples=num_samples,
+        max_answer_tokens=max_answer_tokens, temperature=temperature, seed=seed,
+    )  # fmt: skip
     if not isinstance(batch, StepBatch):
         raise TypeError(f"batch: expected a StepBatch, got {describe(batch)}")
     if len(answers) != len(batch):
@@ -143,8 +161,6 @@ def probe_step_values(
     if mode == "graded":
         from .graded import graded_values
 
-        check_positive("num_samples", num_samples)
-        check_positive("max_answer_tokens", max_answer_tokens)
         values = graded_values(
             model, states, answers, tokenizer, grader, num_samples=num_samples, max_answer_tokens=max_answer_tokens,
             temperature=temperature, seed=seed, engine=engine, max_tokens=max_tokens,
@@ -153,6 +169,35 @@ def probe_step_values(
         values = likelihood_values(model, states, answers, reduce=reduce, engine=engine, max_tokens=max_tokens)
     counts = [len(batch.step_ids[b]) + 1 for b in range(len(batch))]
     return StepValues.from_tensor(values, torch.from_numpy(np.cumsum([0, *counts])))
+
+
+def check_probe_options(
+    *,
+    mode: str = "likelihood",
+    reduce: str = "joint",
+    engine: str = "auto",
+    max_tokens: int = 4096,
+    grader: Any = None,
+    num_samples: int = 5,
+    max_answer_tokens: int = 10,
+    temperature: float = 0.6,
+    seed: int = 0,
+) -> None:
+    """What `probe_step_values` can say of its options without a model: values, and those without effect in a mode."""
+    check_choice("mode", mode, ("likelihood", "graded"))
+    check_choice("reduce", reduce, ("joint", "mean"))
+    check_choice("engine", engine, ("auto", *(ENGINES if mode == "likelihood" else SAMPLING_ENGINES)))
+    check_count("max_tokens", max_tokens)
+    check_count("seed", seed, 0)
+    check_count("num_samples", num_samples)
+    check_count("max_answer_tokens", max_answer_tokens)
+    check_not_negative("temperature", temperature)
+    idle = {"reduce": reduce != "joint"}
+    if mode == "likelihood":
+        idle = {"grader": grader is not None, "num_samples": num_samples != 5}
+        idle |= {"max_answer_tokens": max_answer_tokens != 10, "temperature": temperature != 0.6}
+    for name in (name for name, given in idle.items() if given):
+        raise ValueError(f"{name}: has no effect with mode {mode!r}; leave it out, or choose the other mode")
 
 
 class State(NamedTuple):
@@ -210,11 +255,15 @@ class States:
 
     def _spellings(self, state: State, answer: Answer) -> list[list[int]]:
         probe = self.probes[state.sequence]
-        many = [answer] if isinstance(answer, str) or _is_ids(answer) else list(answer)
+        if isinstance(probe, Probe) and isinstance(answer, (int, float)) and not isinstance(answer, bool):
+            answer = str(answer)
+        whole = isinstance(answer, str) or _is_ids(answer) or not isinstance(answer, Iterable)
+        many = [answer] if whole else list(answer)
         if isinstance(probe, Probe) and all(isinstance(a, str) for a in many):
-            if not many or not all(many):
+            if not many or not all(a.strip() for a in many):
                 raise ValueError(
-                    f"answers: expected at least one text, and no empty one, got {answer!r} for {state.sequence}"
+                    f"answers: expected at least one text, none of them blank, got {answer!r} for sequence "
+                    f"{state.sequence}"
                 )
             before = "".join(self._before(state))
             return [_encode(self.tokenizer, before, probe.separator + a + end) for a in many for end in probe.ends]

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_not_negative
+from .._checks import check_count, check_not_negative
 from ..hf import eval_mode
 from .branches import (
+    SAMPLING_ENGINES,
     Branch,
     Grown,
     Trunks,
@@ -25,9 +26,7 @@ from .branches import (
     prefill,
     repeat_cache,
 )
-from .support import choose_engine
-
-_ENGINES = ("cached", "separate")  # in the order in which "auto" tries them
+from .support import check_positions, choose_engine
 
 
 def sample_branches(
@@ -55,14 +54,17 @@ def sample_branches(
     max_tokens  budget of a forward's cache, in tokens (one branch with all of its samples at least)
     """
     check_not_negative("temperature", temperature)
+    check_count("num_samples", num_samples)
+    check_count("max_new_tokens", max_new_tokens)
     check_branches(trunks, branches, max_tokens)
     for r, branch in enumerate(branches):
         if branch.cut + len(branch.ids) < 1:
             raise ValueError(f"branches: branch {r} has no token to go on from")
     result: list[list[list[int]]] = [[] for _ in branches]
+    longest = max((b.cut + len(b.ids) for b in branches), default=1 - max_new_tokens) + max_new_tokens
+    check_positions(model, longest - 1)
     with torch.no_grad(), eval_mode(model):
-        longest = max((b.cut + len(b.ids) for b in branches), default=0) + max_new_tokens
-        run = {"separate": _separate, "cached": _cached}[choose_engine(model, engine, longest, _ENGINES)]
+        run = {"separate": _separate, "cached": _cached}[choose_engine(model, engine, longest, SAMPLING_ENGINES)]
         for members, start in run(model, trunks, branches, num_samples, max_new_tokens, max_tokens):
             contexts = [[*trunks[branches[r].trunk][: branches[r].cut], *branches[r].ids] for r in members]
             draws = np.concatenate([_draws(seed, ids, num_samples, max_new_tokens) for ids in contexts])
@@ -161,6 +163,8 @@ def _decode(
     for i in range(max_new_tokens):
         tokens = _pick(state.logits, draws[going, i], temperature)
         for r, token in zip(going, tokens.tolist(), strict=True):
+            if token < 0:
+                raise ValueError("model: expected finite logits, got NaN or infinity")
             if r not in done:
                 rows[r].append(token)
                 if token in eos or stop is not None and stop(rows[r]):
@@ -176,9 +180,11 @@ def _decode(
 
 
 def _pick(logits: Tensor, draws: np.ndarray, temperature: float) -> Tensor:
-    """(R,) token ids: the first whose cumulative probability exceeds the draw."""
+    """(R,) token ids: the first whose cumulative probability exceeds the draw; -1 where no token has a probability."""
     if temperature == 0:
-        return logits.argmax(-1)
+        best, tokens = logits.max(-1)
+        return tokens.where(best.isfinite(), -1)
     total = (logits.double() / temperature).softmax(-1).cumsum(-1)
     point = torch.from_numpy(draws).to(logits.device)[:, None] * total[:, -1:]
-    return torch.searchsorted(total, point, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    tokens = torch.searchsorted(total, point, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return tokens.where(total[:, -1].isfinite(), -1)

@@ -82,6 +82,22 @@ def why_not(model: nn.Module, engine: str, longest: int = 0) -> str | None:
     return known[key]
 
 
+def check_positions(model: nn.Module, longest: int) -> None:
+    """ValueError if a path of so many tokens has more than a model with a table of positions (GPT-2, OPT) knows: an
+    index error on the host, and on a GPU an assertion that leaves it unusable."""
+    inner, words = unwrap(model), None
+    if hasattr(inner, "get_input_embeddings"):
+        words = inner.get_input_embeddings()
+    limit = getattr(_config(model), "max_position_embeddings", None)
+    for module in inner.modules() if isinstance(limit, int) and longest > limit else ():
+        table = isinstance(module, nn.Embedding) and module is not words
+        if table and module.num_embeddings - getattr(module, "offset", 0) == limit:
+            raise ValueError(
+                f"trunks: expected at most {limit} tokens with all that is put after them (a probe and its answer, or "
+                f"max_new_tokens), which is where the positions of {_name(model)} end, got {longest}"
+            )
+
+
 def four_d_mask(model: nn.Module, seen: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
     """The attention_mask argument for a (B, T, T) bool mask and (B, T) positions, in the form this model reads.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_integer, check_not_negative, check_shape
+from .._checks import check_choice, check_count, check_integer, check_not_negative, check_shape
 from .candidates import Candidate, Node
 
 WEIGHTS = ("one", "gap")
@@ -46,11 +47,12 @@ def pair_candidates(
     margin     that the loss asks for: "none" (0), or "gap"
     max_pairs  of one node: those with the largest gaps
     """
-    check_choice("weight", weight, WEIGHTS)
-    check_choice("margin", margin, MARGINS)
-    check_not_negative("min_gap", min_gap)
+    check_pair_options(min_gap=min_gap, weight=weight, margin=margin, max_pairs=max_pairs)
     pairs = []
     for node in nodes:
+        for one in node.candidates:
+            if not math.isfinite(one.value):
+                raise ValueError(f"nodes: expected finite values, got {one.value} for the candidate {one.text!r}")
         ranked = sorted(node.candidates, key=lambda c: -c.value)
         some = [(a, b) for a, b in combinations(ranked, 2) if a.value - b.value > min_gap and a.text != b.text]
         some.sort(key=lambda pair: pair[1].value - pair[0].value)
@@ -58,6 +60,17 @@ def pair_candidates(
             gap = a.value - b.value
             pairs.append(TracedPair(node, a, b, gap if weight == "gap" else 1.0, gap if margin == "gap" else 0.0))
     return pairs
+
+
+def check_pair_options(
+    *, min_gap: float = 0.02, weight: str = "one", margin: str = "none", max_pairs: int | None = None
+) -> None:
+    """What `pair_candidates` can say of its options."""
+    check_choice("weight", weight, WEIGHTS)
+    check_choice("margin", margin, MARGINS)
+    check_not_negative("min_gap", min_gap)
+    if max_pairs is not None:
+        check_count("max_pairs", max_pairs)
 
 
 def pair_rows(
