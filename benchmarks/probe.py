@@ -24,7 +24,7 @@ from sspo_ext.signals import Branch, branch_logps
 from sspo_ext.signals.support import choose_engine
 from sspo_ext.train.models import load_model
 
-from .real_run import hardware, model_folder, shown
+from .real_run import hardware, how_made, model_folder, shown, with_notes
 
 ENGINES = ("separate", "cached", "packed")
 
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "probe.json").write_text(json.dumps(result) + "\n")
-    (output / "RESULTS.md").write_text(report(result))
+    (output / "RESULTS.md").write_text(with_notes(report(result), output))
     draw(result, output / "probe.png")
     print(report(result))
 
@@ -112,6 +112,7 @@ def report(result: dict) -> str:
         "",
         f"`{result['command']}`",
         "",
+        *how_made(options["model"]),
         f"{Path(options['model']).name}, {options['dtype']}, chains of {options['length']} tokens, "
         f"{options['chains']} together; `auto` takes {result['auto']}.",
         "",
@@ -128,6 +129,8 @@ def report(result: dict) -> str:
         if options["device"] == "cpu"
         else f"Wall time of one chain, least of {options['repeats']}; {torch.cuda.get_device_name()}, "
         f"torch {hardware['torch']}.",
+        "",
+        "![seconds, and times as fast as K forwards, over K](probe.png)",
         "",
     ]
     return "\n".join(lines)

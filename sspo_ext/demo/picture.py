@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from os import PathLike
 
 from ..train.progress import draw_path, finish_path, smooth
+from ..train.trace_picture import signed
 
 OUTCOME, SSPO, INK, PALE = "#b8860b", "#1f6f8b", "#2b2b2b", "#8a8a8a"
 _NAMES = {"outcome": ("outcome only (RLOO)", OUTCOME), "sspo": ("SSPO", SSPO)}
@@ -75,7 +76,7 @@ def _chains(figure, chains: dict, problems: Sequence[str]) -> None:
     shown = (("before", before[best]["steps"]), ("after SSPO", after[best]["steps"]))
     problem = problems[best].strip().removesuffix("?").strip().removesuffix("=").strip()
     # what a redundant step costs is a few hundredths, what the last needed one gains is near 1
-    norm, colours = SymLogNorm(0.02, vmin=-1, vmax=1), plt.get_cmap("RdYlGn")
+    norm, colours = SymLogNorm(0.02, vmin=-1, vmax=1), plt.get_cmap("RdBu")
     rows = max(min(len(chain), 14) for _, chain in shown)
     axes = figure.subplots(1, 2)
     for axis, (name, chain) in zip(axes, shown, strict=True):
@@ -83,16 +84,18 @@ def _chains(figure, chains: dict, problems: Sequence[str]) -> None:
         axis.set(xlim=(0, 1), ylim=(14.5 - max(rows, 8), 14.5), title=f"{problem}, {name}: {len(chain)} steps")
         for k, step in enumerate(_shortened(chain)):
             y = 14 - k
-            axis.axhspan(y - 0.46, y + 0.46, 0.0, 0.62, color=colours(norm(step["advantage"])), alpha=0.75, lw=0)
-            axis.text(0.015, y, step["text"], family="monospace", va="center")
+            shade = float(norm(step["advantage"]))
+            axis.axhspan(y - 0.46, y + 0.46, 0.0, 0.62, color=colours(shade), alpha=0.75, lw=0)
+            ink = "white" if abs(shade - 0.5) > 0.35 else INK
+            axis.text(0.015, y, step["text"], family="monospace", va="center", color=ink)
             if step["text"] != "...":
-                axis.text(0.64, y, f"advantage {step['advantage']:+.2f}", va="center", color=INK)
+                axis.text(0.64, y, f"advantage {signed(step['advantage'])}", va="center", color=INK)
     ticks = [-1, -0.1, -0.02, 0, 0.02, 0.1, 1]
     bar = figure.colorbar(
         plt.cm.ScalarMappable(norm, colours), ax=axes, fraction=0.02, ticks=ticks, label="advantage of the step"
     )
     bar.minorticks_off()
-    bar.ax.set_yticklabels([f"{tick:+g}" for tick in ticks])
+    bar.ax.set_yticklabels([f"{tick:+g}".replace("-", "\u2212") if tick else "0" for tick in ticks])
 
 
 def _shortened(chain: Sequence[dict], most: int = 14) -> list[dict]:

@@ -27,7 +27,7 @@ def draw_chain(row: dict, path: str | PathLike, *, title: str | None = None) -> 
     """Writes a PNG of a row of `trace_values`.
 
     A step's colour is its advantage relative to the chain's largest (blue: good, red: harmful). Of a chain of more than
-    60 steps the middle is left out, and of a step of more than 12 lines the rest; the curve keeps all of it.
+    60 steps the middle is left out, and the curve goes straight over it; of a step of more than 12 lines the rest.
     """
     import matplotlib
 
