@@ -58,7 +58,8 @@ class StepPolicyOutput:
                 epsilon, epsilon_high, _ = p.options
                 low = mean(((ratio < 1 - epsilon) & (p.advantage < 0)).to(ratio.dtype))
                 high = mean(((ratio > 1 + epsilon_high) & (p.advantage > 0)).to(ratio.dtype))
-                made |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
+                made["clip_ratio/low_mean"], made["clip_ratio/high_mean"] = low, high
+                made["clip_ratio/region_mean"] = low + high
         self._metrics.update(
             made,
             **{

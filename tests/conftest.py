@@ -43,8 +43,25 @@ def _quicken_triton_interpreter():
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
 
 
+def _keep_scalar_masks():
+    """Triton 3.2 asks `not mask` before a store, and its interpreter answers with the one value of a scalar mask: a
+    store that is masked out would be made without the mask."""
+    from triton.language import semantic
+
+    if not hasattr(semantic, "_store_legacy"):
+        return  # another version
+    store = semantic._store_legacy
+
+    def store_unless_masked(ptr, val, mask, *options):
+        if mask is None or mask.handle.data.any():
+            return store(ptr, val, mask, *options)
+
+    semantic._store_legacy = store_unless_masked
+
+
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     _quicken_triton_interpreter()
+    _keep_scalar_masks()
 
 
 def pytest_generate_tests(metafunc):
