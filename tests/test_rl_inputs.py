@@ -180,6 +180,20 @@ def test_prompt_files_that_are_no_text(tmp_path):
     [
         ({"probe_options": {"grader": len}}, "probe_options: expected no 'grader'"),
         ({"probe_options": {"tokenizer": len}}, "probe_options: expected no 'tokenizer'"),
+        ({"probe_options": {"samples": 3}}, "probe_options: expected some of mode, reduce, engine, .*, got 'samples'"),
+        ({"probe_options": {"reduce": "max"}}, "probe_options: reduce: expected one of"),
+        ({"probe_options": {"num_samples": 3}}, "probe_options: num_samples: has no effect with mode 'likelihood'"),
+        ({"probe_options": {"mode": "graded", "reduce": "mean"}}, "probe_options: reduce: has no effect"),
+        ({"probe_options": {"mode": "graded", "engine": "packed"}}, "probe_options: engine: expected one of 'auto'"),
+        ({"temperature": 0.0}, "temperature: expected a finite number above 0, got 0.0"),
+        ({"top_p": 0.0}, "top_p: expected a finite number above 0"),
+        ({"top_p": 1.5}, r"top_p: expected a number in \(0, 1\], got 1.5"),
+        ({"top_k": -1}, "top_k: expected a whole number of at least 0, got -1"),
+        ({"max_completion_length": 0}, "max_completion_length: expected a whole number of at least 1, got 0"),
+        ({"rollout_engine": "trt"}, "rollout_engine: expected one of 'generate'"),
+        ({"kl_estimator": "k4"}, "kl_estimator: expected one of 'k1'"),
+        ({"split_by": "numbered"}, "split_by: 'numbered'"),
+        ({"split_by": "newlines"}, "'newlines' is none of"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: expected 0"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size, split_batches: expected False"),
         ({"accelerator_config": {"split_batches": True}}, "auto_find_batch_size, split_batches: expected False"),
@@ -190,6 +204,16 @@ def test_prompt_files_that_are_no_text(tmp_path):
 def test_options_without_effect_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **options)
+
+
+def test_a_turn_needs_a_template(tmp_path):
+    with pytest.raises(ValueError, match="probe_turn: expected a tokenizer with a chat template"):
+        make_trainer(tmp_path, probe_turn=True)
+
+
+def test_predict_names_evaluate(tmp_path):
+    with pytest.raises(NotImplementedError, match=r"predict: expected evaluate\(dataset\)"):
+        make_trainer(tmp_path).predict(ROWS)
 
 
 def test_one_completion_a_prompt_where_something_is_learnt(tmp_path):

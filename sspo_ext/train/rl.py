@@ -42,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         "--combine", default="add", choices=("add", "replace", "outcome"),
         help="step advantages with the outcome's; outcome: that alone, without probing",
     )  # fmt: skip
+    add("--step-scale", type=float, default=1.0, help="weight of the step advantages beside the outcome's")
+    add(
+        "--scale-advantages", action=argparse.BooleanOptionalAction, default=True,
+        help="divide each of the two by its standard deviation over the update",
+    )  # fmt: skip
 
     add = parser.add_argument_group("loss").add_argument
     add("--loss-type", default="reinforce", help="reinforce, ppo or cispo")
@@ -147,9 +152,9 @@ def run(options: argparse.Namespace, checkpoint: str | None, lora) -> None:
     grader = load_grader(options.grader)
     same = (
         "num_generations max_completion_length temperature top_p top_k rollout_engine rollout_batch_size split_by "
-        "probe probe_turn gamma lam baseline combine loss_type epsilon epsilon_high beta kl_estimator entropy_coef "
-        "aggregation num_iterations route chunk_bytes backend warmup_steps optim max_steps bf16 seed logging_steps "
-        "save_steps eval_steps report_to"
+        "probe probe_turn gamma lam baseline combine step_scale scale_advantages loss_type epsilon epsilon_high beta "
+        "kl_estimator entropy_coef aggregation num_iterations route chunk_bytes backend warmup_steps optim max_steps "
+        "bf16 seed logging_steps save_steps eval_steps report_to"
     ).split()
     rollout_options = {"model": options.model} if options.rollout_engine == "vllm" else {}
     rollout_options.update(options.rollout_option)

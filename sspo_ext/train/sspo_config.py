@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field, replace
 
 from transformers import TrainingArguments
 
-from .._checks import check_choice, check_not_negative
-from ..policy import LEVELS, get_policy_head
+from .._checks import check_choice, check_count, check_not_negative, check_positive
+from ..policy import KL_ESTIMATORS, LEVELS, get_policy_head
 from ..policy_losses import AGGREGATIONS
 from ..signals import BASELINES, Probe, as_probe
 from ..signals.baselines import UNGROUPED
+from ..signals.probe import check_probe_options
+from ..signals.split import split_text
+from .rollout import ENGINES
 from .route import ROUTE_HELP
 
 COMBINE = ("add", "replace", "outcome")
@@ -88,10 +92,7 @@ class SSPOConfig(TrainingArguments):
         for name in _DICTIONARIES:
             if not isinstance(getattr(self, name), dict | None):
                 raise TypeError(f"{name}: expected a dictionary, or its JSON, got {getattr(self, name)!r}")
-        as_probe(self.probe)
-        for name in ("grader", "tokenizer"):
-            if name in (self.probe_options or {}):
-                raise ValueError(f"probe_options: expected no {name!r}, which is the trainer's own")
+        self._check_signals()
         if self.label_smoothing_factor:
             raise ValueError(f"label_smoothing_factor: expected 0, got {self.label_smoothing_factor}; it has no effect")
         if self.auto_find_batch_size or self.accelerator_config.split_batches:
@@ -99,6 +100,15 @@ class SSPOConfig(TrainingArguments):
                 "auto_find_batch_size, split_batches: expected False, since they change how many completions an update "
                 "has and so the groups"
             )
+        # what sampling narrows is the rollouts' own; a temperature of 0 has no log-probs
+        check_positive("temperature", self.temperature)
+        check_positive("top_p", self.top_p)
+        if self.top_p > 1:
+            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
+        check_count("top_k", self.top_k, 0)
+        check_count("max_completion_length", self.max_completion_length)
+        check_choice("rollout_engine", self.rollout_engine, ENGINES)
+        check_choice("kl_estimator", self.kl_estimator, tuple(KL_ESTIMATORS))
         check_choice("combine", self.combine, COMBINE)
         check_choice("baseline", self.baseline, tuple(BASELINES))
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
@@ -138,6 +148,23 @@ class SSPOConfig(TrainingArguments):
                 f"save_steps: expected a multiple of num_iterations={self.num_iterations}, since rollouts are not "
                 f"saved, got {self.save_steps}"
             )
+
+    def _check_signals(self) -> None:
+        split_text("", self.split_by)
+        if self.split_by == "numbered":
+            raise ValueError("split_by: 'numbered' shows in no single token; expected newline, blank_line or a regex")
+        as_probe(self.probe)
+        given = self.probe_options or {}
+        known = [name for name in inspect.signature(check_probe_options).parameters if name != "grader"]
+        for name in given:
+            if name in ("grader", "tokenizer"):
+                raise ValueError(f"probe_options: expected no {name!r}, which is the trainer's own")
+            if name not in known:
+                raise ValueError(f"probe_options: expected some of {', '.join(known)}, got {name!r}")
+        try:
+            check_probe_options(**given)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"probe_options: {error}") from None
 
     @property
     def asked(self) -> Probe:

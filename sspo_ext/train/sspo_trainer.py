@@ -114,6 +114,8 @@ class SSPOTrainer(Trainer):
             if trainer_kwargs.get(name) is not None:
                 raise ValueError(f"{name}: expected None, since the trainer has its own, got {trainer_kwargs[name]!r}")
         self._chat = getattr(processing_class, "chat_template", None) is not None
+        if probed and args.asked.turn and not self._chat:
+            raise ValueError("probe_turn: expected a tokenizer with a chat template, which writes the user's turn")
         check_rows("train_dataset", train_dataset, chat=self._chat, answers=probed, texts=by_text)
         check_rows("eval_dataset", eval_dataset, chat=self._chat)
         self.ref_model = None
@@ -359,6 +361,9 @@ class SSPOTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *args, **kwargs):
+        raise NotImplementedError("predict: expected evaluate(dataset), which completes its prompts and grades them")
 
     # ---- what Trainer asks for
 
