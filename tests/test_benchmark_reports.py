@@ -1,6 +1,6 @@
 """The stored reports are what their code writes from the stored numbers, so a rerun keeps every sentence.
 
-Mutations that turned a test red: MUTATIONS
+Mutations that turned a test red: no picture in the probe's report; notes not appended (test_report_of_stored_numbers).
 """
 
 import json

@@ -1,6 +1,8 @@
 """The compression benchmark's controls, arithmetic and report; one pair-form update.
 
-Mutations that turned a test red: MUTATIONS
+Mutations that turned a test red: 1.96 for Student's quantile, n for n - 1 (test_interval); the first language's runs
+alone (test_over_seeds); a mean of means (test_ties_are_rounded_alike); most arms below the axis (test_lowest_shown); an
+error and a cell of docs/rl.md changed (test_the_page_*).
 """
 
 import json
