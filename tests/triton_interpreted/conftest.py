@@ -26,6 +26,17 @@ def _cast_rounding_to_nearest(cast_impl):
 interpreter.InterpreterBuilder.cast_impl = _cast_rounding_to_nearest(interpreter.InterpreterBuilder.cast_impl)
 
 
+def _fma(self, x, y, z):
+    """Before Triton had one, its interpreter rounded twice, which kernels that keep what a rounding lost cannot bear.
+    The product is exact in float64; that the sum is rounded there before it is float32 hardly ever shows."""
+    wide = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data
+    return interpreter.TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
+
+
+if not hasattr(interpreter._interpreter, "fma_fp32"):
+    interpreter.InterpreterBuilder.create_fma = _fma
+
+
 def _checking_hints():
     """`tl.multiple_of` is a promise that the interpreter ignores; on a GPU a broken one is a misaligned access."""
     patch_core = interpreter._patch_lang_core
