@@ -145,13 +145,15 @@ def _rl(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from .pair_spec import checked_options, chosen_heads
+    from .pair_spec import checked_label, checked_options, chosen_heads
     from .signals.split import split_text
     from .train.data import load_preference_rows
 
     # What can be wrong is looked at in the order of what it costs: arguments, rows, then the model.
     loss_options = dict(options.loss_option)
-    checked_options(chosen_heads(options.loss_type, options.loss_weights), options.beta, loss_options)
+    heads = chosen_heads(options.loss_type, options.loss_weights)
+    checked_options(heads, options.beta, loss_options)
+    checked_label(heads, options.loss_type, options.label_smoothing, soft_labels=False)
     split_text("", options.split_by)
     checkpoint = _checkpoint(options)
     rows = load_preference_rows(options.data)
@@ -160,20 +162,11 @@ def _train(options: argparse.Namespace) -> None:
     import torch
     from transformers import set_seed
 
-    from .train.models import load_model
+    from .train.models import load_model, load_tokenizer
     from .train.tokenize import tokenize_rows
     from .train.trainer import StepPreferenceConfig, StepPreferenceTrainer
 
     lora = _lora(options)
-    model, tokenizer = load_model(
-        options.model,
-        dtype=options.dtype,
-        attn_implementation=options.attn_implementation,
-        trust_remote_code=options.trust_remote_code,
-    )
-    split = {"split_by": options.split_by, "pair_by": options.pairing, "max_length": options.max_length}
-    split |= {"overflow": options.overflow, "token_weights": options.token_weights}
-    train_set, eval_set = (part and tokenize_rows(part, tokenizer, **split) for part in (rows, held_out))
     args = StepPreferenceConfig(
         output_dir=options.output_dir,
         loss_type=options.loss_type,
@@ -200,13 +193,23 @@ def _train(options: argparse.Namespace) -> None:
         seed=options.seed,
         logging_steps=options.logging_steps,
         save_steps=options.save_steps,
-        eval_strategy="steps" if options.eval_steps and eval_set else "no",
+        eval_strategy="steps" if options.eval_steps and held_out else "no",
         eval_steps=options.eval_steps,
         report_to=options.report_to,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.accelerator.is_available(),  # else several processes on CPUs would be a job each
         # only where it is asked for: transformers has begun to call it activation_checkpointing
         **({"gradient_checkpointing": True} if options.gradient_checkpointing else {}),
+    )
+    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    split = {"split_by": options.split_by, "pair_by": options.pairing, "max_length": options.max_length}
+    split |= {"overflow": options.overflow, "token_weights": options.token_weights}
+    train_set, eval_set = (part and tokenize_rows(part, tokenizer, **split) for part in (rows, held_out))
+    model, _ = load_model(
+        options.model,
+        dtype=options.dtype,
+        attn_implementation=options.attn_implementation,
+        trust_remote_code=options.trust_remote_code,
     )
     set_seed(options.seed)
     trainer = StepPreferenceTrainer(model, args, train_set, eval_set, processing_class=tokenizer, peft_config=lora)

@@ -65,7 +65,7 @@ def pair_loss_spec(
     """Validated arguments of one call. With several heads each takes the options it has; one that none has raises."""
     names = [head.name for head, _ in heads]
     options = checked_options(heads, beta, loss_options)
-    label = _label(heads, names, label_smoothing, pairs.soft_labels is not None)
+    label = checked_label(heads, names, label_smoothing, pairs.soft_labels is not None)
     if pairs.margins is not None and not any(head.margins for head, _ in heads):
         raise ValueError(f"margins: loss_type {_named(names)} does not have them")
     if ref is not None and all(head.reference == "forbidden" for head, _ in heads):
@@ -120,7 +120,8 @@ def check_logps(name: str, logps: StepLogps, layout: StepLayout) -> None:
     check_device(f"{name}.sums", logps.sums, layout.device, "the layout")
 
 
-def _label(heads, names: Sequence[str], label_smoothing: float, soft_labels: bool) -> float:
+def checked_label(heads, names: Sequence[str], label_smoothing: float, soft_labels: bool) -> float:
+    """The share of pairs whose order is wrong; ValueError for what the losses do not have."""
     if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
         raise TypeError(f"label_smoothing: expected a number, got {describe(label_smoothing)}")
     if not 0 <= label_smoothing < 0.5:

@@ -136,14 +136,17 @@ def test_options_run(model, data, tmp_path, more):
         (("--split-by", "newlines"), "'newlines' is none of"),
         (("--resume",), "--resume: no checkpoint"),
         (("--max-length", "3"), "nothing to train on is left"),
-        (("--packing", "--label-smoothing", "0.7"), "label_smoothing: expected a number in [0, 0.5)"),
+        (("--label-smoothing", "0.7"), "label_smoothing: expected a number in [0, 0.5)"),
+        (("--optim", "adamm"), "adamm"),
     ],
 )
 def test_mistakes_are_messages(model, data, tmp_path, capsys, monkeypatch, more, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    loaded = []
+    monkeypatch.setattr("sspo_ext.train.models.load_model", lambda *a, **k: loaded.append(a))
     assert train(model, data, tmp_path / "out", "--max-steps", "1", *more) == 2
     error = capsys.readouterr().err
-    assert "sspo-ext train: error: " in error and message in error and "Traceback" not in error
+    assert not loaded and "sspo-ext train: error: " in error and message in error and "Traceback" not in error
 
 
 def test_bad_rows_are_all_named(model, tmp_path, capsys):

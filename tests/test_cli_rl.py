@@ -106,6 +106,8 @@ def test_options_run(model, tmp_path, more):
         (("--loss-type", "dpo"), "loss_type: expected one of 'reinforce'"),
         (("--batch-size", "3"), "to be a multiple of num_generations=4"),
         (("--gamma", "2"), "gamma: expected a number in [0, 1]"),
+        (("--temperature", "0"), "temperature: expected a finite number above 0"),
+        (("--probe-option", "samples=3"), "probe_options: expected some of mode"),
         (("--split-by", "newlines"), "'newlines' is none of"),
         (("--resume",), "--resume: no checkpoint"),
     ],

@@ -178,13 +178,15 @@ class TestChains:
             ({"reward": 0.25, "is_correct": None}, 0.25),
             ({"reward": None, "is_correct": None}, 0.5),
             ({"reward": float("nan")}, None),
+            ({"reward": -1.5}, None),
+            ({"reward": 2}, None),
         ),
     )
     def test_a_null_is_no_reward(self, given, reward):
         """Data sets write nulls into the columns that some of their rows do not have."""
         rows = [{"prompt": "Q\n", "response": "a", "answer": "1", **given}]
         if reward is None:
-            with pytest.raises(ValueError, match="reward: expected a finite number"):
+            with pytest.raises(ValueError, match=r"reward: expected a number in \[0, 1\]"):
                 load_chains(rows, TOKENIZER, grader=lambda p, c, a: 0.5)
         else:
             assert load_chains(rows, TOKENIZER, grader=lambda p, c, a: 0.5)[0][0].reward == reward

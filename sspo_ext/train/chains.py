@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,7 +9,7 @@ from itertools import pairwise
 from ..signals.split import SplitBy, token_step_ids
 from ..signals.values import StepBatch
 from .data import Source, raise_bad_rows, read_rows
-from .grade import Grader, grade
+from .grade import Grader, answer_texts, grade
 from .tokenize import UnusableRow, encode_response, prompt_text, response_text
 
 
@@ -34,13 +33,14 @@ def load_chains(
     split_by: SplitBy = "newline",
     max_length: int | None = None,
     grader: Grader | None = None,
+    chat_template_kwargs: Mapping | None = None,
 ) -> tuple[list[Chain], list[str]]:
     """(chains, sources of rows over `max_length` tokens) of JSONL files or mappings.
 
-    A row is {"prompt": text or chat messages, "response": text or list of steps, "answer": text or several accepted
-    ones}, with optional "id", and "reward" (a finite number) or "is_correct" (a bool), else (both absent or null) the
-    `grader` gives the reward. A text is split by `split_by` (see `split_text`), a list is taken as it is. A response of
-    null or "" has no steps.
+    A row is {"prompt": text or chat messages, "response": text or list of steps, "answer": text, number or several
+    accepted ones}, with optional "id", and "reward" (a number in [0, 1], the scale of values) or "is_correct" (a bool),
+    else (both absent or null) the `grader` gives the reward. A text is split by `split_by` (see `split_text`), a list
+    is taken as it is. A response of null or "" has no steps.
     Tokens are those of `tokenize_row`, without an end of sequence. A step that owns no token belongs to the one before.
 
     Raises one ValueError that names all rows that are wrong.
@@ -52,8 +52,8 @@ def load_chains(
         try:
             if reason:
                 raise ValueError(reason)
-            chain = _chain(row, where, tokenizer, split_by, grader)
-        except ValueError as error:
+            chain = _chain(row, where, tokenizer, split_by, grader, chat_template_kwargs)
+        except (TypeError, ValueError) as error:
             bad.append((where, str(error)))
             continue
         if max_length is not None and len(chain.prompt_ids) + sum(map(len, chain.step_ids)) > max_length:
@@ -68,13 +68,15 @@ def step_batch(chains: Sequence[Chain]) -> StepBatch:
     return StepBatch([c.prompt_ids for c in chains], [c.step_ids for c in chains])
 
 
-def _chain(row: Mapping, where: str, tokenizer, split_by: SplitBy, grader: Grader | None) -> Chain:
+def _chain(
+    row: Mapping, where: str, tokenizer, split_by: SplitBy, grader: Grader | None, template: Mapping | None
+) -> Chain:
     prompt, response, answer = row.get("prompt"), row.get("response"), row.get("answer")
     if not prompt or not isinstance(prompt, (str, list)):
         raise ValueError(f"prompt: expected a text or chat messages, got {prompt!r}")
-    texts = [answer] if isinstance(answer, str) else answer
-    if not isinstance(texts, list) or not texts or not all(isinstance(a, str) and a.strip() for a in texts):
-        raise ValueError(f"answer: expected a text, or several, got {answer!r}")
+    if isinstance(answer, Mapping):
+        raise ValueError(f"answer: expected a text, a number or several, got {answer!r}")
+    texts = answer_texts(answer)
     response = response or ""
     if isinstance(response, list) and not all(isinstance(step, str) and step for step in response):
         raise ValueError("response: expected a text, or a list of steps with text in each")
@@ -82,11 +84,11 @@ def _chain(row: Mapping, where: str, tokenizer, split_by: SplitBy, grader: Grade
         response = [s if s[-1].isspace() else s + "\n" for s in response[:-1]] + response[-1:]
     elif not isinstance(response, str):
         raise ValueError(f"response: expected a text or a list of steps, got {type(response).__name__}")
-    text, first = prompt_text(prompt, tokenizer)
+    text, first = prompt_text(prompt, tokenizer, template)
     head = tokenizer(text, add_special_tokens=False)["input_ids"]
     steps, ids = [], []
     if "".join(response).strip():
-        body, edges, _ = response_text(prompt, text, response, tokenizer, split_by, False)
+        body, edges, _ = response_text(prompt, text, response, tokenizer, split_by, False, template)
         try:
             tokens, offsets = encode_response(tokenizer, text, head, body)
         except UnusableRow as error:
@@ -94,6 +96,7 @@ def _chain(row: Mapping, where: str, tokenizer, split_by: SplitBy, grader: Grade
         steps, ids = _by_step(body, list(pairwise(edges)), tokens, offsets)
     head = head if head[: len(first)] == first else first + head
     source = where if row.get("id") is None else str(row["id"])
+    answer = texts if isinstance(answer, (list, tuple)) else texts[0]
     return Chain(source, prompt, answer, _reward(row, "".join(steps), texts, grader), steps, head, ids)
 
 
@@ -112,7 +115,10 @@ def _reward(row: Mapping, response: str, answers: list[str], grader: Grader | No
     given = row.get("is_correct") if row.get("reward") is None else row["reward"]
     if given is None and grader is not None:
         columns = {name: value for name, value in row.items() if name not in ("prompt", "response", "answer")}
-        return max(grade(grader, row["prompt"], response, answer, **columns) for answer in answers)
-    if not isinstance(given, (bool, int, float)) or not math.isfinite(given):
-        raise ValueError(f"reward: expected a finite number, or is_correct, or a grader, got {given!r}")
+        given = max(grade(grader, row["prompt"], response, answer, **columns) for answer in answers)
+    if not isinstance(given, (bool, int, float)) or not 0 <= given <= 1:
+        raise ValueError(
+            f"reward: expected a number in [0, 1], or is_correct, or a grader, got {given!r}; -1 and +1 are rescaled "
+            "by (reward + 1) / 2"
+        )
     return float(given)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,27 +25,26 @@ def load_model(
     padding token pads with its end-of-sequence token. Raises ValueError naming `model` when there is nothing to load;
     a hub name that cannot be reached is OSError.
     """
-    path = Path(name_or_path)
-    gguf = _gguf_file(path)
-    options = {"trust_remote_code": trust_remote_code}
-    if gguf is not None:
-        folder, options["gguf_file"] = str(gguf.parent), gguf.name
-        if dtype == "auto":
-            dtype = torch.float32
-    elif path.exists() and not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-        raise ValueError(f"model: expected config.json or a .gguf file in {str(path)!r}, found neither")
-    else:
-        folder = str(name_or_path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options, **attention)
-    except OSError as error:
-        where = "cannot be loaded" if path.exists() else "is no local folder, and the hub does not give it"
-        raise OSError(f"model: {str(name_or_path)!r} {where}: {error}") from error
-    return (model if gguf is None else rebuild_gguf(model)), tokenizer
+    tokenizer = load_tokenizer(name_or_path, trust_remote_code=trust_remote_code)
+    folder, gguf = _folder(name_or_path)
+    options = {"trust_remote_code": trust_remote_code, **gguf}
+    if gguf and dtype == "auto":
+        dtype = torch.float32
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    with _named(name_or_path):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    return (rebuild_gguf(model) if gguf else model), tokenizer
+
+
+def load_tokenizer(name_or_path: str | os.PathLike, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of `load_model` alone, with which rows can be looked at before a model is loaded."""
+    folder, gguf = _folder(name_or_path)
+    with _named(name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def rebuild_gguf(model: PreTrainedModel) -> PreTrainedModel:
@@ -60,6 +61,28 @@ def rebuild_gguf(model: PreTrainedModel) -> PreTrainedModel:
     dense.tie_weights()
     dense.generation_config = copy.deepcopy(model.generation_config)
     return dense.eval()
+
+
+def _folder(name_or_path: str | os.PathLike) -> tuple[str, dict[str, str]]:
+    """(folder or hub name, {"gguf_file": its name} if there is one)"""
+    path = Path(name_or_path)
+    gguf = _gguf_file(path)
+    if gguf is not None:
+        return str(gguf.parent), {"gguf_file": gguf.name}
+    if path.exists() and not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        raise ValueError(f"model: expected config.json or a .gguf file in {str(path)!r}, found neither")
+    return str(name_or_path), {}
+
+
+@contextlib.contextmanager
+def _named(name_or_path: str | os.PathLike) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = "cannot be loaded"
+        if not Path(name_or_path).exists():
+            where = "is no local folder, and the hub does not give it"
+        raise OSError(f"model: {str(name_or_path)!r} {where}: {error}") from error
 
 
 def _gguf_file(path: Path) -> Path | None:

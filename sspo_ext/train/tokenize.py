@@ -252,17 +252,24 @@ def encode_response(tokenizer, prompt: str, head: Sequence[int], text: str) -> t
     return ids, offsets
 
 
-def prompt_text(prompt: str | list, tokenizer) -> tuple[str, list[int]]:
+def prompt_text(prompt: str | list, tokenizer, template_options: Mapping | None = None) -> tuple[str, list[int]]:
     """(its text, special tokens that the tokenizer puts before a text)"""
     if not isinstance(prompt, str):
-        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True), []
+        options = {"tokenize": False, "add_generation_prompt": True, **(template_options or {})}
+        return tokenizer.apply_chat_template(prompt, **options), []
     plain, full = _encode(tokenizer, "a")[0], tokenizer("a")["input_ids"]
     at = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
     return prompt, list(full[:at])
 
 
 def response_text(
-    messages: str | list, prompt: str, response: str | Sequence[str], tokenizer, split_by: SplitBy, finish: bool
+    messages: str | list,
+    prompt: str,
+    response: str | Sequence[str],
+    tokenizer,
+    split_by: SplitBy,
+    finish: bool,
+    template_options: Mapping | None = None,
 ) -> tuple[str, list[int], bool]:
     """(text of the response, edges of its steps with 0 and its length, whether end of sequence is to be added)"""
     if isinstance(response, str):
@@ -271,7 +278,8 @@ def response_text(
         text, edges = "".join(response), [0, *accumulate(map(len, response))]
     if isinstance(messages, str):
         return text, edges, finish
-    full = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": text}], tokenize=False)
+    said = [*messages, {"role": "assistant", "content": text}]
+    full = tokenizer.apply_chat_template(said, tokenize=False, **(template_options or {}))
     content = text.strip()  # as many templates do
     at = full.find(content, len(prompt))
     if not full.startswith(prompt) or at < 0:

@@ -4,11 +4,18 @@ runs."""
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .rl import setting
+
+if TYPE_CHECKING:
+    from ..signals.probe import Probe
 
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
@@ -23,10 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
     add("--split-by", default="newline", help="newline, blank_line, numbered, or a regular expression")
     add("--max-length", type=positive, default=2048, help="tokens of prompt and response; longer rows are left out")
     add("--grader", default="exact", help="of rows without a reward: exact, exact:MARKER, math-verify, module:function")
+    add(
+        "--chat-template-option", type=setting, action="append", default=[], metavar="NAME=VALUE",
+        help="as enable_thinking=false",
+    )  # fmt: skip
 
     add = parser.add_argument_group("values and advantages").add_argument
     add("--probe", default="en", help="a language (en, zh, ...) or the text that asks for the answer")
     add("--probe-end", action="append", metavar="TEXT", help="may follow the answer (default: anything); repeatable")
+    add("--probe-turn", action="store_true", help="ask in a turn of the user's, by the chat template")
     add("--mode", default="likelihood", choices=("likelihood", "graded"), help="of the gold answer, or sampled answers")
     add("--reduce", default="joint", choices=("joint", "mean"), help="likelihood of an answer of several tokens")
     add("--num-samples", type=positive, default=5, help="graded: answers after each step")
@@ -68,41 +80,50 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..signals.probe import as_probe
-    from ..signals.split import split_text
     from .grade import answer_grader, load_grader
+    from .lines import check_free
 
-    # What can be wrong is looked at in the order of what it costs: arguments, then the model, then rows.
-    split_text("", options.split_by)
+    # What can be wrong is looked at in the order of what it costs: arguments, files, rows, then the model.
+    probe = _checked(options)
     grader = load_grader(options.grader)
     missing = [name for name in options.data if not Path(name).is_file()]
     if missing:
         raise ValueError(f"--data: {missing[0]!r} is not there")
-    probe = as_probe(options.probe)
-    if options.probe_end:
-        probe = replace(probe, ends=tuple(options.probe_end))
     output = Path(options.output_dir)
+    for name in ("values.jsonl", "pairs.jsonl.nodes"):
+        check_free(output / name, resume=options.resume)
 
     import torch
 
     from .chains import load_chains
-    from .models import load_model
+    from .models import load_model, load_tokenizer
     from .trace_rows import rollout_pairs, trace_pairs, trace_values
 
-    model, tokenizer = load_model(
+    template = dict(options.chat_template_option)
+    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    if probe.turn and getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("--probe-turn: the tokenizer has no chat template, which writes the user's turn")
+    chains, long = load_chains(
+        options.data, tokenizer, split_by=options.split_by, max_length=options.max_length, grader=grader,
+        chat_template_kwargs=template,
+    )  # fmt: skip
+    if not chains and not long:
+        raise ValueError(f"--data: expected at least one chain, found none in {', '.join(options.data)}")
+    if not chains:
+        raise ValueError(
+            f"--data: no chain of at most {options.max_length} tokens, {len(long)} are longer; give a larger "
+            "--max-length"
+        )
+    model, _ = load_model(
         options.model, dtype=options.dtype, attn_implementation=options.attn_implementation,
         trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    chains, long = load_chains(
-        options.data, tokenizer, split_by=options.split_by, max_length=options.max_length, grader=grader
-    )
-    if not chains:
-        raise ValueError(f"--data: no chain of at most {options.max_length} tokens; give a larger --max-length")
     note = f"; {len(long)} over {options.max_length} tokens are left out" if long else ""
     print(f"{len(chains)} chains, {sum(len(c.steps) for c in chains)} steps{note}")
     running = {"max_tokens": options.max_tokens, "engine": options.engine, "resume": options.resume}
     settings = {"model": options.model, "dtype": options.dtype, "split_by": options.split_by, "grader": options.grader}
+    settings |= {"chat_template_kwargs": template} if template else {}
     by_probe = answer_grader(grader, probe)
     graded = {"grader": by_probe, "num_samples": options.num_samples, "seed": options.seed}
     traced = trace_values(
@@ -111,8 +132,7 @@ def run(options: argparse.Namespace) -> None:
         settings=settings, **running, **(graded if options.mode == "graded" else {}),
     )  # fmt: skip
     rows = None
-    pairing = {"min_gap": options.min_gap, "weight": options.weight, "margin": options.margin}
-    pairing["max_pairs"] = options.max_pairs
+    pairing = _pairing(options)
     if options.pairs == "chains":
         rows = rollout_pairs(chains, traced, tokenizer, output / "pairs.jsonl", **pairing)
     elif options.pairs == "sampled":
@@ -133,6 +153,42 @@ def run(options: argparse.Namespace) -> None:
         write_page(traced, output / "chains.html", title=f"Steps as {Path(options.model).name} values them")
     print(summary(traced, rows))
     print(f"\nwritten to {output}")
+
+
+def _checked(options: argparse.Namespace) -> Probe:
+    """The probe; ValueError for an option that none of what follows would take."""
+    from ..signals.candidates import check_candidate_options
+    from ..signals.probe import as_probe, check_probe_options
+    from ..signals.split import split_text
+    from ..signals.trace import check_pair_options
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"trace: expected one process, got {os.environ['WORLD_SIZE']} (WORLD_SIZE), all for one file")
+    split_text("", options.split_by)
+    given = {"num_samples": options.num_samples} if options.mode == "graded" else {}
+    check_probe_options(
+        mode=options.mode, reduce=options.reduce, engine=options.engine, max_tokens=options.max_tokens,
+        seed=options.seed, **given,
+    )  # fmt: skip
+    for name in ("gamma", "lam"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise ValueError(f"--{name}: expected a number in [0, 1], got {getattr(options, name)}")
+    check_pair_options(**_pairing(options))
+    if options.pairs == "sampled":
+        check_candidate_options(
+            value=options.value, num_candidates=options.num_candidates, gamma=options.gamma,
+            split_by=options.split_by, final=options.final, max_step_tokens=options.max_step_tokens,
+            max_continuation_tokens=options.max_continuation_tokens, temperature=options.temperature,
+        )  # fmt: skip
+    found = {"ends": tuple(options.probe_end)} if options.probe_end else {}
+    found |= {"turn": True} if options.probe_turn else {}
+    found |= {"chat_template_kwargs": dict(options.chat_template_option)} if options.chat_template_option else {}
+    return replace(as_probe(options.probe), **found)
+
+
+def _pairing(options: argparse.Namespace) -> dict:
+    names = ("min_gap", "weight", "margin", "max_pairs")
+    return {name: getattr(options, name) for name in names}
 
 
 def summary(traced: list[dict], pairs: list[dict] | None) -> str:

@@ -179,7 +179,14 @@ def wrap(text: str, width: int) -> list[str]:
 
 def prompt_of(row: dict[str, Any]) -> str:
     prompt = row["prompt"]
-    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(_said(message.get("content")) for message in prompt)
+
+
+def _said(content: Any) -> str:
+    """A message's text; of one in parts all that are text, and the others' kinds."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return " ".join(p["text"] if isinstance(p.get("text"), str) else f"[{p.get('type')}]" for p in content)
 
 
 def answer_of(row: dict[str, Any]) -> str:
