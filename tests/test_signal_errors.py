@@ -1,7 +1,8 @@
 """Probes: what cannot be used, or has no effect, is an error that names it, and so is what is not a number.
 
-Each was red on the code without its check. There, an int or blank answer, a table of positions at its end, and NaN
-logits were "'int' object is not iterable", a value, an IndexError, and the value 0.
+All were red on the code without these checks but the answers [] and [None], the rotary positions and the grader of NaN,
+which have to stay as they are. There, an int or blank answer, a table of positions at its end, and NaN logits were
+"'int' object is not iterable", a value, an IndexError, and the value 0.
 """
 
 import math
