@@ -1,8 +1,8 @@
 """`sspo-ext trace`: what is wrong is told before a model is loaded, and leaves nothing behind; chats, their template's
 options and their contents in parts; answers that are numbers.
 
-All were red before: options that do not fit failed after the model, and some after all values, and left a file that
-refused the corrected run.
+All were red before but the answers that are none and --resume's case: options that do not fit failed after the model,
+and some after all values, and left a file that refused the corrected run.
 """
 
 import json
@@ -48,6 +48,7 @@ def data(tmp_path):
         (("--pairs", "sampled", "--temperature", "-1"), "temperature: expected"),
         (("--pairs", "sampled", "--final", "("), "final: '(' is no regular expression"),
         (("--pairs", "sampled", "--split-by", "numbered"), "split_by: 'numbered'"),
+        (("--num-samples", "3"), "num_samples: has no effect with mode 'likelihood'"),
         (("--mode", "graded", "--reduce", "mean"), "reduce: has no effect with mode 'graded'"),
         (("--mode", "graded", "--engine", "packed"), "engine: expected one of 'auto', 'cached', 'separate'"),
         (("--max-length", "3"), "--data: no chain of at most 3 tokens, 4 are longer"),

@@ -165,10 +165,9 @@ def _checked(options: argparse.Namespace) -> Probe:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"trace: expected one process, got {os.environ['WORLD_SIZE']} (WORLD_SIZE), all for one file")
     split_text("", options.split_by)
-    given = {"num_samples": options.num_samples} if options.mode == "graded" else {}
     check_probe_options(
         mode=options.mode, reduce=options.reduce, engine=options.engine, max_tokens=options.max_tokens,
-        seed=options.seed, **given,
+        num_samples=options.num_samples, seed=options.seed,
     )  # fmt: skip
     for name in ("gamma", "lam"):
         if not 0 <= getattr(options, name) <= 1:
