@@ -38,7 +38,7 @@ class UnsupportedHead(ValueError):
     """The logits are not softcap(scale * (hidden @ weight.T + bias)) of a plain weight; says why, and a way out."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LMHead:
     """logits = cap(logit_scale * (hidden @ weight.T + bias)), cap(x) = logit_softcap * tanh(x / logit_softcap) or x.
 
