@@ -12,6 +12,8 @@ pytest.importorskip("transformers")
 
 from helpers_rl import ROWS, make_model, make_tokenizer
 
+from sspo_ext.train import models
+
 CHINESE = [{"prompt": f"检查 {n}🙂\n", "answer": str(n)} for n in range(8)]
 
 
@@ -114,9 +116,13 @@ def test_options_run(model, tmp_path, more):
 )
 def test_mistakes_are_messages(model, data, tmp_path, capsys, monkeypatch, more, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    loaded, load = [], models.load_model
+    monkeypatch.setattr(models, "load_model", lambda *a, **k: loaded.append(a) or load(*a, **k))
     assert rl(model, data, tmp_path / "out", "--max-steps", "1", *more) == 2
     error = capsys.readouterr().err
     assert "sspo-ext rl: error: " in error and message in error and "Traceback" not in error
+    # a batch is that of all processes, of which the trainer knows
+    assert bool(loaded) == (more[0] in ("--batch-size", "--model"))
 
 
 def test_every_option_of_the_configuration_is_there():
