@@ -210,6 +210,7 @@ def _train(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         attn_implementation=options.attn_implementation,
         trust_remote_code=options.trust_remote_code,
+        tokenizer=tokenizer,
     )
     set_seed(options.seed)
     trainer = StepPreferenceTrainer(model, args, train_set, eval_set, processing_class=tokenizer, peft_config=lora)

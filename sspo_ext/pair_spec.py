@@ -121,7 +121,7 @@ def check_logps(name: str, logps: StepLogps, layout: StepLayout) -> None:
 
 
 def checked_label(heads, names: Sequence[str], label_smoothing: float, soft_labels: bool) -> float:
-    """The share of pairs whose order is wrong; ValueError for what the losses do not have."""
+    """1 - label_smoothing, the share of pairs whose order is right; ValueError for what the losses do not have."""
     if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
         raise TypeError(f"label_smoothing: expected a number, got {describe(label_smoothing)}")
     if not 0 <= label_smoothing < 0.5:

@@ -350,6 +350,7 @@ class TestErrors:
         assert as_probe(Probe(text)).text == text and as_probe(f"{text}:").text == f"{text}:"
         for known in ("EN", "English", "english", " en"):
             assert as_probe(known) is PROBES["en"]
+        assert as_probe("\nAnswer").text == "\nAnswer"
         assert as_probe("zh") is PROBES["zh"] and as_probe("####").text == "####" and as_probe("答案").text == "答案"
 
     def test_batches(self):

@@ -5,6 +5,7 @@ which have to stay as they are. There, an int or blank answer, a table of positi
 "'int' object is not iterable", a value, an IndexError, and the value 0.
 """
 
+import inspect
 import math
 from types import SimpleNamespace
 
@@ -15,8 +16,18 @@ pytest.importorskip("transformers")
 from helpers_tokenizer import byte_tokenizer  # noqa: E402
 from test_probe import BATCH, Knows, Letters  # noqa: E402
 
-from sspo_ext.signals import Branch, StepBatch, branch_logps, probe_step_values  # noqa: E402
+from sspo_ext.signals import (  # noqa: E402
+    Branch,
+    StepBatch,
+    branch_logps,
+    pair_candidates,
+    probe_step_values,
+    trace_candidates,
+)
+from sspo_ext.signals.candidates import check_candidate_options  # noqa: E402
+from sspo_ext.signals.probe import check_probe_options  # noqa: E402
 from sspo_ext.signals.sample import sample_branches  # noqa: E402
+from sspo_ext.signals.trace import check_pair_options  # noqa: E402
 
 TOKENIZER = byte_tokenizer()
 GRADED = {"mode": "graded", "tokenizer": Letters(), "grader": lambda text, answer: 1.0}
@@ -126,3 +137,18 @@ def test_a_model_of_nan_is_not_worth_nothing(temperature):
 def test_a_grader_of_nan():
     with pytest.raises(ValueError, match=r"grader: expected grades in \[0, 1\], got nan"):
         probe_step_values(Knows(), BATCH, [2], ["", ""], **GRADED | {"grader": lambda text, answer: math.nan})
+
+
+@pytest.mark.parametrize(
+    "check, function",
+    [
+        (check_probe_options, probe_step_values),
+        (check_candidate_options, trace_candidates),
+        (check_pair_options, pair_candidates),
+    ],
+)
+def test_checks_without_a_model_have_the_functions_defaults(check, function):
+    """An option that is not given counts as its default, which stands in both signatures."""
+    theirs = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+    ours = {name: p.default for name, p in inspect.signature(check).parameters.items()}
+    assert ours and ours == {name: theirs[name] for name in ours}

@@ -67,7 +67,7 @@ _NAMES = {
     "spanish": "es",
     "russian": "ru",
 }
-_LIKE_A_LANGUAGE = re.compile(r"[A-Za-z]+([-_][A-Za-z]+)?")
+_LIKE_A_LANGUAGE = re.compile(r"[A-Za-z]+([-_][A-Za-z]+)?")  # nothing around it: "\nAnswer" is a text
 
 
 def as_probe(probe: str | Probe) -> Probe:
@@ -83,7 +83,7 @@ def as_probe(probe: str | Probe) -> Probe:
         raise TypeError(f"probe: expected a language, a text or a Probe, got {describe(probe)}")
     word = probe.strip().lower()
     language = PROBES.get(_NAMES.get(word, word))
-    if language is None and _LIKE_A_LANGUAGE.fullmatch(word):
+    if language is None and _LIKE_A_LANGUAGE.fullmatch(probe):
         raise ValueError(
             f"probe: expected a language ({', '.join(PROBES)}) or a text that asks for the answer, got {probe!r}, "
             f"which reads like a language; if this word is the text, pass Probe({probe!r}), or {probe + ':'!r}"

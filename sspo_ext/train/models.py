@@ -18,6 +18,7 @@ def load_model(
     dtype: torch.dtype | str = torch.float32,  # "auto" keeps the checkpoint's
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,  # of `load_tokenizer`, where it is there already
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer from a hub name, a folder, a folder with one .gguf file, or a .gguf file.
 
@@ -25,7 +26,8 @@ def load_model(
     padding token pads with its end-of-sequence token. Raises ValueError naming `model` when there is nothing to load;
     a hub name that cannot be reached is OSError.
     """
-    tokenizer = load_tokenizer(name_or_path, trust_remote_code=trust_remote_code)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(name_or_path, trust_remote_code=trust_remote_code)
     folder, gguf = _folder(name_or_path)
     options = {"trust_remote_code": trust_remote_code, **gguf}
     if gguf and dtype == "auto":

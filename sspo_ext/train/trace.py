@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> None:
         )
     model, _ = load_model(
         options.model, dtype=options.dtype, attn_implementation=options.attn_implementation,
-        trust_remote_code=options.trust_remote_code,
+        trust_remote_code=options.trust_remote_code, tokenizer=tokenizer,
     )  # fmt: skip
     model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     note = f"; {len(long)} over {options.max_length} tokens are left out" if long else ""
