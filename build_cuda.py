@@ -50,7 +50,7 @@ def extensions(skip_auto: bool = False) -> list[CudaExtension]:
         return []
     if find_nvcc() is None:
         raise SystemExit("SSPO_BUILD_CUDA=1: nvcc was found neither by CUDA_HOME nor on PATH")
-    headers = [str(path) for path in [*Path("csrc/cuda").glob("*.*h"), Path("csrc/heads_generated.h")]]
+    headers = [str(path) for path in [*Path("csrc/cuda").glob("*.*h"), Path("csrc/formulas_generated.h")]]
     return [CudaExtension("sspo_ext._C_cuda", sources=[*KERNELS, BINDING], depends=sorted(headers), language="c++")]
 
 

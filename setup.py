@@ -29,15 +29,12 @@ SOURCES = {
     "csrc/cpu/binding.cpp": ["-O2"],
     "csrc/cpu/dispatch.cpp": ["-O2"],
     "csrc/cpu/step_loss.cpp": ["-O2"],
-    "csrc/cpu/turn.cpp": ["-O2"],
-    "csrc/cpu/rows_baseline.cpp": KERNEL_FLAGS,
-    "csrc/cpu/reductions_baseline.cpp": KERNEL_FLAGS,
+    "csrc/cpu/transpose.cpp": ["-O2"],
+    "csrc/cpu/isa/baseline.cpp": KERNEL_FLAGS,
 }
 X86_SOURCES = {
-    "csrc/cpu/rows_avx2.cpp": [*KERNEL_FLAGS, *AVX2_FLAGS],
-    "csrc/cpu/rows_avx512.cpp": [*KERNEL_FLAGS, *AVX512_FLAGS],
-    "csrc/cpu/reductions_avx2.cpp": [*KERNEL_FLAGS, *AVX2_FLAGS],
-    "csrc/cpu/reductions_avx512.cpp": [*KERNEL_FLAGS, *AVX512_FLAGS],
+    "csrc/cpu/isa/avx2.cpp": [*KERNEL_FLAGS, *AVX2_FLAGS],
+    "csrc/cpu/isa/avx512.cpp": [*KERNEL_FLAGS, *AVX512_FLAGS],
 }
 
 

@@ -100,8 +100,10 @@ class Report:
 
 
 def specialisations(warp: int = 32, every: bool = False) -> Iterator[Specialisation]:
-    from sspo_ext.backends.triton import backward, forward, steps
-    from sspo_ext.backends.triton._common import row_launch
+    from sspo_ext.backends.triton.rows import row_launch
+    from sspo_ext.backends.triton.step_loss_fwd import BLOCK, _step_loss_fwd_kernel
+    from sspo_ext.backends.triton.token_logp_bwd import _token_logp_bwd_kernel
+    from sspo_ext.backends.triton.token_logp_fwd import _token_logp_fwd_kernel
     from sspo_ext.heads import PAIR_HEADS, head_id
 
     for dtype in POINTERS:
@@ -111,14 +113,14 @@ def specialisations(warp: int = 32, every: bool = False) -> Iterator[Specialisat
             for softcap in (False, True):
                 facts = (["softcap"] if softcap else []) + (["small V"] if V == 1000 else [])
                 constexprs = {"SOFTCAP": softcap, **shape}
-                fn = forward._token_logp_fwd_kernel
+                fn = _token_logp_fwd_kernel
                 yield Specialisation("token_logp_fwd", dtype, ", ".join(facts), fn, constexprs, num_warps)
                 for aligned in (True, False):
                     for upstream in (True, False) if every else (True,):
                         more = [] if aligned else ["rows aligned otherwise"]
                         more += [] if upstream else ["no upstream"]
                         constexprs = {"SOFTCAP": softcap, "ALIGNED": aligned, "HAS_UPSTREAM": upstream, **shape}
-                        fn = backward._token_logp_bwd_kernel
+                        fn = _token_logp_bwd_kernel
                         yield Specialisation(
                             "token_logp_bwd", dtype, ", ".join(facts + more), fn, constexprs, num_warps
                         )
@@ -128,14 +130,15 @@ def specialisations(warp: int = 32, every: bool = False) -> Iterator[Specialisat
         # of a head's 32 combinations of optional inputs, all and none
         for given in (True, False) if every else (True,):
             facts = f"{head}, {'all inputs' if given else 'no optional input'}"
-            constexprs = {"HEAD": head_id(head), "BLOCK": steps.BLOCK, **dict.fromkeys(flags, given)}
-            yield Specialisation("step_loss_fwd", "float32", facts, steps._step_loss_fwd_kernel, constexprs, 1)
+            constexprs = {"HEAD": head_id(head), "BLOCK": BLOCK, **dict.fromkeys(flags, given)}
+            yield Specialisation("step_loss_fwd", "float32", facts, _step_loss_fwd_kernel, constexprs, 1)
 
 
 def _with_reductions(warp: int, every: bool) -> Iterator[Specialisation]:
     """The row kernels with entropy and sum of squares, and with KL too: a loop then loads both tensors' elements."""
-    from sspo_ext.backends.triton import reductions_backward, reductions_forward
-    from sspo_ext.backends.triton._common import row_launch
+    from sspo_ext.backends.triton.row_reductions_bwd import _row_reductions_bwd_kernel
+    from sspo_ext.backends.triton.row_reductions_fwd import _row_reductions_fwd_kernel
+    from sspo_ext.backends.triton.rows import row_launch
 
     for dtype in POINTERS:
         launch = row_launch(128256, getattr(torch, dtype), warp)
@@ -146,9 +149,9 @@ def _with_reductions(warp: int, every: bool) -> Iterator[Specialisation]:
                     facts = (["softcap"] if softcap else []) + (["KL"] if ref else [])
                     facts = ", ".join(facts + ([] if aligned else ["rows aligned otherwise"]))
                     constexprs = {"SOFTCAP": softcap, "HAS_REF": ref, "REF_ALIGNED": aligned, **shape}
-                    fn = reductions_forward._row_reductions_fwd_kernel
+                    fn = _row_reductions_fwd_kernel
                     yield Specialisation("row_reductions_fwd", dtype, facts, fn, constexprs, num_warps)
-                    fn = reductions_backward._row_reductions_bwd_kernel
+                    fn = _row_reductions_bwd_kernel
                     constexprs = {"ALIGNED": aligned, **constexprs}
                     yield Specialisation("row_reductions_bwd", dtype, facts, fn, constexprs, num_warps)
 

@@ -115,11 +115,11 @@ class WeightGradient:
         self.first = True
         self.straight = weight.dtype == head.acc_dtype
         # oneDNN multiplies a transposed 16-bit operand at half its speed; turning a block of it round is cheaper
-        self.turned = head.kernels.turned if head.backend == "cpu" and not self.straight else None
+        self.transposed = head.kernels.transposed if head.backend == "cpu" and not self.straight else None
         widest = max(1, weight.shape[1], min(plan.chunk_rows, plan.num_rows))
         self.block = max(1, min(_BLOCK_BYTES, plan.buffer_bytes) // (widest * weight.itemsize))
         self.scratch = (
-            None if self.turned is None else weight.new_empty(self.block * min(plan.chunk_rows, plan.num_rows))
+            None if self.transposed is None else weight.new_empty(self.block * min(plan.chunk_rows, plan.num_rows))
         )
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
@@ -128,7 +128,7 @@ class WeightGradient:
         else:
             for start in range(0, self.total.shape[0], self.block):
                 total, part = self.total[start : start + self.block], gradient[:, start : start + self.block]
-                part = part.t() if self.turned is None else self.turned(part, self.scratch)
+                part = part.t() if self.transposed is None else self.transposed(part, self.scratch)
                 if self.first and total.dtype == part.dtype:
                     torch.mm(part, hidden, out=total)
                 elif self.first:

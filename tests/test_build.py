@@ -96,8 +96,8 @@ def test_instruction_sets_stay_apart(source, tmp_path):
     commands = [line for line in done.stdout.splitlines() if " -c csrc/" in line]
     for line in commands:
         flags = re.findall(r" -m(?:avx|fma|f16c|arch)\S*", line)
-        assert bool(flags) == ("rows_avx" in line), line
-    objects = list(tmp_path.rglob("rows_*.o"))
+        assert bool(flags) == ("isa/avx" in line), line
+    objects = list(tmp_path.rglob("isa/*.o"))
     assert objects and shutil.which("nm")
     for path in objects:
         listing = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True).stdout

@@ -268,20 +268,20 @@ def test_generated_files_are_up_to_date():
 
 
 def test_check_notices_a_stale_file(tmp_path, monkeypatch, capsys):
-    copy = tmp_path / "heads_generated.h"
+    copy = tmp_path / "formulas_generated.h"
     copy.write_text(generate.CPP_FILE.read_text() + "\n")
     monkeypatch.setattr(generate, "ROOT", tmp_path)
     monkeypatch.setattr(generate, "CPP_FILE", copy)
-    monkeypatch.setattr(generate, "TRITON_FILE", tmp_path / "new" / "heads_generated.py")
+    monkeypatch.setattr(generate, "TRITON_FILE", tmp_path / "new" / "formulas_generated.py")
     # that these are what it writes: the test above
     cpp, triton = generate.CPP_FILE.read_text()[:-1], "fused = True\n"
     monkeypatch.setattr(generate, "cpp_source", lambda: cpp)
     monkeypatch.setattr(generate, "triton_source", lambda: triton)
     before = copy.read_text()
-    assert generate.main(["--check"]) == 1 and "stale: heads_generated.h" in capsys.readouterr().out
+    assert generate.main(["--check"]) == 1 and "stale: formulas_generated.h" in capsys.readouterr().out
     assert copy.read_text() == before
     assert generate.main([]) == 0 and generate.main(["--check"]) == 0
-    assert copy.read_text() == before[:-1] and (tmp_path / "new" / "heads_generated.py").read_text() == triton
+    assert copy.read_text() == before[:-1] and (tmp_path / "new" / "formulas_generated.py").read_text() == triton
 
 
 def pairs_of_one_row_steps(backend, dtype, name, options, s: PairScores, labelled: bool):

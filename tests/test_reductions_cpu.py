@@ -1,6 +1,6 @@
 """csrc/cpu's entropy, sum of squares and KL, every instruction set this machine has, against float64.
 
-Mutations tried in csrc/cpu/reductions.h (edit, rebuild, AVX-512, run with -x) and the test that failed:
+Mutations tried in csrc/cpu/row_reductions.h (edit, rebuild, AVX-512, run with -x) and the test that failed:
   t not kept finite where the logit is -inf        test_masked_vocabulary
   what the reference forbids counted               test_masked_vocabulary
   sum of e t not moved to a new shift              test_the_maximum_comes_late

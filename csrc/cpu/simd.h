@@ -1,5 +1,5 @@
 // Vectors of SSPO_LANES floats for one instruction set, with conversions to and from 16-bit types, exp2 and tanh.
-// Included by rows_<isa>.cpp only. Everything is in an anonymous namespace and nothing of the C++ library is called:
+// Included by isa/*.cpp only. Everything is in an anonymous namespace and nothing of the C++ library is called:
 // an inline function that the linker merges across files could bring AVX-512 code to a machine without it.
 #pragma once
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../heads_generated.h"
+#include "../formulas_generated.h"
 
 // One thread: a batch has thousands of rows and steps here where the row kernels have hundreds of millions of logits.
 

@@ -16,7 +16,7 @@ int row_splits(int64_t rows, int64_t V, DType);
 constexpr int kBlocksWanted = 1056;  // 8 for each of an H100's 132 multiprocessors: row_splits is 1 from here on
 constexpr int kMaxSplits = 32;
 
-int num_heads();  // in csrc/heads_generated.h, which is device code here
+int num_heads();  // in csrc/formulas_generated.h, which is device code here
 
 const char* error_string(int error);
 

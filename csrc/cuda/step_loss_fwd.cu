@@ -3,7 +3,7 @@
 //
 // One warp, which is a block, per step. It sums its own rows, and again those of every step it is paired with: these
 // sums are cheap next to a second launch or a barrier over the grid, and bit for bit the partner's own.
-#include "../heads_generated.h"
+#include "../formulas_generated.h"
 #include "rows.cuh"
 
 namespace sspo::cuda {

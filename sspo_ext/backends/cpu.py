@@ -221,7 +221,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return out
 
 
-def turned(matrix: Tensor, out: Tensor) -> Tensor:
+def transposed(matrix: Tensor, out: Tensor) -> Tensor:
     """(cols, rows) contiguous into `out`, from (rows, cols) 16-bit elements whose last dimension is contiguous."""
     rows, cols = matrix.shape
     out = out[: rows * cols].view(cols, rows)
@@ -234,5 +234,5 @@ def turned(matrix: Tensor, out: Tensor) -> Tensor:
         raise TypeError(
             f"expected a CPU matrix of 16-bit elements with contiguous rows, got {matrix.dtype} {matrix.stride()}"
         )
-    _C.turn16(matrix.data_ptr(), matrix.stride(0), rows, cols, out.data_ptr(), rows, torch.get_num_threads())
+    _C.transpose16(matrix.data_ptr(), matrix.stride(0), rows, cols, out.data_ptr(), rows, torch.get_num_threads())
     return out

@@ -22,8 +22,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..heads import MAX_OPTIONS, PAIR_HEADS, PairHead, PairScores
 
 ROOT = Path(__file__).resolve().parents[2]
-CPP_FILE = ROOT / "csrc" / "heads_generated.h"
-TRITON_FILE = ROOT / "sspo_ext" / "backends" / "triton" / "heads_generated.py"
+CPP_FILE = ROOT / "csrc" / "formulas_generated.h"
+TRITON_FILE = ROOT / "sspo_ext" / "backends" / "triton" / "formulas_generated.py"
 aten = torch.ops.aten
 
 

@@ -1,7 +1,7 @@
 """The pair losses as functions of two steps' scores: one definition each, in torch ops, differentiated by autograd.
 
 `python -m sspo_ext.backends.generate` traces these definitions and their autograd derivatives and writes the fused
-forms (csrc/heads_generated.h, backends/triton/heads_generated.py), so no loss is written twice by hand. A head's number
+forms (csrc/formulas_generated.h, backends/triton/formulas_generated.py), so no loss is written twice by hand. A head's number
 there is its place in PAIR_HEADS, so new ones are added at the end.
 """
 

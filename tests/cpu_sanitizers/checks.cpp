@@ -8,7 +8,7 @@
 #include <random>
 #include <vector>
 
-#include "../heads_generated.h"
+#include "../formulas_generated.h"
 #include "dispatch.h"
 #include "step_loss.h"
 

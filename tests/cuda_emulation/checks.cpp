@@ -8,7 +8,7 @@
 
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
-#include "heads_generated.h"
+#include "formulas_generated.h"
 #include "launch.h"
 
 using namespace sspo::cuda;

@@ -15,7 +15,7 @@ import torch
 from helpers_truth import assert_fp64_rule, assert_rounded_once, gradient_terms
 
 from sspo_ext.backends import triton as backend
-from sspo_ext.backends.triton import backward, forward
+from sspo_ext.backends.triton.token_logp_fwd import _programs_per_row
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLAIN, TEMPERATURE, SOFTCAP, SMALL_CAP = (1.0, 0.0), (1 / 0.7, 0.0), (1 / 30, 30 / 0.9), (1 / 3, 3.0)
@@ -348,10 +348,10 @@ def test_programs_of_a_row_do_not_show(V, programs, monkeypatch):
     case.logits.view(3, V)[2, : V // 2] = float("-inf")
     case.labels = torch.tensor([V - 1, 0])
     counters = torch.zeros(2, dtype=torch.int32)
-    monkeypatch.setattr(forward, "arrival_counters", lambda device: counters)
-    monkeypatch.setattr(forward, "_programs_per_row", lambda *args: 1)
+    monkeypatch.setattr("sspo_ext.backends.triton.token_logp_fwd.arrival_counters", lambda device: counters)
+    monkeypatch.setattr("sspo_ext.backends.triton.token_logp_fwd._programs_per_row", lambda *args: 1)
     expected = case.forward()
-    monkeypatch.setattr(forward, "_programs_per_row", lambda *args: programs)
+    monkeypatch.setattr("sspo_ext.backends.triton.token_logp_fwd._programs_per_row", lambda *args: programs)
     assert all(torch.equal(x, y) for x, y in zip(case.forward(), expected, strict=True))
     assert (counters == 0).all()
     logp, lse, _ = case.truth()
@@ -359,18 +359,18 @@ def test_programs_of_a_row_do_not_show(V, programs, monkeypatch):
 
 
 def test_programs_per_row():
-    assert forward._programs_per_row(1, 8) == 8
-    assert forward._programs_per_row(264, 8) == 2
-    assert forward._programs_per_row(528, 8) == forward._programs_per_row(5, 0) == 1
+    assert _programs_per_row(1, 8) == 8
+    assert _programs_per_row(264, 8) == 2
+    assert _programs_per_row(528, 8) == _programs_per_row(5, 0) == 1
 
 
 @pytest.mark.parametrize(("V", "shares"), [(1, 2), (1023, 3), (8200, 20), (17001, 2), (17001, 3)])
 def test_shares_of_a_row_do_not_show(V, shares, monkeypatch):
     case = Rows(V, torch.bfloat16, *PLAIN, B=1, T=2, positions=(1,), coef=(1.0,), offset=1)
     _, lse = case.forward()
-    monkeypatch.setattr(backward, "_column_shares", lambda *args: 1)
+    monkeypatch.setattr("sspo_ext.backends.triton.token_logp_bwd._column_shares", lambda *args: 1)
     expected = case.backward(lse)
-    monkeypatch.setattr(backward, "_column_shares", lambda *args: shares)
+    monkeypatch.setattr("sspo_ext.backends.triton.token_logp_bwd._column_shares", lambda *args: shares)
     assert torch.equal(case.backward(lse), expected)
 
 

@@ -14,7 +14,7 @@ from helpers_truth import assert_fp64_rule
 import sspo_ext
 from sspo_ext.backends import reference
 from sspo_ext.backends import triton as backend
-from sspo_ext.backends.triton import steps
+from sspo_ext.backends.triton.step_loss_fwd import BLOCK
 from sspo_ext.heads import PAIR_HEADS
 
 
@@ -84,7 +84,7 @@ def test_heads(head, per_pair):
     )
 
 
-@pytest.mark.parametrize("count", [1, steps.BLOCK - 1, steps.BLOCK, steps.BLOCK + 1, 3 * steps.BLOCK + 5])
+@pytest.mark.parametrize("count", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5])
 def test_long_steps(count):
     check(make([count, 2, count + 1], [(0, 1), (2, 0)], weights=True, ref=True), options=[0.01])
 
@@ -96,9 +96,9 @@ def test_steps_in_many_pairs():
 
 
 def test_more_pairs_than_a_block(monkeypatch):
-    monkeypatch.setattr(steps, "BLOCK", 4)
+    monkeypatch.setattr("sspo_ext.backends.triton.step_loss_fwd.BLOCK", 4)
     pairs = [(i, i + 1) for i in range(0, 10, 2)] * 2
-    assert len(pairs) > 2 * steps.BLOCK
+    assert len(pairs) > 2 * BLOCK
     check(make([2] * 10, pairs, per_pair=True))
 
 
@@ -133,7 +133,7 @@ def test_nonfinite_propagates():
 
 def test_same_bits_every_run_and_counter_left_at_zero(monkeypatch):
     counter = torch.zeros(1, dtype=torch.int32)
-    monkeypatch.setattr(steps, "arrival_counters", lambda device: counter)
+    monkeypatch.setattr("sspo_ext.backends.triton.step_loss_fwd.arrival_counters", lambda device: counter)
     inputs = make([7, 300, 5, 9], [(0, 1), (2, 3), (1, 3)], weights=True, ref=True, per_pair=True)
     runs = [check(inputs) for _ in range(2)]
     assert counter == 0

@@ -1,4 +1,4 @@
-// The row kernels, one source for every instruction set. rows_<isa>.cpp defines SSPO_LANES and includes this.
+// The row kernels, one source for every instruction set. isa/*.cpp defines SSPO_LANES and includes this.
 //
 // Forward, per row: sum of 2^(k x - shift), k = a log2(e), tile by tile, reading each logit once. The shift is the
 // maximum of the first tile. Later tiles are summed with the shift as it stands: a sum beyond kRescale (or NaN) tells
@@ -9,7 +9,7 @@
 // element set afterwards.
 #pragma once
 
-#include "rows_common.h"
+#include "row.h"
 
 namespace {
 

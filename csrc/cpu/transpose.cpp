@@ -1,4 +1,4 @@
-#include "turn.h"
+#include "transpose.h"
 
 #include <algorithm>
 
@@ -14,14 +14,14 @@ namespace {
 // A block's source lines stay in the first-level cache while they are read in pieces, and its stores fill whole lines.
 constexpr int64_t kBlockRows = 256, kBlockCols = 32;
 
-void turn_piece(const uint16_t* src, int64_t src_stride, int64_t rows, int64_t cols, uint16_t* dst,
+void transpose_piece(const uint16_t* src, int64_t src_stride, int64_t rows, int64_t cols, uint16_t* dst,
                 int64_t dst_stride) {
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = 0; c < cols; ++c) dst[c * dst_stride + r] = src[r * src_stride + c];
 }
 
 #if defined(__SSE2__)
-void turn_8x8(const uint16_t* src, int64_t src_stride, uint16_t* dst, int64_t dst_stride) {
+void transpose_8x8(const uint16_t* src, int64_t src_stride, uint16_t* dst, int64_t dst_stride) {
     __m128i r[8], t[8];
     for (int i = 0; i < 8; ++i) r[i] = _mm_loadu_si128((const __m128i*)(src + i * src_stride));
     for (int i = 0; i < 8; i += 2) {
@@ -41,27 +41,27 @@ void turn_8x8(const uint16_t* src, int64_t src_stride, uint16_t* dst, int64_t ds
 }
 #endif
 
-void turn_block(const uint16_t* src, int64_t src_stride, int64_t rows, int64_t cols, uint16_t* dst,
+void transpose_block(const uint16_t* src, int64_t src_stride, int64_t rows, int64_t cols, uint16_t* dst,
                 int64_t dst_stride) {
     int64_t r = 0, c = 0;
 #if defined(__SSE2__)
     for (; r + 8 <= rows; r += 8)
         for (c = 0; c + 8 <= cols; c += 8)
-            turn_8x8(src + r * src_stride + c, src_stride, dst + c * dst_stride + r, dst_stride);
+            transpose_8x8(src + r * src_stride + c, src_stride, dst + c * dst_stride + r, dst_stride);
     c = cols / 8 * 8;
-    turn_piece(src + c, src_stride, r, cols - c, dst + c * dst_stride, dst_stride);
+    transpose_piece(src + c, src_stride, r, cols - c, dst + c * dst_stride, dst_stride);
 #endif
-    turn_piece(src + r * src_stride, src_stride, rows - r, cols, dst + r, dst_stride);
+    transpose_piece(src + r * src_stride, src_stride, rows - r, cols, dst + r, dst_stride);
 }
 
 }  // namespace
 
-void turn16(const uint16_t* src, int64_t src_stride, int64_t rows, int64_t cols, uint16_t* dst, int64_t dst_stride,
+void transpose16(const uint16_t* src, int64_t src_stride, int64_t rows, int64_t cols, uint16_t* dst, int64_t dst_stride,
             int threads) {
     parallel_for(cols, 16 * kBlockCols, threads, [&](int64_t begin, int64_t end) {
         for (int64_t r = 0; r < rows; r += kBlockRows)
             for (int64_t c = begin; c < end; c += kBlockCols)
-                turn_block(src + r * src_stride + c, src_stride, std::min(kBlockRows, rows - r),
+                transpose_block(src + r * src_stride + c, src_stride, std::min(kBlockRows, rows - r),
                            std::min(kBlockCols, end - c), dst + c * dst_stride + r, dst_stride);
     });
 }

@@ -14,7 +14,7 @@
 
 #include <type_traits>
 
-#include "rows_common.h"
+#include "row.h"
 
 namespace {
 

@@ -1,6 +1,6 @@
 """Row forward with entropy, sum of squares and KL from a reference, in one read of the row (and of the reference's).
 
-Rows are walked as in forward.py, by the logits' 16-byte boundaries; one program a row. With t the exponent of 2 of a
+Rows are walked as in token_logp_fwd.py, by the logits' 16-byte boundaries; one program a row. With t the exponent of 2 of a
 logit relative to the lane's maximum and e = 2^t, a lane sums e, e t and e^2; with r and s those of the reference, also
 s and s (r - t). A new maximum moves what was summed before.
 """
@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import (
+from .rows import (
     LN2,
     LOG2E,
     edge_columns,
@@ -21,7 +21,7 @@ from ._common import (
     row_offset,
     two_floats,
 )
-from .forward import _LOWEST, _mapped, _sum_and_rounding
+from .token_logp_fwd import _LOWEST, _mapped, _sum_and_rounding
 
 # Below every exponent whose power is not 0: 0 * t must be 0 where t is -inf.
 _LEAST_EXPONENT = tl.constexpr(-160.0)
@@ -295,7 +295,7 @@ def _row_reductions_fwd_kernel(
         log_sum_ref = tl.log(total_s)
         tl.store(ref_lse_ptr + n, _lse(top_ref, log_sum_ref - rounding_ref * LN2, factor, factor_lost))
         tl.store(kl_ptr + n, _not_negative((total_srt / total_s) * LN2 + (log_sum - log_sum_ref)))
-    # as in forward.py: the difference before the scale, and no rounding lost
+    # as in token_logp_fwd.py: the difference before the scale, and no rounding lost
     difference, lost = _sum_and_rounding(u_label, -top)
     product = difference * factor
     lost = tl.fma(lost, factor, tl.fma(difference, factor, -product)) + difference * factor_lost

@@ -1,7 +1,7 @@
 """Row backward: the gradient of every position's logits, written once; the rows that matter are read once, the others
 not at all.
 
-Rows are walked as in forward.py, by the boundaries of the *gradient's* row: where the logits' row lies differently in
+Rows are walked as in token_logp_fwd.py, by the boundaries of the *gradient's* row: where the logits' row lies differently in
 its 16 bytes (a slice of a larger tensor with an odd V), its loads are narrow and the stores are still wide.
 """
 
@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import (
+from .rows import (
     LOG2E,
     edge_columns,
     head_length,

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import (
+from .rows import (
     LN2,
     LOG2E,
     arrival_counters,

@@ -6,7 +6,7 @@
 namespace sspo {
 
 // dst (cols, rows) = src (rows, cols) transposed; strides of rows in elements.
-void turn16(const uint16_t* src, int64_t src_stride, int64_t rows, int64_t cols, uint16_t* dst, int64_t dst_stride,
+void transpose16(const uint16_t* src, int64_t src_stride, int64_t rows, int64_t cols, uint16_t* dst, int64_t dst_stride,
             int threads);
 
 }  // namespace sspo

@@ -1,13 +1,13 @@
 """Row backward for gradients at the log-prob, entropy, sum of squares and KL together: one read, one write.
 
-Rows are walked as in backward.py, by the gradient's 16-byte boundaries.
+Rows are walked as in token_logp_bwd.py, by the gradient's 16-byte boundaries.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ._common import (
+from .rows import (
     LN2,
     LOG2E,
     edge_columns,
@@ -21,8 +21,8 @@ from ._common import (
     tanh_sech2,
     two_floats,
 )
-from .backward import _column_shares, row_shift
-from .reductions_forward import _LEAST_EXPONENT, lies_alike
+from .token_logp_bwd import _column_shares, row_shift
+from .row_reductions_fwd import _LEAST_EXPONENT, lies_alike
 
 
 @triton.jit

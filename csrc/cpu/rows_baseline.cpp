@@ -1,4 +1,0 @@
-#define SSPO_LANES 4
-#include "rows.h"
-
-const sspo::RowKernels sspo::kRowsBaseline = {fwd, bwd};
