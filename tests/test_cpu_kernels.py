@@ -23,8 +23,9 @@ import pytest
 import torch
 from helpers_truth import assert_fp64_rule, assert_rounded_once, gradient_terms
 
-from sspo_ext.backends import cpu, reference
-from sspo_ext.heads import PAIR_HEADS
+from sspo_ext.backends import cpu
+from sspo_ext.backends import reference
+from sspo_ext.formulas.registry import PAIR_HEADS
 
 if cpu.why_not(torch.device("cpu"), torch.float32):
     pytest.skip(cpu.why_not(torch.device("cpu"), torch.float32), allow_module_level=True)

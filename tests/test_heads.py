@@ -20,8 +20,8 @@ import pytest
 import torch
 from helpers_batch import fused_backends
 
-from sspo_ext.backends import generate
-from sspo_ext.heads import MAX_OPTIONS, PAIR_HEADS, PairScores, get_pair_head, head_id
+from tools import generate_formulas as generate
+from sspo_ext.formulas.registry import MAX_OPTIONS, PAIR_HEADS, PairScores, get_pair_head, head_id
 
 F64 = torch.float64
 NAMES = list(PAIR_HEADS)
@@ -264,7 +264,7 @@ def source_tree(monkeypatch):
 
 
 def test_generated_files_are_up_to_date():
-    assert generate.main(["--check"]) == 0, "run python -m sspo_ext.backends.generate"
+    assert generate.main(["--check"]) == 0, "run python -m tools.generate_formulas"
 
 
 def test_check_notices_a_stale_file(tmp_path, monkeypatch, capsys):

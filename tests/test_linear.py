@@ -40,8 +40,13 @@ from helpers_linear import (
     truth_of,
 )
 
-from sspo_ext import StepLayout, StepPairs, autograd, step_logps, step_pref_loss
-from sspo_ext.linear import linear_step_logps, linear_step_pref_loss
+from sspo_ext.routes import shared as autograd
+from sspo_ext.layout.pairs import StepPairs
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.logps import step_logps
+from sspo_ext.losses.pref import step_pref_loss
+from sspo_ext.losses.logps import linear_step_logps
+from sspo_ext.losses.pref import linear_step_pref_loss
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # chunk budget in rows -> the cases of the schedule it brings about for the batch below

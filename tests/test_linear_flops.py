@@ -12,8 +12,9 @@ import pytest
 import torch
 from helpers_linear import GRADIENTS, gemm_flops, layout_of_lengths, pairs_of, problem
 
-from sspo_ext import StepLayout
-from sspo_ext.linear import linear_step_logps, linear_step_pref_loss
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.logps import linear_step_logps
+from sspo_ext.losses.pref import linear_step_pref_loss
 
 V, H = 53, 17
 # lengths, pairs, rows a chunk; the steps of the last one: two small units, a large one, a loose step, an empty one

@@ -14,8 +14,11 @@ import pytest
 import torch
 from helpers_linear import memory, peak_bytes, problem
 
-from sspo_ext import StepLayout, autograd, linear_engine
-from sspo_ext.linear import linear_step_logps, linear_step_pref_loss
+from sspo_ext.routes import shared as autograd
+from sspo_ext.routes.linear import engine as linear_engine
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.logps import linear_step_logps
+from sspo_ext.losses.pref import linear_step_pref_loss
 
 V, H, ROWS = 3000, 96, 256
 NEEDS = {

@@ -17,8 +17,8 @@ import pytest
 import torch
 from helpers_linear import layout_of_lengths, pairs_of
 
-from sspo_ext import StepLayout
-from sspo_ext.plan import rows_per_chunk
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.routes.linear.plan import rows_per_chunk
 
 V, H = 11, 8
 

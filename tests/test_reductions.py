@@ -14,7 +14,10 @@ from helpers_batch import random_batch
 from helpers_linear import gemm_flops, problem
 from helpers_truth import assert_fp64_rule
 
-from sspo_ext import StepLayout, backends, linear_step_logps, ops, step_logps
+from sspo_ext import backends
+from sspo_ext.backends import ops
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.logps import linear_step_logps, step_logps
 from sspo_ext.backends import reference
 
 F64 = torch.float64

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sspo_ext.heads import PAIR_HEADS
+from sspo_ext.formulas.registry import PAIR_HEADS
 
 pytest.importorskip("triton")
 from triton.backends.amd.compiler import HIPBackend  # noqa: E402

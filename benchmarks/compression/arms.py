@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
-
+from dataclasses import dataclass
+from dataclasses import field
 from sspo_ext.demo.tasks import Task
 from sspo_ext.train.experience import Rollout
 from sspo_ext.train.sspo_trainer import SSPOTrainer
-
+import numpy as np
 from .pairs import PairArm
-
 
 class ZeroValues(SSPOTrainer):
     """V = 0: what the discount does alone."""
 
     def step_values(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         return [[0.0] * (len(r.steps) + 1) for r in rollouts]
-
 
 class ShuffledValues(SSPOTrainer):
     """The probe's values, shuffled over all states of the batch: their level without their content."""
@@ -33,7 +30,6 @@ class ShuffledValues(SSPOTrainer):
             found.append([*shuffled[at : at + len(row) - 1], 0.0])
             at += len(row) - 1
         return found
-
 
 @dataclass(frozen=True)
 class Arm:
@@ -56,8 +52,8 @@ class Arm:
 
         return shorter_is_better
 
-
 _OUTCOME = {"combine": "outcome"}
+
 ARMS = {
     arm.name: arm
     for arm in (
@@ -81,4 +77,5 @@ ARMS = {
         ),
     )
 }
+
 DECISIVE = ("start", "rloo", "sspo-9", "sspo-0", "sspo-0-zero", "sspo-0-shuffled", "penalty-0.5")

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import platform
+
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-
+import json
+import platform
 import torch
-
 from .arms import ARMS
 from .pictures import draw
 from .verdicts import accuracy, over_seeds, pair_verdicts, total, verdicts
 
 _PENALTIES = [name for name in ARMS if name.startswith("penalty")]
+
 HEADER = (
     "| arm | seeds | accuracy, greedy | tokens | steps | skipped | accuracy, sampled | tokens | steps | skipped "
     "| drawn | s |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
-
 
 def write_report(folder: Path) -> str:
     """Writes RESULTS.md and the pictures; returns the report."""
@@ -63,7 +62,6 @@ def write_report(folder: Path) -> str:
     (folder / "RESULTS.md").write_text(text)
     return text
 
-
 def spent(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> str:
     """What all of it took."""
     runs = [run for arms in tasks.values() for some in arms.values() for run in some]
@@ -72,7 +70,6 @@ def spent(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> str:
         f"Training took {hours:.1f} hours summed over the {len(runs)} runs, so about {hours / 2:.1f} two side by side, "
         "as they were run; other jobs were on the machine. Start models and held-out problems are not in it."
     )
-
 
 def commands(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> list[str]:
     """What makes all these runs, and no others."""
@@ -97,7 +94,6 @@ def commands(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> list[
         for (names, languages, seeds), which in arms.items()
     ]
 
-
 def _table(arms: dict[str, list[dict]]) -> str:
     best = best_penalty(arms)
     lines = [HEADER]
@@ -116,19 +112,16 @@ def _table(arms: dict[str, list[dict]]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
-
 def best_penalty(arms: dict[str, list[dict]]) -> str | None:
     """The weight with the highest greedy accuracy, chosen on the very problems that are reported: in its favour."""
     there = [name for name in _PENALTIES if name in arms]
     return max(there, key=lambda name: total(arms[name], "greedy", "correct"), default=None)
-
 
 def _accuracy(runs: list[dict], how: str) -> str:
     mean, error = accuracy(runs, how)
     each = [accuracy([run], how)[0] for run in runs]
     spread = f" [{', '.join(f'{x:.3f}' for x in each)}]" if len(runs) > 1 else ""
     return f"{mean:.3f} ± {error:.3f}{spread}"
-
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")

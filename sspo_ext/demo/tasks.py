@@ -14,21 +14,28 @@ on to a wrong answer. No length appears in any reward: a solution is right or it
 
 from __future__ import annotations
 
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from typing import Any
 import hashlib
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 FAMILIES = ("sums", "letters", "sort")
+
 LANGUAGES = ("en", "zh")
 
 # The teacher's habits. Redundant lines after a needed one: how many, and which. The lines that sorting needs are long
 # themselves, so there he has to talk more to be as wordy.
 _COUNTS = ((0, 0.2), (1, 0.35), (2, 0.3), (3, 0.15))
+
 REDUNDANT_COUNTS = {"sums": _COUNTS, "letters": _COUNTS, "sort": ((0, 0.1), (1, 0.45), (2, 0.3), (3, 0.15))}
+
 REDUNDANT_KINDS = (("check", 0.35), ("repeat", 0.2), ("so_far", 0.25), ("filler", 0.2))
+
 OPENING = {"sums": 0.5, "letters": 0.5, "sort": 0.65}
+
 SYSTEMATIC_SLIP, RANDOM_SLIP, MENDS, ANSWERS_EARLY = 0.4, 0.02, 0.6, 0.08
 
 _WORDS = {
@@ -44,14 +51,12 @@ _WORDS = {
     },
 }  # fmt: skip
 
-
 @dataclass(frozen=True)
 class Problem:
     prompt: str  # ends with a newline
     answer: str
     start: Any = field(repr=False)
     ops: tuple = field(repr=False)
-
 
 @dataclass(frozen=True)
 class Review:
@@ -60,7 +65,6 @@ class Review:
     correct: bool
     steps: int
     skipped: int
-
 
 class Task:
     """One family in one language. `probe` is what an answer line begins with, hence the text that asks for a value."""
@@ -245,16 +249,13 @@ class Task:
             clean_up_tokenization_spaces=False,
         )  # fmt: skip
 
-
 def solution_text(lines: Sequence[str]) -> str:
     """Lines as the model should write them: each ends with a newline but the last, which ends the sequence."""
     return " \n ".join(lines)
 
-
 def _draw(table, rng: random.Random):
     values, weights = zip(*table, strict=True)
     return rng.choices(values, weights)[0]
-
 
 def _common(wanted: Sequence[str], written: Sequence[str]) -> int:
     """Length of the longest common subsequence."""

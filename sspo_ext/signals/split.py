@@ -19,30 +19,36 @@ for either, so tokens that hold part of a character need no care.
 
 from __future__ import annotations
 
-import re
+
 from bisect import bisect_right
 from collections.abc import Sequence
-
-import torch
 from torch import Tensor
+import re
+import torch
 
 SplitBy = str | re.Pattern
 
 _BLANK = " \t\r\n\v\f"
+
 _BLANK_RUN = re.compile(f"[{_BLANK}]+")
+
 _NUMBERED = re.compile(
     r"[ \t#>*_]*(?:step[ \t]*\d{1,3}[ \t]*(?:[:.)*_\-：]|(?=\s|$))|\(?\d{1,3}(?:[.)](?=[\s*_]|$)|、))", re.IGNORECASE
 )
+
 _NEWLINES_NEEDED = {"newline": 1, "blank_line": 2, "numbered": 1}
 
 # A token's class, one byte. `lead`, `trail`: newlines in its leading and trailing white space, scaled so that 2 is a
 # delimiter.
 _LEAD, _TRAIL = 0, 2  # bit positions of two-bit fields
-_INNER = 1 << 4  # a delimiter with text on both sides, inside the token
-_SOLID = 1 << 5  # holds something other than white space
-_MATCH = 1 << 6  # a match of the regular expression ends inside the token or with it
-_TEXT = 1 << 7  # is part of the response's text: all but end-of-sequence and padding
 
+_INNER = 1 << 4  # a delimiter with text on both sides, inside the token
+
+_SOLID = 1 << 5  # holds something other than white space
+
+_MATCH = 1 << 6  # a match of the regular expression ends inside the token or with it
+
+_TEXT = 1 << 7  # is part of the response's text: all but end-of-sequence and padding
 
 def _check_by(by: SplitBy) -> str | re.Pattern:
     if isinstance(by, re.Pattern):
@@ -64,7 +70,6 @@ def _check_by(by: SplitBy) -> str | re.Pattern:
         return re.compile(by)
     except re.error as error:
         raise ValueError(f"by: {by!r} is not a valid regular expression: {error}") from error
-
 
 def split_text(text: str, by: SplitBy = "newline") -> list[tuple[int, int]]:
     """Character spans of the steps of `text`, in order: they tile it, and none is empty. An empty text has no steps.
@@ -94,7 +99,6 @@ def split_text(text: str, by: SplitBy = "newline") -> list[tuple[int, int]]:
                 starts.append(start)
     edges = [0, *starts, len(text)]
     return list(zip(edges[:-1], edges[1:], strict=True))
-
 
 def token_step_ids(
     text: str,
@@ -138,7 +142,6 @@ def token_step_ids(
         return steps
     number = {step: n for n, step in enumerate(dict.fromkeys(steps))}
     return [number[step] for step in steps]
-
 
 def delimiter_mask(
     tokenizer,
@@ -185,7 +188,6 @@ def delimiter_mask(
         classes[i] = 0
     return torch.tensor(classes, dtype=torch.uint8)
 
-
 def _token_texts(tokenizer, size: int) -> list[str]:
     """Every token's text as it reads inside a text: decoders change a text's first space, so each follows an anchor."""
 
@@ -195,7 +197,6 @@ def _token_texts(tokenizer, size: int) -> list[str]:
     anchor = (tokenizer.encode("a", add_special_tokens=False) or [0])[-1:]
     head = len(decode(anchor))
     return [decode([*anchor, i])[head:] for i in range(size)]
-
 
 def _token_class(text: str, by: str | re.Pattern) -> int:
     if not text:
@@ -214,7 +215,6 @@ def _token_class(text: str, by: str | re.Pattern) -> int:
     inner = any(newlines(run) == 2 for run in _BLANK_RUN.findall(solid))
     lead, trail = newlines(text[:at]), newlines(text[at + len(solid) :])
     return _TEXT | _SOLID | lead << _LEAD | trail << _TRAIL | (_INNER if inner else 0)
-
 
 def step_ids_from_tokens(
     input_ids: Tensor,  # (B, T) or (T,) int64

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
 
-import torch
+from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
 from torch import Tensor
 from torch.utils.data import Sampler
-
-from ..layout import StepLayout
-from ..signals import step_ids_from_tokens
-from .data import raise_bad_rows
-from .grade import answer_texts
-from .tokenize import prompt_text
-
+from typing import Any
+from typing import NamedTuple
+import torch
+from ..layout.steps import StepLayout
+from ..signals.split import step_ids_from_tokens
 
 @dataclass
 class Rollout:
@@ -32,7 +34,6 @@ class Rollout:
     values: list[float] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
 
-
 class Summary(NamedTuple):
     """What all processes hear of a rollout. They sort by `place`, which is the row's in the whole update."""
 
@@ -47,7 +48,6 @@ class Summary(NamedTuple):
     def of(cls, place: int, rollout: Rollout) -> Summary:
         r = rollout
         return cls(place, r.reward, len(r.steps), r.values, len(r.completion_ids), r.ended)
-
 
 class PromptSampler(Sampler[int]):
     """Row numbers in the order in which updates use them: each update's prompts, every prompt `num_generations` times
@@ -82,58 +82,6 @@ class PromptSampler(Sampler[int]):
     def __len__(self) -> int:
         return self.size // self.prompts * self.prompts * self.num_generations * self.num_iterations
 
-
-def check_rows(
-    name: str, dataset, *, chat: bool, answers: bool = False, texts: bool = False, required: bool = False
-) -> None:
-    """Every row has a prompt, a text or, with `chat`, messages; with `answers` an answer, and with `texts` one that can
-    be written: what cannot be used is found before training. ValueError naming the rows."""
-    if dataset is None and not required:
-        return
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or isinstance(dataset, Mapping):
-        raise ValueError(f"{name}: expected rows with a length (a list or a datasets.Dataset), got {type(dataset)}")
-    bad = []
-    for i in range(len(dataset)):
-        row = dataset[i]
-        missing = [key for key in ("prompt", "answer")[: 1 + answers] if key not in row]
-        if missing:
-            bad.append((f"row {i}", f"expected {missing[0]!r}, has {sorted(row)}"))
-        elif not _is_prompt(row["prompt"], chat):
-            expected = "a text or chat messages" if chat else "a text, since the tokenizer has no chat template"
-            bad.append((f"row {i}", f"prompt: expected {expected}, not empty, got {row['prompt']!r}"))
-        elif texts:
-            try:
-                answer_texts(row["answer"])
-            except (TypeError, ValueError) as error:
-                bad.append((f"row {i}", str(error)))
-    try:
-        raise_bad_rows(bad, len(dataset))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def _is_prompt(prompt: Any, chat: bool) -> bool:
-    if isinstance(prompt, str):
-        return bool(prompt)
-    messages = chat and isinstance(prompt, Sequence) and len(prompt) > 0
-    return messages and all(isinstance(message, Mapping) and "role" in message for message in prompt)
-
-
-def prompt_tokens(prompt: str | Sequence[dict], tokenizer, template_options: dict | None = None) -> list[int]:
-    """A text behind the tokenizer's special tokens (one that it puts at the end is left out), or chat messages by its
-    template and its options, ready to be completed."""
-    if isinstance(prompt, str):
-        text, first = prompt_text(prompt, tokenizer)
-        ids = [*first, *tokenizer(text, add_special_tokens=False).input_ids]
-    else:
-        ids = tokenizer.apply_chat_template(
-            list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False, **(template_options or {})
-        )
-    if not ids:
-        raise ValueError(f"prompt: expected at least one token, got none for {prompt!r}")
-    return list(ids)
-
-
 def split_steps(completions: Sequence[Sequence[int]], delimiters: Tensor) -> list[list[list[int]]]:
     """The token ids of every step of every completion. Steps tile the completion: the last has the end of sequence, a
     completion without a delimiter is one step, an empty one has none."""
@@ -151,7 +99,6 @@ def split_steps(completions: Sequence[Sequence[int]], delimiters: Tensor) -> lis
             parts[step].append(token)
         found.append(parts)
     return found
-
 
 def graded_rollouts(
     rows: Sequence[Mapping],
@@ -179,7 +126,6 @@ def graded_rollouts(
         for i, row in enumerate(rows)
     ]
 
-
 def policy_batch(rollouts: Sequence[Rollout], pad_token_id: int) -> dict:
     """input_ids and attention_mask (n, T) int64, right-padded; "layout" (every token of a completion is scored, in its
     step) and "advantages" (S,) float32, one a step."""
@@ -199,7 +145,6 @@ def policy_batch(rollouts: Sequence[Rollout], pad_token_id: int) -> dict:
     advantages = torch.tensor([a for r in rollouts for a in r.advantages], dtype=torch.float32)
     return {"input_ids": ids, "attention_mask": mask, "layout": layout, "advantages": advantages}
 
-
 def rollout_metrics(rows: Iterable[Summary]) -> dict[str, float]:
     """Means over rollouts."""
     rows = list(rows)
@@ -213,7 +158,6 @@ def rollout_metrics(rows: Iterable[Summary]) -> dict[str, float]:
         "completions/clipped_ratio": sum(not row.ended for row in rows) / n,
         "steps/mean": sum(row.steps for row in rows) / n,
     }
-
 
 def advantage_metrics(
     rows: Iterable[Summary], advantages: Sequence[Sequence[float]]
@@ -230,12 +174,10 @@ def advantage_metrics(
         found["advantages/std"] = flat.std(correction=0).item(), 1
     return found
 
-
 def over_std(values: Tensor) -> Tensor:
     """Scaled, not centred; all equal stays as it is (a batch of zeros stays zeros)."""
     std = values.std() if len(values) > 1 else values.new_zeros(())
     return torch.where(std > 1e-6, values / std.clamp(min=1e-6), values)
-
 
 def num_items(aggregation: str, everyone: Sequence[Summary], longest: int) -> float:
     """What the aggregation averages over, in the whole update; a constant for "sum" (Dr. GRPO)."""
@@ -246,7 +188,6 @@ def num_items(aggregation: str, everyone: Sequence[Summary], longest: int) -> fl
         "sum": len(everyone) * longest,
     }[aggregation]
     return float(max(count, 1))
-
 
 def counted_items(aggregation: str, batches: Iterable[dict], prob_threshold: float) -> int:
     """Tokens, steps or sequences of these batches in which a token counts: its probability at sampling, exp(old), was

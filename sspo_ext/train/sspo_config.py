@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass, field, replace
 
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import replace
 from transformers import TrainingArguments
-
+import inspect
 from .._checks import check_choice, check_count, check_not_negative, check_positive
-from ..policy import KL_ESTIMATORS, LEVELS, get_policy_head
-from ..policy_losses import AGGREGATIONS
-from ..signals import BASELINES, Probe, as_probe
-from ..signals.baselines import UNGROUPED
-from ..signals.probe import check_probe_options
+from ..formulas.policy import KL_ESTIMATORS, LEVELS, get_policy_head
+from ..objective.policy_arguments import AGGREGATIONS
+from ..signals.credit.baselines import BASELINES, UNGROUPED
+from ..signals.probing.probe import check_probe_options
+from ..signals.probing.texts import Probe, as_probe
 from ..signals.split import split_text
+from .model_call import ROUTE_HELP
 from .rollout import ENGINES
-from .route import ROUTE_HELP
 
 COMBINE = ("add", "replace", "outcome")
-_DICTIONARIES = ("rollout_options", "chat_template_kwargs", "probe_options", "loss_options")
 
+_DICTIONARIES = ("rollout_options", "chat_template_kwargs", "probe_options", "loss_options")
 
 def _option(default, text: str):
     return field(default=default, metadata={"help": text})
-
 
 @dataclass
 class SSPOConfig(TrainingArguments):
@@ -72,7 +72,7 @@ class SSPOConfig(TrainingArguments):
         "baseline and GAE define them (plain RLOO, or Dr. GRPO)."
     )  # fmt: skip
 
-    loss_type: str = _option("reinforce", "See sspo_ext.policy.POLICY_HEADS.")
+    loss_type: str = _option("reinforce", "See sspo_ext.formulas.policy.POLICY_HEADS.")
     loss_options: dict | str | None = _option(
         None, "Other options of the loss type and of step_policy_loss: {'importance_sampling_level': 'sequence'}."
     )

@@ -15,7 +15,7 @@ import sspo_ext
 from sspo_ext.backends import reference
 from sspo_ext.backends import triton as backend
 from sspo_ext.backends.triton.step_loss_fwd import BLOCK
-from sspo_ext.heads import PAIR_HEADS
+from sspo_ext.formulas.registry import PAIR_HEADS
 
 
 def make(counts, pairs, *, weights=False, ref=False, per_pair=False):
@@ -133,7 +133,7 @@ def test_nonfinite_propagates():
 
 def test_same_bits_every_run_and_counter_left_at_zero(monkeypatch):
     counter = torch.zeros(1, dtype=torch.int32)
-    monkeypatch.setattr("sspo_ext.backends.triton.step_loss_fwd.arrival_counters", lambda device: counter)
+    monkeypatch.setattr("sspo_ext.backends.triton.rows.arrival_counters", lambda device: counter)
     inputs = make([7, 300, 5, 9], [(0, 1), (2, 3), (1, 3)], weights=True, ref=True, per_pair=True)
     runs = [check(inputs) for _ in range(2)]
     assert counter == 0

@@ -1,0 +1,47 @@
+"""Every table that is not measured yet, then benchmarks/results/: RESULTS.md, CSV and plots.
+
+    python -m benchmarks report [--only TABLE ...] [--redo] [--quick] [--wait 600]
+
+Each table is kept as JSON and taken from there next time, so a run that was cut off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+
+from pathlib import Path
+import sys
+from . import linear
+from . import logits
+from . import plots
+from . import tables
+from .tables import Table
+
+INTRODUCTION = """# Results
+
+Made by `python -m benchmarks report`: every table names the command that makes it again. Contestants run interleaved in
+one process, each once a round in shuffled order. Times are medians, ratios medians of per-round ratios; memory is the
+rise of a fresh process's resident set. Before a clock starts, gradients are compared on a small problem.
+"""
+
+def write(folder: Path) -> None:
+    """RESULTS.md, from whatever tables are in the folder, in this module's order."""
+    known = [label for name in (*logits.TABLES, *linear.TABLES) for label in (name, f"{name}-cpu")]
+    found = [Table.load_from(folder / f"{name}.json") for name in known if (folder / f"{name}.json").exists()]
+    machines = []
+    for table in found:
+        if table.machine not in machines:
+            machines.append(table.machine)
+    parts = [INTRODUCTION]
+    for machine in machines:
+        parts.append("\n".join(f"* {key}: {value}" for key, value in machine.items()) + "\n")
+    pictures = plots.draw(folder, {table.name: table for table in found})
+    for table in found:
+        parts.append(table.markdown())
+        parts += [f"![{table.title}]({name})\n" for name in pictures.get(table.name, [])]
+    (folder / "RESULTS.md").write_text("\n".join(parts))
+
+def main(argv: list[str]) -> None:
+    tables.run({**logits.TABLES, **linear.TABLES}, argv, __doc__.splitlines()[0], finish=write)
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

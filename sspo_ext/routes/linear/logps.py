@@ -1,0 +1,54 @@
+"""Token log-probs from hidden states: the autograd.Function whose gradients are known only in backward."""
+
+from __future__ import annotations
+
+
+from torch import Tensor
+import torch
+from . import ops as linear_ops
+from ...layout.steps import StepLayout
+from ..shared import refuse_double_backward
+from .gradients import _scale_rows
+from .settings import LinearSettings
+
+class LinearLogpsRoute(torch.autograd.Function):
+    """(N0, H) hidden, (V, H) weight, (V,) bias -> token log-probs (N,), for gradients known only in backward.
+
+    With a frozen head the gradient is a row scalar times a direction kept from forward; else backward computes the
+    logits again.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, layout: StepLayout, settings: LinearSettings):
+        needs = settings.needs(ctx)
+        in_forward = [linear_ops.is_frozen(needs), False, False]
+        tokens, lse, directions = linear_ops.linear_logps_fwd(
+            hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, in_forward,
+            *settings.op_args(weight),
+        )  # fmt: skip
+        if in_forward[0]:
+            ctx.save_for_backward(layout.rows, directions)
+        elif any(needs):
+            ctx.save_for_backward(layout.rows, hidden, weight, bias, layout.labels, layout.host_step_offsets, lse)
+        ctx.needs, ctx.settings = needs, settings
+        ctx.dtypes = (hidden.dtype, None if bias is None else bias.dtype)
+        return tokens
+
+    @staticmethod
+    def backward(ctx, d_tokens):
+        refuse_double_backward()
+        needs, settings, (dtype, bias_dtype) = ctx.needs, ctx.settings, ctx.dtypes
+        if linear_ops.is_frozen(needs):
+            rows, directions = ctx.saved_tensors
+            return _scale_rows(directions, rows, d_tokens).to(dtype), None, None, None, None
+        rows, hidden, weight, bias, labels, offsets, lse = ctx.saved_tensors
+        d_hidden, d_weight, d_bias = linear_ops.linear_logps_bwd(
+            hidden, weight, bias, rows, labels, offsets, needs, *settings.op_args(weight), lse, d_tokens.contiguous()
+        )
+        return (
+            d_hidden if needs[0] else None,
+            settings.deliver_weight(d_weight, d_tokens.new_ones(())) if needs[1] else None,
+            d_bias.to(bias_dtype) if needs[2] else None,
+            None,
+            None,
+        )

@@ -1,0 +1,23 @@
+"""The linear route in plain torch: logits of the scored rows, differentiable by autograd."""
+
+from __future__ import annotations
+
+
+from torch import Tensor
+import torch
+from ...backends import reference
+from ...layout.steps import StepLayout
+from .settings import LinearSettings
+
+def _reference_tokens(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, layout: StepLayout, settings: LinearSettings
+) -> Tensor:
+    rows = torch.arange(layout.num_rows, device=hidden.device)
+    logits = reference_logits(hidden, weight, bias, layout, settings)
+    return reference.token_logps(logits, rows, layout.labels, settings.a, settings.c)
+
+def reference_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, layout: StepLayout, settings) -> Tensor:
+    """(1, N, V) logits of the scored rows."""
+    dtype = settings.dtype
+    bias = None if bias is None else bias.to(dtype)
+    return torch.nn.functional.linear(hidden[layout.rows].to(dtype), weight.to(dtype), bias)[None]

@@ -1,0 +1,65 @@
+"""Reductions over the vocabulary beside the log-prob, in the same read of the logits: entropy, sum of squared
+probabilities, KL from a reference.
+
+With p = softmax(z) and q the reference's, per row: H = -sum p log p, s = sum p^2, k = sum q (log q - log p). Then
+dH/dz = -p (log p + H), ds/dz = 2 p (p - s), dk/dz = p - q, so one pass writes
+dz = g (onehot - p) + p (constant + log_p log p + square p) - kappa q with five numbers a row.
+"""
+
+from __future__ import annotations
+
+
+from torch import Tensor
+import torch
+from ...backends import ops
+from ...layout.steps import StepLayout
+from ..shared import gradient_coefs, refuse_double_backward
+
+class ReductionsRoute(torch.autograd.Function):
+    """(B, T, V) logits -> tokens, entropy, sum_p2, kl, (N,) each; what is not asked for is empty, as kl without a
+    reference.
+
+    One read forward, one read and one write backward; kept beside the logits: two log-sum-exps, H and s a row.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        logits: Tensor,
+        ref_logits: Tensor | None,
+        layout: StepLayout,
+        a: float,
+        c: float,
+        wanted: tuple[bool, bool],  # entropy, sum_p2
+        backend: str,
+        inplace_backward: bool,
+    ):
+        tokens, lse, entropy, sum_p2, kl, ref_lse = ops.row_reductions_fwd(
+            logits, layout.rows, layout.labels, ref_logits, a, c, *wanted, backend
+        )
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(logits, ref_logits, lse, ref_lse, entropy, sum_p2, layout.labels, layout.row_of)
+            ctx.settings = (a, c, wanted, backend, inplace_backward)
+        asked = zip((entropy, sum_p2, kl), (*wanted, ref_logits is not None), strict=True)
+        ctx.mark_non_differentiable(*[value for value, wants in asked if not wants])
+        ctx.set_materialize_grads(False)
+        return tokens, entropy, sum_p2, kl
+
+    @staticmethod
+    def backward(ctx, d_tokens, d_entropy, d_sum_p2, d_kl):
+        logits, ref, lse, ref_lse, entropy, sum_p2, labels, row_of = ctx.saved_tensors
+        a, c, wanted, backend, inplace_backward = ctx.settings
+        # compiled, an empty output gets an empty gradient
+        d_entropy, d_sum_p2 = d_entropy if wanted[0] else None, d_sum_p2 if wanted[1] else None
+        d_kl = None if ref is None else d_kl
+        if all(d is None for d in (d_tokens, d_entropy, d_sum_p2, d_kl)):
+            return (None,) * 8
+        refuse_double_backward()
+        coefs = gradient_coefs(entropy, sum_p2, d_tokens, d_entropy, d_sum_p2, d_kl)
+        args = (logits, row_of, labels, lse, None if d_kl is None else ref, ref_lse, coefs, a, c, backend)
+        if inplace_backward:
+            ops.row_reductions_bwd_(*args)
+            d_logits = logits.detach()  # the saved logits themselves would bring the model's graph along
+        else:
+            d_logits = ops.row_reductions_bwd(*args)
+        return d_logits, None, None, None, None, None, None, None
