@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import runpy
 import sys
 
@@ -24,6 +23,7 @@ COMMANDS = {
     "real-run": ("real_run", "a real model trained on real reasoning steps"),
 }
 
+
 def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in COMMANDS:
         print("usage: python -m benchmarks COMMAND [options]\n")
@@ -33,6 +33,7 @@ def main(arguments: list[str]) -> int:
     sys.argv = [f"python -m benchmarks {arguments[0]}", *arguments[1:]]
     runpy.run_module(f"benchmarks.{COMMANDS[arguments[0]][0]}", run_name="__main__", alter_sys=False)
     return 0
+
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-
-from torch import Tensor
 import torch
+from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
 
 def describe(value: object) -> str:
     """What came, in a few words."""
@@ -17,6 +17,7 @@ def describe(value: object) -> str:
     text = repr(value)
     return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
 
+
 def check_tensor(name: str, value: object, *, ndim: tuple[int, ...] | int | None = None) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {describe(value)}")
@@ -24,15 +25,18 @@ def check_tensor(name: str, value: object, *, ndim: tuple[int, ...] | int | None
     if dims is not None and value.ndim not in dims:
         raise ValueError(f"{name}: expected {' or '.join(map(str, dims))} dimensions, got {describe(value)}")
 
+
 def check_shape(name: str, value: object, shape: tuple[int, ...]) -> None:
     check_tensor(name, value)
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {describe(value)}")
 
+
 def check_integer(name: str, value: object, **kw) -> None:
     check_tensor(name, value, **kw)
     if value.dtype not in _INTEGER_DTYPES:
         raise TypeError(f"{name}: expected an integer tensor, got {describe(value)}")
+
 
 def check_float(name: str, value: object, **kw) -> None:
     check_tensor(name, value, **kw)
@@ -40,9 +44,11 @@ def check_float(name: str, value: object, **kw) -> None:
         expected = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
         raise TypeError(f"{name}: expected a tensor of {expected}, got {describe(value)}")
 
+
 def check_choice(name: str, value: object, choices) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
 
 def check_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -50,17 +56,20 @@ def check_positive(name: str, value: object) -> None:
     if not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
 
+
 def check_not_negative(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     if not 0 <= value < float("inf"):
         raise ValueError(f"{name}: expected a finite number, 0 or above, got {value!r}")
 
+
 def check_count(name: str, value: object, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected a whole number, got {describe(value)}")
     if value < least:
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value}")
+
 
 def check_num_items(value: object) -> None:
     """A number or a 0-dim tensor; one on a device is not waited for."""
@@ -70,6 +79,7 @@ def check_num_items(value: object) -> None:
             return
         value = value.item()
     check_not_negative("num_items", value)
+
 
 def check_device(name: str, value: Tensor, device: torch.device, of: str) -> None:
     if value.device != device:

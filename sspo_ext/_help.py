@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-
 import argparse
+
 
 class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """ArgumentDefaultsHelpFormatter, silent where there is nothing to add: a default of None, False or nothing in it,

@@ -28,10 +28,9 @@ from helpers_batch_state import F64, batch, results, worker
 
 from sspo_ext.layout.pairs import StepPairs
 from sspo_ext.layout.steps import StepLayout
-from sspo_ext.losses.pref import step_pref_loss
-from sspo_ext.objective.sums import StepLogps
+from sspo_ext.losses.pref import pref_loss, step_pref_loss
 from sspo_ext.losses.state import RewardMean
-from sspo_ext.losses.pref import pref_loss
+from sspo_ext.objective.sums import StepLogps
 
 
 def test_running_mean_by_hand():

@@ -22,12 +22,11 @@ pytest.importorskip("transformers")
 from helpers_rl import make_tokenizer, make_trainer  # noqa: E402
 
 from benchmarks.models import families  # noqa: E402
-from sspo_ext.signals.branches import sample
-from sspo_ext.signals.branches import support
+from sspo_ext.signals.branches import sample, support
 from sspo_ext.signals.branches.branch import Branch
+from sspo_ext.signals.branches.engines import Tree  # noqa: E402
 from sspo_ext.signals.branches.score import branch_logps
 from sspo_ext.signals.branches.support import why_not  # noqa: E402
-from sspo_ext.signals.branches.engines import Tree  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

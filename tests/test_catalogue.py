@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from sspo_ext.losses import catalogue
-from sspo_ext.losses import pref as losses
-from sspo_ext.formulas.registry import PAIR_HEADS
 from sspo_ext.formulas.policy import POLICY_HEADS
-from sspo_ext.losses.common import LOSS_FUNCTIONS
-from tools.write_losses_page import PAGE, PARITY, ROOT, main
+from sspo_ext.formulas.registry import PAIR_HEADS
 from sspo_ext.losses.catalogue import catalogue
+from sspo_ext.losses.common import LOSS_FUNCTIONS
+from tools import write_losses_page
+from tools.write_losses_page import PAGE, PARITY, main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,17 +19,17 @@ ROOT = Path(__file__).resolve().parents[1]
 def source_tree(monkeypatch):
     """The files of this checkout, whichever copy of the package is imported."""
     for name in ("PAGE", "PARITY"):
-        monkeypatch.setattr(catalogue, name, ROOT / getattr(catalogue, name).relative_to(ROOT))
+        monkeypatch.setattr(write_losses_page, name, ROOT / getattr(write_losses_page, name).relative_to(ROOT))
 
 
 def test_page_is_up_to_date():
-    assert main(["--check"]) == 0, "run python -m sspo_ext.losses.catalogue"
+    assert main(["--check"]) == 0, "run python -m tools.write_losses_page"
 
 
 def test_check_notices_a_stale_page(tmp_path, monkeypatch, capsys):
     copy = tmp_path / "losses.md"
     copy.write_text("old\n")
-    monkeypatch.setattr(catalogue, "PAGE", copy)
+    monkeypatch.setattr(write_losses_page, "PAGE", copy)
     assert main(["--check"]) == 1 and "stale" in capsys.readouterr().out and copy.read_text() == "old\n"
     assert main([]) == 0 and main(["--check"]) == 0
 

@@ -68,8 +68,8 @@ def test_processes_that_know_nothing_of_each_other_are_refused(tmp_path, monkeyp
     from test_trainer import make_features
     from test_trainer import make_model as make_pair_model
 
-    from sspo_ext.train.sspo_trainer import SSPOTrainer
     from sspo_ext.train.preference_trainer import StepPreferenceTrainer
+    from sspo_ext.train.sspo_trainer import SSPOTrainer
 
     args, pair_args = config(tmp_path), pair_config(tmp_path)
     assert args.world_size == pair_args.world_size == 1

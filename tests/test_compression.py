@@ -23,7 +23,16 @@ from benchmarks.compression.arms import ARMS, DECISIVE, ShuffledValues, ZeroValu
 from benchmarks.compression.pairs import PairArm, _forward, train_pairs
 from benchmarks.compression.pictures import lowest_shown
 from benchmarks.compression.report import _accuracy, best_penalty, commands, spent, write_report
-from benchmarks.compression.verdicts import accuracy, difference, interval, over_seeds, pair_verdicts, student, total, verdicts
+from benchmarks.compression.verdicts import (
+    accuracy,
+    difference,
+    interval,
+    over_seeds,
+    pair_verdicts,
+    student,
+    total,
+    verdicts,
+)
 from sspo_ext.demo.arms import load_start, make_trainer
 from sspo_ext.demo.tasks import Task
 from sspo_ext.train.sspo_trainer import SSPOTrainer

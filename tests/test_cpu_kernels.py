@@ -23,8 +23,7 @@ import pytest
 import torch
 from helpers_truth import assert_fp64_rule, assert_rounded_once, gradient_terms
 
-from sspo_ext.backends import cpu
-from sspo_ext.backends import reference
+from sspo_ext.backends import cpu, reference
 from sspo_ext.formulas.registry import PAIR_HEADS
 
 if cpu.why_not(torch.device("cpu"), torch.float32):

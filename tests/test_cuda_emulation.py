@@ -15,11 +15,10 @@ from helpers_batch import oracle_steps, random_batch, random_pairs
 from helpers_truth import assert_fp64_rule, assert_rounded_once, gradient_terms
 
 from sspo_ext import backends
+from sspo_ext.backends import cuda, reference
+from sspo_ext.formulas.registry import PAIR_HEADS
 from sspo_ext.losses.logps import step_logps
 from sspo_ext.losses.pref import step_pref_loss
-from sspo_ext.backends import cuda
-from sspo_ext.backends import reference
-from sspo_ext.formulas.registry import PAIR_HEADS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLAIN, TEMPERATURE, SOFTCAP = (1.0, 0.0), (1 / 0.7, 0.0), (1 / 30, 30 / 0.9)

@@ -18,11 +18,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sspo_ext.signals.split import split_text
-from sspo_ext.data.collator import StepPreferenceCollator
 from benchmarks.models.gsm8k import load_gsm8k_solutions
+from sspo_ext.data.collator import StepPreferenceCollator
 from sspo_ext.data.rows import load_preference_rows
 from sspo_ext.data.tokenize import UnusableRow, tokenize_row, tokenize_rows
+from sspo_ext.signals.split import split_text
 
 transformers = pytest.importorskip("transformers")
 

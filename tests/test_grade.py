@@ -12,8 +12,8 @@ import pytest
 pytest.importorskip("transformers")
 from helpers_rl import ROWS, Says, make_tokenizer, make_trainer
 
-from sspo_ext.signals.probing.texts import PROBES, Probe
 from sspo_ext.data.graders import answer_grader, grade, grade_rows, load_grader
+from sspo_ext.signals.probing.texts import PROBES, Probe
 
 HALF = "\\frac{1}{2}"
 

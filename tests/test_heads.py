@@ -20,8 +20,8 @@ import pytest
 import torch
 from helpers_batch import fused_backends
 
-from tools import generate_formulas as generate
 from sspo_ext.formulas.registry import MAX_OPTIONS, PAIR_HEADS, PairScores, get_pair_head, head_id
+from tools import generate_formulas as generate
 
 F64 = torch.float64
 NAMES = list(PAIR_HEADS)

@@ -22,13 +22,13 @@ from test_policy import AGGREGATIONS, VARIANTS, with_old
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
-from sspo_ext.routes.linear import policy as linear_policy
+from sspo_ext.formulas.dual import Dual
+from sspo_ext.formulas.policy import POLICY_HEADS
 from sspo_ext.layout.steps import StepLayout
 from sspo_ext.losses.logps import step_logps
 from sspo_ext.losses.policy import linear_step_policy_loss, step_policy_loss
-from sspo_ext.formulas.dual import Dual
+from sspo_ext.routes.linear import policy as linear_policy
 from sspo_ext.routes.linear.plan import policy_plan
-from sspo_ext.formulas.policy import POLICY_HEADS
 
 F64 = torch.float64
 V, H = 53, 17

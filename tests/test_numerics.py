@@ -23,8 +23,8 @@ import math
 import pytest
 import torch
 
-from sspo_ext.formulas.registry import PairScores, get_pair_head
 from sspo_ext.formulas.numerics import bounded_exp, log1mexp, log_odds, logistic
+from sspo_ext.formulas.registry import PairScores, get_pair_head
 
 F32, F64 = torch.float32, torch.float64
 # near 0, where 1 - e^m has no digits; around the branch at -ln 2; far out, where e^m is lost beside 1

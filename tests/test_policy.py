@@ -24,11 +24,11 @@ from helpers_batch import random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sspo_ext.formulas.policy import POLICY_HEADS
 from sspo_ext.layout.steps import StepLayout
 from sspo_ext.losses.logps import step_logps
 from sspo_ext.losses.policy import linear_step_policy_loss, step_policy_loss
 from sspo_ext.objective.sums import StepLogps
-from sspo_ext.formulas.policy import POLICY_HEADS
 
 F64 = torch.float64
 

@@ -7,8 +7,8 @@ pytest.importorskip("transformers")
 
 from helpers_rl import make_model, make_tokenizer
 
-from sspo_ext.data.prompts import prompt_tokens
 from sspo_ext.data.graders import final_text, grade, load_grader
+from sspo_ext.data.prompts import prompt_tokens
 from sspo_ext.train.rollout import CompactEngine, GenerateEngine, make_engine, up_to_end
 from sspo_ext.train.sampling import Sampling
 

@@ -123,8 +123,8 @@ def test_pair_trainers_reference_of_a_given_peft_model_has_its_adapter(tmp_path)
     from test_trainer import make_features
     from test_trainer import make_model as make_pair_model
 
-    from sspo_ext.train.reference_cache import reference_key
     from sspo_ext.train.preference_trainer import StepPreferenceTrainer
+    from sspo_ext.train.reference_cache import reference_key
 
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)

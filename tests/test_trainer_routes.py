@@ -12,9 +12,9 @@ import torch
 from test_trainer import LOG_ROUNDING, config, make_features, make_model, parameters
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from sspo_ext.losses.pref import step_pref_loss
-from sspo_ext.hf.wrappers import UnsupportedHead
 from sspo_ext.data.collator import StepPreferenceCollator
+from sspo_ext.hf.wrappers import UnsupportedHead
+from sspo_ext.losses.pref import step_pref_loss
 from sspo_ext.train.model_call import choose_route
 from sspo_ext.train.preference_trainer import StepPreferenceTrainer
 

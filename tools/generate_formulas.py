@@ -9,24 +9,26 @@ file is stale.
 
 from __future__ import annotations
 
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from sspo_ext.formulas.registry import MAX_OPTIONS, PAIR_HEADS, PairHead, PairScores
-from torch.fx.experimental.proxy_tensor import make_fx
 import argparse
 import operator
 import sys
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from sspo_ext.formulas.registry import MAX_OPTIONS, PAIR_HEADS, PairHead, PairScores
+
+ROOT = Path(__file__).resolve().parents[1]
 
 CPP_FILE = ROOT / "csrc" / "formulas_generated.h"
 
 TRITON_FILE = ROOT / "sspo_ext" / "backends" / "triton" / "formulas_generated.py"
 
 aten = torch.ops.aten
+
 
 def trace(head: PairHead) -> torch.fx.GraphModule:
     """Graph from the scores and options of one pair to (loss, d loss/d u_w, d loss/d u_l)."""
@@ -51,6 +53,7 @@ def trace(head: PairHead) -> torch.fx.GraphModule:
     graph.graph.eliminate_dead_code()
     return graph
 
+
 @dataclass(frozen=True)
 class Language:
     """How one target spells the primitives; {0}, {1} are the arguments."""
@@ -58,8 +61,10 @@ class Language:
     number: Callable[[float], str]
     spell: dict[str, str]
 
+
 def _infix(symbol: str) -> str:
     return f"({{0}} {symbol} {{1}})"
+
 
 _COMMON = {
     "add": _infix("+"),
@@ -94,6 +99,7 @@ _UNARY = {
     aten.exp: "exp", aten.sigmoid: "sigmoid", aten.relu: "relu", aten.neg: "neg", aten.log: "log",
     aten.log1p: "log1p", aten.expm1: "expm1",
 }  # fmt: skip
+
 
 class Printer:
     """Prints one graph as assignments, folding the constants 0 and 1 that autograd leaves behind."""
@@ -186,12 +192,14 @@ class Printer:
                 self.value[node] = value
         raise AssertionError("a graph ends with its output")
 
+
 def _strip(expression: str) -> str:
     return (
         expression[1:-1]
         if expression.startswith("(") and expression.endswith(")") and expression.count("(") == 1
         else expression
     )
+
 
 _CPP_PRELUDE = """\
 // Generated from sspo_ext/heads/ by `python -m tools.generate_formulas`. Do not edit.
@@ -265,6 +273,7 @@ def _sigmoid(x):
     return tl.where(x < 0, e, 1.0) / (1 + e)
 '''
 
+
 def cpp_source() -> str:
     parts, cases = [_CPP_PRELUDE], []
     for i, head in enumerate(PAIR_HEADS.values()):
@@ -286,6 +295,7 @@ def cpp_source() -> str:
         "}  // namespace sspo\n"
     )
     return "\n".join(parts)
+
 
 def triton_source() -> str:
     scores = ", ".join(PairScores._fields)
@@ -309,6 +319,7 @@ def triton_source() -> str:
     )
     return "\n\n".join(parts)
 
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a generated file is stale")
@@ -323,6 +334,7 @@ def main(argv: list[str] | None = None) -> int:
             path.write_text(source)
         print(f"{'stale' if check else 'wrote'}: {path.relative_to(ROOT)}")
     return int(check and stale)
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,13 +8,13 @@ tests/losses/test_parity_losses.py and tests/losses/test_parity_policy.py measur
 
 from __future__ import annotations
 
-
-from pathlib import Path
-from sspo_ext.losses.catalogue import entries
-from sspo_ext.losses.recipes import ABSENT
 import argparse
 import json
 import sys
+from pathlib import Path
+
+from sspo_ext.losses.catalogue import catalogue
+from sspo_ext.losses.recipes import ABSENT
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,13 +25,13 @@ PARITY = ROOT / "docs" / "parity.json"
 _INTRO = """\
 # Losses
 
-<!-- Written by `python -m sspo_ext.losses.catalogue` from the definitions; do not edit. -->
+<!-- Written by `python -m tools.write_losses_page` from the definitions; do not edit. -->
 
 Notation, for a step or, with one step a sequence, a whole response: S the summed log-probability of its scored tokens
 (weighted, where the layout has token weights), R the reference's, u = S - R, n the number of scored tokens, w and l
 winner and loser, sig the logistic function, ls = log sig, q the probability that the winner is better (1 -
 label_smoothing, or a soft label), sg stop-gradient. An option that a loss does not have raises.
-`sspo_ext.losses.catalogue.catalogue()` gives the same table to a program.
+`sspo_ext.losses.catalogue()` gives the same table to a program.
 
 The parity column names independent implementations and the largest absolute differences of the loss and of its gradient
 found by `pytest tests/test_parity_losses.py tests/test_parity_policy.py` in float64 (where the peer has no float64, in
@@ -65,11 +65,12 @@ _WHOLE = {
     "end to end": "A tiny Llama in float64, TRL's head and loss against the linear route, gradients of every parameter",
 }
 
+
 def page() -> str:
     parity = json.loads(PARITY.read_text()) if PARITY.exists() else {}
     parts = [_INTRO]
     for kind, (title, text) in _SECTIONS.items():
-        chosen = [e for e in entries() if e.kind == kind]
+        chosen = [e for e in catalogue() if e.kind == kind]
         parts.append(f"\n## {title}\n" + (f"\n{text}\n" if text else ""))
         if kind == "recipe":
             parts.append("\n| method | how | needs | source | parity |\n| --- | --- | --- | --- | --- |\n")
@@ -88,14 +89,17 @@ def page() -> str:
     parts += [_row(f"**{name}**", why) for name, why in ABSENT]
     return "".join(parts)
 
+
 def _row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
 
 def _parity(measured: list[dict]) -> str:
     found: dict[str, list[str]] = {}
     for m in measured:
         found.setdefault(f"{m['peer']}: {m['loss']:.0e}, {m['gradient']:.0e}", []).append(m.get("note", ""))
     return "; ".join(text + (f" ({'; '.join(notes)})" if any(notes) else "") for text, notes in found.items())
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -108,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         PAGE.write_text(text)
     print(f"{'stale' if check else 'wrote'}: docs/losses.md")
     return int(check)
+
 
 if __name__ == "__main__":
     sys.exit(main())

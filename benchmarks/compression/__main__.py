@@ -12,20 +12,23 @@ Every run is a process with one thread and leaves a JSON file: the same command 
 
 from __future__ import annotations
 
-
-from dataclasses import dataclass
-from pathlib import Path
-from sspo_ext._help import DefaultsFormatter
-from sspo_ext.demo.tasks import FAMILIES, LANGUAGES
-from tqdm.auto import tqdm
 import argparse
 import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from sspo_ext._help import DefaultsFormatter
+from sspo_ext.demo.tasks import FAMILIES, LANGUAGES
+
 from .arms import ARMS, DECISIVE
 from .report import write_report
 from .worker import start_folder
+
 
 @dataclass(frozen=True)
 class Run:
@@ -37,6 +40,7 @@ class Run:
     @property
     def name(self) -> str:
         return f"{self.family}-{self.language}-{self.arm}-{self.seed}"
+
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
@@ -65,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
     execute(todo, options, "runs", length)
     print(write_report(output))
+
 
 def execute(runs: list[Run], options: argparse.Namespace, title: str, length) -> None:
     """The runs, `--jobs` at a time, each a process; stops at the first that fails."""
@@ -99,6 +104,7 @@ def execute(runs: list[Run], options: argparse.Namespace, title: str, length) ->
             bar.n = min(max(reached, bar.n), bar.total)
             bar.set_postfix_str("; ".join(notes))
 
+
 def command(run: Run, options: argparse.Namespace) -> list[str]:
     output = Path(options.output) / "runs" / f"{run.name}.json"
     return [
@@ -106,6 +112,7 @@ def command(run: Run, options: argparse.Namespace) -> list[str]:
         "--arm", run.arm, "--seed", str(run.seed), "--updates", str(options.updates), "--held-out",
         str(options.held_out), "--work", options.work, "--output", str(output),
     ]  # fmt: skip
+
 
 def _last_line(log: Path) -> tuple[int, str]:
     """(updates done, what to say) from a worker's log; imitation's bar counts too."""
@@ -116,6 +123,7 @@ def _last_line(log: Path) -> tuple[int, str]:
     if "/2200 [" in text:
         return int(text.partition("/2200 [")[0].split()[-1].split("|")[-1]), ""
     return 0, ""
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -140,6 +148,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, value)
     return options
+
 
 if __name__ == "__main__":
     main()

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
+
+import numpy as np
+
 from sspo_ext.demo.tasks import Task
 from sspo_ext.train.experience import Rollout
 from sspo_ext.train.sspo_trainer import SSPOTrainer
-import numpy as np
+
 from .pairs import PairArm
+
 
 class ZeroValues(SSPOTrainer):
     """V = 0: what the discount does alone."""
 
     def step_values(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         return [[0.0] * (len(r.steps) + 1) for r in rollouts]
+
 
 class ShuffledValues(SSPOTrainer):
     """The probe's values, shuffled over all states of the batch: their level without their content."""
@@ -30,6 +33,7 @@ class ShuffledValues(SSPOTrainer):
             found.append([*shuffled[at : at + len(row) - 1], 0.0])
             at += len(row) - 1
         return found
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -51,6 +55,7 @@ class Arm:
             return task.reward(prompt, completion, answer) * max(0.0, 1 - self.length_penalty * tokens / 50)
 
         return shorter_is_better
+
 
 _OUTCOME = {"combine": "outcome"}
 

@@ -9,10 +9,12 @@ The controls: the likelihood alone on the same search, and pairs of whole soluti
 
 from __future__ import annotations
 
-
-from collections.abc import Iterator
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import torch
+
 from sspo_ext.demo.arms import rows_of
 from sspo_ext.demo.tasks import Task
 from sspo_ext.hf.forward import forward_hidden
@@ -26,10 +28,9 @@ from sspo_ext.signals.pairing.pairs import divergence_index, pair_candidates
 from sspo_ext.signals.values import StepBatch
 from sspo_ext.train.experience import Rollout
 from sspo_ext.train.sspo_trainer import SSPOTrainer
-import random
-import torch
 
 Scored = tuple[tuple[int, ...], int]  # token ids, and the first that is scored
+
 
 @dataclass(frozen=True)
 class PairArm:
@@ -45,12 +46,14 @@ class PairArm:
     per_update: int = 64  # states, or problems
     gamma: float = 0.9
 
+
 @dataclass
 class Unit:
     """What is shuffled and never split: the pairs of one state (or problem), and the solutions to imitate."""
 
     pairs: list[tuple[Scored, Scored]]  # (winner, loser)
     best: list[Scored]
+
 
 def train_pairs(trainer: SSPOTrainer, task: Task, arm: PairArm, seed: int) -> tuple[dict, int]:
     """Trains the trainer's model; returns curves over rounds (accuracy and tokens of the sampled solutions) and the
@@ -90,6 +93,7 @@ def train_pairs(trainer: SSPOTrainer, task: Task, arm: PairArm, seed: int) -> tu
         print(f"{number + 1} {accuracy:.3f} {tokens:.2f}", flush=True)
     return found, sampled
 
+
 def _of_states(
     trainer: SSPOTrainer, task: Task, rollouts: Sequence[Rollout], arm: PairArm, rng: random.Random
 ) -> tuple[list[Unit], int]:
@@ -120,10 +124,12 @@ def _of_states(
         units.append(Unit(pairs, [(ids, len(prefix))]))
     return units, tokens
 
+
 def _best(node: Node, rest: Sequence[Sequence[int]]) -> int | None:
     """The shortest of the candidates that come out right; None if none does, and there is nothing to learn."""
     right = [i for i, c in enumerate(node.candidates) if c.value > 0]
     return min(right, key=lambda i: len(node.candidates[i].ids) + len(rest[i]), default=None)
+
 
 def _of_solutions(rollouts: Sequence[Rollout], arm: PairArm, rng: random.Random) -> tuple[list[Unit], int]:
     """Random pairs of whole solutions to one problem whose discounted outcomes differ."""
@@ -143,6 +149,7 @@ def _of_solutions(rollouts: Sequence[Rollout], arm: PairArm, rng: random.Random)
             units.append(Unit([(scored(i), scored(j)) for i, j in chosen], [scored(i) for i, _ in chosen]))
     return units, 0
 
+
 def _loss(model, units: Sequence[Unit], reference: dict, arm: PairArm, pad: int) -> torch.Tensor | None:
     loss, pairs = None, [pair for unit in units for pair in unit.pairs] if arm.pairs else []
     if pairs:
@@ -161,6 +168,7 @@ def _loss(model, units: Sequence[Unit], reference: dict, arm: PairArm, pad: int)
         loss = arm.nll * nll if loss is None else loss + arm.nll * nll
     return loss
 
+
 @torch.no_grad()
 def _reference(model, units: Sequence[Unit], pad: int) -> dict[Scored, float]:
     rows = list(dict.fromkeys(side for unit in units for pair in unit.pairs for side in pair))
@@ -170,6 +178,7 @@ def _reference(model, units: Sequence[Unit], pad: int) -> dict[Scored, float]:
         sums = linear_step_logps(hidden, head.weight, layout, **head.options).sums
         found.update(zip(some, sums.tolist(), strict=True))
     return found
+
 
 def _forward(model, rows: Sequence[Scored], pad: int):
     """Hidden states, head and layout: one step a row, from its first scored token to its end."""
@@ -181,6 +190,7 @@ def _forward(model, rows: Sequence[Scored], pad: int):
     layout = StepLayout.from_step_ids(ids.masked_fill(~scored, -100), scored.long() - 1)
     hidden, _ = forward_hidden(model, input_ids=ids, attention_mask=(where < lengths).long())
     return hidden, model_head(model), layout
+
 
 def _chunks(rows: Sequence, size: int) -> Iterator[Sequence]:
     for first in range(0, len(rows), size):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Sequence
 from pathlib import Path
+
 from .arms import ARMS
 from .verdicts import accuracy, total
 
@@ -17,6 +17,7 @@ _COLOURS = {
 _MARKERS = {"start": "s", "-zero": "v", "-shuffled": "X", "-likelihood": "P"}
 
 GAP = 0.1
+
 
 def draw(arms: dict[str, list[dict]], path: Path, title: str) -> None:
     """Writes a PNG; nothing without matplotlib.
@@ -48,12 +49,14 @@ def draw(arms: dict[str, list[dict]], path: Path, title: str) -> None:
         figure.savefig(path)
         plt.close(figure)
 
+
 def lowest_shown(means: Sequence[float]) -> float:
     """The least of these accuracies that an axis need reach to: above the widest gap between two neighbours, where that
     is over 0.1 and at least half of them lie above it; else the least of all."""
     ordered = sorted(means)
     gap, upper = max(((b - a, b) for a, b in zip(ordered, ordered[1:], strict=False)), default=(0.0, ordered[0]))
     return upper if gap > GAP and sum(m >= upper for m in means) * 2 >= len(means) else ordered[0]
+
 
 class _Mark:
     """What is drawn of an arm."""
@@ -70,6 +73,7 @@ class _Mark:
         self.seeds = [(total([run], how, "tokens"), accuracy([run], how)[0]) for run in runs] if len(runs) > 1 else []
         self.options = {"color": self.colour, "marker": self.marker, "mec": "white", "mew": 0.6}
 
+
 def _limits(marks: Sequence[_Mark]) -> tuple[float, float, list[_Mark]]:
     """The ends of the axis of accuracy, and the arms below it, the best first."""
     low = lowest_shown([mark.mean for mark in marks])
@@ -79,6 +83,7 @@ def _limits(marks: Sequence[_Mark]) -> tuple[float, float, list[_Mark]]:
     space = 0.04 * (max(ends) - min(ends)) or 0.02
     below = sorted((mark for mark in marks if mark.mean < low), key=lambda mark: -mark.mean)
     return min(ends) - space, min(max(ends) + space, 1 + space), below
+
 
 def _plane(axis, marks: Sequence[_Mark]) -> None:
     bottom, top, below = _limits(marks)
@@ -101,6 +106,7 @@ def _plane(axis, marks: Sequence[_Mark]) -> None:
     axis.set_ylim(bottom - len(below) * row, top)
     axis.set_yticks([tick for tick in axis.get_yticks() if bottom <= tick <= top])
     axis.set_xlabel("tokens of a solution")
+
 
 def _list(axis, marks: Sequence[_Mark]) -> None:
     bottom, top, below = _limits(marks)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-
+import json
+import platform
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-import json
-import platform
+
 import torch
+
 from .arms import ARMS
 from .pictures import draw
 from .verdicts import accuracy, over_seeds, pair_verdicts, total, verdicts
@@ -19,6 +20,7 @@ HEADER = (
     "| arm | seeds | accuracy, greedy | tokens | steps | skipped | accuracy, sampled | tokens | steps | skipped "
     "| drawn | s |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
+
 
 def write_report(folder: Path) -> str:
     """Writes RESULTS.md and the pictures; returns the report."""
@@ -62,6 +64,7 @@ def write_report(folder: Path) -> str:
     (folder / "RESULTS.md").write_text(text)
     return text
 
+
 def spent(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> str:
     """What all of it took."""
     runs = [run for arms in tasks.values() for some in arms.values() for run in some]
@@ -70,6 +73,7 @@ def spent(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> str:
         f"Training took {hours:.1f} hours summed over the {len(runs)} runs, so about {hours / 2:.1f} two side by side, "
         "as they were run; other jobs were on the machine. Start models and held-out problems are not in it."
     )
+
 
 def commands(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> list[str]:
     """What makes all these runs, and no others."""
@@ -94,6 +98,7 @@ def commands(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> list[
         for (names, languages, seeds), which in arms.items()
     ]
 
+
 def _table(arms: dict[str, list[dict]]) -> str:
     best = best_penalty(arms)
     lines = [HEADER]
@@ -112,16 +117,19 @@ def _table(arms: dict[str, list[dict]]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
+
 def best_penalty(arms: dict[str, list[dict]]) -> str | None:
     """The weight with the highest greedy accuracy, chosen on the very problems that are reported: in its favour."""
     there = [name for name in _PENALTIES if name in arms]
     return max(there, key=lambda name: total(arms[name], "greedy", "correct"), default=None)
+
 
 def _accuracy(runs: list[dict], how: str) -> str:
     mean, error = accuracy(runs, how)
     each = [accuracy([run], how)[0] for run in runs]
     spread = f" [{', '.join(f'{x:.3f}' for x in each)}]" if len(runs) > 1 else ""
     return f"{mean:.3f} ± {error:.3f}{spread}"
+
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")

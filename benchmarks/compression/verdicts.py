@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-
 import math
+
 from .arms import ARMS
 
 HEADER = (
@@ -19,6 +19,7 @@ NOTE = (
     "not hold the chance of drawing other seeds. **Bold**: beyond the error and in favour of SSPO, or of step pairs "
     "(tokens: as asked); *italic*: beyond the error and against it."
 )
+
 
 def verdicts(tasks: dict[tuple[str, str], dict[str, list[dict]]]) -> str:
     """One line for each task and SSPO arm; a dash where what it is compared with was not run."""
@@ -40,10 +41,12 @@ def verdicts(tasks: dict[tuple[str, str], dict[str, list[dict]]]) -> str:
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", NOTE])
 
+
 PAIRS_HEADER = (
     "| task | step pairs + likelihood, less | accuracy, greedy | sampled | skipped, greedy | sampled |\n"
     "| --- | --- | --- | --- | --- | --- |"
 )
+
 
 def pair_verdicts(tasks: dict[tuple[str, str], dict[str, list[dict]]]) -> str:
     """What step pairs add to the likelihood of the same search, to pairs of whole solutions, and to SSPO's updates;
@@ -60,6 +63,7 @@ def pair_verdicts(tasks: dict[tuple[str, str], dict[str, list[dict]]]) -> str:
                 lines.append(f"| {family}, {language}: over seeds | {less} | {' | '.join(seeds)} |")
     return "\n".join([PAIRS_HEADER, *lines]) if lines else ""
 
+
 SEEDS_HEADER = (
     "| task | arm | runs | accuracy less RLOO's, greedy | sampled | less shuffled V's, greedy | sampled "
     "| less V = 0's, greedy | sampled |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
@@ -71,6 +75,7 @@ SEEDS_NOTE = (
     "would change. Three seeds leave them wide, and by chance one in twenty of so many would be beyond its error. Bold "
     "and italic as above."
 )
+
 
 def over_seeds(tasks: dict[tuple[str, str], dict[str, list[dict]]]) -> str:
     """One line for each task and SSPO arm, and one for all languages of a family together."""
@@ -91,6 +96,7 @@ def over_seeds(tasks: dict[tuple[str, str], dict[str, list[dict]]]) -> str:
                 lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", SEEDS_NOTE])
 
+
 def interval(values: list[float]) -> tuple[float, float]:
     """(mean, half width of its 95 % interval by Student's t); of one value the half width is infinite."""
     n = len(values)
@@ -98,6 +104,7 @@ def interval(values: list[float]) -> tuple[float, float]:
     if n < 2:
         return mean, math.inf
     return mean, student(n - 1) * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+
 
 def student(freedom: int) -> float:
     """The 97.5 % quantile of Student's t. Beyond 6 degrees of freedom by its expansion (Abramowitz and Stegun 26.7.5),
@@ -113,13 +120,16 @@ def student(freedom: int) -> float:
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
     )
 
+
 def accuracy(runs: list[dict], how: str) -> tuple[float, float]:
     """(mean, 1.96 standard errors over problems, each problem's mean over the runs)."""
     return total(runs, how, "correct"), 1.96 * _standard_error(_by_problem(runs, how, "correct"))
 
+
 def total(runs: list[dict], how: str, key: str) -> float:
     """Mean over runs and problems. One division of whole numbers, so that a tie is rounded alike everywhere."""
     return sum(sum(run[how][key]) for run in runs) / sum(len(run[how][key]) for run in runs)
+
 
 def difference(runs: list[dict], others: list[dict], how: str, key: str) -> tuple[float, float, list[float]]:
     """(mean over problems of the difference of means over seeds, its 1.96 standard errors, means of each seed)."""
@@ -131,27 +141,33 @@ def difference(runs: list[dict], others: list[dict], how: str, key: str) -> tupl
         of_seeds(runs, others, how, key),
     )
 
+
 def of_seeds(runs: list[dict], others: list[dict], how: str, key: str) -> list[float]:
     """The difference of each seed's means; where the others lack it, from their first."""
     of_seed = {run["seed"]: run for run in others}
     return [_tie(total([r], how, key) - total([of_seed.get(r["seed"], others[0])], how, key)) for r in runs]
 
+
 def _tie(value: float) -> float:
     """Without the last digits, by which one number, found in two ways, would be rounded to either side."""
     return round(value, 9)
+
 
 def _standard_error(values: list[float]) -> float:
     mean = sum(values) / len(values)
     return math.sqrt(sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1) / len(values))
 
+
 def _by_problem(runs: list[dict], how: str, key: str) -> list[float]:
     return [sum(column) / len(runs) for column in zip(*(run[how][key] for run in runs), strict=True)]
+
 
 def _difference(arms, name: str, other: str, how: str, key: str, sign: int) -> str:
     if other not in arms:
         return "-"
     mean, error, single = difference(arms[name], arms[other], how, key)
     return _marked(f"{mean:+.3f} ± {error:.3f} [{min(single):+.3f}, {max(single):+.3f}]", mean, error, sign)
+
 
 def _of_seeds(tasks: list[dict], name: str, other: str, how: str, key: str, sign: int) -> str:
     if not all(name in arms and other in arms for arms in tasks):
@@ -160,16 +176,19 @@ def _of_seeds(tasks: list[dict], name: str, other: str, how: str, key: str, sign
     mean, error = interval(single)
     return _marked(f"{mean:+.3f} ± {error:.3f}" if len(single) > 1 else f"{mean:+.3f}", mean, error, sign)
 
+
 def _marked(text: str, mean: float, error: float, sign: int) -> str:
     if abs(mean) <= error:
         return text
     return f"**{text}**" if mean * sign > 0 else f"*{text}*"
+
 
 def _skips(runs: list[dict]) -> str:
     """Share of the solutions that leave out a needed step, and how many of these are right all the same."""
     pairs = [pair for run in runs for pair in zip(run["greedy"]["skipped"], run["greedy"]["correct"], strict=True)]
     right = [correct for skipped, correct in pairs if skipped]
     return f"{len(right) / len(pairs):.3f} ({sum(right) / len(right):.0%})" if right else "0"
+
 
 def _tokens(arms, name: str, how: str) -> str:
     if "start" not in arms:

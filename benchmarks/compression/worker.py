@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-
-from pathlib import Path
-from sspo_ext.demo.arms import START, load_start, make_trainer, measure
-from sspo_ext.demo.imitate import make_start_model
-from sspo_ext.demo.tasks import Task
-from sspo_ext.train.progress import curves
-from transformers import TrainerCallback
 import argparse
 import json
 import logging
 import os
 import time
+from pathlib import Path
+
 import torch
+from transformers import TrainerCallback
+
+from sspo_ext.demo.arms import START, load_start, make_trainer, measure
+from sspo_ext.demo.imitate import make_start_model
+from sspo_ext.demo.tasks import Task
+from sspo_ext.train.progress import curves
+
 from .arms import ARMS
 from .pairs import train_pairs
+
 
 def start_folder(work: Path, family: str, language: str) -> Path:
     """The package's own start model, or one made in `work`."""
     return START if (family, language) == ("sums", "en") else work / "start" / f"{family}-{language}"
+
 
 class _Lines(TrainerCallback):
     """One line a finished update, which the parent counts."""
@@ -28,6 +32,7 @@ class _Lines(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "accuracy" in logs:
             print(f"{state.global_step} {logs['accuracy']:.3f} {logs['completions/mean_length']:.2f}", flush=True)
+
 
 def run(options: argparse.Namespace) -> dict:
     torch.set_num_threads(1)
@@ -65,6 +70,7 @@ def run(options: argparse.Namespace) -> dict:
         "example": [{"prompt": r.row["prompt"], "text": r.text} for r in rollouts[:3]],
     }
 
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--family", required=True)
@@ -85,6 +91,7 @@ def main() -> None:
     temporary = f"{options.output}.part"
     Path(temporary).write_text(json.dumps(result) + "\n")
     os.replace(temporary, options.output)
+
 
 if __name__ == "__main__":
     main()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass
+
 from .record import Report
 
 # Instructions a bfloat16 element at most, in the main loop: what keeps a Hopper multiprocessor ahead of its memory.
 MOST_INSTRUCTIONS = {"token_logp_fwd": 7.5, "token_logp_bwd": 6.0}
+
 
 @dataclass
 class Bound:
@@ -16,6 +17,7 @@ class Bound:
     got: str
     met: bool
     badness: float  # the larger, the nearer to failing
+
 
 def bounds(reports: list[Report], archs: tuple[str, ...] = ("90", "100")) -> list[Bound]:
     """Of the row kernels on `archs`, and no spills anywhere. Softcap, whose tanh has to be computed, and logits that
@@ -50,6 +52,7 @@ def bounds(reports: list[Report], archs: tuple[str, ...] = ("90", "100")) -> lis
             got = f"{p['kib_in_flight']:.0f} KiB a multiprocessor, {p['kib_needed']:.0f} needed"
             found.append(Bound(f"predicted bytes in flight on {machine}", r, got, margin >= 1, -margin))
     return found
+
 
 def bounds_table(found: list[Bound]) -> str:
     """One line a demand, kernel and architecture: how many specialisations meet it, and the worst of them."""

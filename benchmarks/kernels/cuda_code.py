@@ -6,14 +6,15 @@ the flags of the package's build, and read the same way.
 
 from __future__ import annotations
 
-
-from pathlib import Path
 import argparse
 import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
+
 import triton
+
 from . import disassembly
 from .record import Report, add_loop, tables
 
@@ -27,6 +28,7 @@ THREADS = {"token_logp_fwd": 128, "token_logp_bwd": 128, "step_loss_fwd": 32}
 
 _DTYPES = {"f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
 
+
 def compiled(kernel: str, arch: str, folder: Path) -> Path:
     sys.path.insert(0, str(ROOT))
     import build_cuda
@@ -38,6 +40,7 @@ def compiled(kernel: str, arch: str, folder: Path) -> Path:
     source = ROOT / "csrc" / "cuda" / f"{kernel}.cu"
     subprocess.run([nvcc, *build_cuda.FLAGS, f"-arch=sm_{arch}", "-cubin", source, "-o", cubin], check=True)
     return cubin
+
 
 def functions(cubin: Path) -> dict[str, disassembly.Code]:
     """Mangled name -> machine code, of every kernel in a cubin, without the functions it calls."""
@@ -65,6 +68,7 @@ def functions(cubin: Path) -> dict[str, disassembly.Code]:
         code.spills = sum(i.kind == "spill" for i in code.instructions)
     return {name: code for name, code in found.items() if name in usage and "_kernel" in name}
 
+
 def reports(archs=ARCHS, kernel: str = "") -> list[Report]:
     made = []
     with tempfile.TemporaryDirectory() as folder:
@@ -74,6 +78,7 @@ def reports(archs=ARCHS, kernel: str = "") -> list[Report]:
                     for mangled, code in functions(compiled(name, arch, Path(folder))).items():
                         made += _reports_of(name, mangled, code, arch)
     return made
+
 
 def _reports_of(name: str, mangled: str, code: disassembly.Code, arch: str) -> list[Report]:
     found = re.search(r"_kernelI(.+?)Lb([01])E", mangled)
@@ -87,6 +92,7 @@ def _reports_of(name: str, mangled: str, code: disassembly.Code, arch: str) -> l
         add_loop(report, _main_loop(code))
     return [report]
 
+
 def _main_loop(code: disassembly.Code) -> list[disassembly.Instruction]:
     """The loop over whole passes: the one that moves most bytes in accesses of 16 bytes alone. (The loop for rows that
     lie otherwise in their 16 bytes has single elements in it too.)
@@ -99,12 +105,14 @@ def _main_loop(code: disassembly.Code) -> list[disassembly.Instruction]:
 
     return max(code.loops(), key=moved)
 
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.cuda_code", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=ARCHS)
     parser.add_argument("--kernel", default="", help="part of a kernel's name")
     args = parser.parse_args(argv)
     print(tables(reports(args.arch, args.kernel)))
+
 
 if __name__ == "__main__":
     main()

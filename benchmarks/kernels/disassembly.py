@@ -4,13 +4,13 @@ and AMD.
 
 from __future__ import annotations
 
-
-from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
 import re
 import subprocess
 import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
 
 @dataclass(frozen=True)
 class Instruction:
@@ -19,6 +19,7 @@ class Instruction:
     width: int = 0  # bytes of a load or store
     target: str | None = None  # label that a branch goes to
     registers: tuple[str, ...] = ()  # that it names, the first being a load's first destination
+
 
 @dataclass
 class Code:
@@ -47,6 +48,7 @@ class Code:
         bytes_loaded, loop = max(loops, key=lambda pair: pair[0], default=(0, None))
         return loop if bytes_loaded else None
 
+
 def bytes_in_flight(loop: list[Instruction]) -> int:
     """Most bytes that one thread has asked for and not yet waited for, in steady state: a load is out from where it
     stands until an instruction names a register that it fills."""
@@ -62,9 +64,11 @@ def bytes_in_flight(loop: list[Instruction]) -> int:
             most = max(most, sum(width for _, width in out))
     return most
 
+
 def widths(instructions: list[Instruction], kind: str) -> dict[int, int]:
     """Bytes wide -> how many."""
     return dict(sorted(Counter(i.width for i in instructions if i.kind == kind).items(), reverse=True))
+
 
 def nvidia(cubin: bytes, tools: Path) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -87,10 +91,12 @@ def nvidia(cubin: bytes, tools: Path) -> Code:
     spills = sum(i.kind == "spill" for i in instructions)
     return Code(instructions, labels, int(re.search(r"REG:(\d+)", usage)[1]), spills)
 
+
 _NVIDIA_KINDS = {
     "LDG": "load", "LDGSTS": "load", "STG": "store", "LDL": "spill", "STL": "spill", "MUFU": "special",
     "BAR": "barrier", "SHFL": "shuffle", "LDS": "shared", "STS": "shared",
 }  # fmt: skip
+
 
 def nvidia_instruction(opcode: str, operands: str, target: str | None) -> Instruction:
     base, *modifiers = opcode.split(".")
@@ -100,6 +106,7 @@ def nvidia_instruction(opcode: str, operands: str, target: str | None) -> Instru
         sizes = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
         width = next((sizes[m] for m in modifiers if m in sizes), 4)
     return Instruction(opcode, kind, width, target, tuple(re.findall(r"\bR\d+", operands)))
+
 
 def amd(text: str) -> Code:
     instructions, labels = [], {}
@@ -111,6 +118,7 @@ def amd(text: str) -> Code:
             instructions.append(_amd_instruction(found[1], found[2], target and target[1]))
     registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])
     return Code(instructions, labels, registers, sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text))))
+
 
 def _amd_instruction(opcode: str, operands: str, target: str | None) -> Instruction:
     if memory := re.match(r"(?:global|buffer|flat)_(load|store)_(\w+)", opcode):
@@ -124,6 +132,7 @@ def _amd_instruction(opcode: str, operands: str, target: str | None) -> Instruct
     else:
         kind = "barrier" if opcode == "s_barrier" else "shared" if opcode.startswith("ds_") else "other"
     return Instruction(opcode, kind, 0, target, _amd_registers(operands))
+
 
 def _amd_registers(operands: str) -> tuple[str, ...]:
     ranges = re.findall(r"\bv(?:\[(\d+):(\d+)\]|(\d+))", operands.split(";")[0])

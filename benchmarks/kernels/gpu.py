@@ -15,25 +15,25 @@ the L2 cache. Times are medians.
 
 from __future__ import annotations
 
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from sspo_ext import backends
 import argparse
 import gc
 import json
 import os
 import random
 import re
-import sspo_ext
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
-from ..speed import measure
-from ..speed import peers
-from ..speed import plots
+
+import sspo_ext
+from sspo_ext import backends
+
+from ..speed import measure, peers, plots
 from ..speed.logits import check as check_agreement
 from ..speed.problems import BETA, LogitsProblem, LogitsSpec
 from ..speed.tables import RESULTS, Table, ms, short
@@ -46,6 +46,7 @@ VOCABULARIES = (32000, 50257, 128256, 151936, 256000)
 
 NOT_PREDICTED = "-"
 
+
 @dataclass
 class Timed:
     """A contestant: `run(i)` works on buffers i; `reset(i)` puts back what it used up and is not timed."""
@@ -53,6 +54,7 @@ class Timed:
     name: str
     run: Callable[[int], object]
     reset: Callable[[int], object] = lambda i: None
+
 
 class Clock:
     """Seconds that the device takes: between two events on a GPU, by the wall on a CPU."""
@@ -74,6 +76,7 @@ class Clock:
         del result
         return before.elapsed_time(after) * 1e-3
 
+
 def interleave(cases: list[Timed], clock: Clock, rounds: int, copies: int) -> dict[str, list[float]]:
     """Seconds of each case in each round, after two rounds that warm up (compile, autotune, allocate)."""
     times: dict[str, list[float]] = {case.name: [] for case in cases}
@@ -91,12 +94,14 @@ def interleave(cases: list[Timed], clock: Clock, rounds: int, copies: int) -> di
                 times[case.name].append(elapsed)
     return times
 
+
 def copy_bandwidth(device: str, clock: Clock, size: int, rounds: int) -> float:
     """Bytes a second, read and written, of a copy from one buffer into another."""
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     case = Timed("copy", lambda i: (target.copy_(source), source.copy_(target))[i % 2])
     times = interleave([case], clock, rounds, 2)["copy"]
     return 4 * size / measure.Spread.of(times).median  # two copies, each read and written
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -123,10 +128,12 @@ class Scale:
         cache = torch.cuda.get_device_properties(0).L2_cache_size
         return max(2, -(-4 * cache // (512 << 20)))
 
+
 def our_backends(device: str, dtype: torch.dtype) -> list[str]:
     names = [n for n in backends.BACKENDS if n != "reference" and backends.why_not(n, device, dtype) is None]
     # an interpreter's time says nothing
     return [n for n in names if not (n == "triton" and device == "cpu")]
+
 
 def predictions(device_name: str) -> dict[tuple[str, str, str], dict]:
     """(kernel, backend, dtype) -> what was predicted for the GPU of this name; empty for one that was not."""
@@ -139,6 +146,7 @@ def predictions(device_name: str) -> dict[tuple[str, str, str], dict]:
             if backend and re.search(rf"\b{machine}\b", device_name):
                 found[report["kernel"], backend, report["dtype"]] = predicted
     return found
+
 
 def kernel_table(device: str, clock: Clock, scale: Scale, rounds: int, bandwidth: float) -> Table:
     """Each row kernel by itself: what the counting of instructions and bytes was about."""
@@ -173,6 +181,7 @@ def kernel_table(device: str, clock: Clock, scale: Scale, rounds: int, bandwidth
             gc.collect()
     return table
 
+
 class RowKernels:
     """The row kernels of any backend on the same logits, without autograd around them."""
 
@@ -202,6 +211,7 @@ class RowKernels:
             )
 
         return [Timed(f"token_logp_fwd {name}", forward), Timed(f"token_logp_bwd {name}", backward)]
+
 
 def loss_table(device: str, clock: Clock, scale: Scale, rounds: int, vocab: int, dtype: torch.dtype) -> Table:
     """Loss and gradient from logits: ours on each backend, the peers, one copy."""
@@ -250,11 +260,13 @@ def loss_table(device: str, clock: Clock, scale: Scale, rounds: int, vocab: int,
         table.rows.append([case.name, *ms(times[case.name]), round(over, 2)])
     return table
 
+
 def tests_pass(device: str) -> bool:
     """The checks of tests/test_gpu.py for this device, in a process of their own."""
     marker = "gpu" if device == "cuda" else "not gpu and not slow"
     command = [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py", "-m", marker, "-k", device]
     return subprocess.run(command, cwd=ROOT).returncode == 0
+
 
 def report(folder: Path | None, device: str, bandwidth: float, found: list[Table], command: str) -> str:
     """Markdown of everything; with a folder also JSON, CSV and pictures there."""
@@ -273,6 +285,7 @@ def report(folder: Path | None, device: str, bandwidth: float, found: list[Table
             parts += [f"![loss and gradient]({name})" for name in plots.draw_losses(folder, pictures)]
         (folder / "RESULTS.md").write_text("\n\n".join(parts) + "\n")
     return "\n\n".join(parts)
+
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__.splitlines()[0])
@@ -299,6 +312,7 @@ def main(argv: list[str]) -> None:
     flags += f" --without {' '.join(map(repr, args.without))}" if args.without else ""
     command = f"python -m benchmarks gpu{flags} --rounds {rounds}"
     print(report(folder, args.device, bandwidth, found, command))
+
 
 if __name__ == "__main__":
     main(sys.argv[1:])

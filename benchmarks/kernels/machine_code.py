@@ -12,22 +12,22 @@ PREDICTED share of peak bandwidth: an upper bound from counting instructions, no
 
 from __future__ import annotations
 
-
-from collections.abc import Iterator
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import replace
-from pathlib import Path
 import argparse
 import json
 import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
 import torch
+
 from . import disassembly
 from .bounds import bounds, bounds_table
 from .record import ARCHS, POINTERS, PREDICTED, Report, add_loop, code_table, prediction_table, tables
 
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are defined: interpreted kernels do not compile
+
 
 @dataclass(frozen=True)
 class Specialisation:
@@ -39,6 +39,7 @@ class Specialisation:
     fn: object
     constexprs: dict
     num_warps: int
+
 
 def specialisations(warp: int = 32, every: bool = False) -> Iterator[Specialisation]:
     from sspo_ext.backends.triton.rows import row_launch
@@ -74,6 +75,7 @@ def specialisations(warp: int = 32, every: bool = False) -> Iterator[Specialisat
             constexprs = {"HEAD": head_id(head), "BLOCK": BLOCK, **dict.fromkeys(flags, given)}
             yield Specialisation("step_loss_fwd", "float32", facts, _step_loss_fwd_kernel, constexprs, 1)
 
+
 def _with_reductions(warp: int, every: bool) -> Iterator[Specialisation]:
     """The row kernels with entropy and sum of squares, and with KL too: a loop then loads both tensors' elements."""
     from sspo_ext.backends.triton.row_reductions_bwd import _row_reductions_bwd_kernel
@@ -95,12 +97,14 @@ def _with_reductions(warp: int, every: bool) -> Iterator[Specialisation]:
                     constexprs = {"ALIGNED": aligned, **constexprs}
                     yield Specialisation("row_reductions_bwd", dtype, facts, fn, constexprs, num_warps)
 
+
 _POINTER_TYPES = {
     **dict.fromkeys(("rows_ptr", "labels_ptr"), "*i64"),
     **dict.fromkeys(("row_of_ptr", "arrived_ptr", "step_offsets_ptr", "pair_index_ptr"), "*i32"),
     **dict.fromkeys(("adj_offsets_ptr", "adj_pairs_ptr"), "*i32"),
     **dict.fromkeys(("lse_ptr", "ref_lse_ptr"), "*fp64"),
 }
+
 
 def signature(spec: Specialisation) -> dict[str, str]:
     import triton.language as tl
@@ -109,6 +113,7 @@ def signature(spec: Specialisation) -> dict[str, str]:
     types = {**_POINTER_TYPES, **dict.fromkeys(("logits_ptr", "ref_logits_ptr", "out_ptr"), POINTERS[spec.dtype])}
     parameters = spec.fn.signature.parameters.items()
     return {name: scalars.get(p.annotation) or types.get(name, "*fp32") for name, p in parameters}
+
 
 def read(spec: Specialisation, arch: str) -> Report:
     """Compiles one binary and reads its machine code."""
@@ -134,9 +139,11 @@ def read(spec: Specialisation, arch: str) -> Report:
         add_loop(report, loop)
     return report
 
+
 def _json(reports: list[Report]) -> str:
     rows = [asdict(r) | {"instructions_per_element": r.instructions_per_element} for r in reports]
     return json.dumps(rows, indent=1) + "\n"
+
 
 def write(folder: Path, ours: list[Report], cuda: list[Report], others: list[Report], command: str) -> None:
     """machine-code.json and machine-code.md."""
@@ -167,6 +174,7 @@ def write(folder: Path, ours: list[Report], cuda: list[Report], others: list[Rep
         ]
     parts += ["## Predictions, all kernels", PREDICTED, prediction_table([*named, *cuda, *others])]
     (folder / "machine-code.md").write_text("\n\n".join(parts) + "\n")
+
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks machine-code", description=__doc__.splitlines()[0])
@@ -202,6 +210,7 @@ def main(argv: list[str] | None = None) -> None:
             f"python -m benchmarks machine-code --arch {' '.join(args.arch)} --dtype {' '.join(args.dtype)}{flags}"
         )
         write(args.out, ours, cuda, others, f"{command} --out FOLDER")
+
 
 if __name__ == "__main__":
     main()

@@ -7,19 +7,19 @@ therefore not initialised; only the kernels matter.
 
 from __future__ import annotations
 
-
+import contextlib
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from unittest import mock
-import contextlib
-import importlib.util
-import torch
-import triton
-from . import disassembly
-from . import traffic
+
+from . import disassembly, traffic
 from .record import Report, add_loop
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -35,6 +35,7 @@ PEERS = {
 
 _LIGER_NAMES = {"80": "ampere_ada", "90": "hopper", "100": "blackwell"}
 
+
 class _Driver:
     """What Triton asks of a driver before it compiles."""
 
@@ -49,6 +50,7 @@ class _Driver:
 
     def get_current_target(self) -> GPUTarget:
         return self.target
+
 
 @contextlib.contextmanager
 def compiled_instead_of_launched(arch: str) -> Iterator[list]:
@@ -68,6 +70,7 @@ def compiled_instead_of_launched(arch: str) -> Iterator[list]:
     finally:
         driver.set_active(before)
 
+
 @contextlib.contextmanager
 def _liger_believes(arch: str) -> Iterator[None]:
     """Liger chooses its warps by the GPU that it sees."""
@@ -81,6 +84,7 @@ def _liger_believes(arch: str) -> Iterator[None]:
         mock.patch.object(cross_entropy, "infer_device_arch", lambda: _LIGER_NAMES.get(arch, "cdna3")),
     ):
         yield
+
 
 def reports(archs: list[str], dtypes: list[str]) -> list[Report]:
     made = []
@@ -99,6 +103,7 @@ def reports(archs: list[str], dtypes: list[str]) -> list[Report]:
                     for kernel_name, kernel in kernels:
                         made += _read(f"{name}: {kernel_name}", dtype, f"V = {V}", arch, kernel)
     return made
+
 
 def _read(name: str, dtype: str, facts: str, arch: str, kernel) -> list[Report]:
     """A report for each loop over the vocabulary: all that load about as much a pass as the main loop."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass
+
 import torch
+
 from . import disassembly
 
 ARCHS = ("80", "90", "100", "gfx942")
 
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -25,6 +27,7 @@ class Machine:
     warps: int = 64
     warp: int = 32
 
+
 # Makers' data sheets, and their programming guides for what a multiprocessor does and holds.
 MACHINES = (
     Machine("A100", "80", 108, 1.41, 2039),
@@ -36,6 +39,7 @@ MACHINES = (
 
 # Assumed, not published: from a load's issue to its data under load. Bandwidth * latency must be in flight.
 LATENCY_US = 0.8
+
 
 @dataclass
 class Report:
@@ -64,6 +68,7 @@ class Report:
     def instructions_per_element(self) -> float:
         return self.loop_instructions / self.elements if self.elements else float("nan")
 
+
 def add_loop(report: Report, loop: list[disassembly.Instruction]) -> None:
     kinds = [instruction.kind for instruction in loop]
     report.loop_loads, report.loop_stores = disassembly.widths(loop, "load"), disassembly.widths(loop, "store")
@@ -75,8 +80,10 @@ def add_loop(report: Report, loop: list[disassembly.Instruction]) -> None:
     if report.elements:
         report.predicted = {m.name: predict(report, m) for m in MACHINES if m.arch == report.arch}
 
+
 def _bytes(widths: dict[int, int]) -> int:
     return sum(width * count for width, count in widths.items())
+
 
 def predict(report: Report, machine: Machine) -> dict[str, float | str]:
     """What bounds the main loop: the lowest of memory, issue slots and special functions, in elements a clock."""
@@ -100,13 +107,16 @@ def predict(report: Report, machine: Machine) -> dict[str, float | str]:
         "kib_needed": machine.bandwidth_gbs * 1e3 * LATENCY_US / machine.multiprocessors / 1024,
     }
 
+
 def tables(reports: list[Report]) -> str:
     return f"{code_table(reports)}\n\n{PREDICTED}\n\n{prediction_table(reports)}"
+
 
 PREDICTED = (
     "PREDICTED from the machine code and data sheets, measured on no GPU. In flight: of one multiprocessor, the "
     f"programs that its registers and warps allow times what a thread has asked for; needed: at {LATENCY_US} us."
 )
+
 
 def code_table(reports: list[Report]) -> str:
     def pairs(widths: dict[int, int] | None) -> str:
@@ -125,6 +135,7 @@ def code_table(reports: list[Report]) -> str:
         )
     return "\n".join(lines)
 
+
 def prediction_table(reports: list[Report]) -> str:
     lines = _head(
         "kernel", "dtype", "", "machine", "bound by", "of peak bandwidth", "issue slots / needed", "special / needed",
@@ -136,6 +147,7 @@ def prediction_table(reports: list[Report]) -> str:
             in_flight = f"{p['kib_in_flight']:.0f} | {p['kib_needed']:.0f}"
             lines.append(f"| {r.kernel} | {r.dtype} | {r.facts} | {machine} | {p['bound']} | {margins} | {in_flight} |")
     return "\n".join(lines)
+
 
 def _head(*columns: str) -> list[str]:
     return ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]

@@ -4,13 +4,13 @@ on any device; what an operation reads again inside (a softmax reads its row twi
 
 from __future__ import annotations
 
-
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-import contextlib
-import torch
 
 # These touch as many elements as their index has, whatever the size of the tensor that is indexed.
 _SPARSE = ("gather", "scatter", "scatter_", "scatter_add", "scatter_add_", "index", "index_select", "index_put_")
@@ -19,11 +19,13 @@ _FILLS = ("zeros", "new_zeros", "zeros_like", "ones", "ones_like", "full", "full
 
 _MAKES_ONLY = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
 
+
 @dataclass
 class TorchTraffic:
     launches: int = 0
     loaded: int = 0  # bytes
     stored: int = 0
+
 
 class _Counter(TorchDispatchMode):
     def __init__(self, traffic: TorchTraffic):
@@ -48,6 +50,7 @@ class _Counter(TorchDispatchMode):
         if name not in _FILLS:
             self.traffic.loaded += sum(t.numel() * t.itemsize for t in inputs)
         return out
+
 
 @contextlib.contextmanager
 def count_torch() -> Iterator[TorchTraffic]:

@@ -12,18 +12,16 @@ GPU is needed, and no time is measured.
 
 from __future__ import annotations
 
-
-from collections.abc import Callable
-from collections.abc import Iterator
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import field
-from pathlib import Path
 import argparse
 import contextlib
 import json
 import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
 import torch
+
 from .torch_traffic import TorchTraffic, count_torch
 
 if __name__ == "__main__":
@@ -31,12 +29,14 @@ if __name__ == "__main__":
 
 VOCABULARIES = (32000, 50257, 128256, 151936, 256000)
 
+
 @dataclass
 class Launch:
     kernel: str
     grid: tuple[int, ...]
     loaded: int = 0  # bytes
     stored: int = 0
+
 
 @dataclass
 class Traffic:
@@ -49,6 +49,7 @@ class Traffic:
     @property
     def stored(self) -> int:
         return sum(launch.stored for launch in self.launches)
+
 
 @contextlib.contextmanager
 def count_traffic() -> Iterator[Traffic]:
@@ -97,6 +98,7 @@ def count_traffic() -> Iterator[Traffic]:
         for (owner, name), original in methods.items():
             setattr(owner, name, original)
 
+
 class Work:
     """Two sequences of one step each, a pair; prompt positions and the last are not scored."""
 
@@ -111,6 +113,7 @@ class Work:
         self.scored_bytes = int((self.shifted != -100).sum()) * V * dtype.itemsize
         self.gradient_bytes = 2 * T * V * dtype.itemsize
 
+
 # Each method takes a Work and returns its forward (which returns what is differentiated) or raises ImportError.
 
 
@@ -119,16 +122,19 @@ def sspo_ext_loss(work: Work, logits: torch.Tensor) -> torch.Tensor:
 
     return step_pref_loss(logits, work.labels, work.step_ids, backend="triton").loss
 
+
 def sspo_ext_loss_in_place(work: Work, logits: torch.Tensor) -> torch.Tensor:
     from sspo_ext.losses.pref import step_pref_loss
 
     return step_pref_loss(logits * 1, work.labels, work.step_ids, backend="triton", inplace_backward=True).loss
+
 
 def liger_cross_entropy(work: Work, logits: torch.Tensor) -> torch.Tensor:
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
     flat = (logits * 1).view(-1, logits.shape[-1])  # it writes the gradient over its input
     return LigerCrossEntropyFunction.apply(flat, work.shifted.view(-1), None, -100, 0.0, 0.0, "mean", None, False)[0]
+
 
 def liger_log_probs(work: Work, logits: torch.Tensor) -> torch.Tensor:
     """The forward that Liger's GRPO loss uses; it has no backward of its own."""
@@ -137,16 +143,19 @@ def liger_log_probs(work: Work, logits: torch.Tensor) -> torch.Tensor:
     labels = work.shifted[:, :-1].contiguous()
     return fused_selective_log_softmax(logits, labels.clamp(min=0), 1.0, (labels != -100).int())
 
+
 def trl_log_probs(work: Work, logits: torch.Tensor) -> torch.Tensor:
     from trl.kernels import selective_log_softmax_and_entropy
 
     scored = work.shifted != -100
     return selective_log_softmax_and_entropy(logits, work.shifted.clamp(min=0), 1.0, scored)[0].sum()
 
+
 def torch_log_probs(work: Work, logits: torch.Tensor) -> torch.Tensor:
     """In float32, as the original DPO code has it."""
     logps = logits.float().log_softmax(-1).gather(-1, work.shifted.clamp(min=0)[..., None])[..., 0]
     return (logps * (work.shifted != -100)).sum()
+
 
 def trl_torch_log_probs(work: Work, logits: torch.Tensor) -> torch.Tensor:
     """What TRL's trainers call where its Triton kernel is not asked for."""
@@ -154,10 +163,12 @@ def trl_torch_log_probs(work: Work, logits: torch.Tensor) -> torch.Tensor:
 
     return (selective_log_softmax(logits, work.shifted.clamp(min=0)) * (work.shifted != -100)).sum()
 
+
 def flash_attn_cross_entropy(work: Work, logits: torch.Tensor) -> torch.Tensor:
     from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
     return cross_entropy_loss(logits.view(-1, logits.shape[-1]), work.shifted.view(-1))[0].sum()
+
 
 METHODS: dict[str, Callable[[Work, torch.Tensor], torch.Tensor]] = {
     "sspo_ext step_pref_loss": sspo_ext_loss,
@@ -170,6 +181,7 @@ METHODS: dict[str, Callable[[Work, torch.Tensor], torch.Tensor]] = {
     "torch: trl selective_log_softmax": trl_torch_log_probs,
     "torch: float, log_softmax, gather": torch_log_probs,
 }
+
 
 @dataclass
 class Row:
@@ -184,6 +196,7 @@ class Row:
     of_minimum: (
         float  # all bytes over two reads of the scored rows and a write of the gradient (forward only: one read)
     )
+
 
 def measure(method: str, V: int, dtype: torch.dtype) -> Row:
     work = Work(V, dtype)
@@ -208,8 +221,10 @@ def measure(method: str, V: int, dtype: torch.dtype) -> Row:
         (forward.loaded + forward.stored + backward.loaded + backward.stored) / minimum,
     )
 
+
 def _launches(traffic: Traffic | TorchTraffic) -> int:
     return traffic.launches if isinstance(traffic, TorchTraffic) else len(traffic.launches)
+
 
 def table(rows: list[Row]) -> str:
     head = "| method | V | dtype | launches | fwd read | fwd written | bwd read | bwd written | of minimum |"
@@ -221,7 +236,9 @@ def table(rows: list[Row]) -> str:
         )
     return "\n".join(lines)
 
+
 UNITS = "read: in bytes of the scored rows. written: in bytes of the whole gradient. The minimum is 1, 0, 1, 1."
+
 
 def write(folder: Path, rows: list[Row], missing: dict[str, str]) -> None:
     """traffic.json and traffic.md."""
@@ -243,6 +260,7 @@ def write(folder: Path, rows: list[Row], missing: dict[str, str]) -> None:
         table(rows),
     ]
     (folder / "traffic.md").write_text("\n\n".join(parts) + "\n")
+
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks traffic", description=__doc__.splitlines()[0])
@@ -274,6 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{UNITS}")
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+
 
 if __name__ == "__main__":
     main()

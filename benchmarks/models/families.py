@@ -8,22 +8,22 @@ Every model is tiny, with random weights large enough that softcaps and scales s
 
 from __future__ import annotations
 
-
+import argparse
+import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
 from sspo_ext.hf.check import check_head
 from sspo_ext.hf.forward import forward_hidden
 from sspo_ext.hf.head import model_head
 from sspo_ext.hf.wrappers import UnsupportedHead
 from sspo_ext.layout.steps import StepLayout
 from sspo_ext.losses.pref import step_pref_loss
-from torch import Tensor
-from torch import nn
-import argparse
-import os
-import torch
-import warnings
 
 _SIZES = dict(
     vocab_size=97,
@@ -73,6 +73,7 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
 
 _LORA = "llama-lora"
 
+
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """A tiny random causal LM of one family, in eval mode."""
     import transformers
@@ -88,12 +89,14 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Mo
         model.set_experts_implementation("eager")  # the grouped product has no float64
     return enlarge(model).to(dtype).eval()
 
+
 def enlarge(model: nn.Module, factor: float = 3.0) -> nn.Module:
     """Initial weights give logits near 0, where neither a softcap nor an adapter (B = 0) would show."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(torch.randn_like(p) * 0.1 if "lora_B" in name or name.endswith("bias") else p * factor)
     return model
+
 
 def batch(seed: int = 0) -> tuple[Tensor, StepLayout]:
     """(4, 12) token ids: two pairs of sequences of two or three steps; prompts and a ragged end are not scored."""
@@ -102,9 +105,11 @@ def batch(seed: int = 0) -> tuple[Tensor, StepLayout]:
     steps[1, 8:] = -1
     return ids, StepLayout.from_step_ids(ids, steps)
 
+
 def logits_route(model: nn.Module, ids: Tensor, layout: StepLayout) -> Tensor:
     outputs = model(input_ids=ids, use_cache=False)
     return step_pref_loss(outputs.logits, layout, beta=1.0).loss + _router_loss(model, outputs)
+
 
 def linear_route(model: nn.Module, ids: Tensor, layout: StepLayout) -> Tensor:
     from sspo_ext.losses.pref import linear_step_pref_loss
@@ -114,15 +119,18 @@ def linear_route(model: nn.Module, ids: Tensor, layout: StepLayout) -> Tensor:
     loss = linear_step_pref_loss(hidden, head.weight, layout, beta=1.0, **head.options).loss
     return loss + _router_loss(model, outputs)
 
+
 def _router_loss(model: nn.Module, outputs) -> Tensor | float:
     aux = getattr(outputs, "aux_loss", None)
     return 0.0 if aux is None else model.config.router_aux_loss_coef * aux
+
 
 def gradients(model: nn.Module, route: Callable, ids: Tensor, layout: StepLayout) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     loss = route(model, ids, layout)
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
 
 @dataclass
 class Row:
@@ -135,6 +143,7 @@ class Row:
     d_loss: float
     d_grad: float  # max over all elements of all trained parameters
     max_grad: float
+
 
 def compare(name: str, dtype: torch.dtype) -> Row:
     model, (ids, layout) = build(name, dtype), batch()
@@ -170,6 +179,7 @@ def compare(name: str, dtype: torch.dtype) -> Row:
         max_grad=max(g.abs().max().item() for g in expected_grads.values()),
     )
 
+
 def table() -> list[str]:
     lines = [
         "| class | head | logits, fp32 | loss | Δ loss, fp32 | Δ grad, fp32 | Δ loss, fp64 | Δ grad, fp64 | max grad |",
@@ -183,6 +193,7 @@ def table() -> list[str]:
         )
     return lines
 
+
 # Config fields of the sweep: sizes small, scales and softcaps away from 1 and None, under every name that classes use.
 _SWEEP = _GROUPED | dict(
     n_embd=32, d_model=32, embedding_size=32, n_layer=2, num_layers=2, n_layers=2, decoder_layers=2, encoder_layers=2,
@@ -193,6 +204,7 @@ _SWEEP = _GROUPED | dict(
     logit_scale=0.25, logits_scaling=3.0, output_multiplier=0.3, lm_head_multiplier=0.4,
     logits_mup_width_multiplier=3.0, unpadded_vocab_size=90,
 )  # fmt: skip
+
 
 def sweep_model(kind: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
@@ -210,6 +222,7 @@ def sweep_model(kind: str) -> nn.Module:
         raise ValueError(f"{size} parameters")
     torch.manual_seed(0)
     return enlarge(AutoModelForCausalLM.from_config(config)).eval()
+
 
 def sweep() -> list[str]:
     """One line on the classes that pass, one for each that does not; those that do not build or run are counted."""
@@ -244,6 +257,7 @@ def sweep() -> list[str]:
         f"{len(refused)} are refused{':' if refused else '.'}",
         *refused,
     ]
+
 
 _TEXT = """# Model families
 
@@ -282,6 +296,7 @@ by the call itself. The logits route (`route='logits'`) works for all of them.
 Tensor parallelism (`tp_plan="auto"`) leaves a DTensor weight; `head.options` then names its group for the linear functions.
 {sweep}"""  # noqa: E501
 
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="also every class of transformers' causal LM mapping")
@@ -309,6 +324,7 @@ def main(argv: list[str] | None = None) -> None:
             sweep="\n".join(swept),
         )
     )
+
 
 if __name__ == "__main__":
     main()

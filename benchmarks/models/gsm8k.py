@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-
-from collections.abc import Mapping
-from collections.abc import Sequence
-from sspo_ext.data.rows import _check_text, _normal_row, logger, raise_bad_rows, read_rows
 import hashlib
 import itertools
 import os
+from collections.abc import Mapping, Sequence
+
+from sspo_ext.data.rows import _check_text, _normal_row, logger, raise_bad_rows, read_rows
+
 
 def load_gsm8k_solutions(
     path: str | os.PathLike,
@@ -68,6 +68,7 @@ def load_gsm8k_solutions(
         raise ValueError(f"models: expected some of {sorted(seen)}, got {unknown}")
     logger.info("%d of %d questions have no correct or no wrong solution and give no pair", alone, total)
     return train, held
+
 
 def _share(text: str) -> float:
     """A number in [0, 1) that depends on the text alone."""

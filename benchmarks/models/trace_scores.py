@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import re
 
 import numpy as np
-import re
 
 RESULT = re.compile(r"<<[^<>]*=\s*([-\d.,]+)\s*>>")
 
 _TIE = 1e-4  # values of the same state differ by less from batch to batch
 
+
 def question(key: str) -> str:
     return key.partition("/")[0]
+
 
 def results(text: str) -> list[str]:
     """What a step has calculated: the right-hand sides of its <<a*b=c>>."""
     return [r.replace(",", "").rstrip(".") for r in RESULT.findall(text)]
+
 
 def judge(traced: list[dict], own: dict[str, list[float]], truths: dict[str, dict]) -> dict:
     """Tables: which score tells right from wrong, and what a first harmful step does to the value."""
@@ -37,10 +40,12 @@ def judge(traced: list[dict], own: dict[str, list[float]], truths: dict[str, dic
     table = [{"name": name, **separation([[of(r) for r in two] for two in rows])} for name, of in scores.items()]
     return {"table": table, "parting": parting(rows), "harm": harm(rows, truths), "curves": curves(rows)}
 
+
 def stands(row: dict, truths: dict[str, dict]) -> bool:
     """Whether the gold answer is a number in the steps before the last line."""
     text = "".join(row["steps"][:-1]).replace(",", "")
     return re.search(rf"(?<![\d.]){re.escape(truths[question(row['key'])]['answer'])}(?![\d]|\.\d)", text) is not None
+
 
 def separation(scores: list[list[float]], draws: int = 2000) -> dict:
     """AUC over all pairs of a correct and a wrong solution, and within questions, with 95 % bootstrap intervals over
@@ -60,9 +65,11 @@ def separation(scores: list[list[float]], draws: int = 2000) -> dict:
         found |= {name: of(both), f"{name}_interval": [float(some[int(draws * q)]) for q in (0.025, 0.975)]}
     return found | {"correct": float(both[:, 0].mean()), "wrong": float(both[:, 1].mean())}
 
+
 def wins(differences: np.ndarray) -> float:
     """Share of positive differences; ties count half."""
     return float((differences > _TIE).mean() + (abs(differences) <= _TIE).mean() / 2)
+
 
 def parting(rows: list[list[dict]]) -> dict:
     """The first step in which the two solutions of a question differ: is the value higher after the correct one's?"""
@@ -72,6 +79,7 @@ def parting(rows: list[list[dict]]) -> dict:
         if at is not None and at < min(len(right["steps"]), len(wrong["steps"])) - 1:  # not by the answer's line
             scores.append([right["values"][at + 1], wrong["values"][at + 1]])
     return {"n": len(scores), **separation(scores)}
+
 
 def harm(rows: list[list[dict]], truths: dict[str, dict]) -> dict:
     """Steps of wrong solutions by whether they calculate something that no correct solution of the question does.
@@ -109,10 +117,12 @@ def harm(rows: list[list[dict]], truths: dict[str, dict]) -> dict:
         "by_chance": float(np.mean([chance for _, chance in found])),
     }
 
+
 def interval(values: list[float]) -> dict:
     """Mean with its standard error."""
     some = np.array(values)
     return {"n": len(some), "mean": float(some.mean()), "se": float(some.std(ddof=1) / np.sqrt(len(some)))}
+
 
 def curves(rows: list[list[dict]], points: int = 11) -> dict:
     """Mean value along the chain, from the question to before the last line, correct and wrong."""

@@ -14,19 +14,34 @@ probe and not from continuations, and nothing is said about its accuracy when it
 
 from __future__ import annotations
 
-
+import json
 from pathlib import Path
+
+import torch
+from transformers import set_seed
+
 from sspo_ext.data.rows import load_preference_rows
 from sspo_ext.data.tokenize import tokenize_rows
 from sspo_ext.tracing.chains import load_chains
 from sspo_ext.tracing.values import trace_pairs
 from sspo_ext.train.models import load_model
-from transformers import set_seed
-import json
-import torch
+
 from .gsm8k import load_gsm8k_solutions
-from .real_run import describe, hardware, how_made, judge, make_trainer, margins, model_folder, parser, scored, shown, with_notes
+from .real_run import (
+    describe,
+    hardware,
+    how_made,
+    judge,
+    make_trainer,
+    margins,
+    model_folder,
+    parser,
+    scored,
+    shown,
+    with_notes,
+)
 from .trace_run import PROBE, bar, select
+
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
@@ -86,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     (output / "RESULTS.md").write_text(text)
     print(text)
 
+
 def parse(argv: list[str] | None):
     options = parser(__doc__)
     options.set_defaults(output="benchmarks/results/trace_train", work="build/trace_train", pairing="branch")
@@ -102,6 +118,7 @@ def parse(argv: list[str] | None):
     add("--threads", type=int, default=1, help="of torch")
     return options.parse_args(argv)
 
+
 def traced(model, tokenizer, options, prompts: set[str], work: Path) -> list[dict]:
     rows = [row for row in select(options.data, 10**9)[0] if row["prompt"] in prompts]
     chains, _ = load_chains(rows, tokenizer, max_length=options.max_length)
@@ -114,10 +131,12 @@ def traced(model, tokenizer, options, prompts: set[str], work: Path) -> list[dic
     )  # fmt: skip
     return load_preference_rows(path)
 
+
 def paired(gains, others) -> dict[str, float]:
     """Difference of the shares of questions with a gain, and its standard error."""
     each = (gains > 0).astype(float) - (others > 0)
     return {"mean": each.mean(), "se": each.std(ddof=1) / len(each) ** 0.5}
+
 
 def report(result: dict) -> str:
     options, hardware = result["options"], result["hardware"]
@@ -162,6 +181,7 @@ def report(result: dict) -> str:
         *([options["note"], ""] if options["note"] else []),
     ]
     return "\n".join(lines)
+
 
 if __name__ == "__main__":
     main()

@@ -5,14 +5,14 @@ python -m benchmarks linear [--only linear-bf16 ...] [--redo] [--quick]
 
 from __future__ import annotations
 
-
-from dataclasses import replace
 import sys
+from dataclasses import replace
+
 import torch
-from . import peers
-from . import tables
+
+from . import peers, tables
 from .measure import Case, extra_peak_mib, interleave, ratio
-from .peers import BareGemms, LIGER, LINEAR_PEERS, LinearPeer, OURS, TORCH, TRL
+from .peers import LIGER, LINEAR_PEERS, OURS, TORCH, TRL, BareGemms, LinearPeer
 from .problems import LinearProblem, LinearSpec
 from .tables import Settings, Table, ms, short
 
@@ -20,14 +20,17 @@ FLOOR = "bare GEMMs of the plan"
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+
 def base_spec(settings: Settings, dtype: torch.dtype, **changes) -> LinearSpec:
     """Hidden [1024 x 1024], V = 128256, four sequences, half of each prompt: two pairs of 128 scored tokens a side."""
     size = settings.size
     spec = LinearSpec(4, size(256, 32), size(1024, 64), size(128256, 2003), dtype, step=settings.size(32, 4))
     return replace(spec, **changes)
 
+
 def describe(spec: LinearSpec) -> str:
     return f"hidden [{spec.batch * spec.length} x {spec.hidden}], V {spec.vocab}, {short(spec.dtype)}"
+
 
 def usable(contestants: list[LinearPeer], problem: LinearProblem) -> tuple[list[LinearPeer], list[str]]:
     running, notes = [], []
@@ -39,11 +42,13 @@ def usable(contestants: list[LinearPeer], problem: LinearProblem) -> tuple[list[
             notes.append(f"* {peer.name} was not run: {reason}.")
     return running, notes
 
+
 def cases_for(problem: LinearProblem, contestants: list[LinearPeer], suffix: str = "") -> list[Case]:
     return [
         Case(peer.name + suffix, lambda peer=peer: peers.run_linear(peer, problem), problem.clear)
         for peer in contestants
     ]
+
 
 def check(spec: LinearSpec) -> None:
     """All contestants must agree before any clock starts, on a small batch of one step a sequence, which all know."""
@@ -64,6 +69,7 @@ def check(spec: LinearSpec) -> None:
             error = (theirs - mine).norm() / mine.norm()
             if not error < (0.1 if spec.dtype != torch.float32 else 1e-3):
                 raise RuntimeError(f"{peer.name}: its gradient differs from ours by {error:.2g}; nothing was measured")
+
 
 def time_table(settings: Settings, dtype: torch.dtype, ref: str) -> Table:
     spec = base_spec(settings, dtype, ref=ref)
@@ -98,10 +104,12 @@ def time_table(settings: Settings, dtype: torch.dtype, ref: str) -> Table:
     table.note_rounds(times)
     return table
 
+
 def _layout_of(spec: LinearSpec) -> dict:
     """The layout fields of a problem with other steps; its tensors are shared with the first."""
     small = LinearProblem(replace(spec, hidden=1), DEVICE)
     return {"spec": spec, "layout": small.layout, "pairs": small.pairs, "ref": small.ref, "targets": small.targets}
+
 
 def frozen_table(settings: Settings) -> Table:
     table = Table(
@@ -133,6 +141,7 @@ def frozen_table(settings: Settings) -> Table:
         table.note_rounds(times)
     return table
 
+
 def compare_table(
     settings: Settings, title: str, column: str, variants: dict[str, LinearSpec], contestants, rounds=5
 ) -> Table:
@@ -153,11 +162,13 @@ def compare_table(
         del problem, cases
     return table
 
+
 def mask_table(settings: Settings) -> Table:
     dtype = torch.bfloat16
     variants = {f"{m:.0%}": base_spec(settings, dtype, prompt=m, step=None) for m in (0.0, 0.5, 0.9)}
     title = f"Linear route, part of each sequence not scored: {describe(variants['0%'])}, reference included"
     return compare_table(settings, title, "not scored", variants, [LIGER, TORCH, TRL])
+
 
 def steps_table(settings: Settings) -> Table:
     dtype = torch.bfloat16
@@ -174,7 +185,9 @@ def steps_table(settings: Settings) -> Table:
     )
     return table
 
+
 BUDGET = 32 << 20
+
 
 def memory_table(settings: Settings) -> Table:
     dtype = torch.bfloat16
@@ -217,6 +230,7 @@ def memory_table(settings: Settings) -> Table:
         table.rows.append([name, *totals_mib, *own_mib])
     return table
 
+
 def sweep_table(settings: Settings, axis: str) -> Table:
     """Time and memory against one axis, for the plots."""
     dtype = torch.bfloat16
@@ -248,6 +262,7 @@ def sweep_table(settings: Settings, axis: str) -> Table:
         table.note_rounds(times)
     return table
 
+
 TABLES = {
     "linear-fp32": lambda settings: time_table(settings, torch.float32, "live"),
     "linear-bf16": lambda settings: time_table(settings, torch.bfloat16, "live"),
@@ -261,8 +276,10 @@ TABLES = {
     "linear-vocabulary": lambda settings: sweep_table(settings, "vocabulary"),
 }
 
+
 def main(argv: list[str]) -> None:
     tables.run(TABLES, argv, __doc__.splitlines()[0])
+
 
 if __name__ == "__main__":
     main(sys.argv[1:])

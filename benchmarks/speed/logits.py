@@ -5,12 +5,13 @@ python -m benchmarks logits [--only logits-fp32 ...] [--redo] [--quick]
 
 from __future__ import annotations
 
+import sys
+
+import torch
 
 import sspo_ext
-import sys
-import torch
-from . import peers
-from . import tables
+
+from . import peers, tables
 from .measure import Case, extra_peak_mib, interleave, ratio
 from .problems import BETA, LogitsProblem, LogitsSpec
 from .tables import Settings, Table, ms, short
@@ -24,6 +25,7 @@ COPY = "one copy of the logits into an existing buffer"
 CUDA = torch.cuda.is_available()
 
 DEVICE = "cuda" if CUDA else "cpu"
+
 
 def our_cases(problem: LogitsProblem) -> list[Case]:
     """The in-place case overwrites the logits, so `reset` puts them back from a copy, off the clock."""
@@ -41,6 +43,7 @@ def our_cases(problem: LogitsProblem) -> list[Case]:
         Case(NEW, lambda: peers.run_ours(problem, leaf, False), clear),
     ]
 
+
 def peer_cases(problem: LogitsProblem) -> tuple[list[Case], list[str]]:
     """The peers that run here, and a note on each that does not."""
     leaf = problem.scored_leaf()
@@ -57,6 +60,7 @@ def peer_cases(problem: LogitsProblem) -> tuple[list[Case], list[str]]:
         cases.append(Case(peer.name, lambda peer=peer: peers.run_logits_peer(peer, problem, leaf), clear))
     return cases, notes
 
+
 def check(problem: LogitsProblem, cases: list[Case]) -> None:
     """All contestants must agree before any clock starts: a benchmark of a wrong answer is worth nothing."""
     leaf, rows = problem.leaf(), problem.layout.num_rows
@@ -70,9 +74,11 @@ def check(problem: LogitsProblem, cases: list[Case]) -> None:
             if not error < (0.05 if problem.spec.dtype != torch.float32 else 1e-3):
                 raise RuntimeError(f"{peer.name}: its gradient differs from ours by {error:.2g}; nothing was measured")
 
+
 def check_all(dtype: torch.dtype) -> None:
     problem = LogitsProblem(LogitsSpec(64, 997, dtype, step=8), DEVICE)
     check(problem, peer_cases(problem)[0])
+
 
 def time_table(settings: Settings, dtype: torch.dtype) -> Table:
     check_all(dtype)
@@ -97,6 +103,7 @@ def time_table(settings: Settings, dtype: torch.dtype) -> Table:
     table.note_rounds(times)
     return table
 
+
 def memory_table(settings: Settings) -> Table:
     rows, vocab = settings.size(1024, 64), settings.size(128256, 4000)
     dtypes = (torch.float32, torch.bfloat16)
@@ -115,6 +122,7 @@ def memory_table(settings: Settings) -> Table:
             row += [round(extra, 1), round(100 * extra / (rows * vocab * dtype.itemsize / 2**20), 2)]
         table.rows.append(row)
     return table
+
 
 def scaling_table(settings: Settings) -> Table:
     """Time in proportion to N * V: the same nanoseconds an element everywhere."""
@@ -139,6 +147,7 @@ def scaling_table(settings: Settings) -> Table:
             del problem
     return table
 
+
 def reduction_cases(problem: LogitsProblem) -> list[Case]:
     """The sigmoid loss by itself, and with a reduction of the same rows in the loss; all with the gradient in place."""
     leaf, source, ref_logits = problem.leaf(), problem.logits.clone(), problem.logits.flip(0).contiguous()
@@ -162,6 +171,7 @@ def reduction_cases(problem: LogitsProblem) -> list[Case]:
         Case("+ KL from reference logits", lambda: run(kl_ref_logits=ref_logits), restore),
         Case("+ all three", lambda: run(**every), restore),
     ]
+
 
 def reductions_table(settings: Settings) -> Table:
     """What entropy, sum of p^2 and KL add to forward and backward."""
@@ -192,6 +202,7 @@ def reductions_table(settings: Settings) -> Table:
         del problem
     return table
 
+
 TABLES = {
     "logits-fp32": lambda settings: time_table(settings, torch.float32),
     "logits-bf16": lambda settings: time_table(settings, torch.bfloat16),
@@ -200,8 +211,10 @@ TABLES = {
     "logits-reductions": reductions_table,
 }
 
+
 def main(argv: list[str]) -> None:
     tables.run(TABLES, argv, __doc__.splitlines()[0])
+
 
 if __name__ == "__main__":
     main(sys.argv[1:])

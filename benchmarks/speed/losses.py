@@ -8,16 +8,19 @@ other one; the ratio is the median over rounds of their quotients, and its sprea
 
 from __future__ import annotations
 
-
-from sspo_ext.formulas.registry import PAIR_HEADS, PairHead
-from sspo_ext.losses.pref import step_pref_loss
 import argparse
 import statistics
 import time
+
 import torch
+
+from sspo_ext.formulas.registry import PAIR_HEADS, PairHead
+from sspo_ext.losses.pref import step_pref_loss
+
 from .problems import LogitsProblem, LogitsSpec
 
 _MIXTURE = ["sigmoid", "sft", "bco_pair"]
+
 
 def options_of(head: PairHead, ref: torch.Tensor) -> dict:
     options = {"loss_type": head.name}
@@ -27,6 +30,7 @@ def options_of(head: PairHead, ref: torch.Tensor) -> dict:
         options["label_smoothing"] = 1e-3
     return options
 
+
 def seconds(problem: LogitsProblem, leaf: torch.Tensor, options: dict) -> float:
     leaf.grad = None
     _wait(leaf)
@@ -35,9 +39,11 @@ def seconds(problem: LogitsProblem, leaf: torch.Tensor, options: dict) -> float:
     _wait(leaf)
     return time.perf_counter() - start
 
+
 def _wait(tensor: torch.Tensor) -> None:
     if tensor.is_cuda:
         torch.cuda.synchronize()
+
 
 def measure(problem: LogitsProblem, names: list[str], rounds: int) -> list[tuple[str, float, float, float, float]]:
     """(name, median milliseconds, median ratio to sigmoid, its quartiles)."""
@@ -62,6 +68,7 @@ def measure(problem: LogitsProblem, names: list[str], rounds: int) -> list[tuple
         rows.append((name, median, statistics.median(ratios), ratios[quarter], ratios[-1 - quarter]))
     return rows
 
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1024)
@@ -80,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, milliseconds, ratio, low, high in measure(problem, names, args.rounds):
         print(f"{name:26}{milliseconds:>10.2f}{ratio:>11.3f}{low:>9.3f}-{high:.3f}")
     return 0
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import metadata
-from importlib import util
-from unittest import mock
 import gc
 import multiprocessing
 import os
@@ -16,10 +10,16 @@ import random
 import resource
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata, util
+from unittest import mock
+
 import torch
 
 # `--clock cpu`, with one thread: processor time of that thread, which a busy machine disturbs far less.
 clock = time.perf_counter
+
 
 @dataclass
 class Case:
@@ -29,9 +29,11 @@ class Case:
     run: Callable[[], object]
     reset: Callable[[], object] = lambda: None
 
+
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
 
 def interleave(
     cases: list[Case], rounds: int, *, limit_s: float | None = None, patience_s: float = 20.0
@@ -53,6 +55,7 @@ def interleave(
             break
     return times
 
+
 def _timed(case: Case) -> float:
     case.reset()
     gc.collect()
@@ -67,6 +70,7 @@ def _timed(case: Case) -> float:
     case.reset()
     return elapsed
 
+
 @dataclass(frozen=True)
 class Spread:
     median: float
@@ -80,11 +84,13 @@ class Spread:
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, low, high)
 
+
 def ratio(times: dict[str, list[float]], over: str, under: str) -> float:
     """Median over rounds of times[over] / times[under], taken seconds apart; with one figure on a side, of medians."""
     if len(times[over]) != len(times[under]):
         return statistics.median(times[over]) / statistics.median(times[under])
     return statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
+
 
 def settle(limit: float = 1.5, wait_s: float = 0.0) -> float:
     """Waits up to `wait_s` for the one-minute load average to fall below `limit`; returns the load it starts with."""
@@ -92,6 +98,7 @@ def settle(limit: float = 1.5, wait_s: float = 0.0) -> float:
     while os.getloadavg()[0] >= limit and time.monotonic() < deadline:
         time.sleep(5)
     return os.getloadavg()[0]
+
 
 def machine() -> dict[str, str]:
     """What a reader needs to judge a number: processor, cores and threads, memory, versions."""
@@ -104,10 +111,13 @@ def machine() -> dict[str, str]:
         "versions": versions(),
     }
 
+
 _PACKAGES = ("torch", "triton", "sspo-ext", "trl", "liger-kernel", "flash-attn", "transformers", "numpy")
+
 
 def versions() -> str:
     return ", ".join(f"{name} {v}" for name in _PACKAGES if (v := _version(name)) is not None)
+
 
 def _version(name: str) -> str | None:
     try:
@@ -115,6 +125,7 @@ def _version(name: str) -> str | None:
     except metadata.PackageNotFoundError:
         # run from a checkout: the package is importable but not installed
         return "(source)" if util.find_spec(name.replace("-", "_")) else None
+
 
 def _processor() -> str:
     try:
@@ -127,6 +138,7 @@ def _processor() -> str:
     has = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
     model = f"family {fields.get('cpu family')} model {fields.get('model')}"
     return f"{fields.get('model name', platform.machine())} ({model}; {', '.join(has)})"
+
 
 def extra_peak_mib(build: Callable[..., Callable[[], object]], *args) -> float:
     """Peak memory that `build(*args)()` takes beyond what is there when `build(*args)` returns, in MiB.
@@ -151,6 +163,7 @@ def extra_peak_mib(build: Callable[..., Callable[[], object]], *args) -> float:
         raise result
     return result
 
+
 def _measure_peak(pipe, threads: int, build, args) -> None:
     try:
         torch.set_num_threads(threads)
@@ -173,15 +186,18 @@ def _measure_peak(pipe, threads: int, build, args) -> None:
     except Exception as error:  # noqa: BLE001 - carried to the parent, which raises it
         pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
 
+
 def _start_libraries() -> None:
     """Thread pools and GEMM libraries allocate once when first used; that is no part of what is measured."""
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(64, 64).to(dtype).requires_grad_()
         (x @ x).float().log_softmax(-1).sum().backward()
 
+
 def _status(field: str) -> int:
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
 
 def _reset_resident_peak() -> int:
     """Bytes resident now; the kernel's high-water mark starts again from here where it allows that."""
@@ -191,6 +207,7 @@ def _reset_resident_peak() -> int:
         return _status("VmRSS:")
     except OSError:
         return _resident_peak()
+
 
 def _resident_peak() -> int:
     try:

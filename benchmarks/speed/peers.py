@@ -8,26 +8,30 @@ lives, or it is not run.
 
 from __future__ import annotations
 
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from dataclasses import replace
-from torch import Tensor
 import functools
-import sspo_ext
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+import sspo_ext
+
 from .problems import BETA, LinearProblem, LinearSpec, LogitsProblem, LogitsSpec
 
 left_out: set[str] = set()  # by `--without`: parts of names
+
 
 def reason(peer: LogitsPeer | LinearPeer, problem: LinearProblem | None = None) -> str | None:
     """Why this peer is not measured, or None."""
     return "left out by --without" if any(part in peer.name for part in left_out) else peer.why_not(problem)
 
+
 def never(*_) -> None:
     """For a `why_not`: nothing keeps it from running."""
     return None
+
 
 def imported(function: Callable[[], object], *, gpu: bool = False) -> Callable[..., str | None]:
     """A `why_not` for a peer that lives in another package."""
@@ -43,43 +47,52 @@ def imported(function: Callable[[], object], *, gpu: bool = False) -> Callable[.
 
     return why_not
 
+
 @dataclass(frozen=True)
 class LogitsPeer:
     name: str
     logps: Callable[[Tensor, Tensor], Tensor]  # (N, V) logits, (N,) labels -> (N,)
     why_not: Callable[..., str | None] = never
 
+
 def eager_logps(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+
 
 @functools.cache
 def _compiled(function: Callable) -> Callable:
     return torch.compile(function)
+
 
 def _trl_selective_log_softmax():
     from trl.trainer.utils import selective_log_softmax
 
     return selective_log_softmax
 
+
 def _trl_logps(logits: Tensor, labels: Tensor) -> Tensor:
     # (2, N / 2, V), as its trainer calls it: it loops over the first dimension
     split = (2, -1) if len(labels) % 2 == 0 else (1, -1)
     return _trl_selective_log_softmax()(logits.view(*split, logits.shape[-1]), labels.view(*split)).flatten()
+
 
 def _liger_ce():
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
     return LigerCrossEntropyFunction
 
+
 def _flash_ce():
     from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
     return cross_entropy_loss
 
+
 def _trl_kernel():
     from trl.kernels import selective_log_softmax_and_entropy
 
     return selective_log_softmax_and_entropy
+
 
 LOGITS_PEERS = [
     LogitsPeer("TRL selective_log_softmax", _trl_logps, imported(_trl_selective_log_softmax)),
@@ -103,19 +116,23 @@ LOGITS_PEERS = [
     ),
 ]
 
+
 def run_logits_peer(peer: LogitsPeer, problem: LogitsProblem, leaf: Tensor) -> None:
     problem.loss(peer.logps(leaf, problem.targets)).backward()
+
 
 def run_ours(problem: LogitsProblem, leaf: Tensor, inplace: bool) -> None:
     sspo_ext.step_pref_loss(
         leaf, problem.layout, problem.pairs, ref=problem.ref, beta=BETA, inplace_backward=inplace
     ).loss.backward()
 
+
 @dataclass(frozen=True)
 class LinearPeer:
     name: str
     loss: Callable[[LinearProblem], Tensor]
     why_not: Callable[[LinearProblem], str | None] = never
+
 
 def ours_linear(problem: LinearProblem) -> Tensor:
     ref, budget = problem.ref, problem.spec.chunk_bytes
@@ -127,6 +144,7 @@ def ours_linear(problem: LinearProblem) -> Tensor:
     return sspo_ext.linear_step_pref_loss(
         problem.hidden, problem.weight, problem.layout, problem.pairs, ref=ref, beta=BETA, chunk_bytes=budget
     ).loss
+
 
 def _from_token_logps(problem: LinearProblem, logps: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """`logps(hidden (B*T, H), weight)` gives (B*T,) or (N,) log-probs."""
@@ -141,28 +159,35 @@ def _from_token_logps(problem: LinearProblem, logps: Callable[[Tensor, Tensor], 
             ref = problem.sums(scored(problem.ref_hidden, problem.ref_weight))
     return problem.loss(scored(problem.hidden, problem.weight), ref)
 
+
 def _torch_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return eager_logps(hidden @ weight.t(), labels)
+
 
 def torch_loss(problem: LinearProblem) -> Tensor:
     labels = problem.targets.flatten().clamp(min=0)
     return _from_token_logps(problem, lambda h, w: _torch_logps(h, w, labels))
+
 
 def torch_float_loss(problem: LinearProblem) -> Tensor:
     """As the original DPO code does it: logits in the model's dtype, everything after them in float32."""
     labels = problem.targets.flatten().clamp(min=0)
     return _from_token_logps(problem, lambda h, w: eager_logps((h @ w.t()).float(), labels))
 
+
 def compiled_loss(problem: LinearProblem) -> Tensor:
     labels = problem.targets.flatten().clamp(min=0)
     return _from_token_logps(problem, lambda h, w: _compiled(_torch_logps)(h, w, labels))
+
 
 def torch_scored_loss(problem: LinearProblem) -> Tensor:
     rows, labels = problem.layout.rows, problem.layout.labels
     return _from_token_logps(problem, lambda h, w: _torch_logps(h[rows], w, labels))
 
+
 def _linear_cross_entropy():
     return F.linear_cross_entropy, torch.nn.LinearCrossEntropyOptions
+
 
 def linear_cross_entropy_loss(problem: LinearProblem) -> Tensor:
     function, options = _linear_cross_entropy()
@@ -171,11 +196,13 @@ def linear_cross_entropy_loss(problem: LinearProblem) -> Tensor:
         lambda h, w: -function(h, w, problem.targets.flatten(), reduction="none", ignore_index=-100, options=options()),
     )
 
+
 def _trl_chunked():
     from trl.trainer import utils
 
     # TRL has called it by two names
     return utils._ChunkedLogProbFunction, utils._CHUNKED_LOGPROB_CHUNK_SIZE
+
 
 def trl_chunked_loss(problem: LinearProblem, rows: Tensor | None = None) -> Tensor:
     function, chunk = _trl_chunked()
@@ -187,10 +214,12 @@ def trl_chunked_loss(problem: LinearProblem, rows: Tensor | None = None) -> Tens
 
     return _from_token_logps(problem, logps)
 
+
 def _liger_dpo():
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     return LigerFusedLinearDPOLoss
+
 
 def liger_dpo_loss(problem: LinearProblem) -> Tensor:
     """One step a sequence is all it knows. It cannot take cached reference sums: without one the work is the same."""
@@ -198,6 +227,7 @@ def liger_dpo_loss(problem: LinearProblem) -> Tensor:
     module = _liger_dpo()(beta=BETA, compiled=False, use_ref_model=live)
     extra = {"ref_input": problem.ref_hidden, "ref_weight": problem.ref_weight} if live else {}
     return module(problem.weight, problem.hidden, problem.targets, **extra)[0]
+
 
 OURS = LinearPeer("sspo_ext", ours_linear)
 
@@ -226,8 +256,10 @@ LINEAR_PEERS = [
     LinearPeer("F.linear_cross_entropy", linear_cross_entropy_loss, imported(_linear_cross_entropy)),
 ]
 
+
 def run_linear(peer: LinearPeer, problem: LinearProblem) -> None:
     peer.loss(problem).backward()
+
 
 class BareGemms:
     """The GEMMs that the plan of this problem names and nothing else: the floor. Its buffers are warm already."""
@@ -264,6 +296,7 @@ class BareGemms:
                         if self.d_weight is not None:
                             self.d_weight.addmm_(gradient.t(), self.hidden[start:end], beta=float(start > 0))
 
+
 def build_logits(name: str, spec: LogitsSpec) -> Callable[[], None]:
     """One loss and backward, to be measured in a process of its own: the contestant is found by name."""
 
@@ -276,6 +309,7 @@ def build_logits(name: str, spec: LogitsSpec) -> Callable[[], None]:
 
     return _warm(make, name, spec, replace(spec, rows=8, vocab=64))
 
+
 def build_linear(name: str, spec: LinearSpec) -> Callable[[], None]:
     peer = next(p for p in [OURS, *LINEAR_PEERS] if p.name == name)
 
@@ -283,6 +317,7 @@ def build_linear(name: str, spec: LinearSpec) -> Callable[[], None]:
         return functools.partial(run_linear, peer, LinearProblem(spec))
 
     return _warm(make, name, spec, replace(spec, length=8, vocab=64, hidden=16, step=None))
+
 
 def _warm(make: Callable, name: str, spec, small) -> Callable[[], None]:
     """Imports and first calls are no part of a step's memory: a small problem goes first. What is compiled is compiled

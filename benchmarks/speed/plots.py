@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-
 from pathlib import Path
+
 from .tables import Table
 
 # one colour a contestant, wherever it appears; ours is the one that stands out
@@ -19,6 +19,7 @@ LABELS = {
     "torch.compile of it": "torch.compile(log_softmax + gather)",
     "one copy of the logits into an existing buffer": "(one copy of the logits)",
 }
+
 
 def draw(folder: Path, found: dict[str, Table]) -> dict[str, list[str]]:
     """Writes the PNGs; returns the file names of each table's."""
@@ -41,6 +42,7 @@ def draw(folder: Path, found: dict[str, Table]) -> dict[str, list[str]]:
         drawn[bars[-1].name] = ["logits.png"]
     return drawn
 
+
 def draw_losses(folder: Path, found: list[Table]) -> list[str]:
     """One picture of times, a panel a table; the names of the files written."""
     try:
@@ -50,6 +52,7 @@ def draw_losses(folder: Path, found: list[Table]) -> list[str]:
     matplotlib.use("Agg")
     _bars(found, folder / "losses.png")
     return ["losses.png"]
+
 
 def _axes(count: int, width: float = 5.2, height: float = 3.6):
     from matplotlib import pyplot
@@ -61,6 +64,7 @@ def _axes(count: int, width: float = 5.2, height: float = 3.6):
         axis.set_axisbelow(True)
     return figure, axes[0]
 
+
 def _finish(figure, table: Table, path: Path) -> None:
     from matplotlib import pyplot
 
@@ -68,6 +72,7 @@ def _finish(figure, table: Table, path: Path) -> None:
     figure.text(1.0, -0.005, f"{cores}; load {table.load[0]:.1f}", ha="right", va="top", fontsize=7, color="#888888")
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
+
 
 def _lines(axis, x: list, series: dict[str, list], label_x: str, label_y: str) -> None:
     for name, values in series.items():
@@ -84,6 +89,7 @@ def _lines(axis, x: list, series: dict[str, list], label_x: str, label_y: str) -
     axis.set_xlabel(label_x)
     axis.set_title(label_y, loc="left", fontsize=10)
 
+
 def _time_and_memory(table: Table, label: str, path: Path) -> None:
     half = (len(table.columns) - 1) // 2
     figure, (left, right) = _axes(2)
@@ -95,6 +101,7 @@ def _time_and_memory(table: Table, label: str, path: Path) -> None:
     left.legend(frameon=False, fontsize=8)
     figure.suptitle(table.title, fontsize=10, x=0.01, ha="left")
     _finish(figure, table, path)
+
 
 def _memory(table: Table, path: Path) -> None:
     """Peak extra memory of each contestant at each number of tokens, less the gradients asked for."""
@@ -117,6 +124,7 @@ def _memory(table: Table, path: Path) -> None:
     axis.set_title("peak extra memory less the gradients asked for, MiB", loc="left", fontsize=10)
     axis.legend(frameon=False, fontsize=8)
     _finish(figure, table, path)
+
 
 def _bars(found: list[Table], path: Path) -> None:
     """Times of the logits route, one panel a dtype."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
 from sspo_ext.layout.pairs import StepPairs
 from sspo_ext.layout.steps import StepLayout
-from torch import Tensor
-import torch
 
 BETA = 0.1
+
 
 def pair_loss(token_logps: Tensor, step_of_row: Tensor, index: Tensor, ref: Tensor) -> Tensor:
     """The peers' way from token log-probs (N,) to the DPO loss over pairs of steps: a few small torch ops."""
@@ -17,12 +19,14 @@ def pair_loss(token_logps: Tensor, step_of_row: Tensor, index: Tensor, ref: Tens
     winner, loser = (sums - ref)[index.long()].unbind(1)
     return -torch.nn.functional.logsigmoid(BETA * (winner - loser)).mean()
 
+
 @dataclass(frozen=True)
 class LogitsSpec:
     rows: int  # N: every one of them scored
     vocab: int
     dtype: torch.dtype
     step: int = 32  # tokens a step
+
 
 class LogitsProblem:
     """N scored rows of logits in one packed sequence; step k of its first half is preferred to step k of its second."""
@@ -57,6 +61,7 @@ class LogitsProblem:
     def loss(self, token_logps: Tensor) -> Tensor:
         return pair_loss(token_logps, self.layout.step_of_row, self.pairs.index, self.ref)
 
+
 @dataclass(frozen=True)
 class LinearSpec:
     batch: int  # sequences, [chosen.., rejected..]
@@ -69,6 +74,7 @@ class LinearSpec:
     head: str = "trained"  # or "frozen"
     ref: str = "live"  # or "cached": the reference's step sums are known
     chunk_bytes: int | None = None
+
 
 class LinearProblem:
     """Hidden states and head, a reference's too; one DPO pair per two sequences, or per two steps of them."""

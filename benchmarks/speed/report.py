@@ -7,13 +7,10 @@ Each table is kept as JSON and taken from there next time, so a run that was cut
 
 from __future__ import annotations
 
-
-from pathlib import Path
 import sys
-from . import linear
-from . import logits
-from . import plots
-from . import tables
+from pathlib import Path
+
+from . import linear, logits, plots, tables
 from .tables import Table
 
 INTRODUCTION = """# Results
@@ -22,6 +19,7 @@ Made by `python -m benchmarks report`: every table names the command that makes 
 one process, each once a round in shuffled order. Times are medians, ratios medians of per-round ratios; memory is the
 rise of a fresh process's resident set. Before a clock starts, gradients are compared on a small problem.
 """
+
 
 def write(folder: Path) -> None:
     """RESULTS.md, from whatever tables are in the folder, in this module's order."""
@@ -40,8 +38,10 @@ def write(folder: Path) -> None:
         parts += [f"![{table.title}]({name})\n" for name in pictures.get(table.name, [])]
     (folder / "RESULTS.md").write_text("\n".join(parts))
 
+
 def main(argv: list[str]) -> None:
     tables.run({**logits.TABLES, **linear.TABLES}, argv, __doc__.splitlines()[0], finish=write)
+
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-
-from collections.abc import Callable
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import field
-from pathlib import Path
 import argparse
 import csv
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
 import torch
-from . import measure
-from . import peers
+
+from . import measure, peers
 from .measure import Spread
 
 RESULTS = Path(__file__).parent / "results"
+
 
 @dataclass
 class Table:
@@ -61,10 +60,12 @@ class Table:
         lines += ["", f"{rounds}{self.when}, load average {load}, {self.seconds:.0f} s."]
         return "\n".join(lines + [f"{note}" for note in self.notes]) + "\n"
 
+
 def show(cell) -> str:
     if isinstance(cell, float):
         return f"{cell:.0f}" if abs(cell) >= 1000 else f"{cell:.3g}"
     return "" if cell is None else str(cell)
+
 
 def ms(values: list[float]) -> tuple[float, str]:
     """(median, 'quartile-quartile') in milliseconds."""
@@ -72,8 +73,10 @@ def ms(values: list[float]) -> tuple[float, str]:
     digits = 0 if spread.median >= 10 else 2
     return round(spread.median, 2), f"{spread.low:.{digits}f}-{spread.high:.{digits}f}"
 
+
 def short(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}[dtype]
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -86,6 +89,7 @@ class Settings:
 
     def count(self, rounds: int) -> int:
         return self.rounds or (3 if self.quick else rounds)
+
 
 def run(
     tables: dict[str, Callable[[Settings], Table]],

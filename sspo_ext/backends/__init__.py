@@ -6,10 +6,10 @@ autograd on plain torch.
 
 from __future__ import annotations
 
-
-from types import ModuleType
 import importlib
 import os
+from types import ModuleType
+
 import torch
 
 BACKENDS = ("cpu", "triton", "cuda", "reference")
@@ -17,17 +17,21 @@ BACKENDS = ("cpu", "triton", "cuda", "reference")
 # Fastest first. `reference` is right on every device and ends each list.
 _TABLE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference"), "xpu": ("triton", "reference")}
 
+
 def load(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
+
 
 def why_not(name: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
     """The reason backend `name` cannot take tensors of this kind, or None. Looks at device, dtype and build alone."""
     return load(name).why_not(torch.device(device), dtype)
 
+
 def reasons(device: torch.device, dtype: torch.dtype) -> str:
     """Why each backend that cannot run here cannot."""
     told = {name: why_not(name, device, dtype) for name in BACKENDS}
     return "; ".join(f"{name}: {reason}" for name, reason in told.items() if reason is not None)
+
 
 @torch.compiler.assume_constant_result
 def select(requested: str, device_type: str, dtype: torch.dtype) -> str:
@@ -47,6 +51,7 @@ def select(requested: str, device_type: str, dtype: torch.dtype) -> str:
             f"{source}: {requested!r} cannot run on {device_type} {str(dtype).removeprefix('torch.')}: {reason}"
         )
     return requested
+
 
 @torch.compiler.assume_constant_result
 def with_reductions(requested: str, name: str) -> str:

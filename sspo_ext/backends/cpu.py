@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-
-from torch import Tensor
 import torch
+from torch import Tensor
+
 from ..formulas.registry import head_id
 
 try:
-    from .. import _C
+    import sspo_ext._C as _C
 
     _import_error: str | None = None
 except ImportError as error:  # kept: `sspo-ext info` and an explicit request show it
@@ -16,6 +16,7 @@ except ImportError as error:  # kept: `sspo-ext info` and an explicit request sh
     _import_error = str(error)
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason these kernels cannot run, or None."""
@@ -27,14 +28,17 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"sspo_ext._C could not be imported ({_import_error}); install again without SSPO_BUILD_CPP=0"
     return None
 
+
 def info() -> dict[str, str]:
     """Instruction set -> "in use", "available" or why it cannot run here."""
     if _C is None:
         return {}
     return {name: reason or ("in use" if name == _C.isa() else "available") for name, reason in _C.isas().items()}
 
+
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
 
 def _pointer(tensor: Tensor | None, dtype: torch.dtype, numel: int) -> int:
     """Address of a contiguous tensor of this type and size. The kernels trust it, so this is checked even under -O."""
@@ -45,10 +49,12 @@ def _pointer(tensor: Tensor | None, dtype: torch.dtype, numel: int) -> int:
         raise TypeError(f"expected a contiguous CPU tensor of {numel} {dtype}, got {came}")
     return tensor.data_ptr()
 
+
 def _logits_view(logits: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
     if logits.device.type != "cpu" or logits.ndim != 3 or (logits.shape[-1] > 1 and logits.stride(-1) != 1):
         raise TypeError(f"expected (B, T, V) CPU logits with a contiguous last dimension, got {tuple(logits.shape)}")
     return logits.data_ptr(), _DTYPE_CODES[logits.dtype], tuple(logits.shape), (logits.stride(0), logits.stride(1))
+
 
 def token_logp_fwd(
     logits: Tensor,  # (B, T, V) float, last dimension contiguous
@@ -69,6 +75,7 @@ def token_logp_fwd(
         logp.data_ptr(), lse.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return logp, lse
+
 
 def token_logp_bwd(
     logits: Tensor,  # (B, T, V) float, last dimension contiguous
@@ -100,6 +107,7 @@ def token_logp_bwd(
         _pointer(upstream, dtype, 1), N, a, c, out_data, out_strides, torch.get_num_threads(),
     )  # fmt: skip
 
+
 def _reference_view(logits: Tensor, ref: Tensor | None) -> tuple[int, tuple[int, int]]:
     if ref is None:
         return 0, (0, 0)
@@ -107,6 +115,7 @@ def _reference_view(logits: Tensor, ref: Tensor | None) -> tuple[int, tuple[int,
     if (code, sizes) != (_DTYPE_CODES[logits.dtype], tuple(logits.shape)):
         raise TypeError(f"ref: expected {tuple(logits.shape)} {logits.dtype}, got {sizes} {ref.dtype}")
     return data, strides
+
 
 def row_reductions_fwd(
     logits: Tensor,  # (B, T, V) float, last dimension contiguous
@@ -130,6 +139,7 @@ def row_reductions_fwd(
         _pointer(labels, torch.int64, N), N, a, c, [t.data_ptr() for t in out], torch.get_num_threads(),
     )  # fmt: skip
     return out
+
 
 def row_reductions_bwd(
     logits: Tensor,  # (B, T, V) float, last dimension contiguous
@@ -162,6 +172,7 @@ def row_reductions_bwd(
         0 if ref is None else _pointer(ref_lse, torch.float64, N), _pointer(coefs, _accumulator(logits.dtype), 5 * N),
         N, a, c, out_data, out_strides, torch.get_num_threads(),
     )  # fmt: skip
+
 
 def step_loss_fwd(
     logp: Tensor,  # (N,) float32 or float64
@@ -198,7 +209,9 @@ def step_loss_fwd(
     )
     return out
 
+
 _LARGE_BYTES = 32 << 20
+
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """torch.empty; a large one in large pages where the system has them, since fresh memory costs a fault a page."""
@@ -206,6 +219,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if out.numel() * out.itemsize >= _LARGE_BYTES:
         _C.prepare_large_output(out.data_ptr(), out.numel() * out.itemsize)
     return out
+
 
 def transposed(matrix: Tensor, out: Tensor) -> Tensor:
     """(cols, rows) contiguous into `out`, from (rows, cols) 16-bit elements whose last dimension is contiguous."""

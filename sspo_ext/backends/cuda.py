@@ -4,13 +4,13 @@ compiler at run time. Imports without a GPU and without the module; `why_not` sa
 
 from __future__ import annotations
 
-
-from torch import Tensor
 import torch
+from torch import Tensor
+
 from ..formulas.registry import head_id
 
 try:
-    from .. import _C_cuda
+    import sspo_ext._C_cuda as _C_cuda
 
     _import_error: str | None = None
 except ImportError as error:  # kept: `sspo-ext info` and an explicit request show it
@@ -20,6 +20,7 @@ except ImportError as error:  # kept: `sspo-ext info` and an explicit request sh
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _DEVICE_TYPE = "cuda"  # the tests put an emulation on the CPU in the module's place
+
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason these kernels cannot run, or None."""
@@ -43,6 +44,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
             )
     return None
 
+
 def _runs_on(major: int, minor: int) -> bool:
     """Machine code runs on later minors of its own major, PTX on everything later."""
     for name in _C_cuda.architectures.split(";"):
@@ -52,9 +54,11 @@ def _runs_on(major: int, minor: int) -> bool:
             return True
     return False
 
+
 def info() -> dict[str, str]:
     """What the module was built for; empty without it."""
     return {} if _C_cuda is None else {"architectures": _C_cuda.architectures}
+
 
 def _pointer(tensor: Tensor | None, dtype: torch.dtype, numel: int, device: torch.device) -> int:
     """Address of a contiguous tensor of this type and size. The kernels trust it, so this is checked even under -O."""
@@ -67,16 +71,20 @@ def _pointer(tensor: Tensor | None, dtype: torch.dtype, numel: int, device: torc
         )
     return tensor.data_ptr()
 
+
 def _logits_view(logits: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
     if logits.device.type != _DEVICE_TYPE or logits.ndim != 3 or (logits.shape[-1] > 1 and logits.stride(-1) != 1):
         raise TypeError(f"expected (B, T, V) GPU logits with a contiguous last dimension, got {tuple(logits.shape)}")
     return logits.data_ptr(), _DTYPE_CODES[logits.dtype], tuple(logits.shape), (logits.stride(0), logits.stride(1))
 
+
 def _stream(device: torch.device) -> tuple[int, int]:
     """Index of the device, and torch's current stream on it."""
     return device.index, torch.cuda.current_stream(device).cuda_stream
 
+
 _counters: dict[tuple[int, int], Tensor] = {}
+
 
 def _arrival_counters(device: torch.device) -> Tensor:
     """Zeros for the kernels to count blocks in; they leave them zero. One set per stream: launches on one stream do not
@@ -89,6 +97,7 @@ def _arrival_counters(device: torch.device) -> Tensor:
     if key not in _counters:
         _counters[key] = torch.zeros(_C_cuda.max_split_rows, dtype=torch.int32, device=device)
     return _counters[key]
+
 
 def token_logp_fwd(
     logits: Tensor,  # (B, T, V) float32, bfloat16 or float16; last dimension contiguous, any strides before it
@@ -114,6 +123,7 @@ def token_logp_fwd(
         0 if arrived is None else arrived.data_ptr(), *_stream(device),
     )  # fmt: skip
     return logp, lse
+
 
 def token_logp_bwd(
     logits: Tensor,  # (B, T, V) as above
@@ -146,6 +156,7 @@ def token_logp_bwd(
         _pointer(coef, torch.float32, N, device), _pointer(upstream, torch.float32, 1, device), N, a, c,
         out_data, out_strides, *_stream(device),
     )  # fmt: skip
+
 
 def step_loss_fwd(
     logp: Tensor,  # (N,) float32

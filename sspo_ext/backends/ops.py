@@ -6,11 +6,12 @@ They have no autograd formula on purpose: gradients live in the autograd.Functio
 
 from __future__ import annotations
 
-
 import torch
+
 from .. import backends
 
 _lib = torch.library.Library("sspo", "DEF")
+
 
 def register(name, schema, fn, fake):
     """Defines sspo::name and returns its overload. Implemented once for every device: `backend` says whose kernels
@@ -20,16 +21,20 @@ def register(name, schema, fn, fake):
     torch.library.register_fake(f"sspo::{name}", fake, lib=_lib)
     return getattr(torch.ops.sspo, name).default
 
+
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
+
 def _token_logp_fwd(logits, rows, labels, a, c, backend):
     return backends.load(backend).token_logp_fwd(logits, rows, labels, a, c)
+
 
 def _token_logp_fwd_fake(logits, rows, labels, a, c, backend):
     return logits.new_empty(rows.shape, dtype=_accumulator(logits.dtype)), logits.new_empty(
         rows.shape, dtype=torch.float64
     )
+
 
 def _step_loss_fwd(
     logps, weights, step_offsets, ref, pair_index, adj_offsets, adj_pairs, pair_weights, pair_margins, pair_labels,
@@ -40,25 +45,31 @@ def _step_loss_fwd(
         scale, head, options, label,
     )  # fmt: skip
 
+
 def _step_loss_fwd_fake(logps, weights, step_offsets, ref, pair_index, *args):
     steps, pairs = step_offsets.shape[0] - 1, pair_index.shape[0]
     return logps.new_empty(()), logps.new_empty(steps), logps.new_empty(pairs), torch.empty_like(logps)
+
 
 def _token_logp_bwd(logits, row_of, labels, lse, coef, upstream, a, c, backend):
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     backends.load(backend).token_logp_bwd(logits, row_of, labels, lse, coef, upstream, a, c, out)
     return out
 
+
 def _token_logp_bwd_fake(logits, *args):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
 
 def _token_logp_bwd_(logits, row_of, labels, lse, coef, upstream, a, c, backend):
     backends.load(backend).token_logp_bwd(logits, row_of, labels, lse, coef, upstream, a, c, logits)
     # the kernels write raw memory, which autograd cannot see
     torch.autograd.graph.increment_version(logits)
 
+
 def _row_reductions_fwd(logits, rows, labels, ref, a, c, entropy, sum_p2, backend):
     return backends.load(backend).row_reductions_fwd(logits, rows, labels, ref, a, c, entropy, sum_p2)
+
 
 def _row_reductions_fwd_fake(logits, rows, labels, ref, a, c, entropy, sum_p2, backend):
     dtype, N = _accumulator(logits.dtype), rows.shape[0]
@@ -68,14 +79,17 @@ def _row_reductions_fwd_fake(logits, rows, labels, ref, a, c, entropy, sum_p2, b
         for n, d in ((N, dtype), (N, torch.float64), (E, dtype), (P, dtype), (M, dtype), (M, torch.float64))
     )
 
+
 def _row_reductions_bwd(logits, row_of, labels, lse, ref, ref_lse, coefs, a, c, backend):
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     backends.load(backend).row_reductions_bwd(logits, row_of, labels, lse, ref, ref_lse, coefs, a, c, out)
     return out
 
+
 def _row_reductions_bwd_(logits, row_of, labels, lse, ref, ref_lse, coefs, a, c, backend):
     backends.load(backend).row_reductions_bwd(logits, row_of, labels, lse, ref, ref_lse, coefs, a, c, logits)
     torch.autograd.graph.increment_version(logits)
+
 
 _BWD = "Tensor row_of, Tensor labels, Tensor lse, Tensor coef, Tensor? upstream, float a, float c, str backend"
 

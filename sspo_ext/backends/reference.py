@@ -3,17 +3,20 @@ this file."""
 
 from __future__ import annotations
 
-
-from torch import Tensor
 import torch
+from torch import Tensor
+
 from ..formulas.registry import PairScores, get_pair_head
+
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
+
 def map_logits(x: Tensor, a: float, c: float) -> Tensor:
     """Scale, softcap and temperature in one map: a * x, or c * tanh(a * x) when there is a softcap."""
     return a * x if c == 0 else c * torch.tanh(a * x)
+
 
 def token_logps(
     logits: Tensor,  # (B, T, V)
@@ -27,6 +30,7 @@ def token_logps(
     if needed.dtype != torch.float64:
         needed = needed.float()
     return map_logits(needed, a, c).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+
 
 def row_reductions(
     logits: Tensor,  # (B, T, V)
@@ -50,6 +54,7 @@ def row_reductions(
     q = logq.exp()
     return entropy, p.square().sum(-1), torch.where(q > 0, q * (logq - logp), 0.0).sum(-1)
 
+
 def step_sums(
     logps: Tensor,  # (N,)
     weights: Tensor | None,  # (N,)
@@ -61,6 +66,7 @@ def step_sums(
     # one after another in float32, a step of 64,000 tokens would be off by 2
     exact = weighted if weighted.device.type == "mps" else weighted.double()
     return exact.new_zeros(num_steps).index_add(0, step_of_row, exact).to(logps.dtype)
+
 
 def pair_losses(
     sums: Tensor,  # (S,)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-
-from pathlib import Path
 import argparse
 import json
+from pathlib import Path
 
-def _checkpoint(options: argparse.Namespace) -> str | None:
+
+def checkpoint_of(options: argparse.Namespace) -> str | None:
     folder = Path(options.output_dir)
     checkpoints = sorted(
         folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]) if p.name.split("-")[1].isdigit() else -1
@@ -20,7 +20,8 @@ def _checkpoint(options: argparse.Namespace) -> str | None:
         raise ValueError(f"--resume: no checkpoint in {str(folder)!r}")
     return str(checkpoints[-1]) if checkpoints else None
 
-def _lora(options: argparse.Namespace):
+
+def lora_of(options: argparse.Namespace):
     if not options.lora_r:
         return None
     try:
@@ -30,11 +31,13 @@ def _lora(options: argparse.Namespace):
     alpha = 2 * options.lora_r if options.lora_alpha is None else options.lora_alpha
     return LoraConfig(r=options.lora_r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
 
-def _positive(text: str) -> int:
+
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
     return value
+
 
 def setting(text: str) -> tuple[str, object]:
     """NAME=VALUE: the value is a number, true, false, null, or else a text."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-
 import importlib.metadata
 import os
 import platform
+
 import torch
-from .. import __version__
-from .. import backends
+
+from .. import __version__, backends
 
 _OPTIONAL = ("triton", "transformers", "accelerate", "peft", "trl", "flash-attn")
 
 _SETTINGS = ("SSPO_BACKEND", "SSPO_CPU_ISA", "TRITON_INTERPRET")
+
 
 def report() -> str:
     """Versions, devices, each backend with the reason it cannot run, and which one `backend="auto"` takes."""
@@ -38,18 +39,21 @@ def report() -> str:
     lines += [f"{name}={os.environ[name]}" for name in _SETTINGS if name in os.environ]
     return "\n".join(lines)
 
+
 def _auto(device: str) -> str:
     try:
         return backends.select("auto", device, torch.float32)
     except ValueError as error:
         return f"nothing: {error}"
 
+
 def _isa() -> str:
     try:
-        from . import _C
+        from .. import _C
     except ImportError:
         return ""
     return f", instruction set {_C.isa()}" if hasattr(_C, "isa") else ""
+
 
 def _version(distribution: str) -> str:
     try:

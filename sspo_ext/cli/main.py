@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-
-from collections.abc import Sequence
 import argparse
 import sys
-from . import rl
-from . import trace
+from collections.abc import Sequence
+
 from .._help import DefaultsFormatter
-from .arguments import _checkpoint, _lora, _positive
-from .train import _add_train, _train
+from . import rl, trace, train
+from .arguments import checkpoint_of, lora_of, positive
 
 # What is not in the command's own extra.
 _EXTRAS = {"math_verify": "graders", "reasoning_gym": "graders", "vllm": "vllm"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 when the arguments, a file or the installation do not allow what was asked."""
@@ -34,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"sspo-ext {options.command}: error: {message}", file=sys.stderr)
     return 2
 
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sspo-ext", description="Step-wise preference optimisation for causal language models."
@@ -52,30 +52,34 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     command("info", _info, None, "versions, backends, and why a backend cannot run")
-    _add_train(command("train", _train, "train", "train a causal LM on preference rows"))
-    rl.add_arguments(command("rl", _rl, "train", "train a causal LM by SSPO on prompts with answers"), _positive)
+    train.add_arguments(command("train", train.run, "train", "train a causal LM on preference rows"))
+    rl.add_arguments(command("rl", _rl, "train", "train a causal LM by SSPO on prompts with answers"), positive)
     trace.add_arguments(
-        command("trace", trace.run, "train", "values, advantages and step preferences of given chains"), _positive
+        command("trace", trace.run, "train", "values, advantages and step preferences of given chains"), positive
     )
     demo = command("demo", _demo, "demo", "a small model learns to reason right and short, offline, in three minutes")
     demo.add_argument("--output-dir", default="sspo-demo", help="picture, numbers and model go here")
     demo.add_argument("--seed", type=int, default=0, help="of the problems and the samples")
-    demo.add_argument("--updates", type=_positive, default=40, help="of each arm")
+    demo.add_argument("--updates", type=positive, default=40, help="of each arm")
     return parser
+
 
 def _info(options: argparse.Namespace) -> None:
     from .info import report
 
     print(report())
 
+
 def _demo(options: argparse.Namespace) -> None:
     from ..demo import DemoConfig, run
 
     run(options.output_dir, DemoConfig(seed=options.seed, updates=options.updates))
 
+
 def _rl(options: argparse.Namespace) -> None:
-    checkpoint = _checkpoint(options)
-    rl.run(options, checkpoint, _lora(options))
+    checkpoint = checkpoint_of(options)
+    rl.run(options, checkpoint, lora_of(options))
+
 
 if __name__ == "__main__":
     sys.exit(main())

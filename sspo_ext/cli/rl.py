@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-
+import argparse
 from collections.abc import Callable
 from pathlib import Path
-import argparse
+
 from ..data.prompts import load_prompt_rows
 from .arguments import setting
+
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
     several = {"type": setting, "action": "append", "default": [], "metavar": "NAME=VALUE"}
@@ -88,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
     add("--attn-implementation", help="eager, sdpa, flash_attention_2, ... (default: the model's)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
+
 def run(options: argparse.Namespace, checkpoint: str | None, lora) -> None:
     """Trains, evaluates before and after, saves the model and progress.png."""
     # What can be wrong is looked at in the order of what it costs: rows, grader, arguments, then the model.
@@ -154,6 +156,7 @@ def run(options: argparse.Namespace, checkpoint: str | None, lora) -> None:
     except ImportError as error:
         print(f"\nno progress.png: {error}; install it with: pip install matplotlib")
     print(f"\nsaved to {options.output_dir}")
+
 
 def _table(before: dict, after: dict) -> str:
     names = ("accuracy", "reward", "completions/mean_length", "completions/clipped_ratio", "steps/mean")

@@ -3,19 +3,20 @@ runs."""
 
 from __future__ import annotations
 
-
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from .arguments import setting
 
 if TYPE_CHECKING:
     from ..signals.probing.texts import Probe
+
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
     add = parser.add_argument
@@ -77,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
     add("--attn-implementation", help="eager, sdpa, flash_attention_2, ... (default: the model's)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
+
 def run(options: argparse.Namespace) -> None:
     from ..data.graders import answer_grader, load_grader
     from ..tracing.lines import check_free
@@ -94,8 +96,8 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     from ..tracing.chains import load_chains
-    from ..train.models import load_model, load_tokenizer
     from ..tracing.values import rollout_pairs, trace_pairs, trace_values
+    from ..train.models import load_model, load_tokenizer
 
     template = dict(options.chat_template_option)
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
@@ -152,13 +154,14 @@ def run(options: argparse.Namespace) -> None:
     print(summary(traced, rows))
     print(f"\nwritten to {output}")
 
+
 def _checked(options: argparse.Namespace) -> Probe:
     """The probe; ValueError for an option that none of what follows would take."""
     from ..signals.pairing.candidates import check_candidate_options
+    from ..signals.pairing.pairs import check_pair_options
     from ..signals.probing.probe import check_probe_options
     from ..signals.probing.texts import as_probe
     from ..signals.split import split_text
-    from ..signals.pairing.pairs import check_pair_options
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"trace: expected one process, got {os.environ['WORLD_SIZE']} (WORLD_SIZE), all for one file")
@@ -182,9 +185,11 @@ def _checked(options: argparse.Namespace) -> Probe:
     found |= {"chat_template_kwargs": dict(options.chat_template_option)} if options.chat_template_option else {}
     return replace(as_probe(options.probe), **found)
 
+
 def _pairing(options: argparse.Namespace) -> dict:
     names = ("min_gap", "weight", "margin", "max_pairs")
     return {name: getattr(options, name) for name in names}
+
 
 def summary(traced: list[dict], pairs: list[dict] | None) -> str:
     """A few lines on what was found."""
@@ -197,6 +202,7 @@ def summary(traced: list[dict], pairs: list[dict] | None) -> str:
     if pairs is not None:
         lines.append(f"{len(pairs)} pairs of steps at {len({(p['source'], p['branch']) for p in pairs})} states")
     return "\n".join(lines)
+
 
 def _progress(title: str) -> Callable[[int, int], None]:
     """A line on standard error, at most every two seconds."""

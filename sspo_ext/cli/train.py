@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-
 import argparse
-from .arguments import _checkpoint, _lora, _positive
 
-def _add_train(parser: argparse.ArgumentParser) -> None:
+from .arguments import checkpoint_of, lora_of, positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="hub name, folder, folder with one .gguf file, or .gguf file")
     add(
@@ -24,7 +25,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--split-by", default="newline", help="newline, blank_line, numbered, or a regular expression")
     add("--pairing", default="index", choices=("index", "branch", "sequence"), help="which steps are compared")
     add("--token-weights", default="uniform", choices=("uniform", "divergence"), help="first differing token?")
-    add("--max-length", type=_positive, default=1024, help="tokens of prompt and response")
+    add("--max-length", type=positive, default=1024, help="tokens of prompt and response")
     add("--overflow", default="drop", choices=("drop", "cut", "error"), help="what happens to longer rows")
 
     add = parser.add_argument_group("loss").add_argument
@@ -39,7 +40,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "linear: never stores the logits; logits: the model's own; auto: linear where the model's head allows it"
     )
     add("--route", default="linear", choices=("linear", "logits", "auto"), help=route_help)
-    add("--chunk-bytes", type=_positive, help="linear route: budget of the logits buffer (default: sspo_ext's)")
+    add("--chunk-bytes", type=positive, help="linear route: budget of the logits buffer (default: sspo_ext's)")
     add("--backend", default="auto", choices=("auto", "cpu", "triton", "cuda", "reference"), help="see sspo-ext info")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -49,9 +50,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--optim", default="adamw_torch_fused", help="transformers' name of the optimiser")
     add("--epochs", type=float, default=1.0, help="passes over the data")
     add("--max-steps", type=int, default=-1, help="updates; overrides --epochs")
-    add("--batch-size", type=_positive, default=2, help="rows in a micro-batch, on each device")
-    add("--gradient-accumulation", type=_positive, default=1, help="micro-batches in an update")
-    add("--eval-batch-size", type=_positive, default=8, help="rows, for evaluation and the reference pass")
+    add("--batch-size", type=positive, default=2, help="rows in a micro-batch, on each device")
+    add("--gradient-accumulation", type=positive, default=1, help="micro-batches in an update")
+    add("--eval-batch-size", type=positive, default=8, help="rows, for evaluation and the reference pass")
     add("--lora-r", type=int, default=0, help="rank of a LoRA adapter; 0 trains all weights")
     add("--lora-alpha", type=int, help="(default: twice the rank)")
     add("--packing", action="store_true", help="padding-free batches")
@@ -61,17 +62,18 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the order of rows, dropout and adapter")
 
     add = parser.add_argument_group("running").add_argument
-    add("--logging-steps", type=_positive, default=10, help="updates between log lines")
-    add("--save-steps", type=_positive, default=200, help="updates between checkpoints")
-    add("--eval-steps", type=_positive, help="updates between evaluations (default: before and after training alone)")
+    add("--logging-steps", type=positive, default=10, help="updates between log lines")
+    add("--save-steps", type=positive, default=200, help="updates between checkpoints")
+    add("--eval-steps", type=positive, help="updates between evaluations (default: before and after training alone)")
     add("--report-to", default="none", help="transformers' name of a logging integration")
     add("--attn-implementation", help="eager, sdpa, flash_attention_2, ... (default: the model's)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
-def _train(options: argparse.Namespace) -> None:
+
+def run(options: argparse.Namespace) -> None:
+    from ..data.rows import load_preference_rows
     from ..objective.pair_arguments import checked_label, checked_options, chosen_heads
     from ..signals.split import split_text
-    from ..data.rows import load_preference_rows
 
     # What can be wrong is looked at in the order of what it costs: arguments, rows, then the model.
     loss_options = dict(options.loss_option)
@@ -79,19 +81,19 @@ def _train(options: argparse.Namespace) -> None:
     checked_options(heads, options.beta, loss_options)
     checked_label(heads, options.loss_type, options.label_smoothing, soft_labels=False)
     split_text("", options.split_by)
-    checkpoint = _checkpoint(options)
+    checkpoint = checkpoint_of(options)
     rows = load_preference_rows(options.data)
     held_out = load_preference_rows(options.eval_data) if options.eval_data else None
 
     import torch
     from transformers import set_seed
 
-    from ..train.models import load_model, load_tokenizer
     from ..data.tokenize import tokenize_rows
+    from ..train.models import load_model, load_tokenizer
     from ..train.preference_config import StepPreferenceConfig
     from ..train.preference_trainer import StepPreferenceTrainer
 
-    lora = _lora(options)
+    lora = lora_of(options)
     args = StepPreferenceConfig(
         output_dir=options.output_dir,
         loss_type=options.loss_type,
@@ -152,12 +154,14 @@ def _train(options: argparse.Namespace) -> None:
         print("\n" + _table(before, after))
     print(f"\nsaved to {options.output_dir}")
 
+
 def _table(before: dict, after: dict) -> str:
     names = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
     lines = ["| held-out | before | after |", "| --- | --- | --- |"]
     return "\n".join(
         lines + [f"| {name} | {before[f'eval_{name}']:.4f} | {after[f'eval_{name}']:.4f} |" for name in names]
     )
+
 
 def _assignment(text: str) -> tuple[str, float]:
     name, equals, value = text.partition("=")

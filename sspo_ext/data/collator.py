@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+
 import torch
+
 from ..layout.pairs import StepPairs
 from ..layout.steps import StepLayout
 
 SIDES = ("chosen", "rejected")
+
 
 @dataclass
 class StepPreferenceCollator:

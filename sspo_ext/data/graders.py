@@ -7,17 +7,13 @@ A grader is any function `reward(prompt, completion, answer) -> float`, or one o
 
 from __future__ import annotations
 
-
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from typing import Any
-from typing import TYPE_CHECKING
 import functools
 import importlib
 import inspect
 import math
 import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..signals.probing.texts import Probe
@@ -25,6 +21,7 @@ if TYPE_CHECKING:
 Grader = Callable[..., Any]
 
 DEFAULT_MARKER = "####"
+
 
 def load_grader(name: str) -> Grader:
     """A grader by name:
@@ -57,12 +54,14 @@ def load_grader(name: str) -> Grader:
         raise ValueError(f"grader: {module!r} has no function {attribute!r}")
     return found
 
+
 def exact_grader(marker: str = DEFAULT_MARKER) -> Grader:
     def exact(prompt: str, completion: str, answer: Any) -> float:
         words = final_text(completion, marker).split()
         return float(any(words == text.split() for text in answer_texts(answer)))
 
     return exact
+
 
 def final_text(completion: str, marker: str = DEFAULT_MARKER) -> str:
     """What follows the last `marker`; without one, the last line that is not blank; "" if there is none."""
@@ -72,12 +71,14 @@ def final_text(completion: str, marker: str = DEFAULT_MARKER) -> str:
     lines = completion.strip().splitlines()
     return lines[-1].strip() if lines else ""
 
+
 def answer_text(answer: Any) -> str:
     """The answer as the model should write it: a text, a number, or the "answer" of a mapping."""
     value = answer.get("answer") if isinstance(answer, dict) else answer
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise TypeError(f"answer: expected a text, a number or a mapping with an 'answer', got {answer!r}")
     return str(value)
+
 
 def answer_texts(answer: Any) -> list[str]:
     """The accepted spellings: `answer_text` of the answer, or of each one of a list. ValueError for none, or a blank
@@ -88,9 +89,11 @@ def answer_texts(answer: Any) -> list[str]:
         raise ValueError(f"answer: expected a text, a number or several, none of them blank, got {answer!r}")
     return texts
 
+
 def grade(grader: Grader, prompt: Any, completion: str, answer: Any, /, **columns: Any) -> float:
     """The reward of one completion, checked to be one finite number."""
     return grade_rows(grader, [{**columns, "prompt": prompt, "answer": answer}], [completion])[0]
+
 
 def grade_rows(
     grader: Grader, rows: Sequence[Mapping], completions: Sequence[str], *, unit: bool = False, **more: Any
@@ -118,11 +121,13 @@ def grade_rows(
         found = [0.0 if reward is None else reward for reward in found]
     return [_checked(reward, text, unit) for reward, text in zip(found, completions, strict=True)]
 
+
 def _in_batches(grader: Grader) -> bool:
     try:
         return not {"prompts", "completions", "completion_ids"}.isdisjoint(inspect.signature(grader).parameters)
     except (TypeError, ValueError):  # a builtin without a signature
         return False
+
 
 def _checked(reward: Any, completion: str, unit: bool) -> float:
     try:
@@ -138,6 +143,7 @@ def _checked(reward: Any, completion: str, unit: bool) -> float:
             "the outcome alone (combine='outcome')"
         )
     return value
+
 
 def answer_grader(grader: Grader, probe: Probe | None = None) -> Callable[..., float]:
     """A grader of completions as one of what `sspo_ext.signals` has: `grade(text, answer, prompt="", **columns)`.
@@ -157,6 +163,7 @@ def answer_grader(grader: Grader, probe: Probe | None = None) -> Callable[..., f
 
     return graded
 
+
 def _math_verify() -> Grader:
     from math_verify import parse, verify
 
@@ -174,6 +181,7 @@ def _math_verify() -> Grader:
         return float(any(verify(gold(text.replace("\\$", "")), given) for text in answer_texts(answer)))
 
     return same_mathematics
+
 
 def _reasoning_gym() -> Grader:
     from reasoning_gym import get_score_answer_fn

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-
-from collections.abc import Mapping
-from collections.abc import Sequence
-from typing import Any
 import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from .graders import answer_texts
 from .rows import raise_bad_rows
 from .tokenize import prompt_text
+
 
 def check_rows(
     name: str, dataset, *, chat: bool, answers: bool = False, texts: bool = False, required: bool = False
@@ -39,11 +39,13 @@ def check_rows(
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
+
 def _is_prompt(prompt: Any, chat: bool) -> bool:
     if isinstance(prompt, str):
         return bool(prompt)
     messages = chat and isinstance(prompt, Sequence) and len(prompt) > 0
     return messages and all(isinstance(message, Mapping) and "role" in message for message in prompt)
+
 
 def prompt_tokens(prompt: str | Sequence[dict], tokenizer, template_options: dict | None = None) -> list[int]:
     """A text behind the tokenizer's special tokens (one that it puts at the end is left out), or chat messages by its
@@ -59,11 +61,12 @@ def prompt_tokens(prompt: str | Sequence[dict], tokenizer, template_options: dic
         raise ValueError(f"prompt: expected at least one token, got none for {prompt!r}")
     return list(ids)
 
+
 def load_prompt_rows(paths: list[str], texts: bool = False) -> list[dict]:
     """Rows with "prompt" and "answer" from JSONL files, other keys kept; with `texts`, answers are texts or numbers, or
     lists of accepted ones. One ValueError names all bad lines."""
-    from .rows import raise_bad_rows
     from .graders import answer_texts
+    from .rows import raise_bad_rows
 
     rows, bad, total = [], [], 0
     for path in paths:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
 import itertools
 import json
 import logging
 import math
 import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 logger = logging.getLogger(__name__)
 
 Source = str | os.PathLike | Iterable[str | os.PathLike] | Iterable[Mapping]
 
 _LISTED = 20  # bad rows named one by one in an error; the rest are counted
+
 
 def load_preference_rows(source: Source, *, step_separator: str = "\n") -> list[dict]:
     """Preference rows, ready for `tokenize_rows`, from JSONL files or from memory. Forms may be mixed.
@@ -67,6 +64,7 @@ def load_preference_rows(source: Source, *, step_separator: str = "\n") -> list[
         raise ValueError(f"source: expected at least one row, found none in {source!r}")
     return rows
 
+
 def raise_bad_rows(bad: Sequence[tuple[str, str]], total: int) -> None:
     """One ValueError for all of `bad`, (source, reason) each; nothing if there are none."""
     if bad:
@@ -74,6 +72,7 @@ def raise_bad_rows(bad: Sequence[tuple[str, str]], total: int) -> None:
         if len(bad) > _LISTED:
             lines.append(f"  ... and {len(bad) - _LISTED} more")
         raise ValueError(f"{len(bad)} of {total} rows cannot be used:\n" + "\n".join(lines))
+
 
 def read_rows(source: Source) -> Iterator[tuple[str, Mapping, str | None]]:
     """(where, row, what is wrong with the line) of every row of every file, empty lines left out."""
@@ -96,12 +95,14 @@ def read_rows(source: Source) -> Iterator[tuple[str, Mapping, str | None]]:
                 except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
                     yield where, {}, f"not a line of JSON: {error}"
 
+
 def _check_text(name: str, value) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name}: expected a text, got {type(value).__name__}")
     if not value.strip():
         raise ValueError(f"{name}: expected a text, got an empty one")
     return value
+
 
 def _check_number(row: Mapping, name: str, default: float) -> float:
     value = row.get(name)
@@ -111,8 +112,10 @@ def _check_number(row: Mapping, name: str, default: float) -> float:
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
     return float(value)
 
+
 def _is_messages(value) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
 
 def _check_messages(name: str, value: list) -> list[dict]:
     for i, message in enumerate(value):
@@ -122,9 +125,11 @@ def _check_messages(name: str, value: list) -> list[dict]:
             raise ValueError(f"{name}: expected a text as content of message {i}")
     return [dict(message) for message in value]
 
+
 def _join(steps: Sequence[str], separator: str) -> list[str]:
     """The same steps, each but the last with its separator: they concatenate to the response."""
     return [*(step if step[-1].isspace() else step + separator for step in steps[:-1]), steps[-1]]
+
 
 def _response(name: str, value, prompt, separator: str) -> str | list[str]:
     if _is_messages(value):
@@ -139,6 +144,7 @@ def _response(name: str, value, prompt, separator: str) -> str | list[str]:
     if not value:
         raise ValueError(f"{name}: expected at least one step, got an empty list")
     return _join([_check_text(f"{name}: step {k}", step) for k, step in enumerate(value)], separator)
+
 
 def _normal_row(row: Mapping, separator: str) -> dict:
     missing = [name for name in ("chosen", "rejected") if name not in row]
@@ -190,6 +196,7 @@ def _normal_row(row: Mapping, separator: str) -> dict:
         "margin": _check_number(row, "margin", 0.0),
     }
 
+
 def _check_stepwise(row: Mapping) -> tuple[str, list[str], list[bool]]:
     prompt = _check_text("prompt", row.get("prompt"))
     steps, labels = row["completions"], row.get("labels")
@@ -201,6 +208,7 @@ def _check_stepwise(row: Mapping) -> tuple[str, list[str], list[bool]]:
     if len(labels) != len(steps):
         raise ValueError(f"labels: expected one for each of {len(steps)} steps, got {len(labels)}")
     return prompt, steps, [bool(label) for label in labels]
+
 
 def _pair_stepwise(
     rows: Sequence[tuple[str, str, list[str], list[bool]]], separator: str
@@ -242,6 +250,7 @@ def _pair_stepwise(
             len(alone), len(rows), name_some(alone),
         )  # fmt: skip
     return pairs, conflicts
+
 
 def name_some(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

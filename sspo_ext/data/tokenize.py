@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-
-from collections import defaultdict
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from itertools import accumulate
-from itertools import pairwise
-from itertools import takewhile
-from typing import NamedTuple
 import logging
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise, takewhile
+from typing import NamedTuple
+
 from ..signals.pairing.pairs import divergence_index
 from ..signals.split import SplitBy, split_text, token_step_ids
 from .rows import name_some, raise_bad_rows
@@ -24,8 +20,10 @@ OVERFLOW = ("drop", "cut", "error")
 
 TOKEN_WEIGHTS = ("uniform", "divergence")
 
+
 class UnusableRow(ValueError):
     """A well-formed row that leaves nothing to compare; the message says why, in words that many rows can share."""
+
 
 class _Response(NamedTuple):
     ids: list[int]
@@ -34,6 +32,7 @@ class _Response(NamedTuple):
 
     def at(self, step: int) -> list[int]:
         return [i for i, s in zip(self.ids, self.steps, strict=True) if s == step]
+
 
 def tokenize_row(
     row: Mapping,
@@ -77,6 +76,7 @@ def tokenize_row(
     """
     return _tokenize(row, tokenizer, split_by, pair_by, max_length, overflow, add_eos, skip_shared, token_weights)[0]
 
+
 def tokenize_rows(rows: Iterable[Mapping], tokenizer, **options) -> list[dict]:
     """`tokenize_row` over all rows, with its options. Rows left out are counted in one warning, by reason and source.
 
@@ -108,6 +108,7 @@ def tokenize_rows(rows: Iterable[Mapping], tokenizer, **options) -> list[dict]:
             f"rows: nothing to train on is left of {total} rows: {'; '.join(reasons) or 'there were none'}"
         )
     return features
+
 
 def _tokenize(
     row: Mapping,
@@ -195,6 +196,7 @@ def _tokenize(
     feature |= {"weight": row.get("weight", 1.0), "margin": row.get("margin", 0.0), "source": row.get("source")}
     return feature, len(pairs) - len(fits)
 
+
 def _pairs(
     chosen: _Response, rejected: _Response, pair_by: str, branch: int | None, skip_shared: bool
 ) -> list[tuple[int, int]]:
@@ -213,6 +215,7 @@ def _pairs(
         return [(shared, shared)]
     return [(k, k) for k in range(shared if skip_shared else 0, len(both))]
 
+
 def _only_divergence(chosen: _Response, rejected: _Response, pair: tuple[int, int]) -> list[_Response]:
     """The two responses with the pair's steps cut down to the first token in which they differ."""
     places = [[i for i, s in enumerate(side.dense) if s == k] for side, k in zip((chosen, rejected), pair, strict=True)]
@@ -224,15 +227,18 @@ def _only_divergence(chosen: _Response, rejected: _Response, pair: tuple[int, in
         for side, some, k in zip((chosen, rejected), places, pair, strict=True)
     ]
 
+
 def _by_step(side: _Response) -> list[list[int]]:
     steps: list[list[int]] = [[] for _ in range(side.dense[-1] + 1)]
     for i, step in zip(side.ids, side.dense, strict=True):
         steps[step].append(i)
     return steps
 
+
 def _encode(tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return encoded["input_ids"], encoded["offset_mapping"]
+
 
 def encode_response(tokenizer, prompt: str, head: Sequence[int], text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Ids of the response, and their offsets in it."""
@@ -247,6 +253,7 @@ def encode_response(tokenizer, prompt: str, head: Sequence[int], text: str) -> t
         raise UnusableRow("whose response has no tokens")
     return ids, offsets
 
+
 def prompt_text(prompt: str | list, tokenizer, template_options: Mapping | None = None) -> tuple[str, list[int]]:
     """(its text, special tokens that the tokenizer puts before a text)"""
     if not isinstance(prompt, str):
@@ -255,6 +262,7 @@ def prompt_text(prompt: str | list, tokenizer, template_options: Mapping | None 
     plain, full = _encode(tokenizer, "a")[0], tokenizer("a")["input_ids"]
     at = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
     return prompt, list(full[:at])
+
 
 def response_text(
     messages: str | list,

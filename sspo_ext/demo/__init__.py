@@ -8,19 +8,19 @@ Problems of the table are in no training.
 
 from __future__ import annotations
 
-
-from collections.abc import Sequence
-from dataclasses import asdict
-from dataclasses import dataclass
-from pathlib import Path
-from tqdm.auto import tqdm
-from transformers.utils.logging import disable_progress_bar
 import copy
 import json
 import logging
 import os
 import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
 import torch
+from tqdm.auto import tqdm
+from transformers.utils.logging import disable_progress_bar
+
 from ..signals.credit.gae import step_gae
 from ..signals.values import StepValues
 from ..train.experience import Rollout
@@ -28,6 +28,7 @@ from ..train.progress import curves
 from ..train.sspo_trainer import SSPOTrainer
 from .arms import Progress, load_start, make_trainer, means, measure
 from .tasks import Problem, Task
+
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -40,6 +41,7 @@ class DemoConfig:
     lr: float = 5e-4
     held_out: int = 200
 
+
 def run(output_dir: str | os.PathLike, config: DemoConfig | None = None) -> dict:
     """Trains, prints the table, writes demo.png, demo.json and the model; returns what demo.json holds.
 
@@ -51,6 +53,7 @@ def run(output_dir: str | os.PathLike, config: DemoConfig | None = None) -> dict
         return _run(Path(output_dir), config or DemoConfig())
     finally:
         torch.set_num_threads(threads)
+
 
 def _run(folder: Path, config: DemoConfig) -> dict:
     began = time.monotonic()
@@ -89,6 +92,7 @@ def _run(folder: Path, config: DemoConfig) -> dict:
     print(f"\n{result['seconds']:.0f} s. Picture: {folder / 'demo.png'}  Model: {folder / 'model'}")
     return result
 
+
 def _stage(
     trainer: SSPOTrainer, task: Task, held_out: Sequence[Problem], config: DemoConfig
 ) -> tuple[dict, list[dict]]:
@@ -96,6 +100,7 @@ def _stage(
     found, rollouts = measure(trainer, task, held_out)
     sampled, _ = measure(trainer, task, held_out, temperature=1.0, seed=config.seed)
     return {"greedy": means(found), "sampled": means(sampled)}, chains_of(trainer, rollouts[:24], config)
+
 
 def chains_of(trainer: SSPOTrainer, rollouts: Sequence[Rollout], config: DemoConfig) -> list[dict]:
     """Whether the answer is right; and every step's text, the value after it as the model sees it, and its advantage
@@ -115,6 +120,7 @@ def chains_of(trainer: SSPOTrainer, rollouts: Sequence[Rollout], config: DemoCon
         }
         for r, after, advantage in zip(rollouts, values.to_lists(), parts, strict=True)
     ]
+
 
 def table(stages: dict) -> str:
     """The held-out problems in markdown: before, outcome only, SSPO."""

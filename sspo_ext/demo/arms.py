@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from tqdm.auto import tqdm
-from transformers import LlamaForCausalLM
-from transformers import PreTrainedTokenizerFast
-from transformers import PrinterCallback
-from transformers import TrainerCallback
-import os
+
 import torch
+from tqdm.auto import tqdm
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+
 from ..train.experience import Rollout
 from ..train.sspo_config import SSPOConfig
 from ..train.sspo_trainer import SSPOTrainer
@@ -21,13 +19,16 @@ START = Path(__file__).parent / "start"
 
 MAX_TOKENS = 110  # a wordy solution has 47
 
+
 def load_start(folder: str | os.PathLike = START) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """The start model in float32, and its tokenizer."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer
 
+
 def rows_of(problems: Sequence[Problem]) -> list[dict]:
     return [{"prompt": p.prompt, "answer": p.answer, "problem": p} for p in problems]
+
 
 def make_trainer(
     model: LlamaForCausalLM,
@@ -63,6 +64,7 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)
     return trainer
 
+
 def measure(
     trainer: SSPOTrainer, task: Task, problems: Sequence[Problem], *, temperature: float = 0.0, seed: int = 0
 ) -> tuple[dict, list[Rollout]]:
@@ -79,10 +81,12 @@ def measure(
     }
     return found, rollouts
 
+
 def means(found: dict) -> dict[str, float]:
     return {
         "accuracy" if name == "correct" else name: sum(values) / max(len(values), 1) for name, values in found.items()
     }
+
 
 class Progress(TrainerCallback):
     """One bar over all updates of all arms."""

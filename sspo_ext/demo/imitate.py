@@ -7,19 +7,20 @@ made the model that the demo ships with (sums, English, seed 0; 233k weights in 
 
 from __future__ import annotations
 
-
-from pathlib import Path
-from tqdm.auto import tqdm
-from transformers import LlamaConfig
-from transformers import LlamaForCausalLM
 import argparse
 import math
 import os
 import random
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from .._help import DefaultsFormatter
 from .tasks import FAMILIES, LANGUAGES, Task, solution_text
+
 
 def new_model(tokenizer, *, hidden_size: int = 96, seed: int = 0) -> LlamaForCausalLM:
     """Two layers, four heads, random weights."""
@@ -31,6 +32,7 @@ def new_model(tokenizer, *, hidden_size: int = 96, seed: int = 0) -> LlamaForCau
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
+
 
 def imitate(
     model: LlamaForCausalLM, tokenizer, task: Task, *, steps: int, lr: float = 3e-3, batch_size: int = 32, seed: int = 0
@@ -63,6 +65,7 @@ def imitate(
                 bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     return losses
 
+
 def make_start_model(folder: str | os.PathLike, task: Task, *, steps: int = 2200, seed: int = 0) -> None:
     """Trains and saves model (weights in bfloat16) and tokenizer; complete or not there at all."""
     tokenizer = task.tokenizer()
@@ -73,6 +76,7 @@ def make_start_model(folder: str | os.PathLike, task: Task, *, steps: int = 2200
     model.to(torch.bfloat16).save_pretrained(part)
     tokenizer.save_pretrained(part)
     part.rename(folder)
+
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=DefaultsFormatter)
@@ -85,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     task = Task(options.family, options.language)
     make_start_model(options.output_dir, task, steps=options.steps, seed=options.seed)
+
 
 if __name__ == "__main__":
     main()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Sequence
 from os import PathLike
+
 from ..tracing.picture import signed
 from ..train.progress import draw_path, finish_path, smooth
 
 OUTCOME, SSPO, INK, PALE = "#b8860b", "#1f6f8b", "#2b2b2b", "#8a8a8a"
 
 _NAMES = {"outcome": ("outcome only (RLOO)", OUTCOME), "sspo": ("SSPO", SSPO)}
+
 
 def draw(result: dict, path: str | PathLike) -> None:
     """Writes a PNG from what `run` returns."""
@@ -48,6 +49,7 @@ def draw(result: dict, path: str | PathLike) -> None:
         figure.savefig(path)
         plt.close(figure)
 
+
 def _bars(axis, stages: dict) -> None:
     names = {"start": ("start", PALE), "outcome": ("outcome\nonly", OUTCOME), "sspo": ("SSPO", SSPO)}
     for x, (name, stage) in enumerate(stages.items()):
@@ -58,6 +60,7 @@ def _bars(axis, stages: dict) -> None:
     axis.set_xticks(range(len(stages)), [names[name][0] for name in stages])
     axis.set(title="Held-out right answers: greedy, sampled (pale)", ylim=(0, 1.08))
     axis.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+
 
 def _chains(figure, chains: dict, problems: Sequence[str]) -> None:
     """The problem, solved before and after, whose solution loses most steps; steps in the colour of their advantage."""
@@ -94,6 +97,7 @@ def _chains(figure, chains: dict, problems: Sequence[str]) -> None:
     )
     bar.minorticks_off()
     bar.ax.set_yticklabels([f"{tick:+g}".replace("-", "\u2212") if tick else "0" for tick in ticks])
+
 
 def _shortened(chain: Sequence[dict], most: int = 14) -> list[dict]:
     if len(chain) <= most:

@@ -14,13 +14,11 @@ on to a wrong answer. No length appears in any reward: a solution is right or it
 
 from __future__ import annotations
 
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
-from typing import Any
 import hashlib
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 FAMILIES = ("sums", "letters", "sort")
 
@@ -51,12 +49,14 @@ _WORDS = {
     },
 }  # fmt: skip
 
+
 @dataclass(frozen=True)
 class Problem:
     prompt: str  # ends with a newline
     answer: str
     start: Any = field(repr=False)
     ops: tuple = field(repr=False)
+
 
 @dataclass(frozen=True)
 class Review:
@@ -65,6 +65,7 @@ class Review:
     correct: bool
     steps: int
     skipped: int
+
 
 class Task:
     """One family in one language. `probe` is what an answer line begins with, hence the text that asks for a value."""
@@ -249,13 +250,16 @@ class Task:
             clean_up_tokenization_spaces=False,
         )  # fmt: skip
 
+
 def solution_text(lines: Sequence[str]) -> str:
     """Lines as the model should write them: each ends with a newline but the last, which ends the sequence."""
     return " \n ".join(lines)
 
+
 def _draw(table, rng: random.Random):
     values, weights = zip(*table, strict=True)
     return rng.choices(values, weights)[0]
+
 
 def _common(wanted: Sequence[str], written: Sequence[str]) -> int:
     """Length of the longest common subsequence."""

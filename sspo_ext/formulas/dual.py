@@ -3,9 +3,9 @@ dispatcher's autograd keys in an op that torch.compile runs."""
 
 from __future__ import annotations
 
-
-from torch import Tensor
 import torch
+from torch import Tensor
+
 
 class Dual:
     """value + slope * e with e * e = 0, elementwise: a function of it carries its derivative as the slope.
@@ -50,27 +50,34 @@ class Dual:
             raise NotImplementedError(f"{func}: no derivative here yet, add its rule to dual.py")
         return rule(*args, **(kwargs or {}))
 
+
 def _parts(x) -> tuple[Tensor | float, Tensor | float]:
     return (x.value, x.slope) if isinstance(x, Dual) else (x, 0.0)
+
 
 def _exp(x: Dual) -> Dual:
     y = torch.exp(x.value)
     return Dual(y, y * x.slope)
 
+
 def _expm1(x: Dual) -> Dual:
     return Dual(torch.expm1(x.value), torch.exp(x.value) * x.slope)
 
+
 def _square(x: Dual) -> Dual:
     return Dual(torch.square(x.value), 2 * x.value * x.slope)
+
 
 def _clamp(x: Dual, min: float | None = None, max: float | None = None) -> Dual:
     y = torch.clamp(x.value, min, max)
     return Dual(y, torch.where(y == x.value, x.slope, 0.0))  # at a bound the slope passes, as torch's does
 
+
 def _minimum(x, y) -> Dual:
     """Where the two are equal, the mean of their slopes, as torch has it."""
     (a, da), (b, db) = _parts(x), _parts(y)
     return Dual(torch.minimum(a, b), torch.where(a < b, da, torch.where(b < a, db, (da + db) / 2)))
+
 
 _RULES = {
     torch.exp: _exp,

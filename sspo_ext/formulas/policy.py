@@ -6,19 +6,20 @@ route, `Dual` inside the linear route's op.
 
 from __future__ import annotations
 
-
-from collections.abc import Callable
-from collections.abc import Mapping
-from dataclasses import dataclass
-from torch import Tensor
-from typing import NamedTuple
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
+
 from .._checks import check_choice, describe
 
 MAX_LOG_RATIO = 20.0  # exp of it is finite with room to spare; a ratio beyond is a training run that is lost anyway
 
 LEVELS = ("token", "step", "sequence")
+
 
 class PolicyScores(NamedTuple):
     """What a policy head sees of N tokens; (N,) each."""
@@ -26,6 +27,7 @@ class PolicyScores(NamedTuple):
     logp: Tensor
     ratio: Tensor  # of the token, or of its step or sequence
     advantage: Tensor  # constant
+
 
 @dataclass(frozen=True)
 class PolicyHead:
@@ -65,7 +67,9 @@ class PolicyHead:
             values["delta"] = math.inf if values["delta"] is None else values["delta"]
         return tuple(float(v) for v in values.values())
 
+
 POLICY_HEADS: dict[str, PolicyHead] = {}
+
 
 def _policy_head(name, *, options, has_ratio, formula, source, use):
     def register(fn):
@@ -74,9 +78,11 @@ def _policy_head(name, *, options, has_ratio, formula, source, use):
 
     return register
 
+
 def get_policy_head(name: str) -> PolicyHead:
     check_choice("loss_type", name, tuple(POLICY_HEADS))
     return POLICY_HEADS[name]
+
 
 @_policy_head(
     "reinforce",
@@ -88,6 +94,7 @@ def get_policy_head(name: str) -> PolicyHead:
 )
 def _reinforce(s: PolicyScores):
     return -(s.advantage * s.logp)
+
 
 @_policy_head(
     "ppo",
@@ -102,6 +109,7 @@ def _ppo(s: PolicyScores, epsilon, epsilon_high, delta):
     clipped = torch.clamp(s.ratio, 1 - epsilon, 1 + epsilon_high)
     return -torch.minimum(torch.clamp(s.ratio, max=delta) * s.advantage, clipped * s.advantage)
 
+
 @_policy_head(
     "cispo",
     options={"epsilon_high": 5.0},
@@ -112,6 +120,7 @@ def _ppo(s: PolicyScores, epsilon, epsilon_high, delta):
 )
 def _cispo(s: PolicyScores, epsilon_high):
     return -(torch.clamp(s.ratio.detach(), max=epsilon_high) * s.advantage * s.logp)
+
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "k1": lambda d: d,

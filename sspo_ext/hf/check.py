@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-
-from torch import Tensor
-from torch import nn
 from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from .forward import _run
 from .head import LMHead, model_head
 from .wrappers import _find_head, _unsupported, eval_mode
 
 # Gains of the self-check: from the activations as they are to far above any softcap.
 _GAINS = (1.0, 8.0, 64.0, 512.0, 4096.0, 32768.0)
+
 
 def check_head(model: nn.Module, sample_inputs: dict[str, Any]) -> LMHead:
     """Start-up self-check: does `model_head` describe this model's logits? Returns it if so.
@@ -45,9 +46,11 @@ def check_head(model: nn.Module, sample_inputs: dict[str, Any]) -> LMHead:
     # Again, since a weight that PEFT computes (trainable_token_indices) has no gradient when taken under no_grad.
     return model_head(model)
 
+
 def _ladder(hidden: Tensor) -> Tensor:
     gains = torch.tensor(_GAINS, dtype=hidden.dtype, device=hidden.device)
     return hidden[:, :1] * gains[None, :, None]
+
 
 def _linear(inner: nn.Module, hidden: Tensor, head: LMHead) -> Tensor:
     weight = head.weight.full_tensor() if hasattr(head.weight, "full_tensor") else head.weight
@@ -55,6 +58,7 @@ def _linear(inner: nn.Module, hidden: Tensor, head: LMHead) -> Tensor:
         return F.linear(hidden, weight, head.bias)
     except RuntimeError as error:
         raise _unsupported(inner, f"its output head is not one matrix product ({error})") from error
+
 
 def _compare(inner: nn.Module, head: LMHead, raw: Tensor, theirs: Tensor) -> None:
     """Rows of the ladder one by one: the roundings of the model's own map are relative, so each row has a bound."""

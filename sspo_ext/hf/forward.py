@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-
-from collections.abc import Callable
-from torch import Tensor
-from torch import nn
-from typing import Any
 import inspect
 import threading
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor, nn
+
 from .wrappers import _find_head, _unsupported
+
 
 def forward_hidden(model: nn.Module, **inputs: Any) -> tuple[Tensor, Any]:
     """Run the model and return what its head reads, with gradient, and the model's outputs.
@@ -41,6 +42,7 @@ def forward_hidden(model: nn.Module, **inputs: Any) -> tuple[Tensor, Any]:
     outputs, tap = _run(model, inputs, _first_position)
     return tap.hidden, outputs
 
+
 def forward_logits_at(
     model: nn.Module, positions: Tensor, *, use_cache: bool = False, **inputs: Any
 ) -> tuple[Tensor, Any]:
@@ -60,6 +62,7 @@ def forward_logits_at(
     """
     outputs, _ = _run(model, inputs, lambda hidden: hidden.flatten(0, 1)[positions][None], use_cache)
     return (outputs.logits if hasattr(outputs, "logits") else outputs[0])[0], outputs
+
 
 class _Tap:
     """Forward pre-hook of the head: keeps its input and passes on what `narrow` makes of it."""
@@ -82,8 +85,10 @@ class _Tap:
         self.passed = self.narrow(args[0])
         return (self.passed, *args[1:]), kwargs
 
+
 def _first_position(hidden: Tensor) -> Tensor:
     return hidden[:, :1]
+
 
 def _run(
     model: nn.Module, inputs: dict[str, Any], narrow: Callable[[Tensor], Tensor], use_cache: bool = False

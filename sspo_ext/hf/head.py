@@ -8,15 +8,15 @@ against our scale and softcap, once, at the start.
 
 from __future__ import annotations
 
-
-from dataclasses import dataclass
-from torch import Tensor
-from torch import nn
-from typing import Any
 import math
 import sys
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from .wrappers import _find_head, _unsupported
 
 _SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -28,6 +28,7 @@ _SCALE_FIELDS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _MULTIPLY_BY_LOGITS_SCALING = ("hyperclovax",)
 
 _SCALE_NOT_AFTER_HEAD = ("minicpm3", "mpt")
+
 
 @dataclass(frozen=True, eq=False)
 class LMHead:
@@ -60,6 +61,7 @@ class LMHead:
         """(..., H) -> (..., V) in the weight's dtype: the reference expression, which stores all of the logits."""
         return self.post(F.linear(hidden.to(self.weight.dtype), self.weight, self.bias))
 
+
 def model_head(model: nn.Module) -> LMHead:
     """The output head of a causal LM, wrapped or not: its parameters as they are, scale and softcap from its config.
 
@@ -89,6 +91,7 @@ def model_head(model: nn.Module) -> LMHead:
         weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
     return LMHead(weight, bias, scale, softcap)
 
+
 def _check_weight(inner: nn.Module, head: nn.Module, weight: Any, name: str = "weight", ndim: int = 2) -> None:
     what = f"its output head's {name} ({type(head).__name__})"
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
@@ -114,6 +117,7 @@ def _check_weight(inner: nn.Module, head: nn.Module, weight: Any, name: str = "w
             f"{what} has shape {tuple(weight.shape)} here (sharded by ZeRO-3?)",
             "gather it first (deepspeed.zero.GatheredParameters)",
         )
+
 
 def _head_map(inner: nn.Module) -> tuple[float, float | None, int | None]:
     """(scale, softcap, number of vocabulary entries that logits keep) as the text config declares them."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Iterator
 from contextlib import contextmanager
+
 from torch import nn
 
 # Virtual tokens of these come before the text in the logits.
@@ -12,8 +12,10 @@ _PREPENDS_POSITIONS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "
 
 _WAY_OUT = "use route='logits'"
 
+
 class UnsupportedHead(ValueError):
     """The logits are not softcap(scale * (hidden @ weight.T + bias)) of a plain weight; says why, and a way out."""
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The Hugging Face or PEFT model inside DDP, FSDP1, DeepSpeed and torch.compile wrappers, or the model itself."""
@@ -24,6 +26,7 @@ def unwrap(model: nn.Module) -> nn.Module:
                 break
         else:
             return model
+
 
 def _find_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """(Hugging Face or PEFT model, its output embeddings), after the checks that need no weight."""
@@ -52,6 +55,7 @@ def _find_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
         raise _unsupported(inner, "has no output embeddings (get_output_embeddings() gives none)")
     return inner, head
 
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode, and afterwards each as it was."""
@@ -63,6 +67,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
 
 def _unsupported(model: nn.Module, what: str, way_out: str | None = None) -> UnsupportedHead:
     if hasattr(model, "get_base_model"):

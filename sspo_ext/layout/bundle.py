@@ -1,13 +1,12 @@
-"""A frozen bundle of tensors that moves between devices as one."""
+"""The base of layouts and pairs: a frozen bundle of tensors that moves between devices as one."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields, replace
 
-from dataclasses import dataclass
-from dataclasses import fields
-from dataclasses import replace
-from torch import Tensor
 import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TensorBundle:
@@ -25,6 +24,21 @@ class TensorBundle:
     def pin_memory(self, device=None):
         """Called by DataLoader(pin_memory=True)."""
         return self._map(lambda t: t.pin_memory())
+
+
+class Steps(TensorBundle):
+    """What pairs need to know of a layout: its steps, on the host, and its device."""
+
+    host_step_offsets: Tensor  # (S + 1,) int64
+
+    @property
+    def num_steps(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        raise NotImplementedError
+
 
 def constant(values: Tensor) -> Tensor:
     """Detached, in float32, or in float64 if it came so."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 
-from dataclasses import dataclass
-from dataclasses import replace
-from torch import Tensor
 import numpy as np
 import torch
+from torch import Tensor
+
 from .._checks import check_float, check_integer, check_shape
-from .bundle import TensorBundle, constant
-from .steps import StepLayout
+from .bundle import Steps, TensorBundle, constant
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StepPairs(TensorBundle):
@@ -48,7 +48,7 @@ class StepPairs(TensorBundle):
     @classmethod
     def from_index(
         cls,
-        layout: StepLayout,
+        layout: Steps,
         index: Tensor,  # (P, 2) int: winner step, loser step, as numbered in the layout
         *,
         weights: Tensor | None = None,  # (P,) float: multiplies a pair's loss
@@ -127,6 +127,7 @@ class StepPairs(TensorBundle):
         """(S,) int64: the connected component of each step, -1 for a step in no pair. Losses of different units are
         independent."""
         return connected_steps(self.host_index.numpy(), self.num_steps)
+
 
 def connected_steps(index: np.ndarray, num_steps: int) -> np.ndarray:
     """(S,) int64: the smallest step of the connected component of each step, -1 for a step in no pair of `index` (P,

@@ -7,19 +7,19 @@ handful of small async copies.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 
-from dataclasses import dataclass
-from dataclasses import replace
-from torch import Tensor
 import numpy as np
 import torch
+from torch import Tensor
+
 from .._checks import check_float, check_integer, check_shape, check_tensor, describe
-from ..routes.linear.plan import LinearPlan
-from .bundle import TensorBundle, constant
+from .bundle import Steps, constant
 from .pairs import StepPairs
 
+
 @dataclass(frozen=True, eq=False, repr=False)
-class StepLayout(TensorBundle):
+class StepLayout(Steps):
     """Rows and steps of a batch of B sequences of padded length T. Build it with a `from_...` classmethod.
 
     `labels` are unshifted, like Hugging Face's: the logits at position t - 1 predict the label at t, in the same
@@ -270,8 +270,6 @@ class StepLayout(TensorBundle):
     def pair_by_index(self) -> StepPairs:
         """Pairs step k of sequence i (chosen) with step k of sequence i + B/2 (rejected); steps without a partner are
         left out."""
-        from .pairs import StepPairs
-
         half, odd = divmod(self.num_sequences, 2)
         if odd:
             raise ValueError(
@@ -284,36 +282,6 @@ class StepLayout(TensorBundle):
         k = np.arange(common.sum()) - np.repeat(np.cumsum(common) - common, common)
         chosen, rejected = np.repeat(first[:half], common) + k, np.repeat(first[half:], common) + k
         return StepPairs.from_index(self, torch.from_numpy(np.stack([chosen, rejected], axis=1)))
-
-    def plan(
-        self,
-        pairs: StepPairs | None = None,
-        *,
-        vocab: int,
-        hidden: int,
-        dtype: torch.dtype = torch.float32,
-        chunk_bytes: int | None = None,
-        hidden_gradient: bool = True,
-        weight_gradient: bool = True,
-        bias_gradient: bool = False,
-        logps_only: bool = False,
-        reductions: bool = False,
-    ) -> LinearPlan:
-        """What `linear_step_pref_loss` will do with this batch: rows, chunks, GEMMs, FLOPs, bytes. Print it.
-
-        pairs: default pair by index, as there. dtype: the one GEMMs run in. `logps_only` plans `linear_step_logps`,
-        `reductions` the same with entropy, sum_p2 or kl (for kl without the reference's own products).
-        """
-        from ..routes.linear.plan import plan_for
-
-        logps_only = logps_only or reductions
-        if pairs is None and not logps_only:
-            pairs = self.pair_by_index()
-        return plan_for(
-            self, None if logps_only else pairs, vocab=vocab, hidden=hidden, dtype=dtype, chunk_bytes=chunk_bytes,
-            hidden_gradient=hidden_gradient, weight_gradient=weight_gradient, bias_gradient=bias_gradient,
-            reductions=reductions,
-        )  # fmt: skip
 
     def check_logits(self, logits: Tensor, name: str = "logits") -> Tensor:
         """(B, T, V) view of `logits` whose last dimension is contiguous; raises if they do not fit this layout."""
@@ -336,14 +304,17 @@ class StepLayout(TensorBundle):
         if not torch.compiler.is_compiling() and self.max_label is not None and self.max_label[0] >= vocab:
             raise ValueError(_label_message(self.max_label, vocab, None))
 
+
 def _packed_weights(weights: Tensor, total: int) -> Tensor:
     check_shape("token_weights", weights, (total,))
     return weights[None]
+
 
 def _refuse(bad: np.ndarray, ids: np.ndarray, name: str, expected: str) -> None:
     if bad.any():
         b, t = (int(i) for i in np.argwhere(bad)[0])
         raise ValueError(f"{name}: expected {expected}, got {int(ids[b, t])} in sequence {b} at position {t}")
+
 
 def _label_message(where: tuple[int, int, int], vocab_size: int | None, ignore_index: int | None) -> str:
     value, sequence, position = where

@@ -1,5 +1,6 @@
 """The public losses: `step_pref_loss` and its kin, and every loss that is a function of step log-probs."""
 
+from ..routes.linear.plan import LinearPlan, policy_plan, pref_plan
 from .catalogue import Entry, catalogue
 from .common import LOSS_FUNCTIONS, LossFunction, StepLossOutput
 from .lists import level_pairs, listwise_loss, plackett_luce_loss, tpo_l_loss, tpo_loss, trpa_loss
@@ -16,6 +17,7 @@ from .unpaired import apo_zero_unpaired_loss, kto_loss, kto_reference_point
 __all__ = [
     "LOSS_FUNCTIONS",
     "Entry",
+    "LinearPlan",
     "LossFunction",
     "RewardMean",
     "StepLossOutput",
@@ -41,7 +43,9 @@ __all__ = [
     "oreo_loss",
     "oreo_value_loss",
     "plackett_luce_loss",
+    "policy_plan",
     "pref_loss",
+    "pref_plan",
     "spo_weights",
     "step_logps",
     "step_policy_loss",

@@ -1,21 +1,16 @@
-"""Every loss of this package in one table; writes docs/losses.md.
-
-    python -m sspo_ext.losses.catalogue [--check]
-
-`--check` writes nothing and fails if the page is stale. The parity column comes from docs/parity.json, which
-tests/test_parity_losses.py and tests/test_parity_policy.py measure.
-"""
+"""Every loss of this package in one table: the source of docs/losses.md."""
 
 from __future__ import annotations
 
-
-from dataclasses import dataclass
-from dataclasses import field
 import inspect
+from dataclasses import dataclass, field
+
 from ..formulas.policy import POLICY_HEADS
 from ..formulas.registry import PAIR_HEADS, PairHead
+from . import lists, targets, tokens, transport, unpaired  # noqa: F401, I001 (they fill LOSS_FUNCTIONS, in this order)
 from .common import LOSS_FUNCTIONS, LossFunction
 from .recipes import RECIPES
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -30,8 +25,9 @@ class Entry:
     needs: str
     options: dict[str, float | None] = field(default_factory=dict)
 
-def entries() -> list[Entry]:
-    """Pair heads, functions of step log-probs, policy heads and recipes, in this order."""
+
+def catalogue() -> list[Entry]:
+    """Every loss of this package: pair formulas, functions of step log-probs, policy formulas, recipes, in this order."""
     return [
         *(_of_head(head) for head in PAIR_HEADS.values()),
         *(_of_function(function) for function in LOSS_FUNCTIONS.values()),
@@ -45,6 +41,7 @@ def entries() -> list[Entry]:
         *(Entry(name, "recipe", how, "", source, "", needs) for name, how, source, needs in RECIPES),
     ]  # fmt: skip
 
+
 def _of_head(head: PairHead) -> Entry:
     needs = {"optional": "pairs", "required": "pairs, reference", "forbidden": "pairs, no reference"}[head.reference]
     takes = [
@@ -57,15 +54,10 @@ def _of_head(head: PairHead) -> Entry:
     call = f'step_pref_loss(..., loss_type="{head.name}")'
     return Entry(head.name, "pair", call, head.formula, head.source, head.use, needs, dict(head.options))
 
+
 def _of_function(f: LossFunction) -> Entry:
     parameters = inspect.signature(f.fn).parameters.values()
     options = {p.name: p.default for p in parameters if type(p.default) is float}
     needs = f.needs + f"; mean over {f.unit}s" if f.unit != "pair of sequences" else f.needs + "; mean over pairs"
     call = f"{f.fn.__module__.removeprefix('sspo_ext.')}.{f.fn.__name__}(logps, layout, ...)"
     return Entry(f.name, "function", call, f.formula, f.source, f.use, needs, options)
-
-def catalogue() -> list:
-    """Every loss of this package: `sspo_ext.losses.catalogue.Entry` objects with formula, source, options and needs."""
-    pass
-
-    return entries()

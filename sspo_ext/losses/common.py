@@ -6,18 +6,19 @@ does, and they run on either route, whoever made the log-probs.
 
 from __future__ import annotations
 
-
 from collections.abc import Callable
-from dataclasses import dataclass
-from dataclasses import field
-from torch import Tensor
+from dataclasses import dataclass, field
+
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from .._checks import check_choice, check_device, check_float, check_integer, check_num_items, check_shape, describe
 from ..layout.bundle import constant
 from ..layout.steps import StepLayout
 from ..objective.pair_arguments import check_logps, reference_sums
 from ..objective.sums import StepLogps
+
 
 @dataclass(frozen=True, eq=False)
 class StepLossOutput:
@@ -27,6 +28,7 @@ class StepLossOutput:
     losses: Tensor  # (U,) unweighted loss of each unit (step, sequence, pair or list); 0 for one with nothing to score
     rewards: Tensor  # (S,) beta * (S_k - S_k_ref)
     metrics: dict[str, Tensor] = field(repr=False, default_factory=dict)  # 0-dim, on the device
+
 
 @dataclass(frozen=True)
 class LossFunction:
@@ -40,7 +42,9 @@ class LossFunction:
     unit: str  # what its mean is over
     needs: str = ""  # beyond step log-probs
 
+
 LOSS_FUNCTIONS: dict[str, LossFunction] = {}
+
 
 def loss_function(name: str, **facts):
     def register(fn):
@@ -50,6 +54,7 @@ def loss_function(name: str, **facts):
 
     return register
 
+
 def log_ratios(logps: StepLogps, layout: StepLayout, ref, needed_by: str | None = None) -> Tensor:
     """(S,): u_k = S_k - S_k_ref, or S_k without a reference."""
     check_logps("logps", logps, layout)
@@ -57,6 +62,7 @@ def log_ratios(logps: StepLogps, layout: StepLayout, ref, needed_by: str | None 
         raise ValueError(f"ref: {needed_by} needs a reference, got None")
     sums = reference_sums(ref, layout)
     return logps.sums if sums is None else logps.sums - sums.to(logps.sums.dtype)
+
 
 def row_log_ratios(logps: StepLogps, layout: StepLayout, ref, needed_by: str) -> Tensor:
     """(N,): log(pi / ref) of each scored token, from a reference with tokens, detached."""
@@ -71,6 +77,7 @@ def row_log_ratios(logps: StepLogps, layout: StepLayout, ref, needed_by: str) ->
             f"{describe(ref)}"
         )
     return (logps.tokens - tokens.to(logps.tokens.dtype)).detach()
+
 
 class StepGrid:
     """Steps as (B, K): one sequence a row, so that sums along a sequence are ordered and need no atomics."""
@@ -100,12 +107,14 @@ class StepGrid:
         """(S,) -> (S,): each step's value and those of its sequence's later steps."""
         return self.gather(self.spread(values).flip(1).cumsum(1).flip(1))
 
+
 def per_unit(name: str, value: Tensor, size: int, like: Tensor) -> Tensor:
     """A constant (size,) argument, in the log-probs' dtype."""
     check_float(name, value)
     check_shape(name, value, (size,))
     check_device(name, value, like.device, "the log-probs")
     return constant(value).to(like.dtype)
+
 
 def unit_numbers(name: str, index: Tensor, layout: StepLayout, *, unit: str = "step", padded: bool = False) -> Tensor:
     """The int64 numbers of steps, or of sequences; `padded`: a negative one is none. Checked where they are on the
@@ -119,6 +128,7 @@ def unit_numbers(name: str, index: Tensor, layout: StepLayout, *, unit: str = "s
             expected = f"below {end}" if padded else f"in [0, {end})"
             raise ValueError(f"{name}: expected {unit} numbers {expected}, got {high if high >= end else low}")
     return index.long()
+
 
 def reduce_units(
     losses: Tensor,  # (U,)
@@ -140,10 +150,12 @@ def reduce_units(
         return (total / num_items if num_items else 0 * total), losses
     return (total if reduction == "sum" else total / valid.sum().clamp(min=1)), losses
 
+
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """() over the elements of `mask`, 0 where there are none; detached."""
     values = values.detach()
     return torch.where(mask, values, torch.zeros_like(values)).sum() / mask.sum().clamp(min=1)
+
 
 def all_reduce(values: Tensor, group) -> Tensor:
     """The sum over the ranks of `group`; None is this rank alone."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-
-from torch import Tensor
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from .._checks import check_not_negative, check_positive, check_shape, describe
 from ..formulas.numerics import logistic
 from ..layout.pairs import StepPairs
@@ -15,6 +15,7 @@ from ..objective.sums import StepLogps
 from .common import StepLossOutput, log_ratios, loss_function, per_unit, reduce_units, unit_numbers
 
 _NOBODY = -1e30  # the reward of a list's padding
+
 
 def _list_scores(logps, layout: StepLayout, lists: Tensor, ref, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     """u (S,); beta * u of each list's members (G, n), very small where there is none; which there are (G, n)."""
@@ -27,6 +28,7 @@ def _list_scores(logps, layout: StepLayout, lists: Tensor, ref, beta: float) -> 
     rewards = beta * u[lists.clamp(min=0)]
     # an infinity would have no gradient through logcumsumexp
     return u, torch.where(there, rewards, torch.full_like(rewards, _NOBODY)), there
+
 
 @loss_function(
     "plackett_luce",
@@ -53,6 +55,7 @@ def plackett_luce_loss(
     losses = torch.where(there, rest - rewards, torch.zeros_like(rest)).sum(1)
     loss, losses = reduce_units(losses, there.sum(1) > 1, weights, reduction, num_items)
     return StepLossOutput(loss, losses.detach(), beta * u.detach())
+
 
 @loss_function(
     "listwise",
@@ -87,6 +90,7 @@ def listwise_loss(
     loss, losses = reduce_units(losses, enough, weights, reduction, num_items)
     return StepLossOutput(loss, losses.detach(), beta * u.detach())
 
+
 @loss_function(
     "tpo",
     formula="-q ls(z) - (1 - q) ls(-z) + tpo_alpha NLL(gold),  z = beta (S_w - S_l); NLL over all gold tokens",
@@ -109,6 +113,7 @@ def tpo_loss(
 ) -> StepLossOutput:
     """Triple preference optimisation: a reference-free logistic loss and the gold responses' token-mean NLL."""
     return _tpo(logps, layout, pairs, gold, False, beta, 0.0, tpo_alpha, label_smoothing, reduction, num_items)
+
 
 @loss_function(
     "tpo_l",
@@ -134,6 +139,7 @@ def tpo_l_loss(
     """TPO on token means, with a target margin in units of the reward."""
     return _tpo(logps, layout, pairs, gold, True, beta, tpo_l_gamma, tpo_alpha, label_smoothing, reduction, num_items)
 
+
 def _tpo(logps, layout, pairs, gold, means, beta, gamma, alpha, label_smoothing, reduction, num_items):
     check_positive("beta", beta)
     check_not_negative("tpo_alpha", alpha)
@@ -150,6 +156,7 @@ def _tpo(logps, layout, pairs, gold, means, beta, gamma, alpha, label_smoothing,
     gold = unit_numbers("gold", gold, layout)
     nll = -sums[gold].sum() / layout.counts[gold].sum().clamp(min=1)
     return StepLossOutput(loss + alpha * nll, losses.detach(), beta * scores.detach(), {"nll": nll.detach()})
+
 
 @loss_function(
     "trpa",
@@ -184,6 +191,7 @@ def trpa_loss(
     z = torch.where(top, top_scale * z, z)
     loss, losses = reduce_units(-F.logsigmoid(z), pairs.valid, None, reduction, num_items)
     return StepLossOutput(loss, losses.detach(), beta * u.detach())
+
 
 def level_pairs(levels: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     """Pairs (P, 2) of steps of one group whose levels differ, the smaller level (1 is best) winning, and (P,) whether

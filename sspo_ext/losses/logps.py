@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-
-from torch import Tensor
 import torch
+from torch import Tensor
+
 from .. import backends
 from .._checks import check_device, check_float, check_shape
 from ..backends import reference
@@ -17,6 +17,7 @@ from ..routes.linear.settings import _prepare
 from ..routes.logits.prepare import _no_inplace, layout_of, prepare
 from ..routes.logits.reductions import ReductionsRoute
 from ..routes.logits.route import LogitsRoute
+
 
 def linear_step_logps(
     hidden: Tensor,  # (B, T, H), or (total, H) with a packed layout: the model's last hidden states
@@ -72,6 +73,7 @@ def linear_step_logps(
         sums = StepSums.apply(tokens, layout, settings.backend)
     return StepLogps(sums, layout.counts, tokens)
 
+
 def step_logps(
     logits: Tensor,  # (B, T, V), or (total, V) with a packed layout
     layout: StepLayout | Tensor | None = None,
@@ -119,6 +121,7 @@ def step_logps(
         )
     _, sums, tokens, _ = LogitsRoute.apply(logits, layout, None, a, c, name, inplace_backward)
     return StepLogps(sums, layout.counts, tokens)
+
 
 def _with_reductions(
     logits, layout, entropy: bool, sum_p2: bool, ref: Tensor | None, a, c, requested: str, name: str, inplace_backward

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 
-from dataclasses import dataclass
-from dataclasses import field
-from torch import Tensor
 import torch
+from torch import Tensor
+
 from .. import backends
 from .._checks import check_float
 from ..formulas.policy import POLICY_HEADS
@@ -20,6 +20,7 @@ from ..routes.linear.policy import LinearPolicyRoute
 from ..routes.linear.settings import _prepare
 from ..routes.logits.prepare import layout_of
 from .logps import linear_step_logps, step_logps
+
 
 @dataclass(frozen=True, eq=False)
 class StepPolicyOutput:
@@ -77,6 +78,7 @@ class StepPolicyOutput:
             },
         )
         return self._metrics
+
 
 def step_policy_loss(
     logits: Tensor,
@@ -173,11 +175,13 @@ def step_policy_loss(
     )  # fmt: skip
     return policy_output(scored, layout, problem)
 
+
 def policy_output(scored: StepLogps, layout: StepLayout, problem: PolicyProblem) -> StepPolicyOutput:
     """Loss on differentiable log-probs."""
     entropy = None if scored.entropy is None else scored.entropy.detach()
     loss = problem.loss(scored.tokens, scored.entropy)
     return StepPolicyOutput(loss, scored.tokens.detach(), scored.sums.detach(), layout, problem, entropy)
+
 
 def linear_step_policy_loss(
     hidden: Tensor,
@@ -213,7 +217,7 @@ def linear_step_policy_loss(
     Only scored rows enter a GEMM. 1 GEMM (N x H x V) without gradients, 2 with a frozen head, 3 with a trained one:
     what ties tokens together is at most the ratio of a step or sequence, and one larger than a chunk costs 4 (3 with a
     frozen head and an entropy bonus), as it does in float16, whose gradients wait for the loss scale.
-    `sspo_ext.routes.linear.plan.policy_plan(layout, ...)` prints it. The losses' options are as in `step_policy_loss`, those
+    `sspo_ext.losses.policy_plan(layout, ...)` prints it. The losses' options are as in `step_policy_loss`, those
     of the linear route as in `linear_step_pref_loss`.
 
     Example::

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
-from torch import Tensor
-from torch import nn
 import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import torch
+from torch import Tensor, nn
+
 from ..backends import reference
 from ..formulas.registry import PAIR_HEADS
 from ..layout.pairs import StepPairs
@@ -24,6 +23,7 @@ from ..routes.linear.reference import _reference_tokens
 from ..routes.linear.settings import _prepare
 from ..routes.logits.prepare import layout_of, prepare
 from ..routes.logits.route import LogitsRoute
+
 
 @dataclass(frozen=True, eq=False)
 class StepPrefOutput:
@@ -88,6 +88,7 @@ class StepPrefOutput:
             named = zip(self.loss_types, self.term_losses, strict=True)
             self._metrics.update({f"loss/{name}": mean(losses) for name, losses in named})
         return self._metrics
+
 
 def step_pref_loss(
     logits: Tensor,
@@ -183,6 +184,7 @@ def step_pref_loss(
         loss, sums, _, losses = LogitsRoute.apply(logits, layout, spec, a, c, name, inplace_backward)
     return pref_output(loss, sums, losses, layout, spec)
 
+
 def pref_loss(
     logps: StepLogps,
     layout: StepLayout,
@@ -220,6 +222,7 @@ def pref_loss(
     loss, losses = loss_of_sums(logps.sums, layout, spec)
     return pref_output(loss, logps.sums, losses, layout, spec)
 
+
 def pref_output(
     loss: Tensor, sums: Tensor, term_losses: Tensor, layout: StepLayout, spec: PairLossSpec
 ) -> StepPrefOutput:
@@ -228,6 +231,7 @@ def pref_output(
         loss, sums.detach(), mixed_pair_losses(losses, spec), losses, tuple(t.head for t in spec.terms), layout,
         spec.pairs, spec.ref if first.ref else None, first.options[0], PAIR_HEADS[first.head].per_token_reward,
     )  # fmt: skip
+
 
 class StepPrefLoss(nn.Module):
     """`step_pref_loss` with its options bound, for those who want a module.
@@ -252,6 +256,7 @@ class StepPrefLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.options.items() if v is not None)
+
 
 def linear_step_pref_loss(
     hidden: Tensor,
@@ -287,7 +292,7 @@ def linear_step_pref_loss(
     chunks that fit `chunk_bytes`; extra memory is that budget and the gradients asked for, at any sequence length.
     Gradients are made in forward: 1 GEMM (N x H x V) without gradients, 2 with a frozen head, 3 with a trained one when
     each connected set of pairs fits in a chunk, 4 for a set that does not. In float16 a trained head costs 4 and its
-    gradients are made in backward, under the caller's loss scale. `layout.plan(...)` prints it. GEMMs run in the
+    gradients are made in backward, under the caller's loss scale. `sspo_ext.losses.pref_plan(layout, ...)` prints it. GEMMs run in the
     promoted dtype of hidden and weight, or in autocast's; a weight of another dtype is then copied once a call. The
     same budget gives the same bits.
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-
-
-
 # (name, how, source, what it needs)
 RECIPES: list[tuple[str, str, str, str]] = [
     (

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-
-from torch import Tensor
-from torch import nn
 import torch
+from torch import Tensor, nn
+
 from .._checks import check_positive
 from .common import all_reduce
 from .pref import StepPrefOutput
+
 
 class RewardMean(nn.Module):
     """BCO's reward shift: a running mean of chosen and rejected rewards, in buffers (`state_dict` saves them).

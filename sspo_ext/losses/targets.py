@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-
-from torch import Tensor
 import torch
+from torch import Tensor
+
 from .._checks import check_not_negative, check_positive, check_shape
 from ..formulas.numerics import logistic
 from ..layout.steps import StepLayout
 from ..objective.sums import StepLogps
 from .common import StepGrid, StepLossOutput, log_ratios, loss_function, masked_mean, per_unit, reduce_units
+
 
 @loss_function(
     "direct_advantage",
@@ -43,6 +44,7 @@ def direct_advantage_loss(
     valid = layout.counts > 0
     loss, losses = reduce_units(0.5 * torch.square(u - target), valid, weights, reduction, num_items)
     return StepLossOutput(loss, losses.detach(), beta * u.detach(), {"rewards/mean": masked_mean(beta * u, valid)})
+
 
 @loss_function(
     "oreo",
@@ -97,6 +99,7 @@ def oreo_loss(
         metrics["kl"] = kl.detach()
     return StepLossOutput(loss, losses.detach(), beta * u.detach(), metrics)
 
+
 @loss_function(
     "oreo_value",
     formula="(V_k - R + beta sg sum_{j>=k} u_j)^2",
@@ -123,11 +126,13 @@ def oreo_value_loss(
     loss, losses = reduce_units(torch.square(residual), layout.counts > 0, None, reduction, num_items)
     return StepLossOutput(loss, losses.detach(), beta * u.detach())
 
+
 def _oreo_parts(logps, layout: StepLayout, rewards: Tensor, ref, beta: float) -> tuple[Tensor, Tensor, StepGrid]:
     check_positive("beta", beta)
     u = log_ratios(logps, layout, ref, "OREO")
     outcome = per_unit("rewards", rewards, layout.num_sequences, u)[layout.step_sequence.long()]
     return u, outcome, StepGrid(layout)
+
 
 @loss_function(
     "implicit_prm",

@@ -5,10 +5,11 @@ Made in the collator, on the host. Tokens of weight 0 are left out of the layout
 
 from __future__ import annotations
 
-
-from torch import Tensor
 import torch
+from torch import Tensor
+
 from .._checks import check_float, check_integer, check_shape
+
 
 def ld_dpo_weights(labels: Tensor, ld_alpha: float, *, ignore_index: int = -100) -> Tensor:
     """(B, T): 1 up to the length that both responses of a pair have, ld_alpha beyond it (LD-DPO, arXiv 2409.06411).
@@ -28,6 +29,7 @@ def ld_dpo_weights(labels: Tensor, ld_alpha: float, *, ignore_index: int = -100)
     shared = scored.cumsum(1) <= common[:, None]
     return torch.where(shared, 1.0, float(ld_alpha))
 
+
 def tgdpo_weights(guide: Tensor, chosen: Tensor, *, beta: float, tgdpo_alpha: float) -> Tensor:
     """(B, T): 1 + alpha beta v_t on chosen sequences, 1 - alpha beta v_t on rejected ones (TGDPO, arXiv 2506.14574).
 
@@ -39,6 +41,7 @@ def tgdpo_weights(guide: Tensor, chosen: Tensor, *, beta: float, tgdpo_alpha: fl
     sign = torch.where(chosen, 1.0, -1.0)[:, None]
     return 1 + tgdpo_alpha * beta * sign * guide.detach().float()
 
+
 def spo_weights(old_logps: Tensor, threshold: float = 0.9) -> Tensor:
     """(B, T): 1 for tokens whose old probability is below the threshold, 0 for the rest (SPO-chain, arXiv 2505.23564).
 
@@ -46,6 +49,7 @@ def spo_weights(old_logps: Tensor, threshold: float = 0.9) -> Tensor:
     """
     check_float("old_logps", old_logps, ndim=2)
     return (old_logps.exp() < threshold).to(torch.float32)
+
 
 def full_step_weights(step_rewards: Tensor, step_ids: Tensor, *, tau: float = 1.0, better: bool) -> Tensor:
     """(B, T): n * softmax over a sequence's tokens of +-tau * step reward, + for better solutions (Full-Step-DPO, arXiv

@@ -6,17 +6,29 @@ The second reductions (KL, sum of squared probabilities) come with the log-probs
 
 from __future__ import annotations
 
-
 from dataclasses import replace
-from torch import Tensor
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from .._checks import check_not_negative, check_positive, check_shape, check_tensor
 from ..layout.pairs import StepPairs
 from ..layout.steps import StepLayout
 from ..objective.pair_arguments import check_logps, resolve_pairs
 from ..objective.sums import StepLogps, sums_over_steps
-from .common import StepGrid, StepLossOutput, log_ratios, loss_function, masked_mean, per_unit, reduce_units, row_log_ratios, unit_numbers
+from .common import (
+    StepGrid,
+    StepLossOutput,
+    log_ratios,
+    loss_function,
+    masked_mean,
+    per_unit,
+    reduce_units,
+    row_log_ratios,
+    unit_numbers,
+)
+
 
 def _tdpo(logps: StepLogps, layout: StepLayout, pairs, ref, beta, weights, reduction, num_items, shift):
     check_positive("beta", beta)
@@ -30,6 +42,7 @@ def _tdpo(logps: StepLogps, layout: StepLayout, pairs, ref, beta, weights, reduc
     loss, losses = reduce_units(-F.logsigmoid(z), pairs.valid, pairs.weights, reduction, num_items)
     metrics = {"kl/chosen": masked_mean(kl[winner], pairs.valid), "kl/rejected": masked_mean(kl[loser], pairs.valid)}
     return StepLossOutput(loss, losses.detach(), beta * u.detach(), metrics)
+
 
 @loss_function(
     "tdpo1",
@@ -59,6 +72,7 @@ def tdpo1_loss(
     """
     return _tdpo(logps, layout, pairs, ref, beta, weights, reduction, num_items, lambda k_w, k_l: k_w - k_l)
 
+
 @loss_function(
     "tdpo2",
     formula="-ls(beta (u_w - u_l + tdpo_alpha (sg K_w - K_l))),  K = sum_t KL(ref || pi)",
@@ -86,6 +100,7 @@ def tdpo2_loss(
         lambda k_w, k_l: tdpo_alpha * (k_w.detach() - k_l),
     )  # fmt: skip
 
+
 def wpo_weights(logps: StepLogps, layout: StepLayout, pairs: StepPairs | Tensor | None = None) -> Tensor:
     """(P,): WPO's pair weights w_w * w_l, w = exp mean_t (log pi_t - log sum_v pi_v^2), detached (arXiv 2406.11827).
 
@@ -105,6 +120,7 @@ def wpo_weights(logps: StepLogps, layout: StepLayout, pairs: StepPairs | Tensor 
     mean = sums_over_steps(aligned, replace(layout, weights=None)) / layout.counts.clamp(min=1)
     winner, loser = pairs.index.long().unbind(1)
     return torch.exp(mean[winner] + mean[loser])
+
 
 @loss_function(
     "full_step_dpo",

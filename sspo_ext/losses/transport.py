@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-
-from torch import Tensor
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from .._checks import check_positive
 from ..formulas.numerics import logistic
 from ..layout.pairs import StepPairs
@@ -13,6 +13,7 @@ from ..layout.steps import StepLayout
 from ..objective.pair_arguments import resolve_pairs
 from ..objective.sums import StepLogps
 from .common import StepLossOutput, log_ratios, loss_function, reduce_units
+
 
 def _over_ranks(values: Tensor, group) -> Tensor:
     """(W * P,): every rank's values, with gradient to this rank's. All ranks must bring as many."""
@@ -25,9 +26,11 @@ def _over_ranks(values: Tensor, group) -> Tensor:
     parts[rank] = values
     return torch.cat(parts)
 
+
 def _sorted_last(values: Tensor, valid: Tensor) -> Tensor:
     """Ascending, with what is not valid (and a gradient of 0) at the end."""
     return torch.where(valid, values, torch.full_like(values, torch.inf)).sort().values
+
 
 def _aot(high: Tensor, low: Tensor, valid: Tensor, beta, label_smoothing, reduction, num_items, group):
     """Smoothed logistic of sorted values of (P,) pairs; a mean over all ranks."""
@@ -44,6 +47,7 @@ def _aot(high: Tensor, low: Tensor, valid: Tensor, beta, label_smoothing, reduct
         # data parallel averages gradients, while each rank sees only its own part of this loss's
         loss = loss + (dist.get_world_size(group) - 1) * (loss - loss.detach())
     return loss, losses.detach()
+
 
 @loss_function(
     "aot",
@@ -76,6 +80,7 @@ def aot_loss(
         num_items, group,
     )  # fmt: skip
     return StepLossOutput(loss, losses, beta * u.detach())
+
 
 @loss_function(
     "aot_unpaired",

@@ -6,13 +6,14 @@ What depends on the whole batch is explicit: a reference point or a running mean
 
 from __future__ import annotations
 
-
-from torch import Tensor
 import torch
+from torch import Tensor
+
 from .._checks import check_not_negative, check_positive, check_shape, describe
 from ..layout.steps import StepLayout
 from ..objective.sums import StepLogps
 from .common import StepLossOutput, all_reduce, log_ratios, loss_function, masked_mean, reduce_units
+
 
 def kto_reference_point(
     logps: StepLogps,  # of the mismatched completions
@@ -30,6 +31,7 @@ def kto_reference_point(
     total, count = torch.where(valid, u, torch.zeros_like(u)).sum(), valid.sum().to(u.dtype)
     total, count = all_reduce(torch.stack([total, count]), group)
     return (total / count.clamp(min=1)).clamp(min=0)
+
 
 @loss_function(
     "kto",
@@ -68,6 +70,7 @@ def kto_loss(
         losses, u, layout, desirable, beta, desirable_weight, undesirable_weight, reduction, num_items
     )
 
+
 @loss_function(
     "apo_zero_unpaired",
     formula="desirable: w_D (1 - sig(beta u)); undesirable: w_U sig(beta u)",
@@ -95,6 +98,7 @@ def apo_zero_unpaired_loss(
         num_items,
     )  # fmt: skip
 
+
 def _unpaired(logps, layout: StepLayout, desirable: Tensor, ref, beta: float, who: str) -> tuple[Tensor, Tensor]:
     check_positive("beta", beta)
     u = log_ratios(logps, layout, ref, who)
@@ -102,6 +106,7 @@ def _unpaired(logps, layout: StepLayout, desirable: Tensor, ref, beta: float, wh
     if desirable.dtype != torch.bool:
         raise TypeError(f"desirable: expected a bool tensor, got {describe(desirable)}")
     return u, torch.where(desirable, 1.0, -1.0).to(u.dtype)
+
 
 def _unpaired_output(
     losses, u: Tensor, layout: StepLayout, desirable: Tensor, beta: float, weight: float, other: float, reduction: str,

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from torch import Tensor
+
 import torch
-from ..backends import ops
-from ..backends import reference
+from torch import Tensor
+
+from ..backends import ops, reference
 from ..formulas.registry import MAX_OPTIONS
 from ..layout.pairs import StepPairs
 from ..layout.steps import StepLayout
 
 _NUMBERS = 2 + MAX_OPTIONS
+
 
 @dataclass(frozen=True)
 class LossTerm:
@@ -27,6 +28,7 @@ class LossTerm:
     margins: bool = True
     soft_labels: bool = True
     by_winner_tokens: bool = False
+
 
 @dataclass(frozen=True, eq=False)
 class PairLossSpec:
@@ -44,6 +46,7 @@ class PairLossSpec:
         share, weights = self.winner_token_share, self.pairs.weights
         return share if share is None or weights is None else share * weights
 
+
 def pack_terms(terms: tuple[LossTerm, ...]) -> tuple[str, list[float], list[int]]:
     """Terms as an op's schema can say them."""
     numbers, flags = [], []
@@ -51,6 +54,7 @@ def pack_terms(terms: tuple[LossTerm, ...]) -> tuple[str, list[float], list[int]
         numbers += [t.weight, t.label, *t.options, *[0.0] * (MAX_OPTIONS - len(t.options))]
         flags.append(t.ref + 2 * t.margins + 4 * t.soft_labels + 8 * t.by_winner_tokens + 16 * len(t.options))
     return ",".join(t.head for t in terms), numbers, flags
+
 
 def unpack_terms(heads: str, numbers: list[float], flags: list[int]) -> list[LossTerm]:
     terms = []
@@ -60,6 +64,7 @@ def unpack_terms(heads: str, numbers: list[float], flags: list[int]) -> list[Los
             LossTerm(head, tuple(options[: flag // 16]), label, weight, *(bool(flag & bit) for bit in (1, 2, 4, 8)))
         )
     return terms
+
 
 def evaluate_terms(
     step_loss_fwd: Callable,  # a backend's, or the op
@@ -104,6 +109,7 @@ def evaluate_terms(
         loss, coef = loss + other[0], coef + other[3]
     return loss, sums, torch.stack([r[2] for r in results]), coef
 
+
 def step_loss(tokens: Tensor, weights: Tensor | None, layout: StepLayout, spec: PairLossSpec | None, backend: str):
     """Launch 2: (loss, sums, pair losses, d loss/d logp); without a spec only the sums mean anything."""
     offsets = layout.step_offsets
@@ -127,6 +133,7 @@ def step_loss(tokens: Tensor, weights: Tensor | None, layout: StepLayout, spec: 
         cast(spec.scale),
     )  # fmt: skip
 
+
 def mixed_pair_losses(term_losses: Tensor, spec: PairLossSpec) -> Tensor:
     """(P,): the terms' pair losses (C, P) added up with their weights, pair weights left out."""
     rows = [
@@ -135,11 +142,13 @@ def mixed_pair_losses(term_losses: Tensor, spec: PairLossSpec) -> Tensor:
     ]
     return rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
 
+
 def reference_loss(tokens: Tensor, layout: StepLayout, spec: PairLossSpec) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, sums, term losses (C, P)) from token log-probs, by autograd on plain torch."""
     sums = reference.step_sums(tokens, layout.weights, layout.step_of_row, layout.num_steps)
     loss, losses = loss_of_sums(sums, layout, spec)
     return loss, sums, losses
+
 
 def loss_of_sums(sums: Tensor, layout: StepLayout, spec: PairLossSpec) -> tuple[Tensor, Tensor]:
     """(loss (), term losses (C, P)) from step sums (S,), by autograd on plain torch."""

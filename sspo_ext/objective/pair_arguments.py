@@ -5,17 +5,18 @@ Shared by both routes; everything that can be wrong with an argument is found he
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 
-from collections.abc import Mapping
-from collections.abc import Sequence
-from torch import Tensor
 import torch
+from torch import Tensor
+
 from .._checks import check_choice, check_device, check_float, check_num_items, check_shape, describe
 from ..formulas.registry import PairHead, get_pair_head
 from ..layout.pairs import StepPairs
 from ..layout.steps import StepLayout
 from .pair import LossTerm, PairLossSpec
 from .sums import StepLogps, sums_over_steps
+
 
 def chosen_heads(loss_type: str | Sequence[str], loss_weights: Sequence[float] | None) -> list[tuple[PairHead, float]]:
     """The heads of a loss and their weights; one name is a list of one."""
@@ -37,6 +38,7 @@ def chosen_heads(loss_type: str | Sequence[str], loss_weights: Sequence[float] |
             raise ValueError(f"loss_weights: expected finite numbers, got {weight!r}")
     return [(get_pair_head(name), float(weight)) for name, weight in zip(loss_type, weights, strict=True)]
 
+
 def resolve_pairs(layout: StepLayout, pairs, weights, margins, soft_labels) -> StepPairs:
     """StepPairs from whatever was given; per-pair options given beside a StepPairs replace its own."""
     per_pair = {"weights": weights, "margins": margins, "soft_labels": soft_labels}
@@ -53,6 +55,7 @@ def resolve_pairs(layout: StepLayout, pairs, weights, margins, soft_labels) -> S
     if pairs.index.device != layout.device:
         raise ValueError(f"pairs: expected them on {layout.device} (pairs.to(...)), got {pairs.index.device}")
     return pairs.with_values(**per_pair) if any(v is not None for v in per_pair.values()) else pairs
+
 
 def pair_loss_spec(
     heads: Sequence[tuple[PairHead, float]], layout: StepLayout, pairs: StepPairs, dtype: torch.dtype, ref, beta,
@@ -85,8 +88,10 @@ def pair_loss_spec(
     share = _winner_token_share(layout, pairs, dtype) if any(t.by_winner_tokens for t in terms) else None
     return PairLossSpec(pairs, terms, _scale(pairs, reduction, num_items, dtype), reference_sums(ref, layout), share)
 
+
 def _named(names: Sequence[str]) -> str:
     return repr(names[0]) if len(names) == 1 else repr(list(names))
+
 
 def checked_options(heads, beta: float | None, given: Mapping[str, float]) -> list[list[float]]:
     """Each head's option values, in its order."""
@@ -105,12 +110,14 @@ def checked_options(heads, beta: float | None, given: Mapping[str, float]) -> li
         for head, _ in heads
     ]
 
+
 def check_logps(name: str, logps: StepLogps, layout: StepLayout) -> None:
     if not isinstance(logps, StepLogps):
         raise TypeError(f"{name}: expected a StepLogps (of step_logps or linear_step_logps), got {describe(logps)}")
     check_shape(f"{name}.sums", logps.sums, (layout.num_steps,))
     check_shape(f"{name}.tokens", logps.tokens, (layout.num_rows,))
     check_device(f"{name}.sums", logps.sums, layout.device, "the layout")
+
 
 def checked_label(heads, names: Sequence[str], label_smoothing: float, soft_labels: bool) -> float:
     """1 - label_smoothing, the share of pairs whose order is right; ValueError for what the losses do not have."""
@@ -129,10 +136,12 @@ def checked_label(heads, names: Sequence[str], label_smoothing: float, soft_labe
             raise ValueError(f"label_smoothing: loss_type {head.name!r} needs a number above 0 (1e-3), or soft_labels")
     return 1.0 - label_smoothing
 
+
 def _winner_token_share(layout: StepLayout, pairs: StepPairs, dtype: torch.dtype) -> Tensor:
     """(P,): n_w over its mean over valid pairs, so that a mean over pairs is one over winners' tokens."""
     tokens = layout.counts[pairs.index[:, 0].long()].to(dtype) * pairs.valid
     return tokens * (pairs.valid.sum() / tokens.sum().clamp(min=1))
+
 
 def _scale(pairs: StepPairs, reduction: str, num_items: float | Tensor | None, dtype: torch.dtype) -> Tensor:
     """(): what the sum over pairs is multiplied by; 0 when there is nothing to divide by."""
@@ -150,6 +159,7 @@ def _scale(pairs: StepPairs, reduction: str, num_items: float | Tensor | None, d
     if dtype == torch.float32:
         return pairs.mean_scale
     return torch.full((), 1.0 / max(pairs.num_valid, 1), dtype=dtype, device=device)
+
 
 def reference_sums(ref: StepLogps | Tensor | None, layout: StepLayout) -> Tensor | None:
     """(S,) step sums of the reference, detached."""

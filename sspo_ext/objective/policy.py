@@ -6,12 +6,11 @@ route, `Dual` inside the linear route's op.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
-from torch import Tensor
 import torch
+from torch import Tensor
+
 from ..formulas.policy import KL_ESTIMATORS, MAX_LOG_RATIO, POLICY_HEADS, PolicyScores
 from ..layout.steps import StepLayout
 from .sums import OrderedTotal, segment_sums
@@ -22,6 +21,7 @@ divergence").
 All but k2 are unbiased as values. Differentiated as a term of a loss, k2 has the expected gradient of the KL, k3 that
 of KL(ref || pi), and k1 none: it is for reports."""
 
+
 @dataclass(frozen=True, eq=False)
 class Segments:
     """Runs of rows that share one ratio."""
@@ -29,6 +29,7 @@ class Segments:
     offsets: Tensor  # (U + 1,) int32, CSR over rows
     of_row: Tensor  # (N,) int64
     host_offsets: Tensor  # (U + 1,) int64
+
 
 @dataclass(frozen=True, eq=False)
 class PolicyProblem:
@@ -115,6 +116,7 @@ class PolicyProblem:
     def loss(self, logp: Tensor, entropy: Tensor | None) -> Tensor:
         rows = self.rows(logp)
         return self.total(rows - self.entropy_coef * entropy if self.entropy_coef else rows)
+
 
 def segments_of(layout: StepLayout, level: str) -> Segments:
     """The layout's steps, or its sequences, as runs of rows."""

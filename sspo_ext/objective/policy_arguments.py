@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-
-from torch import Tensor
 import torch
-from .._checks import check_choice, check_device, check_float, check_not_negative, check_num_items, check_shape, describe
+from torch import Tensor
+
+from .._checks import (
+    check_choice,
+    check_device,
+    check_float,
+    check_not_negative,
+    check_num_items,
+    check_shape,
+    describe,
+)
 from ..formulas.policy import KL_ESTIMATORS, LEVELS, get_policy_head
 from ..layout.steps import StepLayout
 from .policy import PolicyProblem, segments_of
 from .sums import StepLogps
 
 AGGREGATIONS = ("token", "step", "sequence", "sum")
+
 
 def policy_problem(
     layout: StepLayout, dtype: torch.dtype, backend: str, advantages, old, ref, loss_type, level, length_normalize,
@@ -66,6 +75,7 @@ def policy_problem(
         backend=backend,
     )
 
+
 def _scale(
     layout: StepLayout, counts: Tensor | None, aggregation: str, num_items: float | Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -98,6 +108,7 @@ def _scale(
         return scale, torch.ones((), dtype=dtype, device=device)
     items = items.to(dtype)
     return scale, torch.where(items > 0, items.reciprocal(), 0.0)
+
 
 def _token_values(name: str, value, layout: StepLayout, dtype: torch.dtype, steps: bool = False) -> Tensor:
     """(N,) constants in row order from whatever form they came in; with `steps`, also from one value a step."""

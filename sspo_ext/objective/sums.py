@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass
-from torch import Tensor
+
 import torch
+from torch import Tensor
+
 from .. import backends
-from ..backends import ops
-from ..backends import reference
+from ..backends import ops, reference
 from ..layout.steps import StepLayout
 from .pair import step_loss
+
 
 @dataclass(frozen=True, eq=False)
 class StepLogps:
@@ -35,6 +36,7 @@ class StepLogps:
         """(S,): sums / counts, 0 for an empty step."""
         return self.sums / self.counts.clamp(min=1)
 
+
 class StepSums(torch.autograd.Function):
     """(N,) token log-probs -> (S,) step sums by the backend's ordered reduction."""
 
@@ -50,6 +52,7 @@ class StepSums(torch.autograd.Function):
         weights = ctx.layout.weights
         return per_row if weights is None else per_row * weights.to(per_row.dtype), None, None
 
+
 def sums_over_steps(values: Tensor, layout: StepLayout) -> Tensor:
     """(S,): sum of w * value over each step's rows (N,), in row order; differentiable."""
     values = values if values.dtype == torch.float64 else values.float()
@@ -57,6 +60,7 @@ def sums_over_steps(values: Tensor, layout: StepLayout) -> Tensor:
     if name == "reference":
         return reference.step_sums(values, layout.weights, layout.step_of_row, layout.num_steps)
     return StepSums.apply(values.contiguous(), layout, name)
+
 
 def segment_sums(values: Tensor, offsets: Tensor, of_row: Tensor | None, backend: str) -> Tensor:
     """(U,) sums of constants (N,) by the backend's ordered reduction: the same bits whatever the threads do."""
@@ -67,6 +71,7 @@ def segment_sums(values: Tensor, offsets: Tensor, of_row: Tensor | None, backend
         values.contiguous(), None, offsets, None, no_pairs, torch.zeros_like(offsets), no_adj, None, None, None,
         values.new_zeros(()), "sigmoid", [1.0], 1.0, backend,
     )[1]  # fmt: skip
+
 
 class OrderedTotal(torch.autograd.Function):
     """(N,) -> (), summed step by step and then over steps, in order."""

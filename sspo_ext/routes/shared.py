@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-
-from torch import Tensor
 import torch
+from torch import Tensor
+
 from .._checks import check_positive
 
 _BLOCK_ELEMENTS = 1 << 18  # float32 temporaries of 1 MiB: near a core, and nothing beside the gradients
+
 
 def refuse_double_backward() -> None:
     """Raises inside a backward that is itself being recorded. `once_differentiable` would not do: it refuses only a
@@ -18,6 +19,7 @@ def refuse_double_backward() -> None:
             "sspo_ext: create_graph=True asks for a second derivative, and step losses and log-probabilities have only "
             "a first; backend='reference' is differentiable as often as wanted"
         )
+
 
 def scale_kept(kept: Tensor, scale: Tensor) -> Tensor:
     """scale * kept for a gradient (R, C) kept from forward and a scale () or (R, 1): the product in float32, rounded
@@ -42,9 +44,11 @@ def scale_kept(kept: Tensor, scale: Tensor) -> Tensor:
         out[rows] = product.masked_fill_(factor == 0, 0.0)
     return out
 
+
 def _graph_is_kept() -> bool:
     known = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if known is None else known()
+
 
 def logit_map(temperature: float, logit_softcap: float | None, logit_scale: float) -> tuple[float, float]:
     """(a, c) such that z = a * x, or c * tanh(a * x) with a softcap, is the logit of the sampled distribution.
@@ -57,6 +61,7 @@ def logit_map(temperature: float, logit_softcap: float | None, logit_scale: floa
         return logit_scale / temperature, 0.0
     check_positive("logit_softcap", logit_softcap)
     return logit_scale / logit_softcap, logit_softcap / temperature
+
 
 def gradient_coefs(
     entropy: Tensor,  # (N,) and so are the others; not read where no gradient arrives at it

@@ -19,12 +19,12 @@ for either, so tokens that hold part of a character need no care.
 
 from __future__ import annotations
 
-
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
-from torch import Tensor
-import re
+
 import torch
+from torch import Tensor
 
 SplitBy = str | re.Pattern
 
@@ -50,6 +50,7 @@ _MATCH = 1 << 6  # a match of the regular expression ends inside the token or wi
 
 _TEXT = 1 << 7  # is part of the response's text: all but end-of-sequence and padding
 
+
 def _check_by(by: SplitBy) -> str | re.Pattern:
     if isinstance(by, re.Pattern):
         if not isinstance(by.pattern, str):
@@ -70,6 +71,7 @@ def _check_by(by: SplitBy) -> str | re.Pattern:
         return re.compile(by)
     except re.error as error:
         raise ValueError(f"by: {by!r} is not a valid regular expression: {error}") from error
+
 
 def split_text(text: str, by: SplitBy = "newline") -> list[tuple[int, int]]:
     """Character spans of the steps of `text`, in order: they tile it, and none is empty. An empty text has no steps.
@@ -99,6 +101,7 @@ def split_text(text: str, by: SplitBy = "newline") -> list[tuple[int, int]]:
                 starts.append(start)
     edges = [0, *starts, len(text)]
     return list(zip(edges[:-1], edges[1:], strict=True))
+
 
 def token_step_ids(
     text: str,
@@ -142,6 +145,7 @@ def token_step_ids(
         return steps
     number = {step: n for n, step in enumerate(dict.fromkeys(steps))}
     return [number[step] for step in steps]
+
 
 def delimiter_mask(
     tokenizer,
@@ -188,6 +192,7 @@ def delimiter_mask(
         classes[i] = 0
     return torch.tensor(classes, dtype=torch.uint8)
 
+
 def _token_texts(tokenizer, size: int) -> list[str]:
     """Every token's text as it reads inside a text: decoders change a text's first space, so each follows an anchor."""
 
@@ -197,6 +202,7 @@ def _token_texts(tokenizer, size: int) -> list[str]:
     anchor = (tokenizer.encode("a", add_special_tokens=False) or [0])[-1:]
     head = len(decode(anchor))
     return [decode([*anchor, i])[head:] for i in range(size)]
+
 
 def _token_class(text: str, by: str | re.Pattern) -> int:
     if not text:
@@ -215,6 +221,7 @@ def _token_class(text: str, by: str | re.Pattern) -> int:
     inner = any(newlines(run) == 2 for run in _BLANK_RUN.findall(solid))
     lead, trail = newlines(text[:at]), newlines(text[at + len(solid) :])
     return _TEXT | _SOLID | lead << _LEAD | trail << _TRAIL | (_INNER if inner else 0)
+
 
 def step_ids_from_tokens(
     input_ids: Tensor,  # (B, T) or (T,) int64

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from torch import Tensor
+
 import numpy as np
 import torch
+from torch import Tensor
+
 from .._checks import check_float, check_integer, check_shape
 from ..layout.bundle import TensorBundle
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StepValues(TensorBundle):
@@ -96,6 +98,7 @@ class StepValues(TensorBundle):
 
     def __repr__(self) -> str:
         return f"StepValues(sequences={self.num_sequences}, steps={self.num_steps}, device={self.values.device})"
+
 
 @dataclass(frozen=True)
 class StepBatch:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+
 from ..data.graders import Grader, answer_texts, grade
 from ..data.rows import Source, raise_bad_rows, read_rows
 from ..data.tokenize import UnusableRow, encode_response, prompt_text, response_text
 from ..signals.split import SplitBy, token_step_ids
 from ..signals.values import StepBatch
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -24,6 +24,7 @@ class Chain:
     steps: list[str]
     prompt_ids: list[int]
     step_ids: list[list[int]]
+
 
 def load_chains(
     source: Source,
@@ -62,8 +63,10 @@ def load_chains(
     raise_bad_rows(bad, total)
     return chains, long
 
+
 def step_batch(chains: Sequence[Chain]) -> StepBatch:
     return StepBatch([c.prompt_ids for c in chains], [c.step_ids for c in chains])
+
 
 def _chain(
     row: Mapping, where: str, tokenizer, split_by: SplitBy, grader: Grader | None, template: Mapping | None
@@ -96,6 +99,7 @@ def _chain(
     answer = texts if isinstance(answer, (list, tuple)) else texts[0]
     return Chain(source, prompt, answer, _reward(row, "".join(steps), texts, grader), steps, head, ids)
 
+
 def _by_step(
     text: str, spans: list[tuple[int, int]], tokens: list[int], offsets: Sequence[tuple[int, int]]
 ) -> tuple[list[str], list[list[int]]]:
@@ -104,6 +108,7 @@ def _by_step(
     edges = [0, *(spans[s][0] for s in starts[1:]), len(text)]
     steps = [text[a:b] for a, b in pairwise(edges)]
     return steps, [[t for t, owner in zip(tokens, owners, strict=True) if owner == s] for s in starts]
+
 
 def _reward(row: Mapping, response: str, answers: list[str], grader: Grader | None) -> float:
     # where rows of both kinds are mixed, data sets fill the other's column with nulls

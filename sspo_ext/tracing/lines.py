@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-
+import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
-import json
-import os
+
 
 def write_lines(path: str | os.PathLike, rows: Iterable[dict]) -> None:
     """A JSONL file, all of it or none."""
@@ -17,6 +17,7 @@ def write_lines(path: str | os.PathLike, rows: Iterable[dict]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
 
 def check_free(path: str | os.PathLike, *, resume: bool) -> Path | None:
     """What of a `LineStore` is there: its file, or PATH.part with a row in it. ValueError without `resume`."""
@@ -28,8 +29,10 @@ def check_free(path: str | os.PathLike, *, resume: bool) -> Path | None:
         raise ValueError(f"{str(present)!r} is there from another run; resume it, or choose another folder")
     return present
 
+
 def _whole_lines(path: Path) -> list[bytes]:
     return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
 
 class LineStore:
     """Rows under keys. Until `finish`, they are in `PATH.part`, behind a line with the settings they were made with;

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-
+import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-import os
+
 from .picture import answer_of, prompt_of, shade, signed
 
 _OPEN = 10  # chains that are unfolded from the start
@@ -43,6 +43,7 @@ svg { display: block; }
 @media (max-width: 40rem) { td.v, summary svg { display: none; } summary { grid-template-columns: 3rem 1fr; } }
 """
 
+
 def write_page(rows: Sequence[dict], path: str | os.PathLike, *, title: str = "Traced chains") -> None:
     """Writes rows of `trace_values` as one HTML page: a line with its curve for each chain, its steps unfolded on
     demand, coloured by advantage. All text is escaped."""
@@ -73,6 +74,7 @@ worth, between 0 and 1; a step's colour and number are its advantage, the colour
     temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, path)
 
+
 def _chain(row: dict, unfolded: bool) -> str:
     kind = "right" if row["reward"] > 0 else "wrong"
     scale = max([abs(a) for a in row["advantages"]] + [0.02])
@@ -91,8 +93,10 @@ def _chain(row: dict, unfolded: bool) -> str:
         f"</span></summary>\n<table>{first}{steps}</table></details>\n"
     )
 
+
 def _value(value: float) -> str:
     return f'<div class="value"><div><i style="width:{100 * value:.1f}%"></i></div>{value:.2f}</div>'
+
 
 def _curve(values: Sequence[float], width: int = 150, height: int = 30) -> str:
     """The values from left to right, as a small drawing."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-
-from collections.abc import Sequence
-from os import PathLike
-from typing import Any
 import logging
 import unicodedata
 import warnings
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +25,7 @@ FONTS = (
     "PingFang SC", "Hiragino Sans GB", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "SimHei", "Arial Unicode MS",
     "Noto Emoji", "Segoe UI Emoji", "Symbola",
 )  # fmt: skip
+
 
 def draw_chain(row: dict, path: str | PathLike, *, title: str | None = None) -> None:
     """Writes a PNG of a row of `trace_values`.
@@ -67,6 +67,7 @@ def draw_chain(row: dict, path: str | PathLike, *, title: str | None = None) -> 
     if any("missing from font" in str(w.message) for w in seen):
         logger.warning("%s: no installed font draws all of its text; one of %s would", path, ", ".join(FONTS[1:5]))
 
+
 def _blocks(row: dict) -> list[dict]:
     """Boxes from top to bottom: the question's, each step's, and one for what is left out."""
     steps, advantages, values = row["steps"], row["advantages"], row["values"]
@@ -95,6 +96,7 @@ def _blocks(row: dict) -> list[dict]:
         )
     return blocks
 
+
 def _steps(axis, blocks: Sequence[dict], height: float) -> None:
     from matplotlib.patches import Rectangle
 
@@ -112,6 +114,7 @@ def _steps(axis, blocks: Sequence[dict], height: float) -> None:
             colour = INK if block["kind"] == "step" else QUIET
             axis.text(0.058, y + 0.85 + i - (0.0 if block["kind"] == "step" else 0.1), line, va="center", color=colour)
         y += block["height"]
+
 
 def _curve(axis, blocks: Sequence[dict], height: float, values: Sequence[float]) -> None:
     edges, y = [], 0.0
@@ -141,15 +144,18 @@ def _curve(axis, blocks: Sequence[dict], height: float, values: Sequence[float])
     for side in ("right", "bottom", "left"):
         axis.spines[side].set_visible(False)
 
+
 def signed(value: float) -> str:
     """Two decimals with their sign; nothing that reads as minus zero."""
     return f"{value:+.2f}".replace("-", "\u2212") if abs(value) >= 0.005 else "0.00"
+
 
 def shade(share: float) -> str:
     """From red by paper to blue; -1 .. 1."""
     base = tuple(int(PAPER[i : i + 2], 16) for i in (1, 3, 5))
     towards, t = (GOOD if share > 0 else BAD), min(abs(share), 1.0) * 0.62
     return "#" + "".join(f"{round(b + (c - b) * t):02x}" for b, c in zip(base, towards, strict=True))
+
 
 def wrap(text: str, width: int) -> list[str]:
     """Lines of at most `width` columns, broken at spaces and between wide characters; blank lines are left out."""
@@ -174,15 +180,18 @@ def wrap(text: str, width: int) -> list[str]:
             lines.append(line)
     return lines or [""]
 
+
 def prompt_of(row: dict[str, Any]) -> str:
     prompt = row["prompt"]
     return prompt if isinstance(prompt, str) else "\n".join(_said(message.get("content")) for message in prompt)
+
 
 def _said(content: Any) -> str:
     """A message's text; of one in parts all that are text, and the others' kinds."""
     if content is None or isinstance(content, str):
         return content or ""
     return " ".join(p["text"] if isinstance(p.get("text"), str) else f"[{p.get('type')}]" for p in content)
+
 
 def answer_of(row: dict[str, Any]) -> str:
     return row["answer"] if isinstance(row["answer"], str) else " or ".join(row["answer"])

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-
-from collections.abc import Callable
-from collections.abc import Sequence
-from torch import nn
-from typing import Any
 import dataclasses
 import hashlib
 import json
 import os
 import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+from torch import nn
+
 from ..signals.credit.gae import step_gae
 from ..signals.pairing.candidates import nodes_from_rollouts, trace_candidates
 from ..signals.pairing.pairs import pair_candidates, pair_rows
@@ -20,6 +20,7 @@ from ..signals.probing.probe import probe_step_values
 from ..signals.probing.texts import Probe
 from .chains import Chain, step_batch
 from .lines import LineStore, write_lines
+
 
 def trace_values(
     model: nn.Module,
@@ -80,6 +81,7 @@ def trace_values(
         progress(len(chains), len(chains))
     return store.finish(keys)
 
+
 def trace_pairs(
     model: nn.Module,
     tokenizer,
@@ -125,6 +127,7 @@ def trace_pairs(
     write_lines(path, rows)
     return rows
 
+
 def rollout_pairs(
     chains: Sequence[Chain], traced: Sequence[dict], tokenizer, path: str | os.PathLike, **pairing: Any
 ) -> list[dict]:
@@ -136,6 +139,7 @@ def rollout_pairs(
     rows = [{**row, "source": chains[p.node.sequence].source} for row, p in zip(rows, pairs, strict=True)]
     write_lines(path, rows)
     return rows
+
 
 def _fingerprint(chains: Sequence[Chain], made: dict) -> dict:
     """What rows depend on, in JSON: options as they are, functions by name, the chains by hash."""

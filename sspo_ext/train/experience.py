@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from collections.abc import Callable
-from collections.abc import Collection
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
+import torch
 from torch import Tensor
 from torch.utils.data import Sampler
-from typing import Any
-from typing import NamedTuple
-import torch
+
 from ..layout.steps import StepLayout
 from ..signals.split import step_ids_from_tokens
+
 
 @dataclass
 class Rollout:
@@ -34,6 +29,7 @@ class Rollout:
     values: list[float] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
 
+
 class Summary(NamedTuple):
     """What all processes hear of a rollout. They sort by `place`, which is the row's in the whole update."""
 
@@ -48,6 +44,7 @@ class Summary(NamedTuple):
     def of(cls, place: int, rollout: Rollout) -> Summary:
         r = rollout
         return cls(place, r.reward, len(r.steps), r.values, len(r.completion_ids), r.ended)
+
 
 class PromptSampler(Sampler[int]):
     """Row numbers in the order in which updates use them: each update's prompts, every prompt `num_generations` times
@@ -82,6 +79,7 @@ class PromptSampler(Sampler[int]):
     def __len__(self) -> int:
         return self.size // self.prompts * self.prompts * self.num_generations * self.num_iterations
 
+
 def split_steps(completions: Sequence[Sequence[int]], delimiters: Tensor) -> list[list[list[int]]]:
     """The token ids of every step of every completion. Steps tile the completion: the last has the end of sequence, a
     completion without a delimiter is one step, an empty one has none."""
@@ -99,6 +97,7 @@ def split_steps(completions: Sequence[Sequence[int]], delimiters: Tensor) -> lis
             parts[step].append(token)
         found.append(parts)
     return found
+
 
 def graded_rollouts(
     rows: Sequence[Mapping],
@@ -126,6 +125,7 @@ def graded_rollouts(
         for i, row in enumerate(rows)
     ]
 
+
 def policy_batch(rollouts: Sequence[Rollout], pad_token_id: int) -> dict:
     """input_ids and attention_mask (n, T) int64, right-padded; "layout" (every token of a completion is scored, in its
     step) and "advantages" (S,) float32, one a step."""
@@ -145,6 +145,7 @@ def policy_batch(rollouts: Sequence[Rollout], pad_token_id: int) -> dict:
     advantages = torch.tensor([a for r in rollouts for a in r.advantages], dtype=torch.float32)
     return {"input_ids": ids, "attention_mask": mask, "layout": layout, "advantages": advantages}
 
+
 def rollout_metrics(rows: Iterable[Summary]) -> dict[str, float]:
     """Means over rollouts."""
     rows = list(rows)
@@ -158,6 +159,7 @@ def rollout_metrics(rows: Iterable[Summary]) -> dict[str, float]:
         "completions/clipped_ratio": sum(not row.ended for row in rows) / n,
         "steps/mean": sum(row.steps for row in rows) / n,
     }
+
 
 def advantage_metrics(
     rows: Iterable[Summary], advantages: Sequence[Sequence[float]]
@@ -174,10 +176,12 @@ def advantage_metrics(
         found["advantages/std"] = flat.std(correction=0).item(), 1
     return found
 
+
 def over_std(values: Tensor) -> Tensor:
     """Scaled, not centred; all equal stays as it is (a batch of zeros stays zeros)."""
     std = values.std() if len(values) > 1 else values.new_zeros(())
     return torch.where(std > 1e-6, values / std.clamp(min=1e-6), values)
+
 
 def num_items(aggregation: str, everyone: Sequence[Summary], longest: int) -> float:
     """What the aggregation averages over, in the whole update; a constant for "sum" (Dr. GRPO)."""
@@ -188,6 +192,7 @@ def num_items(aggregation: str, everyone: Sequence[Summary], longest: int) -> fl
         "sum": len(everyone) * longest,
     }[aggregation]
     return float(max(count, 1))
+
 
 def counted_items(aggregation: str, batches: Iterable[dict], prob_threshold: float) -> int:
     """Tokens, steps or sequences of these batches in which a token counts: its probability at sampling, exp(old), was

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-
-from collections import defaultdict
-from torch import Tensor
 import contextlib
 import time
+from collections import defaultdict
+
 import torch
+from torch import Tensor
+
 from ..losses.pref import StepPrefOutput
 
 _COUNTS = ("pairs/count", "pairs/dropped", "steps/count", "steps/empty")
+
 
 class Means:
     """Sums of a loss's metrics and of their counts, kept on the device until `pop`. A NaN stays one."""
@@ -39,6 +41,7 @@ class Means:
             return sums[name] / max(sums["steps/count" if name.startswith("steps/") else "pairs/count"], 1)
 
         return {name: sums[name] if name in _COUNTS else mean(name) for name in sums}
+
 
 class Sums:
     """Sums of named values and of their counts, on the host or the device, until `pop`."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-
-from accelerate.utils import broadcast_object_list
-from torch import Tensor
-from torch import nn
 import logging
 import os
+
 import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
 from .._checks import check_choice
 from ..hf.check import check_head
 from ..hf.forward import forward_hidden
@@ -27,6 +27,7 @@ ROUTE_HELP = (
     "logits: from the model's own logits. auto: linear, or logits with a warning."
 )
 
+
 def choose_route(model: nn.Module, route: str, device: torch.device) -> str:
     """ "linear" or "logits", after the linear route's self-check on the model itself, where it is. `device` is what the
     hooks of a model with a device map read their inputs from. Every process has the first one's answer."""
@@ -42,6 +43,7 @@ def choose_route(model: nn.Module, route: str, device: torch.device) -> str:
         raise refusal
     logger.warning("logits route, since the linear one cannot take this model: %s", refusal)
     return "logits"
+
 
 def _refusal(model: nn.Module, device: torch.device) -> UnsupportedHead | None:
     weight = model.get_input_embeddings().weight
@@ -60,6 +62,7 @@ def _refusal(model: nn.Module, device: torch.device) -> UnsupportedHead | None:
         return error
     return None
 
+
 def check_processes(args) -> None:
     """One GPU for each process: of several, Trainer would make DataParallel, which neither route runs in. And one job
     of all processes: accelerate joins them on CPUs only if told so, and else each would train by itself, unnoticed."""
@@ -75,6 +78,7 @@ def check_processes(args) -> None:
             "accelerate launch, or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)"
         )
 
+
 def batch_logps(model: nn.Module, batch: dict, route: str, *, chunk_bytes: int | None = None, **options) -> StepLogps:
     """The model's forward and the log-probs of the batch's layout, as the loss of the same route sees them."""
     if route == "linear":
@@ -86,23 +90,28 @@ def batch_logps(model: nn.Module, batch: dict, route: str, *, chunk_bytes: int |
     outputs, layout = model(**model_inputs(batch), use_cache=False), batch["layout"]
     return step_logps(text_logits(outputs, layout), layout, **options)
 
+
 def text_logits(outputs, layout: StepLayout) -> Tensor:
     """(B, T, V): the logits without those of virtual tokens, which PEFT's prompts put before the text."""
     logits, length = outputs.logits, layout.shape[1]
     # a slice of the whole would cost its backward a copy
     return logits if logits.shape[1] == length else logits[:, -length:]
 
+
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
 
 def model_inputs(batch: dict) -> dict[str, Tensor | int]:
     """No labels, and no mask for packed sequences: with a mask of ones, or a cache, they would see each other."""
     return {k: batch[k] for k in (*_MODEL_INPUTS, *_BOUNDARIES) if k in batch}
 
+
 def uses_flash_attention(model: nn.Module) -> bool:
     """FlashAttention's package or one of its kernels from the hub."""
     return "flash" in str(getattr(model.config, "_attn_implementation", None))
+
 
 def router_loss(model: nn.Module, outputs) -> Tensor | None:
     """A mixture of experts' balance loss with its coefficient, which models add only to a loss of their own."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-
-from collections.abc import Iterator
-from pathlib import Path
-from transformers import AutoModelForCausalLM
-from transformers import AutoTokenizer
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase
 import contextlib
 import copy
 import os
+from collections.abc import Iterator
+from pathlib import Path
+
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
 
 def load_model(
     name_or_path: str | os.PathLike,
@@ -40,6 +38,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     return (rebuild_gguf(model) if gguf else model), tokenizer
 
+
 def load_tokenizer(name_or_path: str | os.PathLike, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of `load_model` alone, with which rows can be looked at before a model is loaded."""
     folder, gguf = _folder(name_or_path)
@@ -48,6 +47,7 @@ def load_tokenizer(name_or_path: str | os.PathLike, *, trust_remote_code: bool =
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
 
 def rebuild_gguf(model: PreTrainedModel) -> PreTrainedModel:
     """The same weights in an ordinary model.
@@ -64,6 +64,7 @@ def rebuild_gguf(model: PreTrainedModel) -> PreTrainedModel:
     dense.generation_config = copy.deepcopy(model.generation_config)
     return dense.eval()
 
+
 def _folder(name_or_path: str | os.PathLike) -> tuple[str, dict[str, str]]:
     """(folder or hub name, {"gguf_file": its name} if there is one)"""
     path = Path(name_or_path)
@@ -74,6 +75,7 @@ def _folder(name_or_path: str | os.PathLike) -> tuple[str, dict[str, str]]:
         raise ValueError(f"model: expected config.json or a .gguf file in {str(path)!r}, found neither")
     return str(name_or_path), {}
 
+
 @contextlib.contextmanager
 def _named(name_or_path: str | os.PathLike) -> Iterator[None]:
     try:
@@ -83,6 +85,7 @@ def _named(name_or_path: str | os.PathLike) -> Iterator[None]:
         if not Path(name_or_path).exists():
             where = "is no local folder, and the hub does not give it"
         raise OSError(f"model: {str(name_or_path)!r} {where}: {error}") from error
+
 
 def _gguf_file(path: Path) -> Path | None:
     if path.suffix == ".gguf":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 
-from dataclasses import dataclass
-from dataclasses import field
 from transformers import TrainingArguments
+
 from .model_call import ROUTE_HELP
+
 
 @dataclass
 class StepPreferenceConfig(TrainingArguments):

@@ -6,17 +6,15 @@ reference's log-probs, and metrics. Optimisers, schedules, checkpoints, DDP and 
 
 from __future__ import annotations
 
-
-from dataclasses import replace
-from itertools import islice
-from torch import Tensor
-from torch import nn
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase
-from transformers import Trainer
 import contextlib
 import os
+from dataclasses import replace
+from itertools import islice
+
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
 from ..backends import select
 from ..data.collator import StepPreferenceCollator
 from ..hf.forward import forward_hidden
@@ -26,11 +24,20 @@ from ..losses.pref import StepPrefOutput, linear_step_pref_loss, step_pref_loss
 from ..objective.pair_arguments import checked_options, chosen_heads
 from ..objective.sums import StepLogps
 from .means import Means
-from .model_call import batch_logps, check_processes, choose_route, model_inputs, router_loss, text_logits, uses_flash_attention
+from .model_call import (
+    batch_logps,
+    check_processes,
+    choose_route,
+    model_inputs,
+    router_loss,
+    text_logits,
+    uses_flash_attention,
+)
 from .models import load_model
 from .preference_config import StepPreferenceConfig
-from .reference_cache import ReferenceCache, TOKEN_COLUMNS, add_reference, reference_key
+from .reference_cache import TOKEN_COLUMNS, ReferenceCache, add_reference, reference_key
 from .whole_batches import whole_batches
+
 
 class StepPreferenceTrainer(Trainer):
     """Trains a causal LM on tokenized preference rows (`sspo_ext.data.tokenize.tokenize_rows`).

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 
 _TOKENS = "completions/mean_length"
 
 _COLOURS = ("#1f6f8b", "#c8553d", "#e0a458", "#6a8d73", "#7d5ba6", "#2b2b2b")
+
 
 def curves(log_history: Sequence[Mapping]) -> dict[str, list[float]]:
     """update, accuracy and tokens of the logged batches of rollouts."""
@@ -19,6 +18,7 @@ def curves(log_history: Sequence[Mapping]) -> dict[str, list[float]]:
         "accuracy": [row["accuracy"] for row in rows],
         "tokens": [row[_TOKENS] for row in rows],
     }
+
 
 def draw_progress(runs: Mapping[str, Mapping[str, Sequence[float]]], path: str | PathLike) -> None:
     """Writes a PNG from `curves` of one or more named runs. Lines are means over up to an eighth of the run."""
@@ -44,6 +44,7 @@ def draw_progress(runs: Mapping[str, Mapping[str, Sequence[float]]], path: str |
         figure.savefig(path)
         plt.close(figure)
 
+
 def draw_path(axis, run: Mapping[str, Sequence[float]], name: str, colour: str) -> None:
     """Accuracy against tokens, from the circle to the arrow's head."""
     x, y = smooth(run["tokens"]), smooth(run["accuracy"])
@@ -53,10 +54,12 @@ def draw_path(axis, run: Mapping[str, Sequence[float]], name: str, colour: str) 
     axis.plot(x[0], y[0], "o", color=colour, mfc="white")
     axis.plot(x[-1], y[-1], "o", color=colour)
 
+
 def finish_path(axis) -> None:
     axis.set(title="Accuracy against tokens, ○ start ● end", xlabel="tokens of a completion", ylim=(-0.03, 1.03))
     axis.set_xlim(left=0)
     axis.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+
 
 def smooth(values: Sequence[float]) -> list[float]:
     width = max(1, len(values) // 8)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-
-from collections.abc import Callable
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from torch import Tensor
-from torch import nn
-from tqdm.auto import tqdm
 import hashlib
 import json
 import logging
-import numpy as np
 import os
 import time
-import torch
 import zipfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +29,7 @@ _NOTHING = (np.zeros(0, np.float32), 0)
 _PARTS = ("input_ids", "labels", "step_ids")
 
 TOKEN_COLUMNS = tuple(f"{side}_{part}" for side in ("chosen", "rejected") for part in _PARTS)
+
 
 @dataclass
 class ReferenceCache:
@@ -46,6 +45,7 @@ class ReferenceCache:
     def file(self, key: str, rank: int) -> Path:
         suffix = "" if self.world_size == 1 else f".{rank}-of-{self.world_size}"
         return Path(self.folder) / f"{key}{suffix}.npz"
+
 
 def reference_key(model: nn.Module, settings: dict, *, adapters: bool = False) -> str:
     """Hash of a model's weights (those of its adapters if `adapters`), its config and `settings`: 40 hex digits."""
@@ -67,11 +67,13 @@ def reference_key(model: nn.Module, settings: dict, *, adapters: bool = False) -
             digest.update(name.encode() + tensor_digest)
     return digest.hexdigest()
 
+
 def _tensor_digest(value: Tensor) -> bytes:
     data = value.detach().cpu().contiguous().reshape(-1)
     digest = hashlib.blake2b(f"{value.dtype}{tuple(value.shape)}".encode(), digest_size=20)
     digest.update(data.view(torch.uint8).numpy())
     return digest.digest()
+
 
 def _data_digest(features: Sequence[dict], model_key: str) -> str:
     """Token ids, labels and step ids decide the sums: whatever split or cut the text is in them."""
@@ -81,6 +83,7 @@ def _data_digest(features: Sequence[dict], model_key: str) -> str:
             values = np.asarray(feature[name], np.int64)
             digest.update(len(values).to_bytes(8, "little") + values.tobytes())
     return digest.hexdigest()
+
 
 def add_reference(
     dataset,
@@ -128,6 +131,7 @@ def add_reference(
         return dataset.add_column("ref_chosen", chosen).add_column("ref_rejected", rejected)
     return [{**f, "ref_chosen": c, "ref_rejected": r} for f, c, r in zip(features, chosen, rejected, strict=True)]
 
+
 def _compute(features, counts: np.ndarray, file: Path, cache: ReferenceCache, collate, step_sums, name: str) -> None:
     """Completes `file`, which holds the sums of the first `rows` rows: chosen steps, then rejected ones, row by row."""
     sums, done = _load(file)
@@ -155,6 +159,7 @@ def _compute(features, counts: np.ndarray, file: Path, cache: ReferenceCache, co
         bar.close()
         _save(file, np.concatenate(parts), done)
 
+
 def _load(file: Path) -> tuple[np.ndarray, int]:
     try:
         with np.load(file) as data:
@@ -164,6 +169,7 @@ def _load(file: Path) -> tuple[np.ndarray, int]:
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         logger.warning("reference cache %s cannot be read (%s); computing it again", file, error)
         return _NOTHING
+
 
 def _save(file: Path, sums: np.ndarray, rows: int) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -7,19 +7,20 @@ in (up to rounding of the logits), in an interrupted run and an uninterrupted on
 
 from __future__ import annotations
 
-
 from collections.abc import Sequence
-from torch import Tensor
-from torch import nn
 from typing import Any
+
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from .._checks import check_choice
 from .sampling import RolloutEngine, Sampling
 
 ENGINES = ("generate", "compact", "vllm")
 
 _BELOW_ONE = 1 - 2**-24
+
 
 def make_engine(name: str, tokenizer, *, rows_at_once: int | None = None, **options: Any) -> RolloutEngine:
     """An engine by name.
@@ -44,6 +45,7 @@ def make_engine(name: str, tokenizer, *, rows_at_once: int | None = None, **opti
 
         return VLLMEngine(**options)
     return (GenerateEngine if name == "generate" else CompactEngine)(tokenizer.pad_token_id or 0, rows_at_once)
+
 
 class GenerateEngine:
     """`model.generate`, left-padded."""
@@ -71,6 +73,7 @@ class GenerateEngine:
             eos_token_id=list(sampling.eos_token_ids), pad_token_id=self.pad_token_id,
         )  # fmt: skip
         return [up_to_end(ids, sampling.eos_token_ids) for ids in out[:, width:].tolist()]
+
 
 class CompactEngine:
     """A loop over the key-value cache; rows that have ended are dropped from it."""
@@ -118,6 +121,7 @@ class CompactEngine:
             mask = torch.cat([mask, torch.ones_like(ids)], 1)
         return [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
 
+
 class _Chooser:
     """One token a row from the last position's logits."""
 
@@ -141,6 +145,7 @@ class _Chooser:
         target = self.uniform[rows, t, None] * cumulative[:, -1:]
         return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
+
 class _ChooseOne:
     """Logits processor for `generate`: leaves only the chosen token possible."""
 
@@ -152,6 +157,7 @@ class _ChooseOne:
         drawn = self.chooser(scores, rows, input_ids.shape[1] - self.width)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn[:, None], 0.0)
 
+
 def end_tokens(model: nn.Module, tokenizer) -> tuple[int, ...]:
     """Every token that ends a completion: the generation config's, then the tokenizer's end of sequence."""
     found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -160,6 +166,7 @@ def end_tokens(model: nn.Module, tokenizer) -> tuple[int, ...]:
     if not ends:
         raise ValueError("processing_class: expected an end-of-sequence token, which ends a completion; it has none")
     return ends
+
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
     """input_ids and attention_mask (B, T) int64."""
@@ -171,9 +178,11 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device: tor
         "attention_mask": torch.tensor(mask, dtype=torch.int64, device=device),
     }
 
+
 def up_to_end(ids: list[int], eos_token_ids: Sequence[int]) -> list[int]:
     """`ids` up to and with the first end of sequence."""
     return ids[: next((i for i, token in enumerate(ids) if token in eos_token_ids), len(ids)) + 1]
+
 
 def _in_parts(complete, size: int | None, model, prompts, sampling, seeds) -> list[list[int]]:
     if len(seeds) != len(prompts):
@@ -183,6 +192,7 @@ def _in_parts(complete, size: int | None, model, prompts, sampling, seeds) -> li
         complete(model, prompts[i : i + size], sampling, seeds[i : i + size]) for i in range(0, len(prompts), size)
     ]
     return [ids for part in parts for ids in part]
+
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from torch import nn
 from typing import Protocol
+
+from torch import nn
+
 from .._checks import check_not_negative
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -26,6 +28,7 @@ class Sampling:
             raise ValueError(f"max_completion_length: expected at least 1, got {self.max_completion_length}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
+
 
 class RolloutEngine(Protocol):
     """Anything that completes prompts."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
-from transformers import TrainingArguments
 import inspect
+from dataclasses import dataclass, field, replace
+
+from transformers import TrainingArguments
+
 from .._checks import check_choice, check_count, check_not_negative, check_positive
 from ..formulas.policy import KL_ESTIMATORS, LEVELS, get_policy_head
 from ..objective.policy_arguments import AGGREGATIONS
@@ -22,8 +21,10 @@ COMBINE = ("add", "replace", "outcome")
 
 _DICTIONARIES = ("rollout_options", "chat_template_kwargs", "probe_options", "loss_options")
 
+
 def _option(default, text: str):
     return field(default=default, metadata={"help": text})
+
 
 @dataclass
 class SSPOConfig(TrainingArguments):

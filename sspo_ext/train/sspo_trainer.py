@@ -10,21 +10,18 @@ How values become advantages is our reconstruction of SSPO (arXiv 2508.12604).
 
 from __future__ import annotations
 
-
-from accelerate.utils import gather_object
-from collections.abc import Mapping
-from collections.abc import Sequence
-from torch import Tensor
-from torch import nn
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase
-from transformers import Trainer
 import copy
 import functools
 import itertools
 import os
 import time
+from collections.abc import Mapping, Sequence
+
 import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
 from ..data.graders import Grader, answer_grader, answer_texts, grade_rows
 from ..data.prompts import check_rows, prompt_tokens
 from ..hf.forward import forward_hidden
@@ -37,7 +34,18 @@ from ..signals.credit.gae import step_gae
 from ..signals.probing.probe import probe_step_values
 from ..signals.split import delimiter_mask
 from ..signals.values import StepBatch, StepValues
-from .experience import PromptSampler, Rollout, Summary, advantage_metrics, counted_items, graded_rollouts, num_items, over_std, policy_batch, rollout_metrics
+from .experience import (
+    PromptSampler,
+    Rollout,
+    Summary,
+    advantage_metrics,
+    counted_items,
+    graded_rollouts,
+    num_items,
+    over_std,
+    policy_batch,
+    rollout_metrics,
+)
 from .means import Sums
 from .model_call import batch_logps, check_processes, choose_route, model_inputs, router_loss, text_logits
 from .models import load_model
@@ -49,6 +57,7 @@ _METRICS = (
     "kl", "entropy", "ratio/mean", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
     "steps/logps", "steps/tokens",
 )  # fmt: skip
+
 
 class SSPOTrainer(Trainer):
     """Trains a causal LM on prompts with answers.

@@ -7,15 +7,15 @@ other engines': seeds are given to vLLM, and rollouts are not those that `Genera
 
 from __future__ import annotations
 
-
-from collections.abc import Iterator
-from collections.abc import Sequence
-from torch import Tensor
-from torch import nn
-from typing import Any
 import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor, nn
+
 from .sampling import Sampling
+
 
 class VLLMEngine:
     """`model`: name or folder that vLLM loads the architecture from; `options` go to `vllm.LLM`
@@ -62,6 +62,7 @@ class VLLMEngine:
                 model.unmerge_adapter()
         self.llm.reset_prefix_cache()
 
+
 def policy_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name as in the checkpoint, weight) one after the other; sharded weights (FSDP2) gathered one at a time. PEFT's
     own names and adapter weights are left out: merge first.
@@ -76,6 +77,7 @@ def policy_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         )
     return _whole(_named_weights(model.get_base_model() if kinds else model, ""))
 
+
 def _whole(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     seen = set()  # tied weights come once
     for name, weight in weights:
@@ -83,6 +85,7 @@ def _whole(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]
             seen.add(weight)
             with torch.no_grad():
                 yield name, weight.full_tensor() if hasattr(weight, "full_tensor") else weight.data
+
 
 def _named_weights(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """Parameters under the names that they have without PEFT and without checkpoint wrappers."""
@@ -101,6 +104,7 @@ def _named_weights(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor
     for name, part in parts.items():
         if part is not None:
             yield from _named_weights(part, f"{prefix}{name}.")
+
 
 def _one_seed(seed: Sequence[int]) -> int:
     value = 0

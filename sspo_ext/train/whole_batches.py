@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import repeat
-from torch.utils.data import Dataset
-from torch.utils.data import IterableDataset
+
+from torch.utils.data import Dataset, IterableDataset
+
 from ..data.collator import SIDES
+
 
 def whole_batches(dataset, size: int) -> Dataset:
     """The dataset's features, and behind them features without steps and pairs up to a multiple of `size`, the rows of
     all processes' batches. They are one token long, and count in no metric."""
     return _Rows(dataset, size) if hasattr(dataset, "__len__") else _Stream(dataset, size)
+
 
 class _Rows(Dataset):
     def __init__(self, dataset: Sequence[dict], size: int):
@@ -25,6 +26,7 @@ class _Rows(Dataset):
     def __getitem__(self, i: int) -> dict:
         return self.dataset[i] if i < len(self.dataset) else _without_pairs(self.dataset[0])
 
+
 class _Stream(IterableDataset):
     def __init__(self, dataset, size: int):
         self.dataset, self.size = dataset, size
@@ -35,6 +37,7 @@ class _Stream(IterableDataset):
             count += 1
             yield row
         yield from repeat(_without_pairs(row) if row else row, -count % self.size)
+
 
 def _without_pairs(row: dict) -> dict:
     empty = {**row, "pairs": []}

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from ...heads import head_id
-from .rows import arrival_counters, jit, on_device
 from .formulas_generated import _pair_head
+from .rows import arrival_counters, jit, on_device
 
 BLOCK = 256  # rows summed at a time: steps are tens to hundreds of tokens
 

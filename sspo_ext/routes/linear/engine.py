@@ -7,16 +7,18 @@ buffer. Runs inside `torch.library` ops, below autograd, so it may plan on the h
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass
-from torch import Tensor
+
 import numpy as np
 import torch
+from torch import Tensor
+
 from ... import backends
 from ...objective.pair import LossTerm, evaluate_terms
 from .gradients import Gradients
 from .head import Head
 from .plan import Group, LinearPlan
+
 
 class Rows:
     """The scored rows in the plan's order: gathered a chunk at a time, never all at once in the GEMM's dtype."""
@@ -44,6 +46,7 @@ class Rows:
     def restore(self, values: Tensor) -> Tensor:
         """From the plan's row order to the layout's."""
         return values if self.order is None else torch.empty_like(values).index_copy_(0, self.order, values)
+
 
 @dataclass
 class PairProblem:
@@ -93,6 +96,7 @@ class PairProblem:
             self.scale,
         )
 
+
 def _group_tables(group: Group, offsets: np.ndarray, index: np.ndarray) -> list[np.ndarray]:
     """steps, pairs, step offsets, pair index, and the pairs each step is in, of one group, in its own numbering."""
     counts = np.diff(offsets)[group.steps]
@@ -104,6 +108,7 @@ def _group_tables(group: Group, offsets: np.ndarray, index: np.ndarray) -> list[
         np.concatenate([[0], np.cumsum(c)]) for c in (counts, np.bincount(flat, minlength=len(counts)))
     )
     return [group.steps, group.pairs, own_offsets, own, adj_offsets, np.argsort(flat, kind="stable")]
+
 
 def run_pref(
     head: Head, rows: Rows, plan: LinearPlan, problem: PairProblem, gradients: Gradients, num_steps: int, num_pairs: int
@@ -139,6 +144,7 @@ def run_pref(
             _add_chunk(head, gradients, chunk, logits, lse[start:end], coef[start:end])
     return loss, sums, pair_losses, rows.restore(coef)
 
+
 def run_logps(head: Head, rows: Rows, plan: LinearPlan, gradients: Gradients) -> tuple[Tensor, Tensor]:
     """(tokens (N,), lse (N,)); with a frozen plan also d logp/d hidden of each row, into `gradients`."""
     tokens = torch.empty(plan.num_rows, dtype=head.acc_dtype, device=rows.labels.device)
@@ -153,6 +159,7 @@ def run_logps(head: Head, rows: Rows, plan: LinearPlan, gradients: Gradients) ->
                 _add_chunk(head, gradients, chunk, logits, lse[start:end], None)
     return tokens, lse
 
+
 def run_backward(head: Head, rows: Rows, plan: LinearPlan, lse: Tensor, coef: Tensor, gradients: Gradients) -> None:
     """Gradients for d/dlogp known only now: the logits are computed again."""
     head.allocate(plan)
@@ -160,6 +167,7 @@ def run_backward(head: Head, rows: Rows, plan: LinearPlan, lse: Tensor, coef: Te
         for start, end in group.chunks:
             chunk = rows.chunk(start, end)
             _add_chunk(head, gradients, chunk, head.logits(chunk[0]), lse[start:end], coef[start:end])
+
 
 @dataclass
 class Reference:
@@ -172,10 +180,12 @@ class Reference:
         """(n, V) into the reference's buffer."""
         return self.head.logits(self.rows.chunk(start, end)[0])
 
+
 def _allocate(head: Head, ref: Reference | None, plan: LinearPlan) -> None:
     head.allocate(plan)
     if ref is not None:
         ref.head.allocate(plan)
+
 
 def run_reductions(head: Head, rows: Rows, plan: LinearPlan, ref: Reference | None) -> tuple[Tensor, ...]:
     """logp, lse, entropy, sum_p2, kl and the reference's lse; (N,) each, the last two empty without a reference."""
@@ -199,6 +209,7 @@ def run_reductions(head: Head, rows: Rows, plan: LinearPlan, ref: Reference | No
                     whole[start:end] = part
     return out
 
+
 def run_reductions_backward(
     head: Head, rows: Rows, plan: LinearPlan, ref: Reference | None, lse: Tensor, ref_lse: Tensor, coefs: Tensor,
     gradients: Gradients,
@@ -213,6 +224,7 @@ def run_reductions_backward(
                 logits, labels, lse[start:end], ref_logits, ref_lse[start:end], coefs[start:end]
             )
             gradients.add(head, logits, hidden, places)
+
 
 def _add_chunk(
     head: Head,

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass
-from torch import Tensor
+
 import torch
+from torch import Tensor
+
 from ..shared import scale_kept
 from .head import Head
 from .plan import LinearPlan
+
 
 def _scale_rows(directions: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
     """(N0, H): directions[rows] times scale (N,); rows that are not scored are zeros already."""
     everywhere = scale.new_zeros(directions.shape[0]).index_copy_(0, rows, scale)
     return scale_kept(directions, everywhere[:, None])
 
+
 _BLOCK_BYTES = 4 << 20  # temporaries of the gradients' reductions: near the size of a core's cache
+
 
 class WeightGradient:
     """Sum over chunks of G^T @ hidden. A 16-bit sum of several products goes through float32, a block of vocabulary
@@ -52,6 +56,7 @@ class WeightGradient:
                     total.add_(torch.mm(part, hidden))
         self.first = False
 
+
 @dataclass
 class Gradients:
     """What a call accumulates; a field that was not asked for is None."""
@@ -75,6 +80,7 @@ class Gradients:
             block = max(1, budget // (max(1, len(rows)) * self.bias.itemsize))
             for v in range(0, head.vocab, block):
                 self.bias[v : v + block] += gradient[:, v : v + block].sum(0, dtype=self.bias.dtype)
+
 
 def start_gradients(
     head: Head, plan: LinearPlan, hidden: Tensor, hidden_dtype: torch.dtype, accum_dtype: torch.dtype

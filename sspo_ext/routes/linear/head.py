@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass
-from torch import Tensor
+
 import torch
+from torch import Tensor
+
 from ... import backends
 from .plan import LinearPlan
 from .shards import VocabShard
 
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
 
 @dataclass
 class Head:

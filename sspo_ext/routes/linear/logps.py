@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-
-from torch import Tensor
 import torch
-from . import ops as linear_ops
+from torch import Tensor
+
 from ...layout.steps import StepLayout
 from ..shared import refuse_double_backward
+from . import ops as linear_ops
 from .gradients import _scale_rows
 from .settings import LinearSettings
+
 
 class LinearLogpsRoute(torch.autograd.Function):
     """(N0, H) hidden, (V, H) weight, (V,) bias -> token log-probs (N,), for gradients known only in backward.

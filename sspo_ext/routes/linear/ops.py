@@ -7,12 +7,12 @@ is the size of the largest vocabulary shard, so that all ranks cut the same chun
 
 from __future__ import annotations
 
-
-from torch import Tensor
 import torch
-from . import engine
+from torch import Tensor
+
 from ...backends.ops import register
 from ...objective.pair import unpack_terms
+from . import engine
 from .gradients import Gradients, start_gradients
 from .head import Head, accumulator
 from .plan import LinearPlan, make_plan, rows_per_chunk
@@ -23,6 +23,7 @@ _HEAD = (
     "float a, float c, ScalarType dtype, ScalarType accum_dtype, ScalarType grad_dtype, int chunk_bytes, "
     "str tp_group, int vocab_start, int vocab_rows, str backend"
 )
+
 
 def _setup(
     hidden, weight, bias, rows, labels, offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes, tp_group,
@@ -47,13 +48,16 @@ def _setup(
     gradients = start_gradients(head, plan, hidden, hidden_gradient_dtype(hidden, needs, dtype), accum_dtype)
     return head, plan, engine.Rows(hidden, rows, labels, token_weights, plan, dtype), gradients
 
+
 def is_frozen(needs: list[bool]) -> bool:
     """Whether the hidden states alone want a gradient."""
     return needs[0] and not needs[1] and not needs[2]
 
+
 def hidden_gradient_dtype(hidden: Tensor, needs: list[bool], dtype: torch.dtype) -> torch.dtype:
     """A frozen plan keeps directions, still to be scaled, in the GEMMs' dtype; otherwise rows are final."""
     return dtype if is_frozen(needs) else hidden.dtype
+
 
 def _gradients(head: Head, gradients: Gradients, grad_dtype: torch.dtype) -> tuple[Tensor, ...]:
     """(N0, H), (V, H), (V,), each empty when not asked for."""
@@ -66,6 +70,7 @@ def _gradients(head: Head, gradients: Gradients, grad_dtype: torch.dtype) -> tup
         head.weight.new_empty(0, dtype=head.acc_dtype) if gradients.bias is None else gradients.bias,
     )
 
+
 def _fake_gradients(hidden, weight, needs, dtype, grad_dtype) -> tuple[Tensor, ...]:
     kept = hidden_gradient_dtype(hidden, needs, dtype)
     return (
@@ -73,6 +78,7 @@ def _fake_gradients(hidden, weight, needs, dtype, grad_dtype) -> tuple[Tensor, .
         weight.new_empty(weight.shape if needs[1] else 0, dtype=grad_dtype),
         weight.new_empty(weight.shape[:1] if needs[2] else 0, dtype=accumulator(dtype)),
     )
+
 
 def _linear_pref_fwd(
     hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
@@ -92,6 +98,7 @@ def _linear_pref_fwd(
     results = engine.run_pref(head, scored, plan, problem, gradients, num_steps, num_pairs)
     return *results, *_gradients(head, gradients, grad_dtype)
 
+
 def _linear_pref_fwd_fake(
     hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
     tp_group, vocab_start, vocab_rows, backend, token_weights, ref, host_pair_index, pair_weights, pair_margins,
@@ -101,6 +108,7 @@ def _linear_pref_fwd_fake(
     sizes = ((), host_step_offsets.shape[0] - 1, (len(term_flags), host_pair_index.shape[0]), rows.shape[0])
     results = (weight.new_empty(size, dtype=acc) for size in sizes)
     return *results, *_fake_gradients(hidden, weight, needs, dtype, grad_dtype)
+
 
 def _linear_logps_fwd(
     hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
@@ -113,12 +121,14 @@ def _linear_logps_fwd(
     tokens, lse = engine.run_logps(head, scored, plan, gradients)
     return tokens, lse, _gradients(head, gradients, grad_dtype)[0]
 
+
 def _linear_logps_fwd_fake(
     hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, *args
 ):
     tokens = weight.new_empty(rows.shape, dtype=accumulator(dtype))
     directions = _fake_gradients(hidden, weight, needs, dtype, grad_dtype)[0]
     return tokens, torch.empty_like(tokens, dtype=torch.float64), directions
+
 
 def _linear_logps_bwd(
     hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
@@ -131,10 +141,12 @@ def _linear_logps_bwd(
     engine.run_backward(head, scored, plan, lse, coef, gradients)
     return _gradients(head, gradients, grad_dtype)
 
+
 def _linear_logps_bwd_fake(
     hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, *args
 ):
     return _fake_gradients(hidden, weight, needs, dtype, grad_dtype)
+
 
 linear_pref_fwd = register(
     "linear_pref_fwd",

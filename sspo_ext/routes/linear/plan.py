@@ -12,11 +12,11 @@ gradients of a trained head wait for the caller's loss scale, and so are always 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 
-from dataclasses import dataclass
-from dataclasses import field
 import numpy as np
 import torch
+
 from ...layout.pairs import StepPairs, connected_steps
 from ...layout.steps import StepLayout
 from ...objective.policy import segments_of
@@ -26,10 +26,12 @@ DEFAULT_CHUNK_BYTES = {"cpu": 128 << 20}
 
 _OTHER_DEVICES = 512 << 20
 
+
 def rows_per_chunk(vocab: int, dtype: torch.dtype, chunk_bytes: int | None, device_type: str) -> int:
     """Rows whose (rows, V) logits fit in the budget; at least one."""
     budget = DEFAULT_CHUNK_BYTES.get(device_type, _OTHER_DEVICES) if chunk_bytes is None else chunk_bytes
     return max(1, budget // (max(vocab, 1) * dtype.itemsize))
+
 
 @dataclass(frozen=True, eq=False)
 class Group:
@@ -45,6 +47,7 @@ class Group:
     chunks: list[tuple[int, int]]  # of rows, in the plan's order
     steps: np.ndarray = field(repr=False)  # the layout's steps, in the order their rows stand
     pairs: np.ndarray = field(repr=False)  # indices of pairs
+
 
 @dataclass(frozen=True, eq=False)
 class LinearPlan:
@@ -103,6 +106,7 @@ class LinearPlan:
             f"{per_row:.2f} GEMMs a row, {self.flops / 1e9:.2f} GFLOP, buffer {self.buffer_bytes / 2**20:.1f} MiB"
         )
 
+
 def make_plan(
     host_step_offsets: np.ndarray,  # (S + 1,)
     host_pair_index: np.ndarray | None,  # (P, 2); None: gradients of single steps, known only in backward
@@ -129,6 +133,7 @@ def make_plan(
     return LinearPlan(
         order, groups, chunk_rows, num_rows, vocab, hidden, dtype, hidden_gradient, weight_gradient, bias_gradient
     )
+
 
 def _groups_by_unit(
     offsets: np.ndarray, index: np.ndarray, chunk_rows: int, frozen: bool
@@ -180,11 +185,13 @@ def _groups_by_unit(
     rows = [np.arange(offsets[s], offsets[s + 1]) for s in placed]
     return np.concatenate(rows) if rows else np.zeros(0, np.int64), groups
 
+
 def cut_evenly(start: int, end: int, size: int) -> list[tuple[int, int]]:
     """[start, end) in the fewest chunks of at most `size`, as even as they can be."""
     count = -(-(end - start) // size)
     edges = np.linspace(start, end, count + 1).round().astype(int).tolist() if count else [start]
     return list(zip(edges[:-1], edges[1:], strict=True))
+
 
 def plan_for(
     layout: StepLayout,
@@ -212,6 +219,7 @@ def plan_for(
         bias_gradient=bias_gradient,
         reductions=reductions,
     )
+
 
 def make_policy_plan(
     host_unit_offsets: np.ndarray | None,  # (U + 1,) rows of the units, one after the other; None: each row is one
@@ -247,6 +255,46 @@ def make_policy_plan(
     return LinearPlan(
         None, groups, chunk_rows, num_rows, vocab, hidden, dtype, hidden_gradient, weight_gradient, bias_gradient
     )
+
+
+def pref_plan(
+    layout: StepLayout,
+    pairs: StepPairs | None = None,
+    *,
+    vocab: int,
+    hidden: int,
+    dtype: torch.dtype = torch.float32,
+    chunk_bytes: int | None = None,
+    hidden_gradient: bool = True,
+    weight_gradient: bool = True,
+    bias_gradient: bool = False,
+    logps_only: bool = False,
+    reductions: bool = False,
+) -> LinearPlan:
+    """What `linear_step_pref_loss` will do with this batch: rows, chunks, GEMMs, FLOPs, bytes. Print it.
+
+    Args:
+        layout: the batch's StepLayout.
+        pairs: default pair by index, as there.
+        vocab: V, rows of the head's weight.
+        hidden: H, columns of the head's weight.
+        dtype: the dtype that GEMMs run in.
+        chunk_bytes: budget of the logits buffer, bytes; default as there.
+        hidden_gradient: whether the hidden states want a gradient.
+        weight_gradient: whether the head's weight wants a gradient.
+        bias_gradient: whether the head's bias wants a gradient.
+        logps_only: plan `linear_step_logps` instead.
+        reductions: plan `linear_step_logps` with entropy, sum_p2 or kl (for kl without the reference's own products).
+    """
+    logps_only = logps_only or reductions
+    if pairs is None and not logps_only:
+        pairs = layout.pair_by_index()
+    return plan_for(
+        layout, None if logps_only else pairs, vocab=vocab, hidden=hidden, dtype=dtype, chunk_bytes=chunk_bytes,
+        hidden_gradient=hidden_gradient, weight_gradient=weight_gradient, bias_gradient=bias_gradient,
+        reductions=reductions,
+    )  # fmt: skip
+
 
 def policy_plan(
     layout: StepLayout,

@@ -6,21 +6,22 @@ share a chunk, the loss's derivative is known while the chunk's logits are there
 
 from __future__ import annotations
 
-
-from torch import Tensor
 import torch
-from . import engine
+from torch import Tensor
+
 from ...backends.ops import register
 from ...formulas.dual import Dual
 from ...layout.steps import StepLayout
 from ...objective.policy import PolicyProblem, Segments
 from ..shared import gradient_coefs, refuse_double_backward, scale_kept
+from . import engine
 from .gradients import Gradients, start_gradients
 from .head import Head, accumulator
 from .ops import _HEAD, _gradients
 from .plan import LinearPlan, make_policy_plan, rows_per_chunk
 from .settings import LinearSettings
 from .shards import VocabShard
+
 
 def _linear_policy_fwd(
     hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
@@ -50,6 +51,7 @@ def _linear_policy_fwd(
     tokens, entropy = run_policy(head, scored, plan, problem, gradients)
     return tokens, entropy, *_gradients(head, gradients, grad_dtype)
 
+
 def _linear_policy_fwd_fake(
     hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
     tp_group, vocab_start, vocab_rows, backend, *args,
@@ -63,6 +65,7 @@ def _linear_policy_fwd_fake(
         weight.new_empty(weight.shape[:1] if needs[2] else 0, dtype=acc),
     )
 
+
 linear_policy_fwd = register(
     "linear_policy_fwd",
     f"({_HEAD}, Tensor? unit_offsets, Tensor? unit_of_row, Tensor? host_unit_offsets, Tensor step_offsets, "
@@ -71,6 +74,7 @@ linear_policy_fwd = register(
     _linear_policy_fwd,
     _linear_policy_fwd_fake,
 )
+
 
 def run_policy(
     head: Head, rows: engine.Rows, plan: LinearPlan, problem: PolicyProblem, gradients: Gradients
@@ -115,6 +119,7 @@ def run_policy(
                 chunk = hidden, labels, places, head.logits(hidden)
             backward(start, end, chunk, coef[start - group.start : end - group.start])
     return tokens, entropy
+
 
 class LinearPolicyRoute(torch.autograd.Function):
     """(N0, H) hidden, (V, H) weight, (V,) bias -> loss (), tokens (N,), entropy (N,), with gradients from forward."""

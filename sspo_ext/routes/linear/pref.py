@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-
-from torch import Tensor
 import torch
-from . import ops as linear_ops
+from torch import Tensor
+
 from ...layout.steps import StepLayout
 from ...objective.pair import PairLossSpec, pack_terms, step_loss
 from ..shared import refuse_double_backward, scale_kept
+from . import ops as linear_ops
 from .gradients import _scale_rows
 from .head import accumulator
 from .settings import LinearSettings
+
 
 class LinearPrefRoute(torch.autograd.Function):
     """(N0, H) hidden, (V, H) weight, (V,) bias -> loss (), sums (S,), term losses (C, P), with gradients from
@@ -65,6 +66,7 @@ class LinearPrefRoute(torch.autograd.Function):
             None,
             None,
         )
+
 
 class TokensLoss(torch.autograd.Function):
     """(N,) token log-probs -> loss (), step sums (S,), pair losses of each term (C, P), by launch 2."""

@@ -7,10 +7,9 @@ two share the budget.
 
 from __future__ import annotations
 
-
-from torch import Tensor
 import torch
-from . import engine
+from torch import Tensor
+
 from ... import backends
 from ..._checks import check_device, check_float, check_shape
 from ...backends import reference
@@ -18,6 +17,7 @@ from ...backends.ops import register
 from ...layout.steps import StepLayout
 from ...objective.sums import StepLogps, StepSums
 from ..shared import gradient_coefs, refuse_double_backward
+from . import engine
 from .head import Head, accumulator
 from .ops import _HEAD, _fake_gradients, _gradients, _setup
 from .reference import reference_logits
@@ -25,6 +25,7 @@ from .settings import LinearSettings
 from .shards import local_part
 
 _REFERENCE = "Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias"
+
 
 def _setup_both(
     hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
@@ -41,9 +42,11 @@ def _setup_both(
         ref = engine.Reference(ref_head, engine.Rows(ref_hidden, rows, labels, None, plan, dtype))
     return head, scored, plan, ref, gradients
 
+
 def _linear_reductions_fwd(*args):
     head, scored, plan, ref, _ = _setup_both(*args)
     return engine.run_reductions(head, scored, plan, ref)
+
 
 def _linear_reductions_fwd_fake(
     hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
@@ -54,6 +57,7 @@ def _linear_reductions_fwd_fake(
     sizes = ((N, acc), (N, torch.float64), (N, acc), (N, acc), (M, acc), (M, torch.float64))
     return tuple(weight.new_empty(size, dtype=d) for size, d in sizes)
 
+
 def _linear_reductions_bwd(*args):
     *args, lse, ref_lse, coefs = args
     head, scored, plan, ref, gradients = _setup_both(*args)
@@ -61,10 +65,12 @@ def _linear_reductions_bwd(*args):
     grad_dtype = args[11]
     return _gradients(head, gradients, grad_dtype)
 
+
 def _linear_reductions_bwd_fake(
     hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, *args
 ):
     return _fake_gradients(hidden, weight, needs, dtype, grad_dtype)
+
 
 linear_reductions_fwd = register(
     "linear_reductions_fwd",
@@ -79,6 +85,7 @@ linear_reductions_bwd = register(
     _linear_reductions_bwd,
     _linear_reductions_bwd_fake,
 )
+
 
 class LinearReductionsRoute(torch.autograd.Function):
     """(N0, H) hidden, (V, H) weight, (V,) bias -> tokens, entropy, sum_p2, kl, (N,) each; kl is empty without a
@@ -131,6 +138,7 @@ class LinearReductionsRoute(torch.autograd.Function):
             None,
         )
 
+
 def kl_reference(ref_hidden, ref_weight, ref_bias, weight, bias, layout) -> tuple[Tensor | None, ...]:
     """(N0, H') hidden states, (V, H') weight and (V,) bias of the reference; all None without one."""
     if ref_hidden is None:
@@ -153,6 +161,7 @@ def kl_reference(ref_hidden, ref_weight, ref_bias, weight, bias, layout) -> tupl
             check_device(f"kl_ref_{name}", value, weight.device, "the weight")
     ref_bias = None if ref_bias is None else ref_bias.detach()
     return ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(), ref_bias
+
 
 def linear_reductions(
     hidden, weight, bias, ref, layout, entropy: bool, sum_p2: bool, settings: LinearSettings, requested: str, tp_group

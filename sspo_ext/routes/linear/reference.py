@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-
-from torch import Tensor
 import torch
+from torch import Tensor
+
 from ...backends import reference
 from ...layout.steps import StepLayout
 from .settings import LinearSettings
+
 
 def _reference_tokens(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, layout: StepLayout, settings: LinearSettings
@@ -15,6 +16,7 @@ def _reference_tokens(
     rows = torch.arange(layout.num_rows, device=hidden.device)
     logits = reference_logits(hidden, weight, bias, layout, settings)
     return reference.token_logps(logits, rows, layout.labels, settings.a, settings.c)
+
 
 def reference_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, layout: StepLayout, settings) -> Tensor:
     """(1, N, V) logits of the scored rows."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass
-from torch import Tensor
+
 import torch
+from torch import Tensor
+
 from ... import backends
 from ..._checks import check_device, check_float, check_shape
 from ...layout.steps import StepLayout
 from ..shared import logit_map, scale_kept
 from .head import accumulator
 from .shards import local_part, shard_of
+
 
 @dataclass(frozen=True, eq=False)
 class LinearSettings:
@@ -51,6 +53,7 @@ class LinearSettings:
             return scale_kept(kept, upstream)
         self.weight_grad.add_(scale_kept(kept, upstream))
         return None
+
 
 def _prepare(
     hidden, weight, bias, layout, temperature, logit_softcap, logit_scale, chunk_bytes, accum_dtype, weight_grad,

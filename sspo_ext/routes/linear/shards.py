@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass
-from torch import Tensor
+
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 
 class VocabShard:
     """Rows [start, start + size) of the head live on this rank of the named process group."""
@@ -65,17 +66,21 @@ class VocabShard:
         dist.all_reduce(partial, group=self.group)
         return partial
 
+
 def _label_logit(logps: Tensor, lse: Tensor, local: Tensor) -> Tensor:
     """(N,) float64; 0 for a label of another shard."""
     return torch.where(local >= 0, logps.double() + lse, 0.0)
+
 
 def _over_shards(weights: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
     """(ranks, N) -> (N,). A shard without probability counts 0, whatever its own distribution would be; what rounding
     makes negative is 0; NaN stays."""
     return torch.where(weights == 0, 0.0, values).sum(0).clamp(min=0).to(dtype)
 
+
 def resolve_group(name: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)
+
 
 @dataclass(frozen=True)
 class ShardInfo:
@@ -86,6 +91,7 @@ class ShardInfo:
     largest: int  # rows of the largest shard
     vocab: int
 
+
 def shard_of(weight: Tensor, tp_group) -> ShardInfo:
     if hasattr(weight, "device_mesh"):
         return _shard_of_dtensor(weight, tp_group)
@@ -94,6 +100,7 @@ def shard_of(weight: Tensor, tp_group) -> ShardInfo:
         return ShardInfo("", 0, size, size)
     world = dist.get_world_size(tp_group)
     return ShardInfo(tp_group.group_name, dist.get_rank(tp_group) * size, size, world * size)
+
 
 def _shard_of_dtensor(weight, tp_group) -> ShardInfo:
     from torch.distributed.tensor import Shard
@@ -111,6 +118,7 @@ def _shard_of_dtensor(weight, tp_group) -> ShardInfo:
     world, vocab = mesh.size(), weight.shape[0]
     _, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
     return ShardInfo(group.group_name, offset[0], -(-vocab // world), vocab)
+
 
 def local_part(tensor: Tensor) -> Tensor:
     """The tensor, or the part of a DTensor on this rank (differentiable)."""

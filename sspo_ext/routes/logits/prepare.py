@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-
 from torch import Tensor
+
 from ... import backends
 from ..._checks import check_float, check_tensor
 from ...layout.steps import StepLayout
 from ..shared import logit_map
+
 
 def layout_of(
     logits: Tensor, layout, labels: Tensor | None, step_ids: Tensor | None, token_weights: Tensor | None = None
@@ -26,6 +27,7 @@ def layout_of(
     check_tensor("logits", logits, ndim=3)
     built = StepLayout.from_step_ids(labels, step_ids, token_weights=token_weights, vocab_size=logits.shape[-1])
     return built.to(logits.device)
+
 
 def prepare(
     logits: Tensor, layout: StepLayout, temperature: float, logit_softcap: float | None, logit_scale: float,
@@ -48,9 +50,11 @@ def prepare(
         )
     return layout.check_logits(logits), mapped, name
 
+
 def _no_inplace(logits: Tensor, others: str) -> str:
     reasons = backends.reasons(logits.device, logits.dtype)
     return f"inplace_backward: the reference backend cannot write over the logits, and {others} ({reasons})"
+
 
 def _may_overlap(x: Tensor) -> bool:
     """False where each stride is beyond the reach of all smaller ones, as in every view of a contiguous tensor that

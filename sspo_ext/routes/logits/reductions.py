@@ -8,12 +8,13 @@ dz = g (onehot - p) + p (constant + log_p log p + square p) - kappa q with five 
 
 from __future__ import annotations
 
-
-from torch import Tensor
 import torch
+from torch import Tensor
+
 from ...backends import ops
 from ...layout.steps import StepLayout
 from ..shared import gradient_coefs, refuse_double_backward
+
 
 class ReductionsRoute(torch.autograd.Function):
     """(B, T, V) logits -> tokens, entropy, sum_p2, kl, (N,) each; what is not asked for is empty, as kl without a

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-
-from torch import Tensor
 import torch
+from torch import Tensor
+
 from ...backends import ops
 from ...layout.steps import StepLayout
 from ...objective.pair import PairLossSpec, step_loss
 from ..shared import refuse_double_backward
+
 
 class LogitsRoute(torch.autograd.Function):
     """(B, T, V) logits -> loss (), step sums (S,), token log-probs (N,), pair losses of each term (C, P).
@@ -55,6 +56,7 @@ class LogitsRoute(torch.autograd.Function):
         else:
             d_logits = ops.token_logp_bwd(*args)
         return d_logits, None, None, None, None, None, None
+
 
 def _total_coef(coef, weights, step_of_row, d_loss, d_sums, d_tokens) -> Tensor:
     """d/dlogp (N,) when gradient arrives at the sums or the tokens too, and not at the loss alone."""

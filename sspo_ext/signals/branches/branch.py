@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-
-from collections.abc import Iterator
-from collections.abc import Sequence
-from torch import Tensor
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 ENGINES = ("packed", "cached", "separate")  # in the order in which "auto" tries them
 
 SAMPLING_ENGINES = ("cached", "separate")
 
 Trunks = Sequence[Sequence[int]]
+
 
 class Branch(NamedTuple):
     """Tokens after the first `cut` of a trunk's; the first `start` of them are given, the others are scored."""
@@ -22,6 +22,7 @@ class Branch(NamedTuple):
     cut: int
     ids: Sequence[int]
     start: int = 0
+
 
 class BranchLogps(NamedTuple):
     """Log-probs of the scored tokens, branch after branch in the order that was asked for."""
@@ -32,6 +33,7 @@ class BranchLogps(NamedTuple):
     def sums(self) -> Tensor:
         """(R,) of each branch; 0 for one without scored tokens."""
         return torch.segment_reduce(self.tokens, "sum", offsets=self.offsets, initial=0)
+
 
 def by_trunk(branches: Sequence[Branch], todo: Sequence[int], max_tokens: int | None) -> Iterator[list[int]]:
     """Branches of one trunk, in groups that fit into the budget with it where that is possible."""
@@ -51,6 +53,7 @@ def by_trunk(branches: Sequence[Branch], todo: Sequence[int], max_tokens: int | 
             used += size
         yield group
 
+
 def in_budget(sizes: Sequence[int], max_tokens: int) -> Iterator[range]:
     """Runs of `sizes`, which never increase, such that longest x number is within the budget (or one item)."""
     start = 0
@@ -58,6 +61,7 @@ def in_budget(sizes: Sequence[int], max_tokens: int) -> Iterator[range]:
         n = max(max_tokens // max(sizes[start], 1), 1)
         yield range(start, min(start + n, len(sizes)))
         start += n
+
 
 def check_branches(trunks: Trunks, branches: Sequence[Branch], max_tokens: int) -> None:
     if not isinstance(max_tokens, int) or max_tokens < 1:

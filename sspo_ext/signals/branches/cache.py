@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-
-from collections.abc import Sequence
-from torch import Tensor
-from torch import nn
-from typing import Any
-from typing import NamedTuple
 import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
+from torch import Tensor, nn
+
 from .branch import Branch, Trunks
 from .model import logits_at, model_device
+
 
 class Grown(NamedTuple):
     """What is fed after a cache: a branch, with one token of the trunk before it where its first token needs logits."""
@@ -25,6 +25,7 @@ class Grown(NamedTuple):
         if branch.cut and (not ids if all_ids else branch.start == 0):
             return cls(branch.cut - 1, [trunks[branch.trunk][branch.cut - 1], *ids])
         return cls(branch.cut, ids)
+
 
 def prefill(model: nn.Module, ids: Sequence[int]) -> dict[str, Any]:
     """The cache of one sequence, as an argument of the next forward; empty for no tokens."""
@@ -40,6 +41,7 @@ def prefill(model: nn.Module, ids: Sequence[int]) -> dict[str, Any]:
         raise ValueError(f"engine: {type(model).__name__} returns no cache whose rows can be repeated")
     return {"past_key_values": cache}
 
+
 def repeat_cache(cache: dict[str, Any], times: int, *, last: bool) -> dict[str, Any]:
     """One row's cache for `times` rows; in place if it is the `last` use of it."""
     if not cache:
@@ -48,6 +50,7 @@ def repeat_cache(cache: dict[str, Any], times: int, *, last: bool) -> dict[str, 
     many = one if last else copy.deepcopy(one)
     many.batch_repeat_interleave(times)
     return {"past_key_values": many}
+
 
 def holes(
     past: int, cuts: Sequence[int], lengths: Sequence[int], width: int, device, *, left: bool = False

@@ -16,28 +16,40 @@ Three engines give the same numbers:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
-from collections.abc import Iterator
-from collections.abc import Sequence
-from torch import Tensor
-from torch import nn
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from ..._checks import check_choice
-from .branch import Branch, BranchLogps, ENGINES, Trunks, by_trunk, in_budget
+from .branch import ENGINES, Branch, BranchLogps, Trunks, by_trunk, in_budget
 from .cache import Grown, holes, prefill, repeat_cache
+from .masks import four_d_mask
 from .model import label_logps, logits_at, model_device
 
+
 def run_engine(
-    model: nn.Module, trunks: Trunks, branches: Sequence[Branch], engine: str, max_tokens: int
+    model: nn.Module,
+    trunks: Trunks,
+    branches: Sequence[Branch],
+    engine: str,
+    max_tokens: int,
+    *,
+    fallback: Callable[[int], str] = lambda longest: "separate",
 ) -> BranchLogps:
-    """`branch_logps` without its checks: no gradient mode, no eval mode, no question whether the model supports it."""
+    """`branch_logps` without its checks: no gradient mode, no eval mode, no question whether the model supports it.
+
+    `fallback` names the engine, "cached" or "separate", for paths that do not fit in a packed forward; it is given the
+    tokens of the longest one.
+    """
     check_choice("engine", engine, ENGINES)
     offsets = np.concatenate([[0], np.cumsum([len(b.ids) - b.start for b in branches], dtype=np.int64)])
     device = model_device(model)
     found: list[tuple[np.ndarray, Tensor]] = []  # places in the result, log-probs
     todo = [r for r, b in enumerate(branches) if len(b.ids) > b.start]
-    run = {"separate": _separate, "packed": _packed, "cached": _cached}[engine]
+    run = {"separate": _separate, "packed": partial(_packed, fallback=fallback), "cached": _cached}[engine]
     for owners, logps in run(model, trunks, branches, todo, max_tokens):
         places = [np.arange(offsets[r] + j, offsets[r] + j + n) for r, j, n in owners]
         found.append((np.concatenate(places), logps))
@@ -48,8 +60,10 @@ def run_engine(
     logps = torch.cat([logps for _, logps in found])
     return BranchLogps(torch.empty_like(logps).index_copy_(0, order, logps), offsets)
 
+
 # (branch, its first scored token here, how many), log-probs of all of them end to end
 _Part = tuple[list[tuple[int, int, int]], Tensor]
+
 
 def _separate(model, trunks: Trunks, branches: Sequence[Branch], todo: list[int], max_tokens: int) -> Iterator[_Part]:
     device = model_device(model)
@@ -59,6 +73,7 @@ def _separate(model, trunks: Trunks, branches: Sequence[Branch], todo: list[int]
         at = torch.arange(cut + start - 1, cut + len(ids) - 1, device=device)
         logits, _ = logits_at(model, at, input_ids=tokens)
         yield [(r, 0, len(ids) - start)], label_logps(logits, ids[start:])
+
 
 class Tree:
     """Trunk and branches as one tree of tokens: a token is stored once for all paths that lead to it."""
@@ -101,7 +116,16 @@ class Tree:
                 seen[i] |= seen[parent]
         return seen
 
-def _packed(model, trunks: Trunks, branches: Sequence[Branch], todo: list[int], max_tokens: int) -> Iterator[_Part]:
+
+def _packed(
+    model,
+    trunks: Trunks,
+    branches: Sequence[Branch],
+    todo: list[int],
+    max_tokens: int,
+    *,
+    fallback: Callable[[int], str],
+) -> Iterator[_Part]:
     rows = []
     beyond: list[int] = []
     for members in by_trunk(branches, todo, max_tokens):
@@ -129,18 +153,15 @@ def _packed(model, trunks: Trunks, branches: Sequence[Branch], todo: list[int], 
                 owners.append((r, 0, len(tokens)))
         device = model_device(model)
         ids, positions, mask, at = (torch.from_numpy(np.asarray(x)).to(device) for x in (ids, positions, mask, at))
-        from .masks import four_d_mask
-
         inputs = {"attention_mask": four_d_mask(model, mask, positions), "position_ids": positions}
         logits, _ = logits_at(model, at, input_ids=ids, **inputs)
         yield owners, label_logps(logits, labels)
     # A path beyond the budget shares its context with no other: the trunk's cache does, and a mask would only cost.
     if beyond:
-        from .support import why_not
-
         longest = max(branches[r].cut + len(branches[r].ids) for r in beyond)
-        run = _separate if why_not(model, "cached", longest) else _cached
+        run = _cached if fallback(longest) == "cached" else _separate
         yield from run(model, trunks, branches, beyond, max_tokens)
+
 
 def _cached(model, trunks: Trunks, branches: Sequence[Branch], todo: list[int], max_tokens: int) -> Iterator[_Part]:
     device = model_device(model)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-
-from collections.abc import Sequence
-from torch import Tensor
-from torch import nn
-from typing import Any
 import inspect
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Tensor, nn
+
 from ...hf.forward import forward_logits_at
 from ...hf.wrappers import UnsupportedHead, unwrap
 
 _ROWS = 1024  # of logits that are brought to float32 at a time
+
 
 def logits_at(model: nn.Module, positions: Tensor, *, use_cache: bool = False, **inputs: Any) -> tuple[Tensor, Any]:
     """((N, V) logits at flattened positions, the model's outputs). The vocabulary projection is computed for them alone
@@ -35,6 +36,7 @@ def logits_at(model: nn.Module, positions: Tensor, *, use_cache: bool = False, *
     logits = outputs.logits if hasattr(outputs, "logits") else outputs[0]
     return logits[row, column], outputs
 
+
 def label_logps(logits: Tensor, labels: Sequence[int]) -> Tensor:
     """(N,) log_softmax(logits)[label] in float32 at least, a block of rows at a time."""
     target = torch.tensor(labels, device=logits.device)
@@ -45,14 +47,17 @@ def label_logps(logits: Tensor, labels: Sequence[int]) -> Tensor:
     ]
     return torch.cat(parts).clamp(max=0)
 
+
 def takes(model: nn.Module, name: str) -> bool:
     """Whether the model's forward names this argument."""
     inner = unwrap(model)
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     return name in inspect.signature(inner.forward).parameters
 
+
 def model_dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
 
 def model_device(model: nn.Module) -> torch.device:
     parameter = next(model.parameters(), None)

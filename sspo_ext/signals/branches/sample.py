@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
-from torch import Tensor
-from torch import nn
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
 import numpy as np
 import torch
-import zlib
+from torch import Tensor, nn
+
 from ..._checks import check_count, check_not_negative
 from ...hf.wrappers import eval_mode
-from .branch import Branch, SAMPLING_ENGINES, Trunks, by_trunk, check_branches, in_budget
+from .branch import SAMPLING_ENGINES, Branch, Trunks, by_trunk, check_branches, in_budget
 from .cache import Grown, holes, prefill, repeat_cache
 from .model import logits_at, model_device
 from .support import check_positions, choose_engine
+
 
 def sample_branches(
     model: nn.Module,
@@ -63,10 +62,12 @@ def sample_branches(
                 result[r] = rows[i * num_samples : (i + 1) * num_samples]
     return result
 
+
 def _draws(seed: int, context: Sequence[int], num_samples: int, length: int) -> np.ndarray:
     """(num_samples, length) uniform numbers that depend on the arguments alone."""
     key = zlib.crc32(np.asarray(context, np.int64).tobytes())
     return np.random.default_rng([seed, key, len(context)]).random((num_samples, length))
+
 
 class _Start:
     """Where decoding starts: logits (R, V) of the next token, and what the forward after it needs."""
@@ -96,7 +97,9 @@ class _Start:
         if self.cache is not None:
             self.cache = outputs.past_key_values
 
+
 _Run = Iterator[tuple[list[int], _Start]]
+
 
 def _separate(model, trunks: Trunks, branches, num_samples: int, max_new_tokens: int, max_tokens: int) -> _Run:
     device = model_device(model)
@@ -106,6 +109,7 @@ def _separate(model, trunks: Trunks, branches, num_samples: int, max_new_tokens:
         logits, outputs = logits_at(model, last, input_ids=tokens, use_cache=True)
         cache = getattr(outputs, "past_key_values", None)
         yield [r], _Start(logits, cache, None, None, tokens)
+
 
 def _cached(model, trunks: Trunks, branches, num_samples: int, max_new_tokens: int, max_tokens: int) -> _Run:
     device = model_device(model)
@@ -131,6 +135,7 @@ def _cached(model, trunks: Trunks, branches, num_samples: int, max_new_tokens: i
             logits, mask, ids = (x.repeat_interleave(num_samples, 0) for x in (logits, mask, ids))
             positions = positions[:, -1].repeat_interleave(num_samples)
             yield chosen, _Start(logits, outputs.past_key_values, mask, positions, ids)
+
 
 def _decode(
     model: nn.Module,
@@ -161,6 +166,7 @@ def _decode(
             going, tokens = [going[j] for j in kept], tokens[kept]
         state.feed(model, tokens)
     return rows
+
 
 def _pick(logits: Tensor, draws: np.ndarray, temperature: float) -> Tensor:
     """(R,) token ids: the first whose cumulative probability exceeds the draw; -1 where no token has a probability."""

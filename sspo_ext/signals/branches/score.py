@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Sequence
-from torch import nn
+
 import torch
+from torch import nn
+
 from ...hf.wrappers import eval_mode
 from .branch import Branch, BranchLogps, Trunks, check_branches
 from .engines import run_engine
+from .support import check_positions, choose_engine, why_not
+
 
 def branch_logps(
     model: nn.Module,
@@ -31,10 +34,11 @@ def branch_logps(
     not support, with the reason.
     """
     check_branches(trunks, branches, max_tokens)
-    from .support import check_positions, choose_engine
-
     longest = max((b.cut + len(b.ids) for b in branches), default=0)
     check_positions(model, longest - 1)  # the last token is only ever predicted
     with torch.no_grad(), eval_mode(model):
         engine = choose_engine(model, engine, longest)
-        return run_engine(model, trunks, branches, engine, max_tokens)
+        return run_engine(
+            model, trunks, branches, engine, max_tokens,
+            fallback=lambda path: "separate" if why_not(model, "cached", path) else "cached",
+        )  # fmt: skip

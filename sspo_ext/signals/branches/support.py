@@ -7,32 +7,28 @@ example, once for each model and engine. The answer is kept as long as the model
 
 from __future__ import annotations
 
-
-from collections.abc import Iterator
-from collections.abc import Sequence
-from torch import nn
-from typing import Any
 import contextlib
 import logging
-import torch
 import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
 from ..._checks import check_choice
 from ...hf.wrappers import eval_mode, unwrap
-from .branch import Branch, ENGINES
+from .branch import ENGINES, Branch
 from .engines import run_engine
-from .masks import _attention, _config, _is_beyond, _window
+from .masks import BOOL_MASK, FLOAT_MASK, FULL, SLIDING, attention_of, config_of, is_beyond, window_of
 from .model import model_device, model_dtype
 
 logger = logging.getLogger(__name__)
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
-
-# A 4-D mask replaces what the model would build: these read a bool one (True: seen), those a float one that is added.
-_BOOL_MASK, _FLOAT_MASK = ("sdpa",), ("eager",)
-
 _known: weakref.WeakKeyDictionary[nn.Module, dict[tuple, str | None]] = weakref.WeakKeyDictionary()
 
 _FAILURES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
+
 
 def choose_engine(model: nn.Module, engine: str, longest: int = 0, among: Sequence[str] = ENGINES) -> str:
     """The engine to run: the one asked for, or for "auto" the first of `among` that the model supports.
@@ -54,14 +50,16 @@ def choose_engine(model: nn.Module, engine: str, longest: int = 0, among: Sequen
         _tell_of_separate(model, refused, longest)
     return name
 
+
 def _tell_of_separate(model: nn.Module, refused: dict[str, str], longest: int) -> None:
-    config = _config(model)
-    beyond = _is_beyond(config, longest)
+    config = config_of(model)
+    beyond = is_beyond(config, longest)
     if ("told", beyond) in _known[model] or all(_refusal(config, name, beyond) for name in refused):
         return
     _known[model]["told", beyond] = None
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
     logger.warning("%s: every state is a forward of its own, since no other engine runs it (%s)", _name(model), reasons)
+
 
 def why_not(model: nn.Module, engine: str, longest: int = 0) -> str | None:
     """None if `engine` ("packed", "cached", "separate") gives this model's log-probs; else why it does not.
@@ -73,16 +71,17 @@ def why_not(model: nn.Module, engine: str, longest: int = 0) -> str | None:
     check_choice("engine", engine, ENGINES)
     if engine == "separate":
         return None
-    config = _config(model)
-    beyond = _is_beyond(config, longest)
-    key = (engine, beyond, _attention(config), model_device(model), model_dtype(model))
+    config = config_of(model)
+    beyond = is_beyond(config, longest)
+    key = (engine, beyond, attention_of(config), model_device(model), model_dtype(model))
     known = _known.setdefault(model, {})
     if key not in known:
         reason = _refusal(config, engine, beyond)
-        known[key] = _self_check(model, engine, _window(config) if beyond else None) if reason is None else reason
+        known[key] = _self_check(model, engine, window_of(config) if beyond else None) if reason is None else reason
         if known[key] is not None:
             logger.info("engine %s cannot run %s: %s", engine, _name(model), known[key])
     return known[key]
+
 
 def check_positions(model: nn.Module, longest: int) -> None:
     """ValueError if a path of so many tokens has more than a model with a table of positions (GPT-2, OPT) knows: an
@@ -90,7 +89,7 @@ def check_positions(model: nn.Module, longest: int) -> None:
     inner, words = unwrap(model), None
     if hasattr(inner, "get_input_embeddings"):
         words = inner.get_input_embeddings()
-    limit = getattr(_config(model), "max_position_embeddings", None)
+    limit = getattr(config_of(model), "max_position_embeddings", None)
     for module in inner.modules() if isinstance(limit, int) and longest > limit else ():
         table = isinstance(module, nn.Embedding) and module is not words
         if table and module.num_embeddings - getattr(module, "offset", 0) == limit:
@@ -99,20 +98,22 @@ def check_positions(model: nn.Module, longest: int) -> None:
                 f"max_new_tokens), which is where the positions of {_name(model)} end, got {longest}"
             )
 
+
 def _refusal(config: Any, engine: str, beyond: bool) -> str | None:
-    kinds = set(getattr(config, "layer_types", None) or ()) - {_FULL, _SLIDING}
-    attention = _attention(config)
+    kinds = set(getattr(config, "layer_types", None) or ()) - {FULL, SLIDING}
+    attention = attention_of(config)
     if engine == "packed":
         if kinds:
             return f"layers of type {', '.join(sorted(map(str, kinds)))} take no mask of our own"
         # with flex_attention a 4-D tensor is added as a bias, and aborts the process
-        if attention not in (*_BOOL_MASK, *_FLOAT_MASK):
+        if attention not in (*BOOL_MASK, *FLOAT_MASK):
             return f"attention {attention!r} takes no 4-D mask"
         if beyond and getattr(config, "sliding_window", None) is None:
             return "its window is applied inside its layers, by place and not by position"
     elif beyond:
         return "a sliding window counts the places that the mask hides"
     return None
+
 
 def _self_check(model: nn.Module, engine: str, window: int | None) -> str | None:
     """Log-probs of a few branches of two made-up trunks against separate forwards."""
@@ -142,12 +143,14 @@ def _self_check(model: nn.Module, engine: str, window: int | None) -> str | None
         return f"its log-probs differ from separate forwards by {difference:.2g} on an example (bound {bound:.2g})"
     return None
 
+
 def _plain(model: nn.Module) -> contextlib.AbstractContextManager:
     """Without autocast, whose rounding would hide what the check looks for; with it where dtypes are mixed, which only
     autocast may bring together."""
     if len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1:
         return contextlib.nullcontext()
     return torch.autocast(model_device(model).type, enabled=False)
+
 
 @contextlib.contextmanager
 def _head_dtypes(model: nn.Module) -> Iterator[set[torch.dtype]]:
@@ -164,6 +167,7 @@ def _head_dtypes(model: nn.Module) -> Iterator[set[torch.dtype]]:
         yield dtypes
     finally:
         hook.remove()
+
 
 def _name(model: nn.Module) -> str:
     inner = unwrap(model)

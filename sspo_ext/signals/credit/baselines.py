@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Callable
-from torch import Tensor
+
 import torch
+from torch import Tensor
+
 from ..._checks import check_choice, check_device, check_float, check_integer, check_shape, describe
 
 EPSILON = 1e-4  # beside a standard deviation, as in TRL's GRPOTrainer
 
 _NOISE = 1e-6  # a deviation this small beside the largest value is rounding: the values do not differ
 
+
 def group_index(groups: Tensor) -> tuple[Tensor, int]:
     """((B,) int64 in [0, G), G) from arbitrary ids. A sync for ids on a device."""
     ids, index = torch.unique(groups, return_inverse=True)
     return index, ids.shape[0]
+
 
 def group_moments(values: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """(G,) mean, standard deviation (n - 1 in the denominator; 0 where values do not differ) and size of each group."""
@@ -29,32 +32,39 @@ def group_moments(values: Tensor, index: Tensor, count: int) -> tuple[Tensor, Te
     std = torch.where(std <= _NOISE * largest, 0.0, std)  # a NaN stays one
     return mean.to(values.dtype), std.to(values.dtype), size.to(values.dtype)
 
+
 def _reinforce(rewards: Tensor, index: Tensor, count: int) -> Tensor:
     """R: no baseline (Williams 1992)."""
     return rewards
+
 
 def _centred(rewards: Tensor, index: Tensor, count: int) -> Tensor:
     """R - mean of the group: GRPO without its standard deviation (Dr. GRPO, arXiv 2503.20783)."""
     mean, std, _ = group_moments(rewards, index, count)
     return torch.where(std[index] == 0, 0.0, rewards - mean[index])
 
+
 def _rloo(rewards: Tensor, index: Tensor, count: int) -> Tensor:
     """R - mean of the group's others = n / (n - 1) * (R - mean) (RLOO, arXiv 2402.14740)."""
     _, _, size = group_moments(rewards, index, count)
     return _centred(rewards, index, count) * (size / (size - 1).clamp(min=1))[index]
+
 
 def _grpo(rewards: Tensor, index: Tensor, count: int) -> Tensor:
     """(R - mean) / (std + 1e-4) within the group (GRPO, arXiv 2402.03300; the constant is TRL's)."""
     _, std, _ = group_moments(rewards, index, count)
     return _centred(rewards, index, count) / (std[index] + EPSILON)
 
+
 def _reinforce_pp(rewards: Tensor, index: Tensor, count: int) -> Tensor:
     """(R - mean) / (std + 1e-4) over the whole batch (REINFORCE++, arXiv 2501.03262)."""
     return _grpo(rewards, torch.zeros_like(index), 1)
 
+
 def _reinforce_pp_baseline(rewards: Tensor, index: Tensor, count: int) -> Tensor:
     """R - mean of the group, standardised over the whole batch (REINFORCE++ with baseline, arXiv 2501.03262)."""
     return _reinforce_pp(_centred(rewards, index, count), index, count)
+
 
 BASELINES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "reinforce": _reinforce,
@@ -66,6 +76,7 @@ BASELINES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 }
 
 UNGROUPED = ("reinforce", "reinforce++")
+
 
 def outcome_advantages(
     rewards: Tensor,  # (B,) float
@@ -105,7 +116,9 @@ def outcome_advantages(
     check_device("groups", groups, rewards.device, "rewards")
     return BASELINES[name](rewards, *group_index(groups))
 
+
 COMBINE = ("add", "multiply", "replace")
+
 
 def combine_advantages(
     step_advantages: Tensor,  # (S,) float

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-
-from torch import Tensor
 import torch
+from torch import Tensor
+
 from ..._checks import check_choice, check_device, check_float, check_integer, check_shape, describe
 from ..values import StepValues
 from .baselines import group_index, group_moments
 
 NORMALIZE = ("none", "batch", "group")
+
 
 def step_gae(
     values: StepValues,

@@ -8,16 +8,14 @@ is our reconstruction.
 
 from __future__ import annotations
 
-
-from collections.abc import Callable
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import replace
-from torch import Tensor
-from torch import nn
-from typing import Any
 import math
 import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
 from ..._checks import check_choice, check_count, check_not_negative, check_shape
 from ..branches.branch import Branch
 from ..branches.sample import sample_branches
@@ -29,6 +27,7 @@ from ..split import SplitBy, split_text
 from ..values import StepBatch
 
 VALUES = ("continuation", "probe", "both")
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -42,6 +41,7 @@ class Candidate:
     logp: float | None = None  # of all its tokens, by the model that was traced
     continuation: str | None = None  # the greedy rest of the response
 
+
 @dataclass(frozen=True)
 class Node:
     """A state, the first `step` steps of a sequence, and what may follow it."""
@@ -49,6 +49,7 @@ class Node:
     sequence: int
     step: int
     candidates: tuple[Candidate, ...]
+
 
 def trace_candidates(
     model: nn.Module,
@@ -146,6 +147,7 @@ def trace_candidates(
         for node, some in zip(found, done, strict=True)
     ]
 
+
 def check_candidate_options(
     *,
     value: str = "continuation",
@@ -173,6 +175,7 @@ def check_candidate_options(
         re.compile(final or "")
     except re.error as error:
         raise ValueError(f"final: {final!r} is no regular expression: {error}") from error
+
 
 def nodes_from_rollouts(batch: StepBatch, step_advantages: Tensor, tokenizer) -> list[Node]:
     """States at which rollouts of one prompt part, with the steps they took and the mean advantage of each.
@@ -212,6 +215,7 @@ def nodes_from_rollouts(batch: StepBatch, step_advantages: Tensor, tokenizer) ->
             nodes.append(Node(*first[key], tuple(sorted(some, key=lambda c: -c.value))))
     return nodes
 
+
 def _sample(
     model, tokenizer, batch, states, num_candidates, split_by, final, max_step_tokens, temperature, seed, engine,
     max_tokens,
@@ -245,6 +249,7 @@ def _sample(
             merged[text.strip()] = new if old is None else replace(old, count=old.count + 1, ended=old.ended or ended)
         nodes.append(Node(b, k, tuple(merged.values())))
     return nodes
+
 
 def _continue(
     model, tokenizer, batch, answers, states, flat, branches, gamma, grader, split_by, final, max_new_tokens, engine,
@@ -281,6 +286,7 @@ def _continue(
             raise ValueError(f"grader: expected a finite number, got {reward} for the response {response!r}")
         values.append(gamma ** len(split_text(text_of(ids).strip(), split_by)) * reward)
     return values, [text_of(ids) for ids in rest]
+
 
 def step_end(split_by: SplitBy) -> Callable[[str], bool]:
     """Whether a step's text, as it is being written, has come to its end."""

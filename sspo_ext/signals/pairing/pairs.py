@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from torch import Tensor
 from typing import Any
-import math
+
 import torch
+from torch import Tensor
+
 from ..._checks import check_choice, check_count, check_integer, check_not_negative, check_shape
 from .candidates import Candidate, Node
 
 WEIGHTS = ("one", "gap")
 
 MARGINS = ("none", "gap")
+
 
 @dataclass(frozen=True)
 class TracedPair:
@@ -30,6 +32,7 @@ class TracedPair:
     @property
     def gap(self) -> float:
         return self.winner.value - self.loser.value
+
 
 def pair_candidates(
     nodes: Sequence[Node],
@@ -59,6 +62,7 @@ def pair_candidates(
             pairs.append(TracedPair(node, a, b, gap if weight == "gap" else 1.0, gap if margin == "gap" else 0.0))
     return pairs
 
+
 def check_pair_options(
     *, min_gap: float = 0.02, weight: str = "one", margin: str = "none", max_pairs: int | None = None
 ) -> None:
@@ -68,6 +72,7 @@ def check_pair_options(
     check_not_negative("min_gap", min_gap)
     if max_pairs is not None:
         check_count("max_pairs", max_pairs)
+
 
 def pair_rows(
     pairs: Sequence[TracedPair],
@@ -97,9 +102,11 @@ def pair_rows(
         rows.append(row)
     return rows
 
+
 def divergence_index(winner: Sequence[int], loser: Sequence[int]) -> int | None:
     """The first place where two steps differ; None where one is the beginning of the other."""
     return next((i for i, (a, b) in enumerate(zip(winner, loser, strict=False)) if a != b), None)
+
 
 def divergence_weights(
     labels: Tensor,  # (B, T) int, as for StepLayout.from_step_ids

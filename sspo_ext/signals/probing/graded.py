@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-
-from collections.abc import Callable
-from collections.abc import Sequence
-from torch import nn
-from typing import Any
-import torch
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
 from ..branches.branch import Branch
 from ..branches.model import model_device
 from ..branches.sample import sample_branches
 from .states import States, special_ids
+
 
 def graded_values(
     model: nn.Module,

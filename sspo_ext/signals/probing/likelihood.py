@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Sequence
-from torch import nn
+
 import numpy as np
 import torch
+from torch import nn
+
 from ..branches.branch import Branch
 from ..branches.score import branch_logps
 from .states import States
 from .texts import Answer
+
 
 def likelihood_values(
     model: nn.Module, states: States, answers: Sequence[Answer], *, reduce: str, engine: str, max_tokens: int
@@ -29,6 +31,7 @@ def likelihood_values(
     offsets = torch.tensor([0, *np.cumsum(counts)], device=scores.device)
     how = "sum" if reduce == "joint" else "max"
     return torch.segment_reduce(scores.exp(), how, offsets=offsets).clamp(0, 1)
+
 
 def _distinct(spellings: list[list[int]], reduce: str) -> list[list[int]]:
     """Events that exclude each other: no text twice, and for sums none that begins with another."""

@@ -9,19 +9,20 @@ the two values and their defaults here are our reconstruction. V_k is on the sca
 
 from __future__ import annotations
 
-
-from collections.abc import Callable
-from collections.abc import Sequence
-from torch import nn
+from collections.abc import Callable, Sequence
 from typing import Any
+
 import numpy as np
 import torch
+from torch import nn
+
 from ..._checks import check_choice, check_count, check_not_negative, describe
 from ..branches.branch import ENGINES, SAMPLING_ENGINES
 from ..values import StepBatch, StepValues
 from .likelihood import likelihood_values
 from .states import States
 from .texts import Answer, AnyProbe, Probe
+
 
 def probe_step_values(
     model: nn.Module,
@@ -97,6 +98,7 @@ def probe_step_values(
         values = likelihood_values(model, states, answers, reduce=reduce, engine=engine, max_tokens=max_tokens)
     counts = [len(batch.step_ids[b]) + 1 for b in range(len(batch))]
     return StepValues.from_tensor(values, torch.from_numpy(np.cumsum([0, *counts])))
+
 
 def check_probe_options(
     *,

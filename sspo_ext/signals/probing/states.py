@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
-from collections.abc import Iterable
-from collections.abc import Sequence
 from torch import nn
-from typing import Any
-from typing import NamedTuple
+
 from ..._checks import describe
 from ..values import StepBatch
 from .texts import Answer, Probe, as_probe
+
 
 class State(NamedTuple):
     """Where a probe is put: after the first `cut` tokens of a sequence and some more that are not in it."""
@@ -18,6 +18,7 @@ class State(NamedTuple):
     sequence: int
     cut: int
     more: Sequence[int] = ()
+
 
 class States:
     """The states of a batch, and the probe's tokens in each.
@@ -99,6 +100,7 @@ class States:
         ended = not probe.lead or self._ends_line[last]
         return ("a\n", probe.text) if ended else ("a", probe.lead + probe.text)
 
+
 def special_ids(model: nn.Module, tokenizer) -> set[int]:
     """Tokens that end or pad a text: the tokenizer's, and the model's own ends of sequence."""
     found = set(() if tokenizer is None else tokenizer.all_special_ids)
@@ -106,6 +108,7 @@ def special_ids(model: nn.Module, tokenizer) -> set[int]:
         eos = getattr(config, "eos_token_id", None)
         found |= set(eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos])
     return found
+
 
 def _resolve(probe: Any, batch: int, tokenizer) -> list:
     """One Probe, or list of token ids, for each sequence."""
@@ -129,8 +132,10 @@ def _resolve(probe: Any, batch: int, tokenizer) -> list:
         found.append(one)
     return found
 
+
 def _is_ids(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(i, int) for i in value)
+
 
 def _encode(tokenizer, before: str, text: str) -> list[int]:
     """Token ids of `text` as it reads after `before`, or by itself where a token would reach over both."""
@@ -139,6 +144,7 @@ def _encode(tokenizer, before: str, text: str) -> list[int]:
     if full[: len(head)] == head and len(full) > len(head):
         return full[len(head) :]
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
 
 def _asked(tokenizer, probe: Probe) -> str:
     """What the chat template writes after the model's text when the user asks for the answer."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
-from typing import Any
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
 from ..._checks import describe
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -31,6 +30,7 @@ class Probe:
     ends: tuple[str, ...] = ("",)
     turn: bool = False
     chat_template_kwargs: Mapping[str, Any] | None = field(default=None, hash=False)
+
 
 PROBES = {
     "en": Probe("The final answer is"),
@@ -57,6 +57,7 @@ _NAMES = {
 
 _LIKE_A_LANGUAGE = re.compile(r"[A-Za-z]+([-_][A-Za-z]+)?")  # nothing around it: "\nAnswer" is a text
 
+
 def as_probe(probe: str | Probe) -> Probe:
     """A Probe as it is; a language of `PROBES`, or its English name, in any case; any other text, which then asks for
     the answer.
@@ -76,6 +77,7 @@ def as_probe(probe: str | Probe) -> Probe:
             f"which reads like a language; if this word is the text, pass Probe({probe!r}), or {probe + ':'!r}"
         )
     return language or Probe(probe)
+
 
 AnyProbe = str | Probe | Sequence[int]
 
