@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sspo_ext.formulas.policy import POLICY_HEADS
-from sspo_ext.formulas.registry import PAIR_HEADS
+from sspo_ext.formulas.policy import POLICY_FORMULAS
+from sspo_ext.formulas.registry import PAIR_FORMULAS
 from sspo_ext.losses.catalogue import catalogue
 from sspo_ext.losses.common import LOSS_FUNCTIONS
 from tools import write_losses_page
@@ -37,7 +37,7 @@ def test_check_notices_a_stale_page(tmp_path, monkeypatch, capsys):
 def test_every_loss_is_in_it():
     entries = catalogue()
     names = [e.name for e in entries]
-    assert set(names) >= {*PAIR_HEADS, *LOSS_FUNCTIONS, *POLICY_HEADS}
+    assert set(names) >= {*PAIR_FORMULAS, *LOSS_FUNCTIONS, *POLICY_FORMULAS}
     assert len(set(names)) == len(names)
     for entry in entries:
         assert entry.source and entry.call and entry.needs, entry.name

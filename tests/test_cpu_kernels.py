@@ -24,7 +24,7 @@ import torch
 from helpers_truth import assert_fp64_rule, assert_rounded_once, gradient_terms
 
 from sspo_ext.backends import cpu, reference
-from sspo_ext.formulas.registry import PAIR_HEADS
+from sspo_ext.formulas.registry import PAIR_FORMULAS
 
 if cpu.why_not(torch.device("cpu"), torch.float32):
     pytest.skip(cpu.why_not(torch.device("cpu"), torch.float32), allow_module_level=True)
@@ -504,9 +504,9 @@ def run_step_loss(p, head, options, label, optional=True):
 
 @pytest.mark.parametrize("optional", [True, False], ids=["everything", "nothing optional"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("head", PAIR_HEADS)
+@pytest.mark.parametrize("head", PAIR_FORMULAS)
 def test_step_loss_equals_the_reference(head, dtype, optional):
-    options = [0.3 + 0.2 * i for i in range(len(PAIR_HEADS[head].options))]
+    options = [0.3 + 0.2 * i for i in range(len(PAIR_FORMULAS[head].options))]
     for seed in range(3):
         p = step_problem(seed, dtype=dtype)
         d = {k: v.double() if v.is_floating_point() else v for k, v in p.items()}

@@ -16,7 +16,7 @@ from helpers_truth import assert_fp64_rule, assert_rounded_once, gradient_terms
 
 from sspo_ext import backends
 from sspo_ext.backends import cuda, reference
-from sspo_ext.formulas.registry import PAIR_HEADS
+from sspo_ext.formulas.registry import PAIR_FORMULAS
 from sspo_ext.losses.logps import step_logps
 from sspo_ext.losses.pref import step_pref_loss
 
@@ -321,12 +321,12 @@ def test_nothing():
     cuda.token_logp_bwd(case.logits[:0], case.row_of[:0], case.labels, lse, case.coef, None, 1.0, 0.0, case.logits[:0])
 
 
-@pytest.mark.parametrize("head", PAIR_HEADS)
+@pytest.mark.parametrize("head", PAIR_FORMULAS)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_public_loss(head, weighted):
     """Three launches through autograd on a ragged batch, against the reference in float64, upstream gradient not 1."""
     batch = random_batch(seed=len(head), B=5, V=521, weighted=weighted)
-    has, S = PAIR_HEADS[head], batch.layout.num_steps
+    has, S = PAIR_FORMULAS[head], batch.layout.num_steps
     options = dict(loss_type=head, beta=0.3, temperature=0.8, logit_softcap=20.0 if weighted else None)
     if has.reference != "forbidden":
         options["ref"] = -torch.rand(S) * 20

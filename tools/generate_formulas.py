@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sspo_ext.formulas.registry import MAX_OPTIONS, PAIR_HEADS, PairHead, PairScores
+from sspo_ext.formulas.registry import MAX_OPTIONS, PAIR_FORMULAS, PairFormula, PairScores
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,7 +30,7 @@ TRITON_FILE = ROOT / "sspo_ext" / "backends" / "triton" / "formulas_generated.py
 aten = torch.ops.aten
 
 
-def trace(head: PairHead) -> torch.fx.GraphModule:
+def trace(head: PairFormula) -> torch.fx.GraphModule:
     """Graph from the scores and options of one pair to (loss, d loss/d u_w, d loss/d u_l)."""
     inputs = [*PairScores._fields, *head.options]
 
@@ -276,7 +276,7 @@ def _sigmoid(x):
 
 def cpp_source() -> str:
     parts, cases = [_CPP_PRELUDE], []
-    for i, head in enumerate(PAIR_HEADS.values()):
+    for i, head in enumerate(PAIR_FORMULAS.values()):
         printer = Printer(CPP)
         out = printer.run(trace(head).graph)
         unpack = "".join(f"  const T {f} = s.{f}; (void){f};\n" for f in PairScores._fields)
@@ -289,8 +289,8 @@ def cpp_source() -> str:
         )
         cases.append(f"    case {i}: return {head.name}_head(s, o);\n")
     parts.append(
-        f"constexpr int kNumPairHeads = {len(PAIR_HEADS)};\nconstexpr int kMaxOptions = {MAX_OPTIONS};\n\n"
-        "template <class T> SSPO_HD inline PairGrad<T> pair_head(int head, const PairScores<T>& s, const T* o) {\n"
+        f"constexpr int kNumPairHeads = {len(PAIR_FORMULAS)};\nconstexpr int kMaxOptions = {MAX_OPTIONS};\n\n"
+        "template <class T> SSPO_HD inline PairGrad<T> pair_formula(int head, const PairScores<T>& s, const T* o) {\n"
         f"  switch (head) {{\n{''.join(cases)}    default: return {{T(NAN), T(NAN), T(NAN)}};\n  }}\n}}\n\n"
         "}  // namespace sspo\n"
     )
@@ -301,7 +301,7 @@ def triton_source() -> str:
     scores = ", ".join(PairScores._fields)
     options = [f"o{i}" for i in range(MAX_OPTIONS)]
     parts, cases = [_TRITON_PRELUDE], []
-    for i, head in enumerate(PAIR_HEADS.values()):
+    for i, head in enumerate(PAIR_FORMULAS.values()):
         printer = Printer(TRITON)
         out = printer.run(trace(head).graph)
         body = "".join(f"    {name} = {_strip(text)}\n" for name, text in printer.lines)

@@ -46,7 +46,7 @@ def specialisations(warp: int = 32, every: bool = False) -> Iterator[Specialisat
     from sspo_ext.backends.triton.step_loss_fwd import BLOCK, _step_loss_fwd_kernel
     from sspo_ext.backends.triton.token_logp_bwd import _token_logp_bwd_kernel
     from sspo_ext.backends.triton.token_logp_fwd import _token_logp_fwd_kernel
-    from sspo_ext.formulas.registry import PAIR_HEADS, head_id
+    from sspo_ext.formulas.registry import PAIR_FORMULAS, formula_id
 
     for dtype in POINTERS:
         for V in (128256, 1000) if every else (128256,):
@@ -68,11 +68,11 @@ def specialisations(warp: int = 32, every: bool = False) -> Iterator[Specialisat
                         )
     yield from _with_reductions(warp, every)
     flags = ("HAS_WEIGHTS", "HAS_REF", "HAS_PAIR_WEIGHTS", "HAS_MARGINS", "HAS_LABELS")
-    for head in PAIR_HEADS:
+    for head in PAIR_FORMULAS:
         # of a head's 32 combinations of optional inputs, all and none
         for given in (True, False) if every else (True,):
             facts = f"{head}, {'all inputs' if given else 'no optional input'}"
-            constexprs = {"HEAD": head_id(head), "BLOCK": BLOCK, **dict.fromkeys(flags, given)}
+            constexprs = {"HEAD": formula_id(head), "BLOCK": BLOCK, **dict.fromkeys(flags, given)}
             yield Specialisation("step_loss_fwd", "float32", facts, _step_loss_fwd_kernel, constexprs, 1)
 
 

@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from sspo_ext.formulas.registry import PAIR_HEADS, PairHead
+from sspo_ext.formulas.registry import PAIR_FORMULAS, PairFormula
 from sspo_ext.losses.pref import step_pref_loss
 
 from .problems import LogitsProblem, LogitsSpec
@@ -22,7 +22,7 @@ from .problems import LogitsProblem, LogitsSpec
 _MIXTURE = ["sigmoid", "sft", "bco_pair"]
 
 
-def options_of(head: PairHead, ref: torch.Tensor) -> dict:
+def options_of(head: PairFormula, ref: torch.Tensor) -> dict:
     options = {"loss_type": head.name}
     if head.reference != "forbidden":
         options["ref"] = ref
@@ -48,13 +48,13 @@ def _wait(tensor: torch.Tensor) -> None:
 def measure(problem: LogitsProblem, names: list[str], rounds: int) -> list[tuple[str, float, float, float, float]]:
     """(name, median milliseconds, median ratio to sigmoid, its quartiles)."""
     leaf = problem.leaf()
-    sigmoid = options_of(PAIR_HEADS["sigmoid"], problem.ref)
+    sigmoid = options_of(PAIR_FORMULAS["sigmoid"], problem.ref)
     rows = []
     for name in names:
         if name == "mixture":
             options = {"loss_type": _MIXTURE, "ref": problem.ref}
         else:
-            options = options_of(PAIR_HEADS[name], problem.ref)
+            options = options_of(PAIR_FORMULAS[name], problem.ref)
         for warm in (sigmoid, options):
             seconds(problem, leaf, warm)
         times = []
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     problem = LogitsProblem(LogitsSpec(args.rows, args.vocab, getattr(torch, args.dtype)), device)
-    names = args.only.split(",") if args.only else [*PAIR_HEADS, "mixture"]
+    names = args.only.split(",") if args.only else [*PAIR_FORMULAS, "mixture"]
     print(
         f"{args.rows} x {args.vocab} {args.dtype} on {device}, {torch.get_num_threads()} threads, {args.rounds} rounds"
     )

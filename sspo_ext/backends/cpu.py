@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formulas.registry import head_id
+from ..formulas.registry import formula_id
 
 try:
     import sspo_ext._C as _C
@@ -186,11 +186,11 @@ def step_loss_fwd(
     pair_margins: Tensor | None,  # (P,)
     pair_labels: Tensor | None,  # (P,)
     scale: Tensor,  # ()
-    head: str,
+    formula: str,
     options: list[float],
     label: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss (), sums (S,), pair_loss (P,), coef (N,)
-    """S_k = sum of w * logp over step k, f_p = head(S - ref of the pair's steps), loss = scale * sum_p weight_p f_p.
+    """S_k = sum of w * logp over step k, f_p = formula(S - ref of the pair's steps), loss = scale * sum_p weight_p f_p.
 
     coef = d loss/d logp. Sums run in row and pair order in double. A pair with an empty step gives 0 and no gradient.
     """
@@ -205,7 +205,13 @@ def step_loss_fwd(
         _pointer(pair_labels, dtype, P), _pointer(scale, dtype, 1),
     ]  # fmt: skip
     _C.step_loss_fwd(
-        dtype == torch.float64, (N, S, P), addresses, head_id(head), list(options), label, [t.data_ptr() for t in out]
+        dtype == torch.float64,
+        (N, S, P),
+        addresses,
+        formula_id(formula),
+        list(options),
+        label,
+        [t.data_ptr() for t in out],
     )
     return out
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formulas.registry import head_id
+from ..formulas.registry import formula_id
 
 try:
     import sspo_ext._C_cuda as _C_cuda
@@ -170,11 +170,11 @@ def step_loss_fwd(
     pair_margins: Tensor | None,  # (P,)
     pair_labels: Tensor | None,  # (P,)
     scale: Tensor,  # ()
-    head: str,
+    formula: str,
     options: list[float],
     label: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss (), sums (S,), pair_loss (P,), coef (N,), all float32
-    """S_k = sum of w * logp over step k, f_p = head(S - ref of the pair's steps), loss = scale * sum_p weight_p f_p.
+    """S_k = sum of w * logp over step k, f_p = formula(S - ref of the pair's steps), loss = scale * sum_p weight_p f_p.
 
     coef = d loss/d logp. Sums run in a fixed order, in double. A pair with an empty step gives 0 and no gradient.
     """
@@ -196,7 +196,7 @@ def step_loss_fwd(
         floats(pair_labels, P), floats(scale, 1),
     ]  # fmt: skip
     _C_cuda.step_loss_fwd(
-        (N, S, P), addresses, head_id(head), list(options), label, [t.data_ptr() for t in out],
+        (N, S, P), addresses, formula_id(formula), list(options), label, [t.data_ptr() for t in out],
         _arrival_counters(device).data_ptr(), *_stream(device),
     )  # fmt: skip
     return out

@@ -38,11 +38,11 @@ def _token_logp_fwd_fake(logits, rows, labels, a, c, backend):
 
 def _step_loss_fwd(
     logps, weights, step_offsets, ref, pair_index, adj_offsets, adj_pairs, pair_weights, pair_margins, pair_labels,
-    scale, head, options, label, backend,
+    scale, formula, options, label, backend,
 ):  # fmt: skip
     return backends.load(backend).step_loss_fwd(
         logps, weights, step_offsets, ref, pair_index, adj_offsets, adj_pairs, pair_weights, pair_margins, pair_labels,
-        scale, head, options, label,
+        scale, formula, options, label,
     )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ token_logp_fwd = register(
 step_loss_fwd = register(
     "step_loss_fwd",
     "(Tensor logps, Tensor? weights, Tensor step_offsets, Tensor? ref, Tensor pair_index, Tensor adj_offsets, "
-    "Tensor adj_pairs, Tensor? pair_weights, Tensor? pair_margins, Tensor? pair_labels, Tensor scale, str head, "
+    "Tensor adj_pairs, Tensor? pair_weights, Tensor? pair_margins, Tensor? pair_labels, Tensor scale, str formula, "
     "float[] options, float label, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _step_loss_fwd,
     _step_loss_fwd_fake,

@@ -72,12 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..data.rows import load_preference_rows
-    from ..objective.pair_arguments import checked_label, checked_options, chosen_heads
+    from ..objective.pair_arguments import checked_label, checked_options, chosen_formulas
     from ..signals.split import split_text
 
     # What can be wrong is looked at in the order of what it costs: arguments, rows, then the model.
     loss_options = dict(options.loss_option)
-    heads = chosen_heads(options.loss_type, options.loss_weights)
+    heads = chosen_formulas(options.loss_type, options.loss_weights)
     checked_options(heads, options.beta, loss_options)
     checked_label(heads, options.loss_type, options.label_smoothing, soft_labels=False)
     split_text("", options.split_by)

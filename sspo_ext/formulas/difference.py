@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .numerics import bounded_exp, logistic
-from .registry import ABOVE_ZERO, NOT_NEGATIVE, Limit, PairScores, pair_head
+from .registry import ABOVE_ZERO, NOT_NEGATIVE, Limit, PairScores, pair_formula
 
 _MARGIN_TEXT = "z = beta (u_w - u_l) - margin"
 _EPSILON = 1e-6  # soft labels of 0 and 1 have no logarithm
@@ -17,7 +17,7 @@ def _z(s: PairScores, beta) -> Tensor:
     return beta * (s.u_w - s.u_l) - s.margin
 
 
-@pair_head(
+@pair_formula(
     "sigmoid",
     options={"beta": 0.1},
     smoothing="optional",
@@ -31,7 +31,7 @@ def _sigmoid(s: PairScores, beta):
     return logistic(_z(s, beta), s.label)
 
 
-@pair_head(
+@pair_formula(
     "hinge",
     options={"beta": 0.1},
     formula=f"max(0, 1 - z),  {_MARGIN_TEXT}",
@@ -42,7 +42,7 @@ def _hinge(s: PairScores, beta):
     return torch.relu(1 - _z(s, beta))
 
 
-@pair_head(
+@pair_formula(
     "ipo",
     options={"beta": 0.1},
     formula="(u_w / n_w - u_l / n_l - margin / beta - 1 / (2 beta))^2",
@@ -53,7 +53,7 @@ def _ipo(s: PairScores, beta):
     return torch.square(s.u_w / s.n_w - s.u_l / s.n_l - s.margin / beta - 1 / (2 * beta))
 
 
-@pair_head(
+@pair_formula(
     "simpo",
     options={"beta": 2.0, "simpo_gamma": 0.5},
     reference="forbidden",
@@ -68,7 +68,7 @@ def _simpo(s: PairScores, beta, simpo_gamma):
     return logistic(beta * (s.u_w / s.n_w - s.u_l / s.n_l) - simpo_gamma - s.margin, s.label)
 
 
-@pair_head(
+@pair_formula(
     "ipo_sum",
     options={"beta": 0.1},
     formula="(u_w - u_l - margin / beta - 1 / (2 beta))^2",
@@ -79,7 +79,7 @@ def _ipo_sum(s: PairScores, beta):
     return torch.square(s.u_w - s.u_l - s.margin / beta - 1 / (2 * beta))
 
 
-@pair_head(
+@pair_formula(
     "sigmoid_norm",
     options={"beta": 0.1},
     smoothing="optional",
@@ -92,7 +92,7 @@ def _sigmoid_norm(s: PairScores, beta):
     return logistic(beta * (s.u_w / s.n_w - s.u_l / s.n_l) - s.margin, s.label)
 
 
-@pair_head(
+@pair_formula(
     "robust",
     options={"beta": 0.1},
     smoothing="optional",
@@ -105,7 +105,7 @@ def _robust(s: PairScores, beta):
     return (-s.label * F.logsigmoid(z) + (1 - s.label) * F.logsigmoid(-z)) / (2 * s.label - 1)
 
 
-@pair_head(
+@pair_formula(
     "exo_pair",
     options={"beta": 0.1},
     smoothing="required",
@@ -122,7 +122,7 @@ def _exo_pair(s: PairScores, beta):
     )
 
 
-@pair_head(
+@pair_formula(
     "discopop",
     options={"beta": 0.1, "discopop_tau": 0.05},
     limits={"discopop_tau": Limit(lambda v: 0 < v <= 1, "a number in (0, 1]")},
@@ -137,7 +137,7 @@ def _discopop(s: PairScores, beta, discopop_tau):
     return -torch.sigmoid(-scaled) * F.logsigmoid(z) + torch.exp(F.logsigmoid(scaled) - z)
 
 
-@pair_head(
+@pair_formula(
     "sigmoid_forward_kl",
     options={"beta": 0.1},
     reference="required",
@@ -151,7 +151,7 @@ def _sigmoid_forward_kl(s: PairScores, beta):
     return logistic(beta * (bounded_exp(-s.u_l) - bounded_exp(-s.u_w)) - s.margin, s.label)
 
 
-@pair_head(
+@pair_formula(
     "sigmoid_js_divergence",
     options={"beta": 0.1},
     reference="required",
@@ -165,7 +165,7 @@ def _sigmoid_js_divergence(s: PairScores, beta):
     return logistic(beta * (F.logsigmoid(s.u_w) - F.logsigmoid(s.u_l)) - s.margin, s.label)
 
 
-@pair_head(
+@pair_formula(
     "sigmoid_alpha_divergence",
     options={"beta": 0.1, "f_alpha_divergence_coef": 0.5},
     reference="required",
@@ -186,7 +186,7 @@ def _sigmoid_alpha_divergence(s: PairScores, beta, f_alpha_divergence_coef):
     return logistic(beta * ((bounded_exp(k * s.u_w) - bounded_exp(k * s.u_l)) / k) - s.margin, s.label)
 
 
-@pair_head(
+@pair_formula(
     "flex_dpo",
     options={"beta": 0.1, "beta_rejected": 0.05},
     smoothing="optional",
@@ -200,7 +200,7 @@ def _flex_dpo(s: PairScores, beta, beta_rejected):
     return logistic(beta * s.u_w - beta_rejected * s.u_l - s.margin, s.label)
 
 
-@pair_head(
+@pair_formula(
     "slic",
     options={"beta": 1.0, "slic_delta": 1.0},
     reference="forbidden",

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from .numerics import MAX_MEAN_LOGP, log1mexp, log_odds, logistic
-from .registry import NOT_NEGATIVE, PairScores, pair_head
+from .registry import NOT_NEGATIVE, PairScores, pair_formula
 
 _BETA_UNUSED = {"beta": 0.1}  # scales the rewards of the metrics; the loss does not have it
 
 
-@pair_head(
+@pair_formula(
     "sft",
     options=_BETA_UNUSED,
     reference="forbidden",
@@ -25,7 +25,7 @@ def _sft(s: PairScores, beta):
     return -s.u_w / s.n_w
 
 
-@pair_head(
+@pair_formula(
     "nll",
     options=_BETA_UNUSED,
     reference="forbidden",
@@ -38,7 +38,7 @@ def _nll(s: PairScores, beta):
     return -s.u_w / s.n_w
 
 
-@pair_head(
+@pair_formula(
     "nll_rejected",
     options=_BETA_UNUSED,
     reference="forbidden",
@@ -51,7 +51,7 @@ def _nll_rejected(s: PairScores, beta):
     return -s.u_l / s.n_l
 
 
-@pair_head(
+@pair_formula(
     "cpo",
     options={"beta": 0.1, "cpo_alpha": 1.0},
     reference="forbidden",
@@ -67,7 +67,7 @@ def _cpo(s: PairScores, beta, cpo_alpha):
     return logistic(beta * (s.u_w - s.u_l) - s.margin, s.label) - cpo_alpha * (s.u_w / s.n_w)
 
 
-@pair_head(
+@pair_formula(
     "orpo",
     options={"beta": 0.1},
     reference="forbidden",
@@ -82,7 +82,7 @@ def _orpo(s: PairScores, beta):
     return -s.u_w / s.n_w - beta * F.logsigmoid(log_odds(s.u_w / s.n_w) - log_odds(s.u_l / s.n_l))
 
 
-@pair_head(
+@pair_formula(
     "asft",
     options={"beta": 0.1},
     reference="forbidden",

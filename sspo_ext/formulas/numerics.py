@@ -1,4 +1,4 @@
-"""Pieces that several heads share, written so that nothing overflows or cancels at any finite score."""
+"""Pieces that several formulas share, written so that nothing overflows or cancels at any finite score."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ LEVELS = ("token", "step", "sequence")
 
 
 class PolicyScores(NamedTuple):
-    """What a policy head sees of N tokens; (N,) each."""
+    """What a policy formula sees of N tokens; (N,) each."""
 
     logp: Tensor
     ratio: Tensor  # of the token, or of its step or sequence
@@ -30,7 +30,7 @@ class PolicyScores(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PolicyHead:
+class PolicyFormula:
     """A policy loss: its definition, and what it may be asked for."""
 
     name: str
@@ -68,23 +68,23 @@ class PolicyHead:
         return tuple(float(v) for v in values.values())
 
 
-POLICY_HEADS: dict[str, PolicyHead] = {}
+POLICY_FORMULAS: dict[str, PolicyFormula] = {}
 
 
-def _policy_head(name, *, options, has_ratio, formula, source, use):
+def _policy_formula(name, *, options, has_ratio, formula, source, use):
     def register(fn):
-        POLICY_HEADS[name] = PolicyHead(name, fn, options, has_ratio, formula, source, use)
+        POLICY_FORMULAS[name] = PolicyFormula(name, fn, options, has_ratio, formula, source, use)
         return fn
 
     return register
 
 
-def get_policy_head(name: str) -> PolicyHead:
-    check_choice("loss_type", name, tuple(POLICY_HEADS))
-    return POLICY_HEADS[name]
+def get_policy_formula(name: str) -> PolicyFormula:
+    check_choice("loss_type", name, tuple(POLICY_FORMULAS))
+    return POLICY_FORMULAS[name]
 
 
-@_policy_head(
+@_policy_formula(
     "reinforce",
     options={},
     has_ratio=False,
@@ -96,7 +96,7 @@ def _reinforce(s: PolicyScores):
     return -(s.advantage * s.logp)
 
 
-@_policy_head(
+@_policy_formula(
     "ppo",
     options={"epsilon": 0.2, "epsilon_high": None, "delta": None},
     has_ratio=True,
@@ -110,7 +110,7 @@ def _ppo(s: PolicyScores, epsilon, epsilon_high, delta):
     return -torch.minimum(torch.clamp(s.ratio, max=delta) * s.advantage, clipped * s.advantage)
 
 
-@_policy_head(
+@_policy_formula(
     "cispo",
     options={"epsilon_high": 5.0},
     has_ratio=True,

@@ -12,7 +12,7 @@ from .._checks import check_choice, check_positive, describe
 
 
 class PairScores(NamedTuple):
-    """What a pair head sees of P pairs; every field broadcasts against (P,)."""
+    """What a pair formula sees of P pairs; every field broadcasts against (P,)."""
 
     u_w: Tensor  # winner's S - S_ref (S alone without a reference)
     u_l: Tensor  # loser's
@@ -31,7 +31,7 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class PairHead:
+class PairFormula:
     """A pair loss: its definition, and what it may be asked for."""
 
     name: str
@@ -68,26 +68,26 @@ class PairHead:
         return [float(v) for v in values.values()]
 
 
-PAIR_HEADS: dict[str, PairHead] = {}
+PAIR_FORMULAS: dict[str, PairFormula] = {}
 MAX_OPTIONS = 4
 ABOVE_ZERO = Limit(lambda v: v > 0, "a number above 0")
 NOT_NEGATIVE = Limit(lambda v: v >= 0, "0 or a number above")
 
 
-def pair_head(name: str, *, options: Mapping[str, float], **facts):
-    """Registers the decorated definition; the rest are PairHead's fields."""
+def pair_formula(name: str, *, options: Mapping[str, float], **facts):
+    """Registers the decorated definition; the rest are PairFormula's fields."""
 
     def register(fn):
-        assert next(iter(options)) == "beta" and len(options) <= MAX_OPTIONS and name not in PAIR_HEADS
-        PAIR_HEADS[name] = PairHead(name, fn, options, **facts)
+        assert next(iter(options)) == "beta" and len(options) <= MAX_OPTIONS and name not in PAIR_FORMULAS
+        PAIR_FORMULAS[name] = PairFormula(name, fn, options, **facts)
         return fn
 
     return register
 
 
-def head_id(name: str) -> int:
-    """The number kernels know a head by: its place in PAIR_HEADS."""
-    return list(PAIR_HEADS).index(name)
+def formula_id(name: str) -> int:
+    """The number kernels know a formula by: its place in PAIR_FORMULAS."""
+    return list(PAIR_FORMULAS).index(name)
 
 
 # TRL's names of what needs more than two scores a pair, and where that is here
@@ -99,11 +99,11 @@ _ELSEWHERE = {
 }
 
 
-def get_pair_head(name: str) -> PairHead:
+def get_pair_formula(name: str) -> PairFormula:
     if isinstance(name, str) and name in _ELSEWHERE:
         raise ValueError(
             f"loss_type: {name!r} needs more than a pair at a time; call "
-            f"sspo_ext.batch_losses.{_ELSEWHERE[name]}(step_logps(...), ...)"
+            f"sspo_ext.losses.{_ELSEWHERE[name]}(step_logps(...), ...)"
         )
-    check_choice("loss_type", name, tuple(PAIR_HEADS))
-    return PAIR_HEADS[name]
+    check_choice("loss_type", name, tuple(PAIR_FORMULAS))
+    return PAIR_FORMULAS[name]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .registry import PairScores, pair_head
+from .registry import PairScores, pair_formula
 
 
-@pair_head(
+@pair_formula(
     "nca_pair",
     options={"beta": 0.1},
     reference="required",
@@ -22,7 +22,7 @@ def _nca_pair(s: PairScores, beta):
     return -F.logsigmoid(r_w) - 0.5 * F.logsigmoid(-r_w) - 0.5 * F.logsigmoid(-r_l)
 
 
-@pair_head(
+@pair_formula(
     "bco_pair",
     options={"beta": 0.1},
     reference="required",
@@ -35,7 +35,7 @@ def _bco_pair(s: PairScores, beta):
     return -F.logsigmoid(beta * s.u_w - s.margin) - F.logsigmoid(s.margin - beta * s.u_l)
 
 
-@pair_head(
+@pair_formula(
     "sppo_hard",
     options={"beta": 0.1},
     reference="required",
@@ -48,7 +48,7 @@ def _sppo_hard(s: PairScores, beta):
     return torch.square(s.u_w - 0.5 / beta) + torch.square(s.u_l + 0.5 / beta)
 
 
-@pair_head(
+@pair_formula(
     "sppo",
     options={"beta": 0.1},
     reference="required",
@@ -64,7 +64,7 @@ def _sppo(s: PairScores, beta):
     return torch.square(s.u_w - target) + torch.square(s.u_l + target)
 
 
-@pair_head(
+@pair_formula(
     "apo_zero",
     options={"beta": 0.1},
     reference="required",
@@ -77,7 +77,7 @@ def _apo_zero(s: PairScores, beta):
     return torch.sigmoid(-beta * s.u_w) + torch.sigmoid(beta * s.u_l)
 
 
-@pair_head(
+@pair_formula(
     "apo_down",
     options={"beta": 0.1},
     reference="required",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, field
 
-from ..formulas.policy import POLICY_HEADS
-from ..formulas.registry import PAIR_HEADS, PairHead
+from ..formulas.policy import POLICY_FORMULAS
+from ..formulas.registry import PAIR_FORMULAS, PairFormula
 from . import lists, targets, tokens, transport, unpaired  # noqa: F401, I001 (they fill LOSS_FUNCTIONS, in this order)
 from .common import LOSS_FUNCTIONS, LossFunction
 from .recipes import RECIPES
@@ -29,30 +29,41 @@ class Entry:
 def catalogue() -> list[Entry]:
     """Every loss of this package: pair formulas, functions of step log-probs, policy formulas, recipes, in this order."""
     return [
-        *(_of_head(head) for head in PAIR_HEADS.values()),
+        *(_of_formula(definition) for definition in PAIR_FORMULAS.values()),
         *(_of_function(function) for function in LOSS_FUNCTIONS.values()),
         *(
             Entry(
-                head.name, "policy", f'step_policy_loss(..., loss_type="{head.name}")', head.formula, head.source,
-                head.use, "advantages" + (", old log-probs" if head.has_ratio else ""), dict(head.options),
+                definition.name, "policy", f'step_policy_loss(..., loss_type="{definition.name}")', definition.formula, definition.source,
+                definition.use, "advantages" + (", old log-probs" if definition.has_ratio else ""), dict(definition.options),
             )
-            for head in POLICY_HEADS.values()
+            for definition in POLICY_FORMULAS.values()
         ),
         *(Entry(name, "recipe", how, "", source, "", needs) for name, how, source, needs in RECIPES),
     ]  # fmt: skip
 
 
-def _of_head(head: PairHead) -> Entry:
-    needs = {"optional": "pairs", "required": "pairs, reference", "forbidden": "pairs, no reference"}[head.reference]
-    takes = [
-        *(["label_smoothing"] if head.smoothing == "optional" else []),
-        *(["soft_labels"] if head.soft_labels else []),
-        *(["margins"] if head.margins else []),
+def _of_formula(definition: PairFormula) -> Entry:
+    needs = {"optional": "pairs", "required": "pairs, reference", "forbidden": "pairs, no reference"}[
+        definition.reference
     ]
-    needs += ", label_smoothing" if head.smoothing == "required" else ""
+    takes = [
+        *(["label_smoothing"] if definition.smoothing == "optional" else []),
+        *(["soft_labels"] if definition.soft_labels else []),
+        *(["margins"] if definition.margins else []),
+    ]
+    needs += ", label_smoothing" if definition.smoothing == "required" else ""
     needs += f"; takes {', '.join(takes)}" if takes else ""
-    call = f'step_pref_loss(..., loss_type="{head.name}")'
-    return Entry(head.name, "pair", call, head.formula, head.source, head.use, needs, dict(head.options))
+    call = f'step_pref_loss(..., loss_type="{definition.name}")'
+    return Entry(
+        definition.name,
+        "pair",
+        call,
+        definition.formula,
+        definition.source,
+        definition.use,
+        needs,
+        dict(definition.options),
+    )
 
 
 def _of_function(f: LossFunction) -> Entry:

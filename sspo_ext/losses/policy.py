@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends
 from .._checks import check_float
-from ..formulas.policy import POLICY_HEADS
+from ..formulas.policy import POLICY_FORMULAS
 from ..layout.steps import StepLayout
 from ..objective.policy import PolicyProblem
 from ..objective.policy_arguments import policy_problem
@@ -38,7 +38,7 @@ class StepPolicyOutput:
     def metrics(self) -> dict[str, Tensor]:
         """0-dim tensors on the device, made when asked for, without a host sync.
 
-        policy_loss: the head's part of the loss; kl (with ref) and entropy (with entropy_coef): means over tokens;
+        policy_loss: the formula's part of the loss; kl (with ref) and entropy (with entropy_coef): means over tokens;
         ratio/mean (with old); clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean (ppo): shares of tokens
         whose gradient the clip has cut off, TRL's names; advantages/mean; tokens/count; steps/logps (mean S_k),
         steps/tokens (mean length), steps/count, steps/empty. Tokens that prob_threshold leaves out do not count.
@@ -57,10 +57,10 @@ class StepPolicyOutput:
             made["kl"] = mean(p.kl(self.tokens))
         if self.entropy is not None:
             made["entropy"] = mean(self.entropy)
-        if p.old is not None and POLICY_HEADS[p.head].has_ratio:
+        if p.old is not None and POLICY_FORMULAS[p.formula].has_ratio:
             ratio = torch.exp(p.log_ratio(self.tokens))
             made["ratio/mean"] = mean(ratio)
-            if p.head == "ppo":
+            if p.formula == "ppo":
                 epsilon, epsilon_high, _ = p.options
                 low = mean(((ratio < 1 - epsilon) & (p.advantage < 0)).to(ratio.dtype))
                 high = mean(((ratio > 1 + epsilon_high) & (p.advantage > 0)).to(ratio.dtype))
@@ -112,7 +112,7 @@ def step_policy_loss(
         logp = log_softmax(logits)[row, label]                     # scored tokens only
         A    = advantages[step_of_row]
         r    = exp(logp - old)                                     # or of the step's, the sequence's mean
-        L_t  = head(logp, r, A) + kl_coef * kl(logp - ref) - entropy_coef * H_t
+        L_t  = formula(logp, r, A) + kl_coef * kl(logp - ref) - entropy_coef * H_t
         loss = aggregate(token_weights * L)
 
     Without old log-probs a ratio is pi / stop_grad(pi): 1, with the gradient of the first update.
@@ -127,7 +127,7 @@ def step_policy_loss(
             ratio, and for prob_threshold.
         ref: log-probs of the policy that KL is measured from, in the same forms (`old`'s for a soft trust region).
             With kl_coef = 0 it is only measured.
-        loss_type: 'reinforce', 'ppo' or 'cispo'; see `sspo_ext.formulas.policy.POLICY_HEADS` for formula, source and options.
+        loss_type: 'reinforce', 'ppo' or 'cispo'; see `sspo_ext.formulas.policy.POLICY_FORMULAS` for formula, source and options.
         importance_sampling_level: whose ratio it is: 'token', 'step' or 'sequence' (GSPO). A step's or sequence's
             moves each of its tokens by that token's own advantage (GSPO-token). Clip ranges of means are far smaller
             than of tokens: GSPO uses epsilon=3e-4, epsilon_high=4e-4.

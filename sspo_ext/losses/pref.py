@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import reference
-from ..formulas.registry import PAIR_HEADS
+from ..formulas.registry import PAIR_FORMULAS
 from ..layout.pairs import StepPairs
 from ..layout.steps import StepLayout
 from ..objective.pair import PairLossSpec, loss_of_sums, mixed_pair_losses, reference_loss
-from ..objective.pair_arguments import check_logps, checked_options, chosen_heads, pair_loss_spec, resolve_pairs
+from ..objective.pair_arguments import check_logps, checked_options, chosen_formulas, pair_loss_spec, resolve_pairs
 from ..objective.sums import StepLogps
 from ..routes.linear.head import accumulator
 from ..routes.linear.logps import LinearLogpsRoute
@@ -123,7 +123,7 @@ def step_pref_loss(
         logp = log_softmax(logits)[row, label]                     # scored tokens only
         S = segment_sum(token_weights * logp, steps)               # (S,)
         u = S - S_ref
-        loss = (weights * head(u[winner], u[loser])).sum() / (number of pairs, or num_items)
+        loss = (weights * formula(u[winner], u[loser])).sum() / (number of pairs, or num_items)
 
     Called as `step_pref_loss(logits, layout, pairs)` with a StepLayout, or as `step_pref_loss(logits, labels,
     step_ids)` with plain (B, T) tensors whose rows are [chosen_0.., rejected_0..]: step k of a chosen sequence is then
@@ -139,7 +139,7 @@ def step_pref_loss(
         pairs: StepPairs or (P, 2) int indices (winner step, loser step). Default: pair by index.
         ref: the reference's StepLogps, step sums (S,), or token log-probs as (N,) rows or (B, T) aligned with the
             labels; detached. None is reference-free.
-        loss_type: a name of docs/losses.md (`sspo_ext.formulas.registry.PAIR_HEADS`), or a list of names: a mixture over one pass
+        loss_type: a name of docs/losses.md (`sspo_ext.formulas.registry.PAIR_FORMULAS`), or a list of names: a mixture over one pass
             of the logits. Each of its losses takes the options, reference and labels that it has.
         loss_weights: beside a list, what each of its losses counts; default 1 each.
         beta: reward scale; default is the loss type's (0.1; 2.0 for simpo).
@@ -166,7 +166,7 @@ def step_pref_loss(
         >>> out = step_pref_loss(model(input_ids).logits, labels, step_ids, ref=ref_step_sums, beta=0.1)
         >>> out.loss.backward()
     """
-    heads = chosen_heads(loss_type, loss_weights)
+    formulas = chosen_formulas(loss_type, loss_weights)
     if steps_or_pairs is not None:
         name, twice = ("pairs", pairs) if isinstance(layout, StepLayout) else ("step_ids", step_ids)
         if twice is not None:
@@ -176,7 +176,9 @@ def step_pref_loss(
     logits, (a, c), name = prepare(logits, layout, temperature, logit_softcap, logit_scale, backend, inplace_backward)
     pairs = resolve_pairs(layout, pairs, weights, margins, soft_labels)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    spec = pair_loss_spec(heads, layout, pairs, dtype, ref, beta, label_smoothing, reduction, num_items, loss_options)
+    spec = pair_loss_spec(
+        formulas, layout, pairs, dtype, ref, beta, label_smoothing, reduction, num_items, loss_options
+    )
     if name == "reference":
         tokens = reference.token_logps(logits, layout.rows, layout.labels, a, c)
         loss, sums, losses = reference_loss(tokens, layout, spec)
@@ -214,10 +216,10 @@ def pref_loss(
         >>> pref_loss(logps, layout, pairs, ref=ref, weights=wpo_weights(logps, layout, pairs)).loss.backward()
     """
     check_logps("logps", logps, layout)
-    heads = chosen_heads(loss_type, loss_weights)
+    formulas = chosen_formulas(loss_type, loss_weights)
     pairs = resolve_pairs(layout, pairs, weights, margins, soft_labels)
     spec = pair_loss_spec(
-        heads, layout, pairs, logps.sums.dtype, ref, beta, label_smoothing, reduction, num_items, loss_options
+        formulas, layout, pairs, logps.sums.dtype, ref, beta, label_smoothing, reduction, num_items, loss_options
     )
     loss, losses = loss_of_sums(logps.sums, layout, spec)
     return pref_output(loss, logps.sums, losses, layout, spec)
@@ -228,8 +230,8 @@ def pref_output(
 ) -> StepPrefOutput:
     first, losses = spec.terms[0], term_losses.detach()
     return StepPrefOutput(
-        loss, sums.detach(), mixed_pair_losses(losses, spec), losses, tuple(t.head for t in spec.terms), layout,
-        spec.pairs, spec.ref if first.ref else None, first.options[0], PAIR_HEADS[first.head].per_token_reward,
+        loss, sums.detach(), mixed_pair_losses(losses, spec), losses, tuple(t.formula for t in spec.terms), layout,
+        spec.pairs, spec.ref if first.ref else None, first.options[0], PAIR_FORMULAS[first.formula].per_token_reward,
     )  # fmt: skip
 
 
@@ -245,8 +247,8 @@ class StepPrefLoss(nn.Module):
     def __init__(self, loss_type: str | Sequence[str] = "sigmoid", beta: float | None = None, **options):
         super().__init__()
         common = inspect.signature(step_pref_loss).parameters
-        heads = chosen_heads(loss_type, options.get("loss_weights"))
-        checked_options(heads, beta, {k: v for k, v in options.items() if k not in common})
+        formulas = chosen_formulas(loss_type, options.get("loss_weights"))
+        checked_options(formulas, beta, {k: v for k, v in options.items() if k not in common})
         self.options = {"loss_type": loss_type, "beta": beta, **options}
 
     def forward(
@@ -318,7 +320,7 @@ def linear_step_pref_loss(
         >>> hidden = model.model(input_ids).last_hidden_state
         >>> linear_step_pref_loss(hidden, model.lm_head.weight, layout, pairs, ref=ref_sums).loss.backward()
     """
-    heads = chosen_heads(loss_type, loss_weights)
+    formulas = chosen_formulas(loss_type, loss_weights)
     if token_weights is not None and isinstance(layout, StepLayout):
         layout = layout.with_row_weights(token_weights)
     hidden, weight, bias, settings = _prepare(
@@ -327,7 +329,7 @@ def linear_step_pref_loss(
     )  # fmt: skip
     pairs = resolve_pairs(layout, pairs, weights, margins, soft_labels)
     acc = accumulator(settings.dtype)
-    spec = pair_loss_spec(heads, layout, pairs, acc, ref, beta, label_smoothing, reduction, num_items, loss_options)
+    spec = pair_loss_spec(formulas, layout, pairs, acc, ref, beta, label_smoothing, reduction, num_items, loss_options)
     if settings.backend == "reference":
         tokens = _reference_tokens(hidden, weight, bias, layout, settings)
         loss, sums, losses = reference_loss(tokens, layout, spec)

@@ -1,4 +1,4 @@
-"""A pair loss as a weighted sum of heads over the same step sums: one pass over the logits, a small launch per head."""
+"""A pair loss as a weighted sum of formulas over the same step sums: one pass over the logits, a small launch per formula."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _NUMBERS = 2 + MAX_OPTIONS
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One head of the sum, and which of the call's tensors it sees."""
+    """One formula of the sum, and which of the call's tensors it sees."""
 
-    head: str
-    options: tuple[float, ...]  # in the head's order
+    formula: str
+    options: tuple[float, ...]  # in the formula's order
     label: float = 1.0  # probability that the winner is better, where the pairs carry no soft labels
     weight: float = 1.0
     ref: bool = True
@@ -53,15 +53,15 @@ def pack_terms(terms: tuple[LossTerm, ...]) -> tuple[str, list[float], list[int]
     for t in terms:
         numbers += [t.weight, t.label, *t.options, *[0.0] * (MAX_OPTIONS - len(t.options))]
         flags.append(t.ref + 2 * t.margins + 4 * t.soft_labels + 8 * t.by_winner_tokens + 16 * len(t.options))
-    return ",".join(t.head for t in terms), numbers, flags
+    return ",".join(t.formula for t in terms), numbers, flags
 
 
-def unpack_terms(heads: str, numbers: list[float], flags: list[int]) -> list[LossTerm]:
+def unpack_terms(formulas: str, numbers: list[float], flags: list[int]) -> list[LossTerm]:
     terms = []
-    for i, (head, flag) in enumerate(zip(heads.split(","), flags, strict=True)):
+    for i, (formula, flag) in enumerate(zip(formulas.split(","), flags, strict=True)):
         weight, label, *options = numbers[i * _NUMBERS : (i + 1) * _NUMBERS]
         terms.append(
-            LossTerm(head, tuple(options[: flag // 16]), label, weight, *(bool(flag & bit) for bit in (1, 2, 4, 8)))
+            LossTerm(formula, tuple(options[: flag // 16]), label, weight, *(bool(flag & bit) for bit in (1, 2, 4, 8)))
         )
     return terms
 
@@ -96,7 +96,7 @@ def evaluate_terms(
             margins if t.margins else None,
             soft_labels if t.soft_labels else None,
             scale if t.weight == 1 else scale * t.weight,
-            t.head,
+            t.formula,
             list(t.options),
             t.label,
         )
@@ -162,7 +162,7 @@ def loss_of_sums(sums: Tensor, layout: StepLayout, spec: PairLossSpec) -> tuple[
                 pairs.index,
                 pairs.margins if t.margins else None,
                 pairs.soft_labels if t.soft_labels else None,
-                t.head,
+                t.formula,
                 list(t.options),
                 t.label,
             )

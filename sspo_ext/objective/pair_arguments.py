@@ -11,19 +11,21 @@ import torch
 from torch import Tensor
 
 from .._checks import check_choice, check_device, check_float, check_num_items, check_shape, describe
-from ..formulas.registry import PairHead, get_pair_head
+from ..formulas.registry import PairFormula, get_pair_formula
 from ..layout.pairs import StepPairs
 from ..layout.steps import StepLayout
 from .pair import LossTerm, PairLossSpec
 from .sums import StepLogps, sums_over_steps
 
 
-def chosen_heads(loss_type: str | Sequence[str], loss_weights: Sequence[float] | None) -> list[tuple[PairHead, float]]:
-    """The heads of a loss and their weights; one name is a list of one."""
+def chosen_formulas(
+    loss_type: str | Sequence[str], loss_weights: Sequence[float] | None
+) -> list[tuple[PairFormula, float]]:
+    """The formulas of a loss and their weights; one name is a list of one."""
     if isinstance(loss_type, str):
         if loss_weights is not None:
             raise ValueError(f"loss_weights: expected None beside one loss_type, got {describe(loss_weights)}")
-        return [(get_pair_head(loss_type), 1.0)]
+        return [(get_pair_formula(loss_type), 1.0)]
     if not isinstance(loss_type, (list, tuple)) or not loss_type or not all(isinstance(n, str) for n in loss_type):
         raise TypeError(f"loss_type: expected a name or a list of names, got {describe(loss_type)}")
     if len(set(loss_type)) < len(loss_type):
@@ -36,7 +38,7 @@ def chosen_heads(loss_type: str | Sequence[str], loss_weights: Sequence[float] |
             raise TypeError(f"loss_weights: expected numbers, got {describe(weight)}")
         if not abs(weight) < float("inf"):  # math.isfinite is not traced by torch.compile
             raise ValueError(f"loss_weights: expected finite numbers, got {weight!r}")
-    return [(get_pair_head(name), float(weight)) for name, weight in zip(loss_type, weights, strict=True)]
+    return [(get_pair_formula(name), float(weight)) for name, weight in zip(loss_type, weights, strict=True)]
 
 
 def resolve_pairs(layout: StepLayout, pairs, weights, margins, soft_labels) -> StepPairs:
@@ -58,32 +60,32 @@ def resolve_pairs(layout: StepLayout, pairs, weights, margins, soft_labels) -> S
 
 
 def pair_loss_spec(
-    heads: Sequence[tuple[PairHead, float]], layout: StepLayout, pairs: StepPairs, dtype: torch.dtype, ref, beta,
+    formulas: Sequence[tuple[PairFormula, float]], layout: StepLayout, pairs: StepPairs, dtype: torch.dtype, ref, beta,
     label_smoothing, reduction, num_items, loss_options,
 ) -> PairLossSpec:  # fmt: skip
-    """Validated arguments of one call. With several heads each takes the options it has; one that none has raises."""
-    names = [head.name for head, _ in heads]
-    options = checked_options(heads, beta, loss_options)
-    label = checked_label(heads, names, label_smoothing, pairs.soft_labels is not None)
-    if pairs.margins is not None and not any(head.margins for head, _ in heads):
+    """Validated arguments of one call. With several formulas each takes the options it has; one that none has raises."""
+    names = [definition.name for definition, _ in formulas]
+    options = checked_options(formulas, beta, loss_options)
+    label = checked_label(formulas, names, label_smoothing, pairs.soft_labels is not None)
+    if pairs.margins is not None and not any(definition.margins for definition, _ in formulas):
         raise ValueError(f"margins: loss_type {_named(names)} does not have them")
-    if ref is not None and all(head.reference == "forbidden" for head, _ in heads):
+    if ref is not None and all(definition.reference == "forbidden" for definition, _ in formulas):
         raise ValueError(f"ref: loss_type {_named(names)} is reference-free, got {describe(ref)}")
-    needing = [head.name for head, _ in heads if head.reference == "required"]
+    needing = [definition.name for definition, _ in formulas if definition.reference == "required"]
     if ref is None and needing:
         raise ValueError(f"ref: loss_type {needing[0]!r} needs a reference, got None")
     terms = tuple(
         LossTerm(
-            head.name,
+            definition.name,
             tuple(values),
             label,
             weight,
-            ref=head.reference != "forbidden",
-            margins=head.margins,
-            soft_labels=head.soft_labels,
-            by_winner_tokens=head.by_winner_tokens,
+            ref=definition.reference != "forbidden",
+            margins=definition.margins,
+            soft_labels=definition.soft_labels,
+            by_winner_tokens=definition.by_winner_tokens,
         )
-        for (head, weight), values in zip(heads, options, strict=True)
+        for (definition, weight), values in zip(formulas, options, strict=True)
     )
     share = _winner_token_share(layout, pairs, dtype) if any(t.by_winner_tokens for t in terms) else None
     return PairLossSpec(pairs, terms, _scale(pairs, reduction, num_items, dtype), reference_sums(ref, layout), share)
@@ -93,21 +95,21 @@ def _named(names: Sequence[str]) -> str:
     return repr(names[0]) if len(names) == 1 else repr(list(names))
 
 
-def checked_options(heads, beta: float | None, given: Mapping[str, float]) -> list[list[float]]:
-    """Each head's option values, in its order."""
-    known = {name for head, _ in heads for name in head.options}
+def checked_options(formulas, beta: float | None, given: Mapping[str, float]) -> list[list[float]]:
+    """Each definition's option values, in its order."""
+    known = {name for definition, _ in formulas for name in definition.options}
     unknown = sorted(set(given) - known)
-    if len(heads) > 1 and unknown:
+    if len(formulas) > 1 and unknown:
         raise TypeError(
-            f"{unknown[0]}: neither a common option nor one of loss_type {[h.name for h, _ in heads]!r} "
+            f"{unknown[0]}: neither a common option nor one of loss_type {[h.name for h, _ in formulas]!r} "
             f"(which have {', '.join(sorted(known))})"
         )
     return [
-        head.check_options(
-            head.options["beta"] if beta is None else beta,
-            given if len(heads) == 1 else {k: v for k, v in given.items() if k in head.options},
+        definition.check_options(
+            definition.options["beta"] if beta is None else beta,
+            given if len(formulas) == 1 else {k: v for k, v in given.items() if k in definition.options},
         )
-        for head, _ in heads
+        for definition, _ in formulas
     ]
 
 
@@ -119,21 +121,23 @@ def check_logps(name: str, logps: StepLogps, layout: StepLayout) -> None:
     check_device(f"{name}.sums", logps.sums, layout.device, "the layout")
 
 
-def checked_label(heads, names: Sequence[str], label_smoothing: float, soft_labels: bool) -> float:
+def checked_label(formulas, names: Sequence[str], label_smoothing: float, soft_labels: bool) -> float:
     """1 - label_smoothing, the share of pairs whose order is right; ValueError for what the losses do not have."""
     if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
         raise TypeError(f"label_smoothing: expected a number, got {describe(label_smoothing)}")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing: expected a number in [0, 0.5), got {label_smoothing!r}")
-    if label_smoothing and all(head.smoothing == "none" for head, _ in heads):
+    if label_smoothing and all(definition.smoothing == "none" for definition, _ in formulas):
         raise ValueError(f"label_smoothing: loss_type {_named(names)} does not have it")
-    if soft_labels and not any(head.soft_labels for head, _ in heads):
+    if soft_labels and not any(definition.soft_labels for definition, _ in formulas):
         raise ValueError(f"soft_labels: loss_type {_named(names)} does not have it")
     if label_smoothing and soft_labels:
         raise ValueError("label_smoothing: expected 0 when soft_labels are given, since they replace it")
-    for head, _ in heads:
-        if head.smoothing == "required" and not label_smoothing and not soft_labels:
-            raise ValueError(f"label_smoothing: loss_type {head.name!r} needs a number above 0 (1e-3), or soft_labels")
+    for definition, _ in formulas:
+        if definition.smoothing == "required" and not label_smoothing and not soft_labels:
+            raise ValueError(
+                f"label_smoothing: loss_type {definition.name!r} needs a number above 0 (1e-3), or soft_labels"
+            )
     return 1.0 - label_smoothing
 
 

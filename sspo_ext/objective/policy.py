@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..formulas.policy import KL_ESTIMATORS, MAX_LOG_RATIO, POLICY_HEADS, PolicyScores
+from ..formulas.policy import KL_ESTIMATORS, MAX_LOG_RATIO, POLICY_FORMULAS, PolicyScores
 from ..layout.steps import StepLayout
 from .sums import OrderedTotal, segment_sums
 
@@ -35,7 +35,7 @@ class Segments:
 class PolicyProblem:
     """A policy loss over N rows, all of it but the log-probs."""
 
-    head: str
+    formula: str
     options: tuple[float, ...]
     kl_estimator: str
     kl_coef: float
@@ -92,17 +92,19 @@ class PolicyProblem:
         return torch.clamp(moved + sums[of_row], -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
     def surrogate(self, logp: Tensor) -> Tensor:
-        """(N,): the head alone."""
-        head = POLICY_HEADS[self.head]
-        ratio = torch.exp(self.log_ratio(logp)) if head.has_ratio else None
-        return head.fn(PolicyScores(logp, ratio, self.advantage), **dict(zip(head.options, self.options, strict=True)))
+        """(N,): the definition alone."""
+        definition = POLICY_FORMULAS[self.formula]
+        ratio = torch.exp(self.log_ratio(logp)) if definition.has_ratio else None
+        return definition.fn(
+            PolicyScores(logp, ratio, self.advantage), **dict(zip(definition.options, self.options, strict=True))
+        )
 
     def kl(self, logp: Tensor) -> Tensor:
         """(N,): the estimate of KL(pi || ref) at each token."""
         return KL_ESTIMATORS[self.kl_estimator](logp - self.ref)
 
     def rows(self, logp: Tensor) -> Tensor:
-        """(N,): head and KL term of each token, before scale and norm; a Tensor or a Dual, as `logp` is."""
+        """(N,): definition and KL term of each token, before scale and norm; a Tensor or a Dual, as `logp` is."""
         terms = self.surrogate(logp)
         return terms + self.kl_coef * self.kl(logp) if self.kl_coef else terms
 

@@ -14,7 +14,7 @@ from .._checks import (
     check_shape,
     describe,
 )
-from ..formulas.policy import KL_ESTIMATORS, LEVELS, get_policy_head
+from ..formulas.policy import KL_ESTIMATORS, LEVELS, get_policy_formula
 from ..layout.steps import StepLayout
 from .policy import PolicyProblem, segments_of
 from .sums import StepLogps
@@ -27,8 +27,8 @@ def policy_problem(
     prob_threshold, kl_coef, kl_estimator, entropy_coef, aggregation, num_items, loss_options,
 ) -> PolicyProblem:  # fmt: skip
     """Validated arguments of one policy loss, shared by the routes."""
-    head = get_policy_head(loss_type)
-    options = head.check_options(loss_options)
+    definition = get_policy_formula(loss_type)
+    options = definition.check_options(loss_options)
     check_choice("importance_sampling_level", level, LEVELS)
     check_choice("aggregation", aggregation, AGGREGATIONS)
     check_choice("kl_estimator", kl_estimator, tuple(KL_ESTIMATORS))
@@ -36,11 +36,11 @@ def policy_problem(
     check_not_negative("entropy_coef", entropy_coef)
     if not isinstance(length_normalize, bool):
         raise TypeError(f"length_normalize: expected True or False, got {describe(length_normalize)}")
-    if not head.has_ratio and level != "token":
+    if not definition.has_ratio and level != "token":
         raise ValueError(f"importance_sampling_level: loss_type {loss_type!r} has no ratio, got {level!r}")
     if not length_normalize and level == "token":
         raise ValueError("length_normalize: expected True where each token has its own ratio, got False")
-    if not head.has_ratio and prob_threshold is None and old is not None:
+    if not definition.has_ratio and prob_threshold is None and old is not None:
         raise ValueError(f"old: loss_type {loss_type!r} has no ratio and needs none without prob_threshold")
     if kl_coef and ref is None:
         raise ValueError(f"ref: expected log-probs for the KL term (kl_coef={kl_coef!r}), got None")
@@ -59,14 +59,14 @@ def policy_problem(
         counts = torch.exp(old) < prob_threshold
     scale, norm = _scale(layout, counts, aggregation, num_items, dtype)
     return PolicyProblem(
-        head=head.name,
+        formula=definition.name,
         options=options,
         kl_estimator=kl_estimator,
         kl_coef=float(kl_coef),
         entropy_coef=float(entropy_coef),
         length_normalize=length_normalize,
         advantage=_token_values("advantages", advantages, layout, dtype, steps=True),
-        old=old if head.has_ratio else None,
+        old=old if definition.has_ratio else None,
         ref=ref,
         scale=scale,
         norm=norm,

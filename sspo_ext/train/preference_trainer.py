@@ -21,7 +21,7 @@ from ..hf.forward import forward_hidden
 from ..hf.head import model_head
 from ..layout.bundle import TensorBundle
 from ..losses.pref import StepPrefOutput, linear_step_pref_loss, step_pref_loss
-from ..objective.pair_arguments import checked_options, chosen_heads
+from ..objective.pair_arguments import checked_options, chosen_formulas
 from ..objective.sums import StepLogps
 from .means import Means
 from .model_call import (
@@ -84,7 +84,7 @@ class StepPreferenceTrainer(Trainer):
             )
         if trainer_kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func: expected None, since the loss is loss_type's; override compute_loss")
-        heads = chosen_heads(args.loss_type, args.loss_weights)
+        heads = chosen_formulas(args.loss_type, args.loss_weights)
         checked_options(heads, args.beta, args.loss_options or {})
         needing = [head.name for head, _ in heads if head.reference == "required"]
         if args.reference_free and needing:

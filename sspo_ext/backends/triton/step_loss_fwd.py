@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...heads import head_id
+from ...formulas import formula_id
 from .formulas_generated import _pair_head
 from .rows import arrival_counters, jit, on_device
 
@@ -143,7 +143,7 @@ def step_loss_fwd(
     pair_margins: torch.Tensor | None,  # (P,)
     pair_labels: torch.Tensor | None,  # (P,)
     scale: torch.Tensor,  # () 1 / num_items
-    head: str,  # a name in heads.PAIR_HEADS
+    head: str,  # a name in heads.PAIR_FORMULAS
     options: list[float],
     label: float,  # of every pair, if pair_labels is None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -168,7 +168,7 @@ def step_loss_fwd(
             absent if pair_weights is None else pair_weights, absent if pair_margins is None else pair_margins,
             absent if pair_labels is None else pair_labels,
             scale, loss, sums, pair_loss, coef, arrival_counters(device), P, label, o0, o1, o2, o3,
-            HEAD=head_id(head), HAS_WEIGHTS=weights is not None, HAS_REF=ref is not None,
+            HEAD=formula_id(head), HAS_WEIGHTS=weights is not None, HAS_REF=ref is not None,
             HAS_PAIR_WEIGHTS=pair_weights is not None, HAS_MARGINS=pair_margins is not None,
             HAS_LABELS=pair_labels is not None, BLOCK=BLOCK, num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip

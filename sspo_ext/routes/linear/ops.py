@@ -83,7 +83,7 @@ def _fake_gradients(hidden, weight, needs, dtype, grad_dtype) -> tuple[Tensor, .
 def _linear_pref_fwd(
     hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
     tp_group, vocab_start, vocab_rows, backend, token_weights, ref, host_pair_index, pair_weights, pair_margins,
-    pair_labels, token_pair_weights, scale, loss_heads, term_numbers, term_flags,
+    pair_labels, token_pair_weights, scale, formulas, term_numbers, term_flags,
 ):  # fmt: skip
     head, plan, scored, gradients = _setup(
         hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
@@ -91,7 +91,7 @@ def _linear_pref_fwd(
     )  # fmt: skip
     problem = engine.PairProblem(
         scored.weights, ref, pair_weights, pair_margins, pair_labels, token_pair_weights, scale,
-        unpack_terms(loss_heads, term_numbers, term_flags), backend,
+        unpack_terms(formulas, term_numbers, term_flags), backend,
     )  # fmt: skip
     problem.prepare(plan, host_step_offsets.numpy(), host_pair_index.numpy(), labels.device)
     num_steps, num_pairs = host_step_offsets.shape[0] - 1, host_pair_index.shape[0]
@@ -102,7 +102,7 @@ def _linear_pref_fwd(
 def _linear_pref_fwd_fake(
     hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
     tp_group, vocab_start, vocab_rows, backend, token_weights, ref, host_pair_index, pair_weights, pair_margins,
-    pair_labels, token_pair_weights, scale, loss_heads, term_numbers, term_flags,
+    pair_labels, token_pair_weights, scale, formulas, term_numbers, term_flags,
 ):  # fmt: skip
     acc = accumulator(dtype)
     sizes = ((), host_step_offsets.shape[0] - 1, (len(term_flags), host_pair_index.shape[0]), rows.shape[0])
@@ -151,7 +151,7 @@ def _linear_logps_bwd_fake(
 linear_pref_fwd = register(
     "linear_pref_fwd",
     f"({_HEAD}, Tensor? token_weights, Tensor? ref, Tensor host_pair_index, Tensor? pair_weights, "
-    "Tensor? pair_margins, Tensor? pair_labels, Tensor? token_pair_weights, Tensor scale, str loss_heads, "
+    "Tensor? pair_margins, Tensor? pair_labels, Tensor? token_pair_weights, Tensor scale, str formulas, "
     "float[] term_numbers, int[] term_flags) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_pref_fwd,

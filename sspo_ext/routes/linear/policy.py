@@ -26,7 +26,7 @@ from .shards import VocabShard
 def _linear_policy_fwd(
     hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
     tp_group, vocab_start, vocab_rows, backend, unit_offsets, unit_of_row, host_unit_offsets, step_offsets, advantage,
-    old, ref, scale, loss_head, options, length_normalize, kl_estimator, kl_coef, entropy_coef,
+    old, ref, scale, formula, options, length_normalize, kl_estimator, kl_coef, entropy_coef,
 ):  # fmt: skip
     shard = VocabShard(tp_group, vocab_start, weight.shape[0]) if tp_group else None
     head = Head(weight.to(dtype), None if bias is None else bias.to(dtype), a, c, backend, shard)
@@ -45,7 +45,7 @@ def _linear_policy_fwd(
     scored = engine.Rows(hidden, rows, labels, None, plan, dtype)
     segments = None if unit_offsets is None else Segments(unit_offsets, unit_of_row, host_unit_offsets)
     problem = PolicyProblem(
-        loss_head, tuple(options), kl_estimator, kl_coef, entropy_coef, length_normalize, advantage, old, ref, scale,
+        formula, tuple(options), kl_estimator, kl_coef, entropy_coef, length_normalize, advantage, old, ref, scale,
         scale.new_ones(()), segments, step_offsets, backend,
     )  # fmt: skip
     tokens, entropy = run_policy(head, scored, plan, problem, gradients)
@@ -69,7 +69,7 @@ def _linear_policy_fwd_fake(
 linear_policy_fwd = register(
     "linear_policy_fwd",
     f"({_HEAD}, Tensor? unit_offsets, Tensor? unit_of_row, Tensor? host_unit_offsets, Tensor step_offsets, "
-    "Tensor advantage, Tensor? old, Tensor? ref, Tensor scale, str loss_head, float[] options, bool length_normalize, "
+    "Tensor advantage, Tensor? old, Tensor? ref, Tensor scale, str formula, float[] options, bool length_normalize, "
     "str kl_estimator, float kl_coef, float entropy_coef) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_policy_fwd,
     _linear_policy_fwd_fake,
@@ -140,7 +140,7 @@ class LinearPolicyRoute(torch.autograd.Function):
         tokens, entropy, d_hidden, d_weight, d_bias = linear_policy_fwd(
             hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, needs,
             *settings.op_args(weight), *((None,) * 3 if units is None else (units.offsets, units.of_row,
-            units.host_offsets)), layout.step_offsets, problem.advantage, problem.old, problem.ref, scale, problem.head,
+            units.host_offsets)), layout.step_offsets, problem.advantage, problem.old, problem.ref, scale, problem.formula,
             list(problem.options), problem.length_normalize, problem.kl_estimator, problem.kl_coef,
             problem.entropy_coef,
         )  # fmt: skip
