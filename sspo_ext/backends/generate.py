@@ -278,14 +278,15 @@ def cpp_source() -> str:
         body = "".join(f"  const auto {name} = {_strip(text)};\n" for name, text in printer.lines)
         parts.append(
             f"// {head.formula}\ntemplate <class T> "
-            f"SSPO_HD inline PairGrad<T> {head.name}_head(const PairScores<T>& s, const T* o) {{\n"
+            f"SSPO_HD inline PairGrad<T> {head.name}_formula(const PairScores<T>& s, const T* o) {{\n"
             f"{unpack}{body}  return {{{', '.join(out)}}};\n}}\n"
         )
-        cases.append(f"    case {i}: return {head.name}_head(s, o);\n")
+        cases.append(f"    case {i}: return {head.name}_formula(s, o);\n")
     parts.append(
-        f"constexpr int kNumPairHeads = {len(PAIR_HEADS)};\nconstexpr int kMaxOptions = {MAX_OPTIONS};\n\n"
-        "template <class T> SSPO_HD inline PairGrad<T> pair_head(int head, const PairScores<T>& s, const T* o) {\n"
-        f"  switch (head) {{\n{''.join(cases)}    default: return {{T(NAN), T(NAN), T(NAN)}};\n  }}\n}}\n\n"
+        f"constexpr int kNumPairFormulas = {len(PAIR_HEADS)};\nconstexpr int kMaxOptions = {MAX_OPTIONS};\n\n"
+        "template <class T> SSPO_HD inline PairGrad<T> pair_formula(int formula, const PairScores<T>& s, "
+        "const T* o) {\n"
+        f"  switch (formula) {{\n{''.join(cases)}    default: return {{T(NAN), T(NAN), T(NAN)}};\n  }}\n}}\n\n"
         "}  // namespace sspo\n"
     )
     return "\n".join(parts)
