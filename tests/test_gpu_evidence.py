@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 pytest.importorskip("benchmarks.kernels.torch_traffic", reason="not a checkout of the repository")
-from benchmarks.kernels import disassembly  # noqa: E402
+from benchmarks.kernels import disassembly, record  # noqa: E402
 from benchmarks.kernels.bounds import bounds, bounds_table  # noqa: E402
 from benchmarks.kernels.torch_traffic import count_torch  # noqa: E402
 
@@ -68,14 +68,14 @@ def test_bytes_in_flight_amd():
 
 def a_report(**changes):
     machine_code = pytest.importorskip("benchmarks.kernels.machine_code")
-    report = machine_code.Report(
+    report = record.Report(
         "token_logp_fwd", "bfloat16", "Triton", "90", num_warps=4, registers=64, shared_bytes=0, spills=0,
         loads={16: 4}, stores={}, elements=32, loop_instructions=32 * 7, loop_special=33, loop_loads={16: 4},
         loop_stores={}, loop_bytes_in_flight=64,
     )  # fmt: skip
     for name, value in changes.items():
         setattr(report, name, value)
-    report.predicted = {m.name: machine_code.predict(report, m) for m in machine_code.MACHINES if m.arch == "90"}
+    report.predicted = {m.name: record.predict(report, m) for m in record.MACHINES if m.arch == "90"}
     return report
 
 
@@ -150,7 +150,7 @@ def test_committed_machine_code_meets_every_bound():
         del row["instructions_per_element"]
         for name in ("loads", "stores", "loop_loads", "loop_stores"):
             row[name] = {int(width): count for width, count in (row[name] or {}).items()}
-    ours = [machine_code.Report(**row) for row in rows if row["facts"].startswith(("Triton", "CUDA C++"))]
+    ours = [record.Report(**row) for row in rows if row["facts"].startswith(("Triton", "CUDA C++"))]
     assert {r.arch for r in ours} == {"80", "90", "100", "gfx942"}
     missed = [(b.demand, b.report.kernel, b.report.arch, b.report.facts, b.got) for b in bounds(ours) if not b.met]
     assert not missed
