@@ -77,7 +77,8 @@ def run_shell(block: Block) -> str:
             assert not end.value.code, line
         elif program in ("python", "torchrun"):
             launcher = ["-m", "torch.distributed.run"] if program == "torchrun" else []
-            environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+            environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
             done = subprocess.run(
                 [sys.executable, *launcher, *arguments], env=environment, capture_output=True, text=True
             )
