@@ -1,7 +1,7 @@
 """The site's view of the repository: benchmarks/results stands in it as results/, without a copy.
 
-A page links to a file of the repository as GitHub shows it, `../benchmarks/results/probe/RESULTS.md`; the site's link is
-made from that.
+A page links to a file of the repository as GitHub shows it, `../benchmarks/results/probe/RESULTS.md`. The site's own
+link is made from that.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _LINK = re.compile(r"(\]\()([^)\s#]+)")
 
 
 def on_files(files, config):
-    """Adds every report and picture of benchmarks/results."""
+    """Adds every report and picture of benchmarks/results; notes.md is part of a report."""
     for path in sorted(RESULTS.rglob("*")):
-        if path.suffix in (".md", ".png"):
+        if path.suffix in (".md", ".png") and path.name != "notes.md":
             uri = f"results/{path.relative_to(RESULTS).as_posix()}"
             files.append(File.generated(config, uri, abs_src_path=str(path)))
     return files
