@@ -26,7 +26,7 @@ from unittest import mock
 import pytest
 
 pytest.importorskip("transformers")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "mkdocs.yml").exists())
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob(".github/**/*.md"), *DOCS.rglob("*.md")])
 # Pages whose names are the reader's own (`model`, `labels`): the test that gives them is in the file named.
@@ -119,7 +119,7 @@ def test_no_code_is_left_out():
     assert len(COMPLETE) >= 9
     for name, test in FRAGMENTS.items():
         assert has_code(ROOT / name)
-        found = [path for path in Path(__file__).parent.rglob(test) if Path(name).name in path.read_text()]
+        found = [path for path in (ROOT / "tests").rglob(test) if Path(name).name in path.read_text()]
         assert found, f"{name}: no {test} reads it"
     for page in PAGES:
         unknown = {block.language for block in blocks(page)} - {"python", "bash", "text", "json", "mermaid", "yaml", ""}

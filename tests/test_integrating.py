@@ -1,8 +1,8 @@
 """docs/integrating.md, as written: its snippets run, and do what the page says of them.
 
 Mutations of the page, each caught by the test named:
-  no reference; another beta; no bias or softcap names in the call from hidden states     test_plain_loop
-  an import that is not there; rows without a tokenizer                                    test_trainer
+  no reference, in either call; another beta; an import left out       test_plain_loop
+  an import left out                                                    test_trainer
   loss_is_scaled_for_ga = False; sequences counted in place of pairs; no num_items; no reference
                                                           test_trainer_of_your_own
   a span moved by one; spans counted from a sequence's start            test_packed_spans
