@@ -14,8 +14,13 @@ pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 
-from benchmarks import probe, real_routes, trace_run, trace_train  # noqa: E402
-from benchmarks.real_run import how_made, with_notes  # noqa: E402
+from benchmarks.models import (
+    probe,
+    real_routes,
+    trace_run,
+    trace_train,  # noqa: E402
+)
+from benchmarks.models.real_run import how_made, with_notes  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 

@@ -21,10 +21,10 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
-pytest.importorskip("benchmarks.torch_traffic", reason="not a checkout of the repository")
-from benchmarks import disassembly  # noqa: E402
-from benchmarks.bounds import bounds, bounds_table  # noqa: E402
-from benchmarks.torch_traffic import count_torch  # noqa: E402
+pytest.importorskip("benchmarks.kernels.torch_traffic", reason="not a checkout of the repository")
+from benchmarks.kernels import disassembly  # noqa: E402
+from benchmarks.kernels.bounds import bounds, bounds_table  # noqa: E402
+from benchmarks.kernels.torch_traffic import count_torch  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 
@@ -67,7 +67,7 @@ def test_bytes_in_flight_amd():
 
 
 def a_report(**changes):
-    machine_code = pytest.importorskip("benchmarks.machine_code")
+    machine_code = pytest.importorskip("benchmarks.kernels.machine_code")
     report = machine_code.Report(
         "token_logp_fwd", "bfloat16", "Triton", "90", num_warps=4, registers=64, shared_bytes=0, spills=0,
         loads={16: 4}, stores={}, elements=32, loop_instructions=32 * 7, loop_special=33, loop_loads={16: 4},
@@ -144,7 +144,7 @@ def test_committed_traffic_is_the_minimum():
 
 
 def test_committed_machine_code_meets_every_bound():
-    machine_code = pytest.importorskip("benchmarks.machine_code")
+    machine_code = pytest.importorskip("benchmarks.kernels.machine_code")
     rows = committed("machine-code.json")
     for row in rows:
         del row["instructions_per_element"]

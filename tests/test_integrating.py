@@ -20,8 +20,10 @@ from helpers_tokenizer import byte_tokenizer
 from test_docs import DOCS, blocks
 from test_trainer import batch_loss, make_features, make_model
 
-from sspo_ext import StepLayout, step_policy_loss, step_pref_loss
-from sspo_ext.train.collator import StepPreferenceCollator
+from sspo_ext.data.collator import StepPreferenceCollator
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.policy import step_policy_loss
+from sspo_ext.losses.pref import step_pref_loss
 
 transformers = pytest.importorskip("transformers")
 PYTHON = [block.text for block in blocks(DOCS / "integrating.md") if block.language == "python"]

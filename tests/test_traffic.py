@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 sys.path.append(str(Path(__file__).parent.parent))
-traffic = pytest.importorskip("benchmarks.traffic", reason="not a checkout of the repository")
+traffic = pytest.importorskip("benchmarks.kernels.traffic", reason="not a checkout of the repository")
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="has a GPU: kernels are not interpreted in this process"
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sspo_ext.heads import PAIR_HEADS
+from sspo_ext.formulas.registry import PAIR_FORMULAS
 
 pytest.importorskip("triton")
 from triton.backends.amd.compiler import HIPBackend  # noqa: E402
@@ -73,7 +73,7 @@ def test_nothing_spills(reports):
 @pytest.mark.slow
 def test_no_head_spills():
     reports = compiled(("step_loss", "float32", "90"))
-    assert len(reports) == len(PAIR_HEADS) and all(report["spills"] == 0 for report in reports)
+    assert len(reports) == len(PAIR_FORMULAS) and all(report["spills"] == 0 for report in reports)
 
 
 @pytest.mark.parametrize(

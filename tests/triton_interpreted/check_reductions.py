@@ -13,7 +13,6 @@ from helpers_reductions import MAPS, UPSTREAMS, ReductionRows, check, check_mask
 
 from sspo_ext.backends import triton as backend
 
-
 # Edges alone; part of a pass; passes and a rest, with one warp and with four. A temperature is a factor of the scale;
 # float16 is loaded as float32 is, and rounded as bfloat16 is.
 SIZES = {
