@@ -182,6 +182,12 @@ def make_values(layout: StepLayout, seed: int = 0) -> SimpleNamespace:
     )  # fmt: skip
 
 
+def arguments(v: SimpleNamespace, names) -> dict:
+    """Some of the values, by the names that calls have for them."""
+    known_as = {"row_weights": "token_weights", "graph": "pairs"}
+    return {known_as.get(name, name): getattr(v, name) for name in names}
+
+
 def make_logits(layout: StepLayout, vocab: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     g = torch.Generator().manual_seed(seed + 7)
     return (torch.randn(*layout.shape, vocab, generator=g, dtype=FP64) * 3).to(dtype).requires_grad_()
@@ -233,7 +239,7 @@ def run_pref(kind: str, dtype: torch.dtype, loss_type, *, vocab: int = 37, layou
     layout = make_layout(kind, vocab) if layout is None else layout
     v = make_values(layout)
     logits = make_logits(layout, vocab, dtype)
-    options.update({name: getattr(v, name) for name in names})
+    options.update(arguments(v, names))
     if ref is not None:
         options["ref"] = getattr(v, ref)
     inplace = options.get("inplace_backward")
@@ -448,12 +454,8 @@ def run_linear(
     if weight_dtype is not None:
         weight = weight.detach().to(weight_dtype).requires_grad_(bool(needs[1]))
     bias = bias if (needs[2] if with_bias is None else with_bias) else None
-    options.update({name: getattr(v, name) for name in names})
+    options.update(arguments(v, names))
     first = [getattr(v, name) for name in first]
-    if "graph" in options:
-        first = [options.pop("graph")]
-    if "row_weights" in options:
-        options["token_weights"] = options.pop("row_weights")
     if ref is not None:
         options["ref"] = getattr(v, ref)
     if rows is not None:
@@ -616,7 +618,7 @@ def run_policy(kind: str, dtype: torch.dtype, *, vocab: int = 37, layout=None, n
     layout = make_layout(kind, vocab) if layout is None else layout
     v = make_values(layout)
     logits = make_logits(layout, vocab, dtype)
-    options.update({name: getattr(v, name) for name in names})
+    options.update(arguments(v, names))
     if ref is not None:
         options["ref"] = getattr(v, ref)
     inplace = options.get("inplace_backward")
