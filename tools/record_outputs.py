@@ -82,6 +82,8 @@ def token_weight_function(name: str):
 class Record:
     """Outputs by key. A case that raises is an output too: the error's type and words."""
 
+    find = staticmethod(find)
+
     def __init__(self):
         self.outputs: dict[str, Tensor | str] = {}
         self.raised: list[str] = []
@@ -883,7 +885,7 @@ def instruction_sets(rec: Record) -> None:
     for isa in [name for name, reason in _C.isas().items() if not reason and name != _C.isa()]:
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder) / "made.pt"
-            command = [sys.executable, __file__, "record", str(made), "--only", "rows", "--quiet"]
+            command = [sys.executable, __file__, "record", str(made), "--only", "row kernels", "--quiet"]
             here = os.pathsep.join([str(Path(sspo_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
             subprocess.run(command, check=True, env={**os.environ, "SSPO_CPU_ISA": isa, "PYTHONPATH": here})
             for key, value in torch.load(made, weights_only=True)["outputs"].items():
@@ -921,7 +923,7 @@ def run_huge(dtype: torch.dtype) -> dict:
 
 KERNELS = {
     "logits pref": logits_pref, "logits logps": logits_logps, "linear": linear, "policy": policy,
-    "functions": functions, "layouts": layouts, "rows": rows, "instruction sets": instruction_sets,
+    "functions": functions, "layouts": layouts, "row kernels": rows, "instruction sets": instruction_sets,
 }  # fmt: skip
 
 
