@@ -21,14 +21,16 @@ from pathlib import Path
 
 # Triton and the threads of the libraries ask when they are imported.
 os.environ.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
-os.environ.update(HF_DATASETS_OFFLINE="1", MPLBACKEND="Agg", ACCELERATE_USE_CPU="true", WANDB_DISABLED="true")
+os.environ.update(COLUMNS="120", HF_DATASETS_OFFLINE="1", MPLBACKEND="Agg", ACCELERATE_USE_CPU="true", WANDB_DISABLED="true")
 os.environ.pop("SSPO_BACKEND", None)
 # `python -m` puts the working folder before PYTHONPATH: the package that stands there would be recorded by accident.
 sys.path[:0] = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
 
 import argparse  # noqa: E402
+import contextlib  # noqa: E402
 import dataclasses  # noqa: E402
 import importlib  # noqa: E402
+import io  # noqa: E402
 import subprocess  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
@@ -949,13 +951,14 @@ def record(path: str, only: list[str] | None, quiet: bool) -> int:
     for name in only or known:
         start, before = time.perf_counter(), len(rec.outputs)
         rec.prefix = f"{name}: "
-        known[name](rec)
+        with contextlib.redirect_stdout(io.StringIO()):  # what trainers print holds times
+            known[name](rec)
         if not quiet:
             print(f"{name}: {len(rec.outputs) - before} outputs, {time.perf_counter() - start:.1f} s", file=sys.stderr)
     about = {"sspo_ext": sspo_ext.__file__, "torch": str(torch.__version__)}
     torch.save({"about": about, "outputs": rec.outputs}, path)
     for line in rec.raised:
-        print(f"raised: {line}", file=sys.stderr)
+        print(f"raised: {line.splitlines()[0][:200]}", file=sys.stderr)
     print(f"{len(rec.outputs)} outputs, {len(rec.raised)} cases raised", file=sys.stderr)
     return 0
 

@@ -39,8 +39,11 @@ CHAT = (
 
 
 def quiet() -> None:
+    from transformers.utils.logging import disable_progress_bar
+
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
+    disable_progress_bar()
 
 
 def make_tokenizer(chat: bool = False):
@@ -55,6 +58,30 @@ def make_tokenizer(chat: bool = False):
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", chat_template=CHAT if chat else None
     )
+
+
+def small_tokenizer():
+    """A few characters: a random model then ends a line, and its turn, soon."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<eos>", "<pad>", *"\n0123456789+=#: 好🙂"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+class Says:
+    """A rollout engine that says texts in turn, so that rewards, steps and ends differ."""
+
+    texts = ("1+1\n#2<eos>", "3<eos>", "0\n1\n2<eos>", "=\n:")
+
+    def __init__(self, tokenizer):
+        self.completions = [tokenizer(text).input_ids for text in self.texts]
+
+    def complete(self, model, prompts, sampling, seeds):
+        return [self.completions[seed[-1] % len(self.completions)] for seed in seeds]
 
 
 def make_model(dtype: torch.dtype = torch.float32, **options):
@@ -149,7 +176,8 @@ def probing(rec) -> None:
     models = {"fp32": make_model(), "bf16": make_model(torch.bfloat16), "window": windowed(), "gpt2": gpt2()}
     for name, model in models.items():
         for engine in ("auto", "separate", "packed", "cached"):
-            rec.case(f"{name}/why not {engine}", lambda m, e: str(signals.why_not(m, e, 60)), model, engine.replace("auto", "packed"))
+            if engine != "auto":
+                rec.case(f"{name}/why not {engine}", lambda m, e: str(signals.why_not(m, e, 60)), model, engine)
             for reduce in ("joint", "mean"):
                 rec.case(f"{name}/{engine}/{reduce}", probed, model, batch, "en", answers, tokenizer=tokenizer,
                          engine=engine, reduce=reduce, max_tokens=300)  # fmt: skip
@@ -337,11 +365,12 @@ def grading(rec) -> None:
         if grader is None:
             continue
         grader = load_grader(name)
-        for answer in ("5", 5, ["6", "5"], r"\frac{1}{2}", {"answer": "5", "metadata": {"source_dataset": "chain_sum"}}):
+        entry = {"answer": "5", "metadata": {"source_dataset": "chain_sum"}}
+        for answer in (entry,) if name == "reasoning-gym" else ("5", 5, ["6", "5"], r"\frac{1}{2}", entry):
             for n, text in enumerate(said):
-                rec.case(f"{name}/{answer}/{n}", tools["grade"], grader, "p", text, answer)
+                rec.case(f"{name}/{answer!r}/{n}", tools["grade"], grader, "p", text, answer)
                 if name == "exact":
-                    rec.case(f"{name}/{answer}/{n}/probe", tools["answer_grader"](grader, signals.PROBES["en"]), text, answer)
+                    rec.case(f"{name}/{answer!r}/{n}/probe", tools["answer_grader"](grader, signals.PROBES["en"]), text, answer)
     rec.add("final", [tools["final_text"](text) for text in said])
 
     def trl(prompts, completions, answer, **columns):
@@ -413,17 +442,21 @@ def preference_trainer(rec) -> None:
         rec.case(name, run_preference, **options)
 
 
-def run_sspo(peft: bool = False, **options) -> dict:
+def run_sspo(peft: bool = False, sampled: bool = False, **options) -> dict:
     from sspo_ext.train import SSPOConfig, SSPOTrainer
 
     rows = [{"prompt": f"{a}+{b}=\n", "answer": str(a + b)} for a in range(1, 4) for b in range(1, 4)]
-    defaults = {**COMMON, "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 10, "probe": "#",
+    defaults = {**COMMON, "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 24, "probe": "#",
                 "optim": "sgd", "max_steps": 2}  # fmt: skip
+    tokenizer = small_tokenizer()
+    more = {"peft_config": lora()} if peft else {}
     with tempfile.TemporaryDirectory() as folder:
-        more = {"peft_config": lora()} if peft else {}
-        trainer = SSPOTrainer(make_model(), SSPOConfig(folder, **{**defaults, **options}), dig, rows,
-                              processing_class=make_tokenizer(), **more)  # fmt: skip
+        trainer = SSPOTrainer(
+            make_model(vocab_size=len(tokenizer)), SSPOConfig(folder, **{**defaults, **options}), dig, rows, rows[:3],
+            processing_class=tokenizer, engine=None if sampled else Says(tokenizer), **more,
+        )  # fmt: skip
         trainer.train()
+        trainer.evaluate()
         return of_trainer(trainer)
 
 
@@ -433,8 +466,11 @@ def sspo_trainer(rec) -> None:
         "linear": {}, "logits": {"route": "logits"}, "outcome": {"combine": "outcome"}, "lora": {"peft": True, "beta": 0.1},
         "ppo": {"loss_type": "ppo", "epsilon": 0.1, "num_iterations": 2, "max_steps": 4}, "entropy": {"entropy_coef": 0.02},
         "reference": {"beta": 0.2, "gamma": 0.8, "lam": 0.5}, "step": {"aggregation": "step", "baseline": "grpo"},
-        "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, "graded": {"probe_mode": "graded"},
-        "compact": {"rollout_engine": "compact"}, "multiply": {"combine": "multiply"},
+        "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        "graded": {"probe_options": {"mode": "graded", "num_samples": 2}}, "replace": {"combine": "replace", "lam": 0.0},
+        "sequence": {"loss_type": "cispo", "loss_options": {"importance_sampling_level": "sequence"}},
+        "sampled": {"sampled": True}, "compact": {"sampled": True, "rollout_engine": "compact", "temperature": 0.8},
+        "plain": {"scale_advantages": False, "aggregation": "sequence", "backend": "reference"},
     }.items():  # fmt: skip
         rec.case(name, run_sspo, **options)
     rec.case("demo", run_demo)
@@ -496,6 +532,8 @@ def command_line(rec) -> None:
         try:
             make_model().save_pretrained("model")
             make_tokenizer().save_pretrained("model")
+            make_model(vocab_size=len(small_tokenizer())).save_pretrained("small")
+            small_tokenizer().save_pretrained("small")
             write("pairs.jsonl", preference_rows())
             write("problems.jsonl", [{"prompt": f"{a}+1=\n", "answer": str(a + 1)} for a in range(1, 6)])
             write("chains.jsonl", [
@@ -514,8 +552,8 @@ def write(path: str, rows: list[dict]) -> None:
 
 def commands(rec) -> None:
     train = ["train", "--model", "model", "--data", "pairs.jsonl", "--batch-size", "2", "--lr", "1e-2", "--max-steps", "2"]
-    rl = ["rl", "--model", "model", "--data", "problems.jsonl", "--batch-size", "4", "--num-generations", "4", "--lr", "1e-3",
-          "--max-completion-length", "8", "--probe", "#", "--max-steps", "2", "--grader", "record_text:dig"]  # fmt: skip
+    rl = ["rl", "--model", "small", "--data", "problems.jsonl", "--batch-size", "4", "--num-generations", "4", "--lr", "1e-3",
+          "--max-completion-length", "30", "--probe", "#", "--max-steps", "2", "--grader", "record_text:dig"]  # fmt: skip
     trace = ["trace", "--model", "model", "--data", "chains.jsonl", "--device", "cpu"]
     sampled = ["--pairs", "sampled", "--num-candidates", "4", "--max-step-tokens", "30", "--min-gap", "0", "--split-by",
                r"(?<=[a-z0-9])", "--max-continuation-tokens", "8"]  # fmt: skip
