@@ -6,10 +6,10 @@ import runpy
 import sys
 
 COMMANDS = {
-    "report": ("report", "every table below that is not measured yet; RESULTS.md, CSV and plots"),
+    "report": ("report", "every table below that is not measured yet; RESULTS.md and plots"),
     "logits": ("logits", "logits route: time and memory beside eager, torch.compile, cross_entropy, TRL"),
     "linear": ("linear", "linear route: time and memory beside Liger, torch, TRL and the bare GEMMs"),
-    "heads": ("heads", "any loss against the sigmoid loss on the same logits"),
+    "losses": ("heads", "any loss against the sigmoid loss on the same logits"),
     "traffic": ("traffic", "bytes that the Triton kernels load and store, counted in the interpreter"),
     "machine-code": ("machine_code", "what the kernels compile to, and what bounds them; PREDICTS, measures nothing"),
     "gpu": ("gpu", "on a GPU: correctness, then times beside the predictions and the peers"),

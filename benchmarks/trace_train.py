@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
+from benchmarks import records
 from sspo_ext.train.chains import load_chains
 from sspo_ext.train.data import load_gsm8k_solutions, load_preference_rows
 from sspo_ext.train.models import load_model
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         f"solution, reward {by}": paired(*(gains[name][by] for name in ("sequence", "traced")))
         for by in ("sum", "mean")
     }
-    (output / "trace_train.json").write_text(json.dumps(result) + "\n")
+    records.write(output / "trace_train.jsonl", [result])
     text = with_notes(report(result), output)
     (output / "RESULTS.md").write_text(text)
     print(text)
