@@ -229,8 +229,8 @@ def _launches(traffic: Traffic | TorchTraffic) -> int:
 
 
 def table(rows: list[Row]) -> str:
-    head = "| method | V | dtype | launches | fwd read | fwd written | bwd read | bwd written | of minimum |"
-    lines = [head, "| --- " * 9 + "|"]
+    header = "| method | V | dtype | launches | fwd read | fwd written | bwd read | bwd written | of minimum |"
+    lines = [header, "| --- " * 9 + "|"]
     for r in rows:
         parts = (r.read_forward, r.written_forward, r.read_backward, r.written_backward, r.of_minimum)
         lines.append(
@@ -259,8 +259,8 @@ def markdown(about: dict, rows: list[Row]) -> str:
         "# Bytes that the kernels ask for",
         "`python -m benchmarks traffic --dtype bfloat16 float32 --out FOLDER`",
         f"Counted in Triton's interpreter on a machine without a GPU ({about['versions']}): no time is in these "
-        "tables. The batch has 8 positions of which 4 are scored: so few rows that ours shares each row's vocabulary among "
-        "programs, whose partial results and labels are the third decimal. " + UNITS,
+        "tables. The batch has 8 positions of which 4 are scored: so few rows that ours shares each row's vocabulary "
+        "among programs, whose partial results and labels are the third decimal. " + UNITS,
         '"in place" writes the gradient over the logits. With an upstream gradient that is not 1, Liger multiplies '
         "its finished gradient in a launch of its own. `selective_log_softmax` of Liger has no backward. Lines that "
         'begin with "torch" are torch operations, each operand counted once: at least so much, and launches are '

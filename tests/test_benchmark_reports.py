@@ -1,12 +1,13 @@
 """Raw results and reports: a report made again from the stored numbers equals the committed one, so a rerun keeps
 every sentence; and what happens to a table when a command is killed, or when two run at once.
 
-Mutations that turned a test red: no picture in the probe's report; notes not appended (test_report_of_stored_numbers);
-"median" for "medians" in a table's Markdown (test_speed_report); the marker of a picture's line changed
-(test_picture_drawn_again); versions of the reporting environment (test_gpu_reports); the table opened for writing
+Mutations that turned a test red: no picture in the probe's report, notes not appended (test_report_of_stored_numbers);
+"median" for "medians" in a table's Markdown (test_speed_report); square marks (test_picture_drawn_again); versions of
+the reporting environment (test_gpu_reports); contestants in the file's order (test_report_of_routes); the table written
 in place (test_a_failed_write_changes_nothing); no lock (test_two_commands_at_once); columns of the first row alone
-(test_rows_of_unlike_columns); the old record kept (test_one_record_a_key); files of a folder removed before the table is
-written (test_collect_killed_before_the_table_is_written).
+(test_rows_of_unlike_columns); lines split as text (test_rows_come_back); the old record kept, records not sorted
+(test_one_record_a_key); torn files not expected (test_collect); files removed before the table is written
+(test_collect_killed_before_the_table_is_written).
 """
 
 import os
@@ -23,7 +24,17 @@ sys.path.append(str(ROOT))
 
 from helpers_pictures import assert_same_picture  # noqa: E402
 
-from benchmarks import machine_code, plots, probe, real_routes, real_run, records, trace_run, trace_train, traffic  # noqa: E402  # noqa: E402
+from benchmarks import (  # noqa: E402
+    machine_code,
+    plots,
+    probe,
+    real_routes,
+    real_run,
+    records,
+    trace_run,
+    trace_train,
+    traffic,
+)
 from benchmarks import report as speed  # noqa: E402
 from benchmarks.real_run import how_made, with_notes  # noqa: E402
 from benchmarks.tables import Table  # noqa: E402

@@ -2,9 +2,9 @@
 
 Mutations that turned a test red: 1.96 for Student's quantile, n for n - 1 (test_interval); the first language's runs
 alone (test_over_seeds); a mean of means (test_ties_are_rounded_alike); most arms below the axis (test_lowest_shown); an
-error and a cell of docs/rl.md changed (test_the_page_*); the reporting machine named instead of the runs'
-(test_report_made_again); files of finished runs not looked for, recorded runs run again
-(test_the_same_command_goes_on).
+error and a cell of docs/rl.md changed (test_the_page_*); the reporting machine instead of the runs' (test_report);
+a colour one level off (test_picture_drawn_again); finished files not collected, before and after the runs, recorded
+runs run again (test_the_same_command_goes_on).
 """
 
 import json

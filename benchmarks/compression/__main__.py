@@ -3,7 +3,7 @@
     python -m benchmarks compression            # sums in English, the decisive arms, two seeds: 13 minutes
     python -m benchmarks compression --full     # three families, two languages, every arm, three seeds: hours
 
-The first was measured on two Xeon cores with other jobs beside it; the second is the sum in results/compression.
+The first time was measured on two Xeon cores beside other jobs. The second is the sum in results/compression.
 
 Tiny models first imitate a wordy teacher (`sspo_ext.demo.tasks`), then every arm trains from the same start, on as many
 updates of as many samples. The reward is whether the answer is right; only the arms called "length penalty" see length.
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def execute(runs: list[Run], options: argparse.Namespace, title: str, length) -> None:
-    """The runs, `--jobs` at a time, each a process; stops at the first that fails."""
+    """Runs them, `--jobs` at a time, each in its own process. Stops at the first that fails."""
     waiting, going = list(runs), {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tqdm(total=sum(map(length, runs)), desc=title, unit="update", disable=not runs) as bar:
@@ -121,7 +121,7 @@ def command(run: Run, options: argparse.Namespace) -> list[str]:
 
 
 def _last_line(log: Path) -> tuple[int, str]:
-    """(updates done, what to say) from a worker's log; imitation's bar counts too."""
+    """(updates done, what to show) from a worker's log. The progress bar of imitation is read too."""
     text = log.read_text(errors="replace").replace("\r", "\n").strip().rpartition("\n")[2]
     words = text.split()
     if len(words) == 3 and words[0].isdigit():

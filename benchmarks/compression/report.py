@@ -81,7 +81,7 @@ def machines(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> str:
 
 
 def spent(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> str:
-    """What all of it took."""
+    """The hours that training took."""
     runs = [run for arms in tasks.values() for some in arms.values() for run in some]
     hours = sum(run["seconds"] for run in runs) / 3600
     return (
@@ -91,8 +91,8 @@ def spent(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> str:
 
 
 def commands(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> list[str]:
-    """What makes all these runs, and no others."""
-    # by arm: the families, languages and seeds it was run for, languages with the same families and seeds together
+    """The commands that make these runs and no others."""
+    # Of each arm the families, languages and seeds. Languages with the same families and seeds share a command.
     arms: dict[tuple, list[str]] = defaultdict(list)
     for arm in ARMS:
         families = defaultdict(lambda: defaultdict(list))
@@ -134,7 +134,7 @@ def _table(arms: dict[str, list[dict]]) -> str:
 
 
 def best_penalty(arms: dict[str, list[dict]]) -> str | None:
-    """The weight with the highest greedy accuracy, chosen on the very problems that are reported: in its favour."""
+    """The weight with the highest greedy accuracy. It is chosen on the reported problems, which favours it."""
     there = [name for name in _PENALTIES if name in arms]
     return max(there, key=lambda name: total(arms[name], "greedy", "correct"), default=None)
 
