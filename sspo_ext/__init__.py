@@ -4,13 +4,12 @@
 gradient.
 """
 
-from .layout import StepLayout
-from .linear import linear_step_logps, linear_step_pref_loss
-from .linear_policy import linear_step_policy_loss
-from .logps import StepLogps, step_logps
-from .losses import StepPrefLoss, StepPrefOutput, pref_loss, step_pref_loss
-from .pairs import StepPairs
-from .policy_losses import StepPolicyOutput, step_policy_loss
+from .layout.pairs import StepPairs
+from .layout.steps import StepLayout
+from .losses.logps import linear_step_logps, step_logps
+from .losses.policy import StepPolicyOutput, linear_step_policy_loss, step_policy_loss
+from .losses.pref import StepPrefLoss, StepPrefOutput, linear_step_pref_loss, pref_loss, step_pref_loss
+from .objective.sums import StepLogps
 
 __version__ = "0.1.0"
 __all__ = [

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sspo_ext import StepLayout, StepPairs, backends
+from sspo_ext import backends
+from sspo_ext.layout.pairs import StepPairs
+from sspo_ext.layout.steps import StepLayout
 
 
 def fused_backends(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[str]:

@@ -8,11 +8,14 @@ import datetime
 import torch
 import torch.distributed as dist
 
-from sspo_ext import StepLayout, StepLogps, StepPairs
-from sspo_ext.batch_losses import aot_loss, aot_unpaired_loss, kto_reference_point
-from sspo_ext.batch_state import RewardMean, all_reduce
-from sspo_ext.logps import sums_over_steps
-from sspo_ext.losses import pref_loss
+from sspo_ext.layout.pairs import StepPairs
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.common import all_reduce
+from sspo_ext.losses.pref import pref_loss
+from sspo_ext.losses.state import RewardMean
+from sspo_ext.losses.transport import aot_loss, aot_unpaired_loss
+from sspo_ext.losses.unpaired import kto_reference_point
+from sspo_ext.objective.sums import StepLogps, sums_over_steps
 
 F64 = torch.float64
 

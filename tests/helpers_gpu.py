@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers_truth import assert_fp64_rule
 
-from sspo_ext import StepLayout, step_logps
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.logps import step_logps
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from sspo_ext import StepLayout, StepPairs, step_pref_loss
+from sspo_ext.layout.pairs import StepPairs
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.pref import step_pref_loss
 
 GRADIENTS = {
     "hidden": (1, 0, 0),

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sspo_ext import StepLayout
+from sspo_ext.layout.steps import StepLayout
 
 F64 = torch.float64
 TRL, LIGER = "TRL 1.16", "Liger 0.8"

@@ -9,7 +9,7 @@ from helpers_truth import assert_fp64_rule, assert_rounded_once
 from torch import Tensor
 
 from sspo_ext.backends import reference
-from sspo_ext.reductions import gradient_coefs
+from sspo_ext.routes.shared import gradient_coefs
 
 MAPS = {
     "plain": (1.0, 0.0),

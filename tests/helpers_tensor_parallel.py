@@ -12,9 +12,10 @@ import torch.distributed as dist
 from helpers_linear import Problem, pairs_of, problem
 from torch import Tensor
 
-from sspo_ext import StepLayout
-from sspo_ext.linear import linear_step_logps, linear_step_pref_loss
-from sspo_ext.linear_policy import linear_step_policy_loss
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.logps import linear_step_logps
+from sspo_ext.losses.policy import linear_step_policy_loss
+from sspo_ext.losses.pref import linear_step_pref_loss
 
 SHAPE, H = (4, 10), 9
 

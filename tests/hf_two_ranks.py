@@ -18,9 +18,12 @@ import transformers  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: E402
 
-from benchmarks import families  # noqa: E402
-from sspo_ext.hf import UnsupportedHead, check_head, forward_hidden, model_head  # noqa: E402
-from sspo_ext.linear import linear_step_pref_loss  # noqa: E402
+from benchmarks.models import families  # noqa: E402
+from sspo_ext.hf.check import check_head
+from sspo_ext.hf.forward import forward_hidden
+from sspo_ext.hf.head import model_head
+from sspo_ext.hf.wrappers import UnsupportedHead  # noqa: E402
+from sspo_ext.losses.pref import linear_step_pref_loss  # noqa: E402
 
 
 def shard(model, head_apart: bool, reshard: bool | None):

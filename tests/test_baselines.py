@@ -11,8 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sspo_ext.signals import combine_advantages, outcome_advantages
-from sspo_ext.signals.baselines import BASELINES, EPSILON
+from sspo_ext.signals.credit.baselines import BASELINES, EPSILON, combine_advantages, outcome_advantages
 
 F64 = torch.float64
 R = torch.tensor([1.0, 0.0, 0.5, 0.0, 1.0], dtype=F64)

@@ -26,9 +26,11 @@ import torch
 from helpers_batch import random_batch, random_pairs
 from helpers_batch_state import F64, batch, results, worker
 
-from sspo_ext import StepLayout, StepLogps, StepPairs, step_pref_loss
-from sspo_ext.batch_state import RewardMean
-from sspo_ext.losses import pref_loss
+from sspo_ext.layout.pairs import StepPairs
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.pref import pref_loss, step_pref_loss
+from sspo_ext.losses.state import RewardMean
+from sspo_ext.objective.sums import StepLogps
 
 
 def test_running_mean_by_hand():

@@ -24,20 +24,13 @@ sys.path.append(str(ROOT))
 
 from helpers_pictures import assert_same_picture  # noqa: E402
 
-from benchmarks import (  # noqa: E402
-    machine_code,
-    plots,
-    probe,
-    real_routes,
-    real_run,
-    records,
-    trace_run,
-    trace_train,
-    traffic,
-)
-from benchmarks import report as speed  # noqa: E402
-from benchmarks.real_run import how_made, with_notes  # noqa: E402
-from benchmarks.tables import Table  # noqa: E402
+from benchmarks import records  # noqa: E402
+from benchmarks.kernels import machine_code, traffic  # noqa: E402
+from benchmarks.models import probe, real_routes, real_run, trace_run, trace_train  # noqa: E402
+from benchmarks.models.real_run import how_made, with_notes  # noqa: E402
+from benchmarks.speed import plots  # noqa: E402
+from benchmarks.speed import report as speed  # noqa: E402
+from benchmarks.speed.tables import Table  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 FORMATS = ("jsonl", "parquet")

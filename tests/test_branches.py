@@ -21,9 +21,12 @@ sys.path.append(str(Path(__file__).parents[1]))  # for benchmarks/; last: not fo
 pytest.importorskip("transformers")
 from helpers_rl import make_tokenizer, make_trainer  # noqa: E402
 
-from benchmarks import families  # noqa: E402
-from sspo_ext.signals import Branch, branch_logps, sample, support, why_not  # noqa: E402
-from sspo_ext.signals.branches import Tree  # noqa: E402
+from benchmarks.models import families  # noqa: E402
+from sspo_ext.signals.branches import sample, support
+from sspo_ext.signals.branches.branch import Branch
+from sspo_ext.signals.branches.engines import Tree  # noqa: E402
+from sspo_ext.signals.branches.score import branch_logps
+from sspo_ext.signals.branches.support import why_not  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -271,7 +274,7 @@ class TestSupport:
     def test_a_trainers_bf16_autocast_does_not_count(self, tmp_path, monkeypatch, peft):
         """accelerate puts autocast into model.forward itself."""
         ran = []
-        name = "sspo_ext.signals.branches.run_engine"
+        name = "sspo_ext.signals.branches.engines.run_engine"
         monkeypatch.setattr(name, lambda *a, run=support.run_engine: ran.append(a[3]) or run(*a))
         options = {}
         if peft:

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from sspo_ext import catalogue, losses
-from sspo_ext.heads import PAIR_HEADS
-from sspo_ext.policy import POLICY_HEADS
-from sspo_ext.step_functions import LOSS_FUNCTIONS
+from sspo_ext.formulas.policy import POLICY_FORMULAS
+from sspo_ext.formulas.registry import PAIR_FORMULAS
+from sspo_ext.losses.catalogue import catalogue
+from sspo_ext.losses.common import LOSS_FUNCTIONS
+from tools import write_losses_page
+from tools.write_losses_page import PAGE, PARITY, main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,25 +19,25 @@ ROOT = Path(__file__).resolve().parents[1]
 def source_tree(monkeypatch):
     """The files of this checkout, whichever copy of the package is imported."""
     for name in ("PAGE", "PARITY"):
-        monkeypatch.setattr(catalogue, name, ROOT / getattr(catalogue, name).relative_to(catalogue.ROOT))
+        monkeypatch.setattr(write_losses_page, name, ROOT / getattr(write_losses_page, name).relative_to(ROOT))
 
 
 def test_page_is_up_to_date():
-    assert catalogue.main(["--check"]) == 0, "run python -m sspo_ext.catalogue"
+    assert main(["--check"]) == 0, "run python -m tools.write_losses_page"
 
 
 def test_check_notices_a_stale_page(tmp_path, monkeypatch, capsys):
     copy = tmp_path / "losses.md"
     copy.write_text("old\n")
-    monkeypatch.setattr(catalogue, "PAGE", copy)
-    assert catalogue.main(["--check"]) == 1 and "stale" in capsys.readouterr().out and copy.read_text() == "old\n"
-    assert catalogue.main([]) == 0 and catalogue.main(["--check"]) == 0
+    monkeypatch.setattr(write_losses_page, "PAGE", copy)
+    assert main(["--check"]) == 1 and "stale" in capsys.readouterr().out and copy.read_text() == "old\n"
+    assert main([]) == 0 and main(["--check"]) == 0
 
 
 def test_every_loss_is_in_it():
-    entries = losses.catalogue()
+    entries = catalogue()
     names = [e.name for e in entries]
-    assert set(names) >= {*PAIR_HEADS, *LOSS_FUNCTIONS, *POLICY_HEADS}
+    assert set(names) >= {*PAIR_FORMULAS, *LOSS_FUNCTIONS, *POLICY_FORMULAS}
     assert len(set(names)) == len(names)
     for entry in entries:
         assert entry.source and entry.call and entry.needs, entry.name
@@ -45,7 +47,7 @@ def test_every_loss_is_in_it():
 
 
 def test_the_methods_that_were_asked_for_are_present_or_explained():
-    page = catalogue.PAGE.read_text()
+    page = PAGE.read_text()
     for method in (
         "Step-DPO", "Step-Controlled DPO", "SVPO", "Segment-supervised", "Full-Step-DPO", "TDPO1", "TDPO2", "TGDPO",
         "LD-DPO", "OREO", "Direct Advantage", "DVO", "RTO", "SPO-chain", "PRIME", "From r to Q*", "TRPA", "TARS",
@@ -56,5 +58,5 @@ def test_the_methods_that_were_asked_for_are_present_or_explained():
 
 
 def test_parity_names_are_losses():
-    known = {e.name for e in losses.catalogue()} | {"mixtures", "end to end"}
-    assert set(json.loads(catalogue.PARITY.read_text())) <= known
+    known = {e.name for e in catalogue()} | {"mixtures", "end to end"}
+    assert set(json.loads(PARITY.read_text())) <= known

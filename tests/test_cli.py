@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from sspo_ext.cli import main
+from sspo_ext.cli.main import main
 
 pytest.importorskip("transformers")
 
@@ -193,5 +193,5 @@ def test_help_names_each_default_once(command, capsys):
 
 
 def test_info_and_help_need_no_transformers():
-    code = "import sys; from sspo_ext.cli import main; main(['info']); assert 'transformers' not in sys.modules"
+    code = "import sys; from sspo_ext.cli.main import main; main(['info']); assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -31,7 +31,7 @@ def run(command, data, model, out, processes, *more):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     options = ["--model", model, "--data", data, "--output-dir", str(out), "--lr", "1e-3", "--max-steps", "3", *more]
     done = subprocess.run(
-        [sys.executable, *launcher, "-m", "sspo_ext.cli", command, *options],
+        [sys.executable, *launcher, "-m", "sspo_ext.cli.main", command, *options],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -68,8 +68,8 @@ def test_processes_that_know_nothing_of_each_other_are_refused(tmp_path, monkeyp
     from test_trainer import make_features
     from test_trainer import make_model as make_pair_model
 
+    from sspo_ext.train.preference_trainer import StepPreferenceTrainer
     from sspo_ext.train.sspo_trainer import SSPOTrainer
-    from sspo_ext.train.trainer import StepPreferenceTrainer
 
     args, pair_args = config(tmp_path), pair_config(tmp_path)
     assert args.world_size == pair_args.world_size == 1

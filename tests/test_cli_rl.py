@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from sspo_ext.cli import main
+from sspo_ext.cli.main import main
 
 pytest.importorskip("transformers")
 
@@ -130,7 +130,7 @@ def test_every_option_of_the_configuration_is_there():
 
     from transformers import TrainingArguments
 
-    from sspo_ext.cli import build_parser
+    from sspo_ext.cli.main import build_parser
     from sspo_ext.train import SSPOConfig
 
     (commands,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
@@ -141,7 +141,7 @@ def test_every_option_of_the_configuration_is_there():
 
 
 def test_settings():
-    from sspo_ext.train.rl import setting
+    from sspo_ext.cli.arguments import setting
 
     given = ("delta=4", "epsilon=.5", "level=sequence", "thinking=false", "text=a=b", "empty=")
     assert dict(map(setting, given)) == {

@@ -14,9 +14,12 @@ from cuda_emulation import build
 from helpers_batch import oracle_steps, random_batch, random_pairs
 from helpers_truth import assert_fp64_rule, assert_rounded_once, gradient_terms
 
-from sspo_ext import backends, step_logps, step_pref_loss
+from sspo_ext import backends
 from sspo_ext.backends import cuda, reference
-from sspo_ext.heads import PAIR_HEADS
+from sspo_ext.backends.arguments import StepLossArguments
+from sspo_ext.formulas.registry import PAIR_FORMULAS
+from sspo_ext.losses.logps import step_logps
+from sspo_ext.losses.pref import step_pref_loss
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLAIN, TEMPERATURE, SOFTCAP = (1.0, 0.0), (1 / 0.7, 0.0), (1 / 30, 30 / 0.9)
@@ -319,12 +322,12 @@ def test_nothing():
     cuda.token_logp_bwd(case.logits[:0], case.row_of[:0], case.labels, lse, case.coef, None, 1.0, 0.0, case.logits[:0])
 
 
-@pytest.mark.parametrize("head", PAIR_HEADS)
+@pytest.mark.parametrize("head", PAIR_FORMULAS)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_public_loss(head, weighted):
     """Three launches through autograd on a ragged batch, against the reference in float64, upstream gradient not 1."""
     batch = random_batch(seed=len(head), B=5, V=521, weighted=weighted)
-    has, S = PAIR_HEADS[head], batch.layout.num_steps
+    has, S = PAIR_FORMULAS[head], batch.layout.num_steps
     options = dict(loss_type=head, beta=0.3, temperature=0.8, logit_softcap=20.0 if weighted else None)
     if has.reference != "forbidden":
         options["ref"] = -torch.rand(S) * 20
@@ -362,10 +365,10 @@ def test_steps_without_pairs_and_long_ones(counts):
     S, N = len(counts), sum(counts)
     offsets = torch.tensor([0, *counts]).cumsum(0, dtype=torch.int32)
     logp, none = -torch.rand(N), torch.zeros(0, dtype=torch.int32)
-    loss, sums, pair_loss, coef = cuda.step_loss_fwd(
+    loss, sums, pair_loss, coef = cuda.step_loss_fwd(StepLossArguments(
         logp, None, offsets, None, none.view(0, 2), torch.zeros(S + 1, dtype=torch.int32), none, None, None, None,
         torch.ones(()), "sigmoid", [0.1], 1.0,
-    )  # fmt: skip
+    ))  # fmt: skip
     assert loss == 0 and pair_loss.shape == (0,) and (coef == 0).all() and coef.shape == (N,)
     exact = torch.stack([part.double().sum() for part in logp.split(counts)]) if counts else torch.zeros(0).double()
     assert (sums - exact).abs().max() <= EPS * exact.abs().max() if S else sums.shape == (0,)

@@ -18,10 +18,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sspo_ext.signals import split_text
-from sspo_ext.train.collator import StepPreferenceCollator
-from sspo_ext.train.data import load_gsm8k_solutions, load_preference_rows
-from sspo_ext.train.tokenize import UnusableRow, tokenize_row, tokenize_rows
+from benchmarks.models.gsm8k import load_gsm8k_solutions
+from sspo_ext.data.collator import StepPreferenceCollator
+from sspo_ext.data.rows import load_preference_rows
+from sspo_ext.data.tokenize import UnusableRow, tokenize_row, tokenize_rows
+from sspo_ext.signals.split import split_text
 
 transformers = pytest.importorskip("transformers")
 
@@ -431,7 +432,7 @@ def test_padded_and_packed_agree(tok, pair_by):
 
 
 def test_loss_of_padded_and_packed_is_the_same(tok):
-    from sspo_ext import step_pref_loss
+    from sspo_ext.losses.pref import step_pref_loss
 
     rows = features(tok)
     table = torch.randn(len(tok), len(tok), generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -14,21 +14,15 @@ import torch
 from helpers_batch import random_batch
 from test_loss_functions import calls
 
-from sspo_ext import (
-    StepLayout,
-    StepLogps,
-    StepPairs,
-    linear_step_logps,
-    linear_step_policy_loss,
-    linear_step_pref_loss,
-    step_logps,
-    step_policy_loss,
-    step_pref_loss,
-)
-from sspo_ext.losses import pref_loss
-from sspo_ext.signals.trace import divergence_weights
-from sspo_ext.step_functions import LOSS_FUNCTIONS
-from sspo_ext.token_losses import wpo_weights
+from sspo_ext.layout.pairs import StepPairs
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.common import LOSS_FUNCTIONS
+from sspo_ext.losses.logps import linear_step_logps, step_logps
+from sspo_ext.losses.policy import linear_step_policy_loss, step_policy_loss
+from sspo_ext.losses.pref import linear_step_pref_loss, pref_loss, step_pref_loss
+from sspo_ext.losses.tokens import wpo_weights
+from sspo_ext.objective.sums import StepLogps
+from sspo_ext.signals.pairing.pairs import divergence_weights
 
 H = 6
 BATCH = random_batch(1)

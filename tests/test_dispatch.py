@@ -18,7 +18,9 @@ import torch
 from helpers_batch import fused_backends, random_batch
 
 import sspo_ext
-from sspo_ext import backends, step_logps, step_pref_loss
+from sspo_ext import backends
+from sspo_ext.losses.logps import step_logps
+from sspo_ext.losses.pref import step_pref_loss
 
 F32 = torch.float32
 

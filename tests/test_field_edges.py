@@ -15,7 +15,9 @@ import pytest
 import torch
 from helpers_batch import dtypes_of, fused_backends, random_batch, random_pairs
 
-from sspo_ext import StepLayout, step_logps, step_pref_loss
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.logps import step_logps
+from sspo_ext.losses.pref import step_pref_loss
 
 LOSSES = ["sigmoid", "hinge", "ipo", "simpo"]
 

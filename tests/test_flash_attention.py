@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from test_trainer import LOG_ROUNDING, config, logs, make_features, make_model, parameters
 from transformers import modeling_flash_attention_utils as flash_utils
 
-from sspo_ext.train.collator import StepPreferenceCollator
-from sspo_ext.train.trainer import StepPreferenceTrainer
+from sspo_ext.data.collator import StepPreferenceCollator
+from sspo_ext.train.preference_trainer import StepPreferenceTrainer
 
 if not hasattr(flash_utils, "_lazy_define_process_function"):
     pytest.skip("transformers keeps its flash functions elsewhere", allow_module_level=True)

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sspo_ext.signals import StepValues, step_gae
+from sspo_ext.signals.credit.gae import step_gae
+from sspo_ext.signals.values import StepValues
 
 F64 = torch.float64
 

@@ -12,7 +12,10 @@ import pytest
 import torch
 from helpers_gpu import Size, check, make_logits, needs_memory, packed_layout
 
-from sspo_ext import StepPairs, backends, linear_step_pref_loss, step_logps, step_pref_loss
+from sspo_ext import backends
+from sspo_ext.layout.pairs import StepPairs
+from sspo_ext.losses.logps import step_logps
+from sspo_ext.losses.pref import linear_step_pref_loss, step_pref_loss
 
 VOCABULARIES = (32000, 50257, 128256, 151936, 256000)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
-gpu = pytest.importorskip("benchmarks.gpu", reason="not a checkout of the repository")
-from benchmarks import peers, records  # noqa: E402
+gpu = pytest.importorskip("benchmarks.kernels.gpu", reason="not a checkout of the repository")
+from benchmarks import records  # noqa: E402
+from benchmarks.speed import peers  # noqa: E402
 from sspo_ext import backends  # noqa: E402
 
 needs_cpu_kernels = pytest.mark.skipif(

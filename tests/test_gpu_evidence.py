@@ -21,10 +21,11 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
-pytest.importorskip("benchmarks.torch_traffic", reason="not a checkout of the repository")
-from benchmarks import disassembly, records  # noqa: E402
-from benchmarks.bounds import bounds, bounds_table  # noqa: E402
-from benchmarks.torch_traffic import count_torch  # noqa: E402
+pytest.importorskip("benchmarks.kernels.torch_traffic", reason="not a checkout of the repository")
+from benchmarks import records  # noqa: E402
+from benchmarks.kernels import disassembly  # noqa: E402
+from benchmarks.kernels.bounds import bounds, bounds_table  # noqa: E402
+from benchmarks.kernels.torch_traffic import count_torch  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 
@@ -67,15 +68,15 @@ def test_bytes_in_flight_amd():
 
 
 def a_report(**changes):
-    machine_code = pytest.importorskip("benchmarks.machine_code")
-    report = machine_code.Report(
+    record = pytest.importorskip("benchmarks.kernels.record")
+    report = record.Report(
         "token_logp_fwd", "bfloat16", "Triton", "90", num_warps=4, registers=64, shared_bytes=0, spills=0,
         loads={16: 4}, stores={}, elements=32, loop_instructions=32 * 7, loop_special=33, loop_loads={16: 4},
         loop_stores={}, loop_bytes_in_flight=64,
     )  # fmt: skip
     for name, value in changes.items():
         setattr(report, name, value)
-    report.predicted = {m.name: machine_code.predict(report, m) for m in machine_code.MACHINES if m.arch == "90"}
+    report.predicted = {m.name: record.predict(report, m) for m in record.MACHINES if m.arch == "90"}
     return report
 
 
@@ -137,7 +138,7 @@ def test_committed_traffic_is_the_minimum():
 
 
 def test_committed_machine_code_meets_every_bound():
-    machine_code = pytest.importorskip("benchmarks.machine_code")
+    machine_code = pytest.importorskip("benchmarks.kernels.machine_code")
     reports = machine_code.load(RESULTS / "machine-code.jsonl")[1]
     ours = [report for report in reports if report.facts.startswith(("Triton", "CUDA C++"))]
     assert {r.arch for r in ours} == {"80", "90", "100", "gfx942"}
@@ -170,7 +171,7 @@ def test_peers_compile_by_their_own_launch_code(tmp_path):
     pytest.importorskip("triton")
     pytest.importorskip("trl.kernels")
     script = (
-        "import json; from dataclasses import asdict; from benchmarks import peer_code\n"
+        "import json; from dataclasses import asdict; from benchmarks.kernels import peer_code\n"
         "peer_code.PEERS = {k: v for k, v in peer_code.PEERS.items() if k.startswith('TRL')}\n"
         "print(json.dumps([asdict(r) for r in peer_code.reports(['90'], ['bfloat16'])]))"
     )

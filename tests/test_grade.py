@@ -12,8 +12,8 @@ import pytest
 pytest.importorskip("transformers")
 from helpers_rl import ROWS, Says, make_tokenizer, make_trainer
 
-from sspo_ext.signals import PROBES, Probe
-from sspo_ext.train.grade import answer_grader, grade, grade_rows, load_grader
+from sspo_ext.data.graders import answer_grader, grade, grade_rows, load_grader
+from sspo_ext.signals.probing.texts import PROBES, Probe
 
 HALF = "\\frac{1}{2}"
 
@@ -83,7 +83,7 @@ class TestAnswersOfAProbe:
             answer_grader(lambda *a: None)("26", "26")
 
     def test_the_trainers_default_grader_and_probe_agree(self, tmp_path, monkeypatch):
-        from sspo_ext.signals import graded
+        from sspo_ext.signals.probing import graded
         from sspo_ext.train.experience import Rollout
 
         tokenizer = make_tokenizer()

@@ -20,11 +20,12 @@ import pytest
 import torch
 from helpers_batch import fused_backends
 
-from sspo_ext.backends import generate
-from sspo_ext.heads import MAX_OPTIONS, PAIR_HEADS, PairScores, get_pair_head, head_id
+from sspo_ext.backends.arguments import StepLossArguments
+from sspo_ext.formulas.registry import MAX_OPTIONS, PAIR_FORMULAS, PairScores, formula_id, get_pair_formula
+from tools import generate_formulas as generate
 
 F64 = torch.float64
-NAMES = list(PAIR_HEADS)
+NAMES = list(PAIR_FORMULAS)
 # every head with options away from their defaults too
 OPTIONS = [(n, {}) for n in NAMES] + [
     ("sigmoid", {"beta": 0.7}),
@@ -53,7 +54,7 @@ def scores(u_w, u_l, n_w=1.0, n_l=1.0, margin=0.0, label=1.0):
 
 
 def call(name, s, options=None):
-    head = get_pair_head(name)
+    head = get_pair_formula(name)
     values = head.check_options(
         (options or {}).get("beta", head.options["beta"]), {k: v for k, v in (options or {}).items() if k != "beta"}
     )
@@ -217,11 +218,11 @@ def test_finite_far_out(name, options, dtype, label):
 
 
 def test_options():
-    head = get_pair_head("simpo")
+    head = get_pair_formula("simpo")
     assert head.check_options(3.0, {"simpo_gamma": 1}) == [3.0, 1.0]
     assert head.check_options(3.0, {}) == [3.0, 0.5]
     with pytest.raises(TypeError, match="simpo_gamma: .*loss_type 'sigmoid'"):
-        get_pair_head("sigmoid").check_options(0.1, {"simpo_gamma": 1.0})
+        get_pair_formula("sigmoid").check_options(0.1, {"simpo_gamma": 1.0})
     with pytest.raises(TypeError, match="simpo_gamma: expected a number, got '1'"):
         head.check_options(0.1, {"simpo_gamma": "1"})
     with pytest.raises(TypeError, match="beta: expected a number"):
@@ -232,20 +233,20 @@ def test_options():
         with pytest.raises(ValueError, match="beta: expected a"):
             head.check_options(beta, {})
     with pytest.raises(ValueError, match=r"discopop_tau: .*expects a number in \(0, 1\], got 1.5"):
-        get_pair_head("discopop").check_options(0.1, {"discopop_tau": 1.5})
+        get_pair_formula("discopop").check_options(0.1, {"discopop_tau": 1.5})
     with pytest.raises(ValueError, match="f_alpha_divergence_coef: .*other than 1 .*'sigmoid'"):
-        get_pair_head("sigmoid_alpha_divergence").check_options(0.1, {"f_alpha_divergence_coef": 1})
+        get_pair_formula("sigmoid_alpha_divergence").check_options(0.1, {"f_alpha_divergence_coef": 1})
     with pytest.raises(ValueError, match="beta_rejected: .*above 0, got 0"):
-        get_pair_head("flex_dpo").check_options(0.1, {"beta_rejected": 0})
+        get_pair_formula("flex_dpo").check_options(0.1, {"beta_rejected": 0})
     with pytest.raises(ValueError, match="loss_type: 'aot' needs more than a pair at a time; call .*aot_loss"):
-        get_pair_head("aot")
+        get_pair_formula("aot")
     with pytest.raises(ValueError, match="loss_type: expected one of 'sigmoid', 'hinge', 'ipo', 'simpo'.*, got 'dpo'"):
-        get_pair_head("dpo")
+        get_pair_formula("dpo")
 
 
 def test_table():
-    assert [head_id(n) for n in NAMES] == list(range(len(NAMES)))
-    for name, head in PAIR_HEADS.items():
+    assert [formula_id(n) for n in NAMES] == list(range(len(NAMES)))
+    for name, head in PAIR_FORMULAS.items():
         assert head.name == name and head.formula and head.source and head.use
         assert set(head.limits) <= set(head.options)
         assert next(iter(head.options)) == "beta" and len(head.options) <= MAX_OPTIONS
@@ -264,7 +265,7 @@ def source_tree(monkeypatch):
 
 
 def test_generated_files_are_up_to_date():
-    assert generate.main(["--check"]) == 0, "run python -m sspo_ext.backends.generate"
+    assert generate.main(["--check"]) == 0, "run python -m tools.generate_formulas"
 
 
 def test_check_notices_a_stale_file(tmp_path, monkeypatch, capsys):
@@ -297,15 +298,15 @@ def pairs_of_one_row_steps(backend, dtype, name, options, s: PairScores, labelle
     logp = torch.zeros(int(offsets[-1]), dtype=dtype)
     logp[offsets[:-1]] = torch.stack([s.u_w, s.u_l], 1).reshape(-1).to(dtype)
     codes = torch.arange(2 * P, dtype=torch.int32)
-    head = get_pair_head(name)
+    head = get_pair_formula(name)
     values = head.check_options(
         options.get("beta", head.options["beta"]), {k: v for k, v in options.items() if k != "beta"}
     )
-    _, sums, losses, coef = backends.load(backend).step_loss_fwd(
+    _, sums, losses, coef = backends.load(backend).step_loss_fwd(StepLossArguments(
         logp, None, offsets.to(torch.int32), None, codes.reshape(P, 2), torch.arange(2 * P + 1, dtype=torch.int32),
         codes, None, s.margin.to(dtype), s.label.to(dtype) if labelled else None, torch.ones((), dtype=dtype), name,
         values, float(s.label[0]),
-    )  # fmt: skip
+    ))  # fmt: skip
     return losses, coef[offsets[:-1]].reshape(P, 2)
 
 

@@ -22,8 +22,11 @@ pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 import transformers  # noqa: E402
 
-from benchmarks import families  # noqa: E402
-from sspo_ext.hf import LMHead, UnsupportedHead, check_head, forward_hidden, model_head, unwrap  # noqa: E402
+from benchmarks.models import families  # noqa: E402
+from sspo_ext.hf.check import check_head
+from sspo_ext.hf.forward import forward_hidden
+from sspo_ext.hf.head import LMHead, model_head
+from sspo_ext.hf.wrappers import UnsupportedHead, unwrap  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = families.batch()[0]
@@ -425,7 +428,7 @@ class TestWrappers:
 
 
 def test_imports_neither_transformers_nor_peft():
-    code = "import sys, sspo_ext.hf; sys.exit(bool({'transformers', 'peft'} & set(sys.modules)))"
+    code = "import sys, sspo_ext.hf.head; sys.exit(bool({'transformers', 'peft'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
 
 

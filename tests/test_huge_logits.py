@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sspo_ext.backends import cpu
-from sspo_ext.reductions import gradient_coefs
+from sspo_ext.routes.shared import gradient_coefs
 
 if cpu.why_not(torch.device("cpu"), torch.float32):
     pytest.skip(cpu.why_not(torch.device("cpu"), torch.float32), allow_module_level=True)

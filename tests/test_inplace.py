@@ -13,16 +13,11 @@ import pytest
 import torch
 from helpers_batch import random_batch
 
-from sspo_ext import (
-    StepLayout,
-    backends,
-    linear_step_logps,
-    linear_step_policy_loss,
-    linear_step_pref_loss,
-    step_logps,
-    step_policy_loss,
-    step_pref_loss,
-)
+from sspo_ext import backends
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.logps import linear_step_logps, step_logps
+from sspo_ext.losses.policy import linear_step_policy_loss, step_policy_loss
+from sspo_ext.losses.pref import linear_step_pref_loss, step_pref_loss
 
 B, T, V, H = 4, 12, 11, 6
 LAYOUT = random_batch(1).layout

@@ -54,10 +54,12 @@ def installed(folder: Path) -> tuple[set[str], str]:
         names = archive.namelist()
         archive.extractall(folder / "site")
     assert not [n for n in names if n.endswith((".cpp", ".cu", ".cuh", ".h", ".o")) or n.startswith(("tests", "csrc"))]
-    assert {"sspo_ext/py.typed", "sspo_ext/backends/cuda.py", "sspo_ext/backends/triton/token_logp_fwd.py"} <= set(names)
+    assert {"sspo_ext/py.typed", "sspo_ext/backends/cuda.py", "sspo_ext/backends/triton/token_logp_fwd.py"} <= set(
+        names
+    )
     modules = {re.match(r"sspo_ext/(\w+)\.", n)[1] for n in names if n.endswith(".so")}
     env = os.environ | {"PYTHONPATH": str(folder / "site")}
-    script = "import sspo_ext; print(sspo_ext.__file__)\nfrom sspo_ext.cli import main\nmain(['info'])"
+    script = "import sspo_ext; print(sspo_ext.__file__)\nfrom sspo_ext.cli.main import main\nmain(['info'])"
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith(str(folder)), done.stdout + done.stderr
     return modules, done.stdout

@@ -18,8 +18,10 @@ import torch
 from helpers_tokenizer import byte_tokenizer
 from test_trainer import batch_loss, make_features, make_model
 
-from sspo_ext import StepLayout, step_policy_loss, step_pref_loss
-from sspo_ext.train.collator import StepPreferenceCollator
+from sspo_ext.data.collator import StepPreferenceCollator
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.policy import step_policy_loss
+from sspo_ext.losses.pref import step_pref_loss
 
 transformers = pytest.importorskip("transformers")
 PAGE = (Path(__file__).parents[1] / "docs" / "integrating.md").read_text(encoding="utf-8")

@@ -28,7 +28,8 @@ import pytest
 import torch
 from helpers_batch import oracle_steps, pack, random_batch
 
-from sspo_ext import StepLayout, step_logps
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.logps import step_logps
 
 LABELS = torch.tensor([[5, 6, 7, 8], [1, 2, 3, 4]])
 IDS = torch.tensor([[-1, 0, 0, 1], [-1, 0, 1, 1]])

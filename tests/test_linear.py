@@ -40,8 +40,12 @@ from helpers_linear import (
     truth_of,
 )
 
-from sspo_ext import StepLayout, StepPairs, autograd, step_logps, step_pref_loss
-from sspo_ext.linear import linear_step_logps, linear_step_pref_loss
+from sspo_ext.layout.pairs import StepPairs
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses import pref_plan
+from sspo_ext.losses.logps import linear_step_logps, step_logps
+from sspo_ext.losses.pref import linear_step_pref_loss, step_pref_loss
+from sspo_ext.routes import shared as autograd
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # chunk budget in rows -> the cases of the schedule it brings about for the batch below
@@ -234,7 +238,7 @@ def test_float16_overflows_where_the_logits_route_does(accum_dtype, rows):
 def test_float16_trains_in_four_products():
     layout, pairs, options = units_batch(seed=3)
     leaves = problem(SHAPE, V, H, hidden_dtype=F16, weight_dtype=F16).leaves()
-    plan = layout.plan(pairs, vocab=V, hidden=H, dtype=F16)
+    plan = pref_plan(layout, pairs, vocab=V, hidden=H, dtype=F16)
     assert plan.gemm_rows == 4 * layout.num_rows
 
     def step():

@@ -12,8 +12,9 @@ from helpers_linear import problem
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
-from sspo_ext import linear_ops
-from sspo_ext.linear import linear_step_logps, linear_step_pref_loss
+from sspo_ext.losses.logps import linear_step_logps
+from sspo_ext.losses.pref import linear_step_pref_loss
+from sspo_ext.routes.linear import ops as linear_ops
 
 V, H = 19, 6
 NEEDS = {"none": (0, 0, 0), "frozen": (1, 0, 0), "trained": (1, 1, 0), "all": (1, 1, 1), "weight": (0, 1, 0)}

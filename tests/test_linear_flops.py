@@ -12,8 +12,10 @@ import pytest
 import torch
 from helpers_linear import GRADIENTS, gemm_flops, layout_of_lengths, pairs_of, problem
 
-from sspo_ext import StepLayout
-from sspo_ext.linear import linear_step_logps, linear_step_pref_loss
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses import pref_plan
+from sspo_ext.losses.logps import linear_step_logps
+from sspo_ext.losses.pref import linear_step_pref_loss
 
 V, H = 53, 17
 # lengths, pairs, rows a chunk; the steps of the last one: two small units, a large one, a loose step, an empty one
@@ -41,7 +43,8 @@ def run(case, needs, *, grad_mode=True):
                 loss.backward()
 
     wanted = [bool(n) and grad_mode for n in needs]
-    plan = layout.plan(
+    plan = pref_plan(
+        layout,
         pairs,
         vocab=V,
         hidden=H,

@@ -14,8 +14,12 @@ import pytest
 import torch
 from helpers_linear import memory, peak_bytes, problem
 
-from sspo_ext import StepLayout, autograd, linear_engine
-from sspo_ext.linear import linear_step_logps, linear_step_pref_loss
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses import pref_plan
+from sspo_ext.losses.logps import linear_step_logps
+from sspo_ext.losses.pref import linear_step_pref_loss
+from sspo_ext.routes import shared as autograd
+from sspo_ext.routes.linear import engine as linear_engine
 
 V, H, ROWS = 3000, 96, 256
 NEEDS = {
@@ -161,8 +165,14 @@ def test_no_grad_allocates_no_gradient():
 def test_the_plan_names_the_buffer(tokens):
     """The largest allocation of a call without gradients is plan.buffer_bytes, short batch or long."""
     peak, budget, _, layout = measure(tokens, NEEDS["none"], torch.float32)
-    named = layout.plan(
-        layout.pair_by_index(), vocab=V, hidden=H, chunk_bytes=budget, hidden_gradient=False, weight_gradient=False
+    named = pref_plan(
+        layout,
+        layout.pair_by_index(),
+        vocab=V,
+        hidden=H,
+        chunk_bytes=budget,
+        hidden_gradient=False,
+        weight_gradient=False,
     ).buffer_bytes
     assert named <= peak <= named + slack(layout, torch.float32), (peak, named)
 

@@ -22,10 +22,13 @@ from test_policy import AGGREGATIONS, VARIANTS, with_old
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
-from sspo_ext import StepLayout, linear_policy, linear_step_policy_loss, step_logps, step_policy_loss
-from sspo_ext.dual import Dual
-from sspo_ext.linear_policy import policy_plan
-from sspo_ext.policy import POLICY_HEADS
+from sspo_ext.formulas.dual import Dual
+from sspo_ext.formulas.policy import POLICY_FORMULAS
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.logps import step_logps
+from sspo_ext.losses.policy import linear_step_policy_loss, step_policy_loss
+from sspo_ext.routes.linear import policy as linear_policy
+from sspo_ext.routes.linear.plan import policy_plan
 
 F64 = torch.float64
 V, H = 53, 17
@@ -357,7 +360,7 @@ def test_dual_numbers_equal_autograd(variant, estimator):
     advantages = near(torch.zeros_like(tokens), 1.0)
     advantages[::7] = 0
     options = VARIANTS[variant]
-    head = POLICY_HEADS[options["loss_type"]]
+    head = POLICY_FORMULAS[options["loss_type"]]
     tokens[:4] = old[:4] + torch.tensor([0.8, 1.2, 1.0, 0.9], dtype=F64).log()
     scored = torch.zeros(1, layout.shape[1], V, dtype=F64)
     out = step_policy_loss(

@@ -11,8 +11,10 @@ from helpers_linear import Problem, collect, logits_route, pairs_of, problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sspo_ext import StepLayout, StepPairs
-from sspo_ext.linear import linear_step_logps, linear_step_pref_loss
+from sspo_ext.layout.pairs import StepPairs
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.logps import linear_step_logps
+from sspo_ext.losses.pref import linear_step_pref_loss
 
 F64 = torch.float64
 FEW = settings(max_examples=40, deadline=None, derandomize=True)

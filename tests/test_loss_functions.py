@@ -27,25 +27,17 @@ import torch
 import torch.nn.functional as F
 from helpers_batch import random_batch, random_pairs
 
-from sspo_ext import StepLayout, StepLogps, linear_step_logps, step_logps, step_policy_loss, step_pref_loss
-from sspo_ext.batch_losses import (
-    aot_loss,
-    aot_unpaired_loss,
-    apo_zero_unpaired_loss,
-    kto_loss,
-    kto_reference_point,
-    level_pairs,
-    listwise_loss,
-    plackett_luce_loss,
-    tpo_l_loss,
-    tpo_loss,
-    trpa_loss,
-)
-from sspo_ext.logps import sums_over_steps
-from sspo_ext.losses import pref_loss
-from sspo_ext.step_functions import LOSS_FUNCTIONS, StepGrid
-from sspo_ext.step_losses import direct_advantage_loss, implicit_prm_loss, oreo_loss, oreo_value_loss
-from sspo_ext.token_losses import full_step_dpo_loss, tdpo1_loss, tdpo2_loss, wpo_weights
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.common import LOSS_FUNCTIONS, StepGrid
+from sspo_ext.losses.lists import level_pairs, listwise_loss, plackett_luce_loss, tpo_l_loss, tpo_loss, trpa_loss
+from sspo_ext.losses.logps import linear_step_logps, step_logps
+from sspo_ext.losses.policy import step_policy_loss
+from sspo_ext.losses.pref import pref_loss, step_pref_loss
+from sspo_ext.losses.targets import direct_advantage_loss, implicit_prm_loss, oreo_loss, oreo_value_loss
+from sspo_ext.losses.tokens import full_step_dpo_loss, tdpo1_loss, tdpo2_loss, wpo_weights
+from sspo_ext.losses.transport import aot_loss, aot_unpaired_loss
+from sspo_ext.losses.unpaired import apo_zero_unpaired_loss, kto_loss, kto_reference_point
+from sspo_ext.objective.sums import StepLogps, sums_over_steps
 
 F64 = torch.float64
 

@@ -31,7 +31,11 @@ import pytest
 import torch
 from helpers_batch import Batch, dtypes_of, fused_backends, oracle_steps, pack, random_batch, random_pairs
 
-from sspo_ext import StepLayout, StepLogps, StepPairs, StepPrefLoss, step_logps, step_pref_loss
+from sspo_ext.layout.pairs import StepPairs
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.logps import step_logps
+from sspo_ext.losses.pref import StepPrefLoss, step_pref_loss
+from sspo_ext.objective.sums import StepLogps
 
 F64 = torch.float64
 LOSSES = ["sigmoid", "hinge", "ipo", "simpo"]

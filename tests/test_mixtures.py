@@ -13,8 +13,9 @@ import pytest
 import torch
 from helpers_batch import random_batch, random_pairs
 
-from sspo_ext import StepPrefLoss, linear_step_pref_loss, ops, step_pref_loss
-from sspo_ext.terms import LossTerm, pack_terms, unpack_terms
+from sspo_ext.backends import ops
+from sspo_ext.losses.pref import StepPrefLoss, linear_step_pref_loss, step_pref_loss
+from sspo_ext.objective.pair import LossTerm, pack_terms, unpack_terms
 
 F64 = torch.float64
 # names, weights, options of the call, which of them each part takes

@@ -23,8 +23,8 @@ import math
 import pytest
 import torch
 
-from sspo_ext.heads import PairScores, get_pair_head
-from sspo_ext.heads.numerics import bounded_exp, log1mexp, log_odds, logistic
+from sspo_ext.formulas.numerics import bounded_exp, log1mexp, log_odds, logistic
+from sspo_ext.formulas.registry import PairScores, get_pair_formula
 
 F32, F64 = torch.float32, torch.float64
 # near 0, where 1 - e^m has no digits; around the branch at -ln 2; far out, where e^m is lost beside 1
@@ -90,7 +90,7 @@ def test_logistic():
 
 
 def discopop(u_w, u_l, margin=0.0, dtype=F64, **options):
-    head = get_pair_head("discopop")
+    head = get_pair_formula("discopop")
     values = head.check_options(options.pop("beta", head.options["beta"]), options)
     scores = PairScores(*(torch.tensor(v, dtype=dtype) for v in (u_w, u_l, 1.0, 1.0, margin, 1.0)))
     return head.fn(scores, **dict(zip(head.options, values, strict=True)))
@@ -120,7 +120,7 @@ def test_discopop_far_below_is_its_logistic_part():
 
 
 def test_discopop_tau():
-    check = get_pair_head("discopop").check_options
+    check = get_pair_formula("discopop").check_options
     assert check(0.1, {"discopop_tau": 1}) == [0.1, 1.0] and check(0.1, {}) == [0.1, 0.05]
     for tau in (0, -0.1, 1.001):
         with pytest.raises(ValueError, match=r"discopop_tau: .*expects a number in \(0, 1\]"):

@@ -11,7 +11,11 @@ import pytest
 import torch
 from helpers_batch import fused_backends, pack, random_batch, random_pairs
 
-from sspo_ext import StepLayout, ops, step_logps, step_policy_loss, step_pref_loss
+from sspo_ext.backends import ops
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.logps import step_logps
+from sspo_ext.losses.policy import step_policy_loss
+from sspo_ext.losses.pref import step_pref_loss
 
 COMPILERS = [
     pytest.param("aot_eager", False),

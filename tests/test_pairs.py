@@ -18,7 +18,8 @@ import pytest
 import torch
 from helpers_batch import pack, random_batch, random_pairs
 
-from sspo_ext import StepLayout, StepPairs
+from sspo_ext.layout.pairs import StepPairs
+from sspo_ext.layout.steps import StepLayout
 
 
 def ragged(*step_counts, length=8):

@@ -33,19 +33,14 @@ from helpers_parity import (
     trl_tpo,
 )
 
-from sspo_ext import StepLayout, linear_step_pref_loss, step_logps, step_pref_loss
-from sspo_ext.batch_losses import (
-    aot_loss,
-    aot_unpaired_loss,
-    apo_zero_unpaired_loss,
-    kto_loss,
-    kto_reference_point,
-    tpo_l_loss,
-    tpo_loss,
-)
-from sspo_ext.losses import pref_loss
-from sspo_ext.token_losses import wpo_weights
-from sspo_ext.token_weights import ld_dpo_weights
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.lists import tpo_l_loss, tpo_loss
+from sspo_ext.losses.logps import step_logps
+from sspo_ext.losses.pref import linear_step_pref_loss, pref_loss, step_pref_loss
+from sspo_ext.losses.token_weights import ld_dpo_weights
+from sspo_ext.losses.tokens import wpo_weights
+from sspo_ext.losses.transport import aot_loss, aot_unpaired_loss
+from sspo_ext.losses.unpaired import apo_zero_unpaired_loss, kto_loss, kto_reference_point
 
 # our loss -> (TRL's loss type, its settings, our options)
 PAIRS = {

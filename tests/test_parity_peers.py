@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from helpers_batch import random_batch
 from helpers_parity import sequences, trl_dpo
 
-from sspo_ext import step_logps, step_pref_loss
+from sspo_ext.losses.logps import step_logps
+from sspo_ext.losses.pref import step_pref_loss
 
 F64 = torch.float64
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from helpers_parity import TRL, gap, record
 
-from sspo_ext import StepLayout, step_policy_loss
-from sspo_ext.signals import outcome_advantages
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.policy import step_policy_loss
+from sspo_ext.signals.credit.baselines import outcome_advantages
 
 F64 = torch.float64
 PROMPT, MAX_COMPLETION = 3, 9

@@ -17,15 +17,17 @@ import pytest
 import torch
 from helpers_linear import layout_of_lengths, pairs_of
 
-from sspo_ext import StepLayout
-from sspo_ext.plan import rows_per_chunk
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses import pref_plan
+from sspo_ext.routes.linear.plan import rows_per_chunk
 
 V, H = 11, 8
 
 
 def plan(lengths, pairs, chunk_rows, *, hidden=True, weight=True, bias=False, dtype=torch.float32):
     layout = layout_of_lengths(lengths, V)
-    return layout.plan(
+    return pref_plan(
+        layout,
         pairs_of(layout, *pairs),
         vocab=V,
         hidden=H,
@@ -193,7 +195,7 @@ def test_step_logps_of_a_trained_head():
     layout = layout_of_lengths([3, 4], V)
     for hidden, weight, count in ((True, True, 4), (False, True, 3), (True, False, 2), (False, False, 1)):
         assert (
-            gemms(layout.plan(logps_only=True, vocab=V, hidden=H, hidden_gradient=hidden, weight_gradient=weight))
+            gemms(pref_plan(layout, logps_only=True, vocab=V, hidden=H, hidden_gradient=hidden, weight_gradient=weight))
             == count
         )
 
@@ -221,7 +223,7 @@ def test_prints_what_it_will_do():
 def test_nothing_scored():
     layout = StepLayout.from_step_ids(torch.full((2, 5), -100), torch.full((2, 5), -1))
     for weight in (True, False):
-        p = layout.plan(vocab=V, hidden=H, weight_gradient=weight)
+        p = pref_plan(layout, vocab=V, hidden=H, weight_gradient=weight)
         assert p.flops == 0 and "0 rows" in str(p)
     assert plan([0, 0], [(0, 1)], 4).flops == 0
 
@@ -254,5 +256,5 @@ def test_every_row_once_and_every_live_pair_once():
 def test_pairs_by_index_are_the_default():
     """As for the loss itself."""
     layout = StepLayout.from_step_ids(torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2, 8, dtype=torch.int64))
-    default, given = layout.plan(vocab=V, hidden=H), layout.plan(layout.pair_by_index(), vocab=V, hidden=H)
+    default, given = pref_plan(layout, vocab=V, hidden=H), pref_plan(layout, layout.pair_by_index(), vocab=V, hidden=H)
     assert shape_of(default) == shape_of(given) and default.flops == given.flops

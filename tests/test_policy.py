@@ -24,8 +24,11 @@ from helpers_batch import random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sspo_ext import StepLayout, StepLogps, linear_step_policy_loss, step_logps, step_policy_loss
-from sspo_ext.policy import POLICY_HEADS
+from sspo_ext.formulas.policy import POLICY_FORMULAS
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.logps import step_logps
+from sspo_ext.losses.policy import linear_step_policy_loss, step_policy_loss
+from sspo_ext.objective.sums import StepLogps
 
 F64 = torch.float64
 
@@ -57,7 +60,7 @@ def problem(seed=0, B=4, T=14, V=11, dtype=F64, weighted=False):
 
 def with_old(options, old):
     # not `|`, which torch.compile of torch 2.6 does not take
-    return {**options, **({"old": old} if POLICY_HEADS[options["loss_type"]].has_ratio else {})}
+    return {**options, **({"old": old} if POLICY_FORMULAS[options["loss_type"]].has_ratio else {})}
 
 
 def oracle(batch, advantages, old, ref, *, loss_type="reinforce", importance_sampling_level="token",

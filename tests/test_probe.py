@@ -22,8 +22,12 @@ pytest.importorskip("transformers")
 from helpers_rl import config  # noqa: E402
 from helpers_tokenizer import byte_tokenizer  # noqa: E402
 
-from benchmarks import families  # noqa: E402
-from sspo_ext.signals import PROBES, Probe, StepBatch, as_probe, probe_step_values, split_text, why_not  # noqa: E402
+from benchmarks.models import families  # noqa: E402
+from sspo_ext.signals.branches.support import why_not
+from sspo_ext.signals.probing.probe import probe_step_values
+from sspo_ext.signals.probing.texts import PROBES, Probe, as_probe
+from sspo_ext.signals.split import split_text
+from sspo_ext.signals.values import StepBatch  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -15,7 +15,10 @@ from helpers_batch import Batch, fused_backends, pack, random_batch, random_pair
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sspo_ext import StepLayout, StepPairs, step_logps, step_pref_loss
+from sspo_ext.layout.pairs import StepPairs
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.logps import step_logps
+from sspo_ext.losses.pref import step_pref_loss
 
 # the compiled kernels and the specification; the interpreter is too slow to be asked hundreds of times
 BACKENDS = ["reference"] + [b for b in fused_backends() if b != "triton"]

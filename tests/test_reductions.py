@@ -14,8 +14,11 @@ from helpers_batch import random_batch
 from helpers_linear import gemm_flops, problem
 from helpers_truth import assert_fp64_rule
 
-from sspo_ext import StepLayout, backends, linear_step_logps, ops, step_logps
-from sspo_ext.backends import reference
+from sspo_ext import backends
+from sspo_ext.backends import ops, reference
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses import pref_plan
+from sspo_ext.losses.logps import linear_step_logps, step_logps
 
 F64 = torch.float64
 EVERYTHING = {"entropy": True, "sum_p2": True}
@@ -189,8 +192,13 @@ def test_products_of_the_linear_route(backend):
                 (out.entropy if ref is None else out.entropy + out.kl).sum().backward()
 
         assert gemm_flops(step) == expected * product, (needs, ref is not None)
-        plan = batch.layout.plan(
-            vocab=37, hidden=13, hidden_gradient=bool(needs[0]), weight_gradient=bool(needs[1]), reductions=True
+        plan = pref_plan(
+            batch.layout,
+            vocab=37,
+            hidden=13,
+            hidden_gradient=bool(needs[0]),
+            weight_gradient=bool(needs[1]),
+            reductions=True,
         )
         if ref is None:
             assert plan.flops == expected * product

@@ -19,9 +19,12 @@ import pytest
 import torch
 from helpers_batch import oracle_steps, random_batch, random_pairs
 
-from sspo_ext import StepLayout, StepPairs, step_logps, step_pref_loss
 from sspo_ext.backends import reference
-from sspo_ext.logps import logit_map
+from sspo_ext.layout.pairs import StepPairs
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.logps import step_logps
+from sspo_ext.losses.pref import step_pref_loss
+from sspo_ext.routes.shared import logit_map
 
 F64 = torch.float64
 

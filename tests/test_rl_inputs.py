@@ -11,8 +11,9 @@ import torch
 pytest.importorskip("transformers")
 from helpers_rl import ROWS, Says, config, make_model, make_tokenizer, make_trainer
 
-from sspo_ext.signals import Probe
-from sspo_ext.train.rollout import CompactEngine, GenerateEngine, Sampling
+from sspo_ext.signals.probing.texts import Probe
+from sspo_ext.train.rollout import CompactEngine, GenerateEngine
+from sspo_ext.train.sampling import Sampling
 from sspo_ext.train.sspo_trainer import SSPOTrainer
 
 PROMPTS, SEEDS = [[5, 6, 7], [8, 9]], [(0,), (1,)]
@@ -140,7 +141,7 @@ def test_prompts_are_looked_at_before_training(tmp_path, prompt, chat):
 def test_an_end_that_the_tokenizer_adds_is_no_part_of_a_prompt():
     from tokenizers.processors import TemplateProcessing
 
-    from sspo_ext.train.experience import prompt_tokens
+    from sspo_ext.data.prompts import prompt_tokens
 
     tokenizer = make_tokenizer()
     plain = tokenizer("1+2=").input_ids
@@ -164,7 +165,7 @@ def test_one_evaluation_set(tmp_path):
 
 
 def test_prompt_files_that_are_no_text(tmp_path):
-    from sspo_ext.train.rl import load_prompt_rows
+    from sspo_ext.data.prompts import load_prompt_rows
 
     file = tmp_path / "rows.jsonl"
     file.write_bytes('\ufeff{"prompt": "问", "answer": 1}\n'.encode() + b'{"prompt": "\xff", "answer": 1}\n')

@@ -7,9 +7,10 @@ pytest.importorskip("transformers")
 
 from helpers_rl import make_model, make_tokenizer
 
-from sspo_ext.train.experience import prompt_tokens
-from sspo_ext.train.grade import final_text, grade, load_grader
-from sspo_ext.train.rollout import CompactEngine, GenerateEngine, Sampling, make_engine, up_to_end
+from sspo_ext.data.graders import final_text, grade, load_grader
+from sspo_ext.data.prompts import prompt_tokens
+from sspo_ext.train.rollout import CompactEngine, GenerateEngine, make_engine, up_to_end
+from sspo_ext.train.sampling import Sampling
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [5, 6], [20, 3, 4]]
 SEEDS = [(0, i) for i in range(len(PROMPTS))]

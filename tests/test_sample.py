@@ -13,9 +13,9 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))  # for benchmarks/; last: not for sspo_ext/
 
 pytest.importorskip("transformers")
-from benchmarks import families  # noqa: E402
-from sspo_ext.signals import Branch  # noqa: E402
-from sspo_ext.signals.sample import sample_branches  # noqa: E402
+from benchmarks.models import families  # noqa: E402
+from sspo_ext.signals.branches.branch import Branch  # noqa: E402
+from sspo_ext.signals.branches.sample import sample_branches  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -16,18 +16,22 @@ pytest.importorskip("transformers")
 from helpers_tokenizer import byte_tokenizer  # noqa: E402
 from test_probe import BATCH, Knows, Letters  # noqa: E402
 
-from sspo_ext.signals import (  # noqa: E402
-    Branch,
-    StepBatch,
-    branch_logps,
-    pair_candidates,
-    probe_step_values,
+from sspo_ext.signals.branches.branch import Branch
+from sspo_ext.signals.branches.sample import sample_branches  # noqa: E402
+from sspo_ext.signals.branches.score import branch_logps
+from sspo_ext.signals.pairing.candidates import (
+    check_candidate_options,  # noqa: E402
     trace_candidates,
 )
-from sspo_ext.signals.candidates import check_candidate_options  # noqa: E402
-from sspo_ext.signals.probe import check_probe_options  # noqa: E402
-from sspo_ext.signals.sample import sample_branches  # noqa: E402
-from sspo_ext.signals.trace import check_pair_options  # noqa: E402
+from sspo_ext.signals.pairing.pairs import (
+    check_pair_options,  # noqa: E402
+    pair_candidates,
+)
+from sspo_ext.signals.probing.probe import (
+    check_probe_options,  # noqa: E402
+    probe_step_values,
+)
+from sspo_ext.signals.values import StepBatch
 
 TOKENIZER = byte_tokenizer()
 GRADED = {"mode": "graded", "tokenizer": Letters(), "grader": lambda text, answer: 1.0}

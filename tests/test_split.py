@@ -21,7 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sspo_ext.signals import delimiter_mask, split_text, step_ids_from_tokens, token_step_ids
+from sspo_ext.signals.split import delimiter_mask, split_text, step_ids_from_tokens, token_step_ids
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

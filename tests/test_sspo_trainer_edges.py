@@ -123,8 +123,8 @@ def test_pair_trainers_reference_of_a_given_peft_model_has_its_adapter(tmp_path)
     from test_trainer import make_features
     from test_trainer import make_model as make_pair_model
 
+    from sspo_ext.train.preference_trainer import StepPreferenceTrainer
     from sspo_ext.train.reference_cache import reference_key
-    from sspo_ext.train.trainer import StepPreferenceTrainer
 
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
@@ -168,7 +168,7 @@ def test_two_gpus_in_one_process_are_refused(tmp_path):
     from test_trainer import make_features
     from test_trainer import make_model as make_pair_model
 
-    from sspo_ext.train.trainer import StepPreferenceTrainer
+    from sspo_ext.train.preference_trainer import StepPreferenceTrainer
 
     args = config(tmp_path)
     args._n_gpu = 2
@@ -239,7 +239,7 @@ def test_a_bad_answer_is_found_before_training(tmp_path, answer):
 
 def test_several_spellings(tmp_path):
     """V is the probability of any of them, and the graders take any of them."""
-    from sspo_ext.train.grade import load_grader
+    from sspo_ext.data.graders import load_grader
 
     rows = [{"prompt": PROMPTS[0], "answer": answer} for answer in ("2", ["2"], "3", ["2", 3], {"answer": ["2", "3"]})]
     trainer = said(tmp_path, rows=rows, trainer_class=SSPOTrainer)
@@ -253,7 +253,7 @@ def test_several_spellings(tmp_path):
 
 def test_several_spellings_of_mathematics():
     pytest.importorskip("math_verify")
-    from sspo_ext.train.grade import load_grader
+    from sspo_ext.data.graders import load_grader
 
     grader = load_grader("math-verify")
     assert [grader("", f"so ${x}$", ["0.5", "2"]) for x in ("\\frac{1}{2}", "2", "3")] == [1.0, 1.0, 0.0]
@@ -294,7 +294,7 @@ def test_a_model_of_text_and_images(tmp_path):
 def test_router_loss_of_a_composite_config():
     from types import SimpleNamespace
 
-    from sspo_ext.train.route import router_loss
+    from sspo_ext.train.model_call import router_loss
 
     text = SimpleNamespace(router_aux_loss_coef=0.5)
     model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))

@@ -26,7 +26,7 @@ from helpers_linear import assert_linear_rule
 from helpers_tensor_parallel import CASES, call, inputs, worker
 
 from sspo_ext.backends import reference
-from sspo_ext.tensor_parallel import VocabShard
+from sspo_ext.routes.linear.shards import VocabShard
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo"

@@ -22,8 +22,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sspo_ext import StepLayout, step_logps, step_pref_loss
-from sspo_ext.token_weights import full_step_weights, ld_dpo_weights, spo_weights, tgdpo_weights
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.logps import step_logps
+from sspo_ext.losses.pref import step_pref_loss
+from sspo_ext.losses.token_weights import full_step_weights, ld_dpo_weights, spo_weights, tgdpo_weights
 
 F64 = torch.float64
 IDS = torch.tensor([[-1, 0, 1]])

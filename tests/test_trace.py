@@ -22,21 +22,19 @@ sys.path.append(str(Path(__file__).parents[1]))  # for benchmarks/; last: not fo
 pytest.importorskip("transformers")
 from helpers_tokenizer import byte_tokenizer  # noqa: E402
 
-from sspo_ext import StepLayout, step_pref_loss  # noqa: E402
-from sspo_ext.signals import (  # noqa: E402
+from sspo_ext.data.rows import load_preference_rows  # noqa: E402
+from sspo_ext.data.tokenize import UnusableRow, tokenize_row  # noqa: E402
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.pref import step_pref_loss  # noqa: E402
+from sspo_ext.signals.pairing.candidates import (
     Candidate,
     Node,
-    StepBatch,
-    divergence_index,
-    divergence_weights,
     nodes_from_rollouts,
-    pair_candidates,
-    pair_rows,
+    step_end,  # noqa: E402
     trace_candidates,
 )
-from sspo_ext.signals.candidates import step_end  # noqa: E402
-from sspo_ext.train.data import load_preference_rows  # noqa: E402
-from sspo_ext.train.tokenize import UnusableRow, tokenize_row  # noqa: E402
+from sspo_ext.signals.pairing.pairs import divergence_index, divergence_weights, pair_candidates, pair_rows
+from sspo_ext.signals.values import StepBatch
 
 TOKENIZER = byte_tokenizer()
 

@@ -14,14 +14,14 @@ import torch
 pytest.importorskip("transformers")
 from helpers_tokenizer import byte_tokenizer  # noqa: E402
 
-from sspo_ext.cli import main  # noqa: E402
-from sspo_ext.train import lines  # noqa: E402
-from sspo_ext.train.chains import load_chains  # noqa: E402
-from sspo_ext.train.data import load_preference_rows  # noqa: E402
-from sspo_ext.train.grade import exact_grader  # noqa: E402
-from sspo_ext.train.lines import LineStore  # noqa: E402
-from sspo_ext.train.trace_page import write_page  # noqa: E402
-from sspo_ext.train.trace_picture import draw_chain, shade, signed, wrap  # noqa: E402
+from sspo_ext.cli.main import main  # noqa: E402
+from sspo_ext.data.graders import exact_grader  # noqa: E402
+from sspo_ext.data.rows import load_preference_rows  # noqa: E402
+from sspo_ext.tracing import lines  # noqa: E402
+from sspo_ext.tracing.chains import load_chains  # noqa: E402
+from sspo_ext.tracing.lines import LineStore  # noqa: E402
+from sspo_ext.tracing.page import write_page  # noqa: E402
+from sspo_ext.tracing.picture import draw_chain, shade, signed, wrap  # noqa: E402
 
 TOKENIZER = byte_tokenizer()
 ROWS = [

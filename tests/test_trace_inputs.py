@@ -15,12 +15,13 @@ from helpers_tokenizer import byte_tokenizer  # noqa: E402
 from test_trace_files import ROWS, TOKENIZER, chain, read, trace  # noqa: E402
 from test_trace_files import model as model  # noqa: E402, PLC0414
 
-from sspo_ext.signals import as_probe, probe_step_values
-from sspo_ext.train.chains import load_chains, step_batch  # noqa: E402
-from sspo_ext.train.grade import exact_grader  # noqa: E402
-from sspo_ext.train.lines import LineStore  # noqa: E402
-from sspo_ext.train.trace_page import write_page  # noqa: E402
-from sspo_ext.train.trace_picture import draw_chain, prompt_of  # noqa: E402
+from sspo_ext.data.graders import exact_grader  # noqa: E402
+from sspo_ext.signals.probing.probe import probe_step_values
+from sspo_ext.signals.probing.texts import as_probe
+from sspo_ext.tracing.chains import load_chains, step_batch  # noqa: E402
+from sspo_ext.tracing.lines import LineStore  # noqa: E402
+from sspo_ext.tracing.page import write_page  # noqa: E402
+from sspo_ext.tracing.picture import draw_chain, prompt_of  # noqa: E402
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}"

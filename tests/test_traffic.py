@@ -1,4 +1,6 @@
-"""What the Triton kernels read and write, against the least that the work needs. benchmarks/traffic.py counts it.
+"""What the Triton kernels read and write, against the least that the work needs.
+
+benchmarks/kernels/traffic.py counts it.
 
 Meant to fail here: unscored rows read in the backward; the masked pass of a row loading all its lanes; a row read again
 for the label's gradient; a fourth launch.
@@ -14,7 +16,7 @@ import torch
 
 pytest.importorskip("triton")
 sys.path.append(str(Path(__file__).parent.parent))
-traffic = pytest.importorskip("benchmarks.traffic", reason="not a checkout of the repository")
+traffic = pytest.importorskip("benchmarks.kernels.traffic", reason="not a checkout of the repository")
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="has a GPU: kernels are not interpreted in this process"
 )

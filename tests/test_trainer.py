@@ -16,10 +16,12 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, TrainerCallback
 
-from sspo_ext import step_logps, step_pref_loss
-from sspo_ext.train.collator import StepPreferenceCollator
+from sspo_ext.data.collator import StepPreferenceCollator
+from sspo_ext.losses.logps import step_logps
+from sspo_ext.losses.pref import step_pref_loss
+from sspo_ext.train.preference_config import StepPreferenceConfig
+from sspo_ext.train.preference_trainer import StepPreferenceTrainer
 from sspo_ext.train.reference_cache import ReferenceCache, add_reference, reference_key
-from sspo_ext.train.trainer import StepPreferenceConfig, StepPreferenceTrainer
 from sspo_ext.train.whole_batches import whole_batches
 
 VOCAB = 61

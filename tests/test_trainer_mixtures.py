@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from test_trainer import LOG_ROUNDING, config, logs, make_features, make_model, parameters, trained
 from transformers import HfArgumentParser
 
-from sspo_ext.cli import build_parser
-from sspo_ext.train.trainer import StepPreferenceConfig, StepPreferenceTrainer
+from sspo_ext.cli.main import build_parser
+from sspo_ext.train.preference_config import StepPreferenceConfig
+from sspo_ext.train.preference_trainer import StepPreferenceTrainer
 
 MIXTURE = {"loss_type": ["sigmoid", "ipo", "sft"], "loss_weights": [0.8, -0.3, 1.5]}
 

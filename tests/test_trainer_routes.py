@@ -12,11 +12,11 @@ import torch
 from test_trainer import LOG_ROUNDING, config, make_features, make_model, parameters
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from sspo_ext import step_pref_loss
-from sspo_ext.hf import UnsupportedHead
-from sspo_ext.train.collator import StepPreferenceCollator
-from sspo_ext.train.route import choose_route
-from sspo_ext.train.trainer import StepPreferenceTrainer
+from sspo_ext.data.collator import StepPreferenceCollator
+from sspo_ext.hf.wrappers import UnsupportedHead
+from sspo_ext.losses.pref import step_pref_loss
+from sspo_ext.train.model_call import choose_route
+from sspo_ext.train.preference_trainer import StepPreferenceTrainer
 
 
 def make_gemma2():
@@ -62,7 +62,7 @@ def test_linear_refuses_an_adapter_on_the_head(tmp_path):
 
 def test_auto_falls_back(tmp_path, caplog):
     pytest.importorskip("peft")
-    with caplog.at_level(logging.WARNING, "sspo_ext.train.trainer"):
+    with caplog.at_level(logging.WARNING, "sspo_ext.train.preference_trainer"):
         trainer = StepPreferenceTrainer(
             make_model(), config(tmp_path, route="auto"), make_features(), peft_config=lora_on_the_head()
         )
@@ -114,7 +114,7 @@ class TestPlacement:
         assert choose_route(make_model(), "linear", torch.device("meta")) == "linear"
 
     def test_weights_that_are_elsewhere_are_not_checked(self, caplog):
-        with caplog.at_level(logging.WARNING, "sspo_ext.train.route"):
+        with caplog.at_level(logging.WARNING, "sspo_ext.train.model_call"):
             assert choose_route(make_model().to("meta"), "linear", torch.device("cpu")) == "linear"
         assert "not checked" in caplog.text
 
@@ -125,10 +125,10 @@ class TestPlacement:
         with torch.no_grad():
             for p in model.parameters():
                 p.fill_(float("nan"))
-        monkeypatch.setattr("sspo_ext.train.route.broadcast_object_list", lambda mine: [None])
+        monkeypatch.setattr("sspo_ext.train.model_call.broadcast_object_list", lambda mine: [None])
         assert choose_route(model, route, torch.device("cpu")) == "linear"
         firsts = [UnsupportedHead("the first one's")]
-        monkeypatch.setattr("sspo_ext.train.route.broadcast_object_list", lambda mine: firsts)
+        monkeypatch.setattr("sspo_ext.train.model_call.broadcast_object_list", lambda mine: firsts)
         if route == "auto":
             assert choose_route(make_model(), route, torch.device("cpu")) == "logits"
         else:

@@ -1,10 +1,11 @@
 """The Triton kernels compile ahead of time, without a GPU, to the machine code that they were written for.
 
-benchmarks/machine_code.py reads it. The bounds on instructions are above what Triton 3.9 gives (forward 5.7, backward
-5.4 an element on sm_90): versions differ by a few per cent, and what the bounds are for costs far more. Shown to fail:
-rows without `tl.multiple_of` (2-byte accesses, barriers). Meant to: max and sum over the block in each pass (barriers,
-shuffles), the label tested in the loop (instructions).
+benchmarks/kernels/machine_code.py reads it. The bounds on instructions are above what Triton 3.9 gives (forward 5.7,
+backward 5.4 an element on sm_90): versions differ by a few per cent, and what the bounds are for costs far more. Shown
+to fail: rows without `tl.multiple_of` (2-byte accesses, barriers). Meant to: max and sum over the block in each pass
+(barriers, shuffles), the label tested in the loop (instructions).
 """
+
 
 import json
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from sspo_ext.heads import PAIR_HEADS
+from sspo_ext.formulas.registry import PAIR_FORMULAS
 
 pytest.importorskip("triton")
 from triton.backends.amd.compiler import HIPBackend  # noqa: E402
@@ -32,7 +33,7 @@ LONGEST_HEADS = ("orpo", "sigmoid_js_divergence", "nca_pair", "sigmoid_alpha_div
 COMPILE = """
 import json, sys
 from dataclasses import asdict
-from benchmarks.machine_code import read, specialisations
+from benchmarks.kernels.machine_code import read, specialisations
 
 reports = []
 for kernel, dtype, arch, *heads in json.loads(sys.argv[1]):
@@ -73,7 +74,7 @@ def test_nothing_spills(reports):
 @pytest.mark.slow
 def test_no_head_spills():
     reports = compiled(("step_loss", "float32", "90"))
-    assert len(reports) == len(PAIR_HEADS) and all(report["spills"] == 0 for report in reports)
+    assert len(reports) == len(PAIR_FORMULAS) and all(report["spills"] == 0 for report in reports)
 
 
 @pytest.mark.parametrize(

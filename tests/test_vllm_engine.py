@@ -21,7 +21,8 @@ pytest.importorskip("transformers")
 
 from helpers_rl import make_model, make_tokenizer
 
-from sspo_ext.train.rollout import Sampling, make_engine
+from sspo_ext.train.rollout import make_engine
+from sspo_ext.train.sampling import Sampling
 
 PROMPTS = [[5, 6, 7], [8], [9, 10]]
 SEEDS = [(0, 3), (1, 0), (0, 4)]

@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 import torch  # noqa: E402
 from test_trainer import config, make_features, make_model  # noqa: E402
 
-from sspo_ext.train.trainer import StepPreferenceTrainer  # noqa: E402
+from sspo_ext.train.preference_trainer import StepPreferenceTrainer  # noqa: E402
 
 
 class Stream(torch.utils.data.IterableDataset):

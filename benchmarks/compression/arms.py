@@ -58,6 +58,7 @@ class Arm:
 
 
 _OUTCOME = {"combine": "outcome"}
+
 ARMS = {
     arm.name: arm
     for arm in (
@@ -81,4 +82,5 @@ ARMS = {
         ),
     )
 }
+
 DECISIVE = ("start", "rloo", "sspo-9", "sspo-0", "sspo-0-zero", "sspo-0-shuffled", "penalty-0.5")

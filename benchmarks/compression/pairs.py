@@ -16,12 +16,17 @@ from dataclasses import dataclass
 
 import torch
 
-from sspo_ext import StepLayout, StepPairs, linear_step_logps, linear_step_pref_loss
 from sspo_ext.demo.arms import rows_of
 from sspo_ext.demo.tasks import Task
-from sspo_ext.hf import forward_hidden, model_head
-from sspo_ext.signals import StepBatch, divergence_index, pair_candidates, trace_candidates
-from sspo_ext.signals.candidates import Node
+from sspo_ext.hf.forward import forward_hidden
+from sspo_ext.hf.head import model_head
+from sspo_ext.layout.pairs import StepPairs
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.logps import linear_step_logps
+from sspo_ext.losses.pref import linear_step_pref_loss
+from sspo_ext.signals.pairing.candidates import Node, trace_candidates
+from sspo_ext.signals.pairing.pairs import divergence_index, pair_candidates
+from sspo_ext.signals.values import StepBatch
 from sspo_ext.train.experience import Rollout
 from sspo_ext.train.sspo_trainer import SSPOTrainer
 

@@ -13,7 +13,9 @@ _COLOURS = {
     "penalty-1": "#b3261e", "sspo-0": "#1b6ca8", "sspo-9": "#17a398", "no-discount": "#9aa0a6", "pairs": "#7b4fa3",
     "whole-pairs": "#d17bd1",
 }  # fmt: skip
+
 _MARKERS = {"start": "s", "-zero": "v", "-shuffled": "X", "-likelihood": "P"}
+
 GAP = 0.1
 
 

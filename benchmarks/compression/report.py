@@ -15,6 +15,7 @@ from .verdicts import accuracy, over_seeds, pair_verdicts, total, verdicts
 TABLE = "runs.parquet"
 KEY = ("family", "language", "arm", "seed")
 _PENALTIES = [name for name in ARMS if name.startswith("penalty")]
+
 HEADER = (
     "| arm | seeds | accuracy, greedy | tokens | steps | skipped | accuracy, sampled | tokens | steps | skipped "
     "| drawn | s |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"

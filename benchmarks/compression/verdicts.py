@@ -12,6 +12,7 @@ HEADER = (
     "| less V = 0's, greedy | sampled |\n"
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
+
 NOTE = (
     "Tokens: change from the start model (asked: -45 % or more). Differences ± 1.96 standard errors over the same "
     "problems, each problem's mean over the seeds, with the smallest and largest of single seeds in brackets; they do "
@@ -69,6 +70,7 @@ SEEDS_HEADER = (
     "| task | arm | runs | accuracy less RLOO's, greedy | sampled | less shuffled V's, greedy | sampled "
     "| less V = 0's, greedy | sampled |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
+
 SEEDS_NOTE = (
     "The same differences ± the half width of a 95 % interval of Student's t over runs: each seed's mean is one "
     "number, and the runs of both languages are taken together where both are named. So these hold what another seed "

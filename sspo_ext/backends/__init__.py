@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 BACKENDS = ("cpu", "triton", "cuda", "reference")
+
 # Fastest first. `reference` is right on every device and ends each list.
 _TABLE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference"), "xpu": ("triton", "reference")}
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..heads import PairScores, get_pair_head
+from ..formulas.registry import PairScores, get_pair_formula
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -75,7 +75,7 @@ def pair_losses(
     pair_index: Tensor,  # (P, 2) int
     margins: Tensor | None,  # (P,)
     labels: Tensor | None,  # (P,)
-    head: str,
+    formula: str,
     options: list[float],
     label: float,
 ) -> Tensor:  # (P,): unweighted loss of each pair, 0 for a pair with an empty step
@@ -84,7 +84,7 @@ def pair_losses(
     valid = (counts[winner] > 0) & (counts[loser] > 0)
     n = counts.clamp(min=1).to(sums.dtype)
     zeros = torch.zeros_like(u[winner])
-    definition = get_pair_head(head)
+    definition = get_pair_formula(formula)
     scores = PairScores(
         # an invalid pair is evaluated at 0 and then dropped, so that nothing undefined reaches its gradient
         torch.where(valid, u[winner], zeros),

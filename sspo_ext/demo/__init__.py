@@ -21,7 +21,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from ..signals import StepValues, step_gae
+from ..signals.credit.gae import step_gae
+from ..signals.values import StepValues
 from ..train.experience import Rollout
 from ..train.progress import curves
 from ..train.sspo_trainer import SSPOTrainer

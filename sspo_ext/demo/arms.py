@@ -11,10 +11,12 @@ from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 from ..train.experience import Rollout
-from ..train.sspo_trainer import SSPOConfig, SSPOTrainer
+from ..train.sspo_config import SSPOConfig
+from ..train.sspo_trainer import SSPOTrainer
 from .tasks import Problem, Task
 
 START = Path(__file__).parent / "start"
+
 MAX_TOKENS = 110  # a wordy solution has 47
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike
 
+from ..tracing.picture import signed
 from ..train.progress import draw_path, finish_path, smooth
-from ..train.trace_picture import signed
 
 OUTCOME, SSPO, INK, PALE = "#b8860b", "#1f6f8b", "#2b2b2b", "#8a8a8a"
+
 _NAMES = {"outcome": ("outcome only (RLOO)", OUTCOME), "sspo": ("SSPO", SSPO)}
 
 

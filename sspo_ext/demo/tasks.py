@@ -21,14 +21,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FAMILIES = ("sums", "letters", "sort")
+
 LANGUAGES = ("en", "zh")
 
 # The teacher's habits. Redundant lines after a needed one: how many, and which. The lines that sorting needs are long
 # themselves, so there he has to talk more to be as wordy.
 _COUNTS = ((0, 0.2), (1, 0.35), (2, 0.3), (3, 0.15))
+
 REDUNDANT_COUNTS = {"sums": _COUNTS, "letters": _COUNTS, "sort": ((0, 0.1), (1, 0.45), (2, 0.3), (3, 0.15))}
+
 REDUNDANT_KINDS = (("check", 0.35), ("repeat", 0.2), ("so_far", 0.25), ("filler", 0.2))
+
 OPENING = {"sums": 0.5, "letters": 0.5, "sort": 0.65}
+
 SYSTEMATIC_SLIP, RANDOM_SLIP, MENDS, ANSWERS_EARLY = 0.4, 0.02, 0.6, 0.08
 
 _WORDS = {

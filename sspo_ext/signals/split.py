@@ -29,18 +29,25 @@ from torch import Tensor
 SplitBy = str | re.Pattern
 
 _BLANK = " \t\r\n\v\f"
+
 _BLANK_RUN = re.compile(f"[{_BLANK}]+")
+
 _NUMBERED = re.compile(
     r"[ \t#>*_]*(?:step[ \t]*\d{1,3}[ \t]*(?:[:.)*_\-：]|(?=\s|$))|\(?\d{1,3}(?:[.)](?=[\s*_]|$)|、))", re.IGNORECASE
 )
+
 _NEWLINES_NEEDED = {"newline": 1, "blank_line": 2, "numbered": 1}
 
 # A token's class, one byte. `lead`, `trail`: newlines in its leading and trailing white space, scaled so that 2 is a
 # delimiter.
 _LEAD, _TRAIL = 0, 2  # bit positions of two-bit fields
+
 _INNER = 1 << 4  # a delimiter with text on both sides, inside the token
+
 _SOLID = 1 << 5  # holds something other than white space
+
 _MATCH = 1 << 6  # a match of the regular expression ends inside the token or with it
+
 _TEXT = 1 << 7  # is part of the response's text: all but end-of-sequence and padding
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_float, check_integer, check_shape
-from ..layout import TensorBundle
+from ..layout.bundle import TensorBundle
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -4,14 +4,14 @@ not wait for transformers."""
 from importlib import import_module
 
 _MODULES = {
-    "SSPOConfig": "sspo_config",
-    "SSPOTrainer": "sspo_trainer",
-    "StepPreferenceConfig": "trainer",
-    "StepPreferenceTrainer": "trainer",
-    "load_grader": "grade",
-    "load_model": "models",
-    "load_preference_rows": "data",
-    "tokenize_rows": "tokenize",
+    "SSPOConfig": ".sspo_config",
+    "SSPOTrainer": ".sspo_trainer",
+    "StepPreferenceConfig": ".preference_config",
+    "StepPreferenceTrainer": ".preference_trainer",
+    "load_grader": "..data.graders",
+    "load_model": ".models",
+    "load_preference_rows": "..data.rows",
+    "tokenize_rows": "..data.tokenize",
 }
 __all__ = list(_MODULES)
 
@@ -19,7 +19,7 @@ __all__ = list(_MODULES)
 def __getattr__(name: str):
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return getattr(import_module(_MODULES[name], __name__), name)
 
 
 def __dir__() -> list[str]:

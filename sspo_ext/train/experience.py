@@ -10,11 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from ..layout import StepLayout
-from ..signals import step_ids_from_tokens
-from .data import raise_bad_rows
-from .grade import answer_texts
-from .tokenize import prompt_text
+from ..layout.steps import StepLayout
+from ..signals.split import step_ids_from_tokens
 
 
 @dataclass
@@ -81,57 +78,6 @@ class PromptSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return self.size // self.prompts * self.prompts * self.num_generations * self.num_iterations
-
-
-def check_rows(
-    name: str, dataset, *, chat: bool, answers: bool = False, texts: bool = False, required: bool = False
-) -> None:
-    """Every row has a prompt, a text or, with `chat`, messages; with `answers` an answer, and with `texts` one that can
-    be written: what cannot be used is found before training. ValueError naming the rows."""
-    if dataset is None and not required:
-        return
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or isinstance(dataset, Mapping):
-        raise ValueError(f"{name}: expected rows with a length (a list or a datasets.Dataset), got {type(dataset)}")
-    bad = []
-    for i in range(len(dataset)):
-        row = dataset[i]
-        missing = [key for key in ("prompt", "answer")[: 1 + answers] if key not in row]
-        if missing:
-            bad.append((f"row {i}", f"expected {missing[0]!r}, has {sorted(row)}"))
-        elif not _is_prompt(row["prompt"], chat):
-            expected = "a text or chat messages" if chat else "a text, since the tokenizer has no chat template"
-            bad.append((f"row {i}", f"prompt: expected {expected}, not empty, got {row['prompt']!r}"))
-        elif texts:
-            try:
-                answer_texts(row["answer"])
-            except (TypeError, ValueError) as error:
-                bad.append((f"row {i}", str(error)))
-    try:
-        raise_bad_rows(bad, len(dataset))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def _is_prompt(prompt: Any, chat: bool) -> bool:
-    if isinstance(prompt, str):
-        return bool(prompt)
-    messages = chat and isinstance(prompt, Sequence) and len(prompt) > 0
-    return messages and all(isinstance(message, Mapping) and "role" in message for message in prompt)
-
-
-def prompt_tokens(prompt: str | Sequence[dict], tokenizer, template_options: dict | None = None) -> list[int]:
-    """A text behind the tokenizer's special tokens (one that it puts at the end is left out), or chat messages by its
-    template and its options, ready to be completed."""
-    if isinstance(prompt, str):
-        text, first = prompt_text(prompt, tokenizer)
-        ids = [*first, *tokenizer(text, add_special_tokens=False).input_ids]
-    else:
-        ids = tokenizer.apply_chat_template(
-            list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False, **(template_options or {})
-        )
-    if not ids:
-        raise ValueError(f"prompt: expected at least one token, got none for {prompt!r}")
-    return list(ids)
 
 
 def split_steps(completions: Sequence[Sequence[int]], delimiters: Tensor) -> list[list[list[int]]]:

@@ -9,7 +9,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from ..losses import StepPrefOutput
+from ..losses.pref import StepPrefOutput
 
 _COUNTS = ("pairs/count", "pairs/dropped", "steps/count", "steps/empty")
 

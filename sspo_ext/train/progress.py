@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 
 _TOKENS = "completions/mean_length"
+
 _COLOURS = ("#1f6f8b", "#c8553d", "#e0a458", "#6a8d73", "#7d5ba6", "#2b2b2b")
 
 

@@ -19,10 +19,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 logger = logging.getLogger(__name__)
+
 _FORMAT = 1
+
 _SAVE_EVERY_S = 30.0
+
 _NOTHING = (np.zeros(0, np.float32), 0)
+
 _PARTS = ("input_ids", "labels", "step_ids")
+
 TOKEN_COLUMNS = tuple(f"{side}_{part}" for side in ("chosen", "rejected") for part in _PARTS)
 
 

@@ -8,16 +8,17 @@ from dataclasses import dataclass, field, replace
 from transformers import TrainingArguments
 
 from .._checks import check_choice, check_count, check_not_negative, check_positive
-from ..policy import KL_ESTIMATORS, LEVELS, get_policy_head
-from ..policy_losses import AGGREGATIONS
-from ..signals import BASELINES, Probe, as_probe
-from ..signals.baselines import UNGROUPED
-from ..signals.probe import check_probe_options
+from ..formulas.policy import KL_ESTIMATORS, LEVELS, get_policy_formula
+from ..objective.policy_arguments import AGGREGATIONS
+from ..signals.credit.baselines import BASELINES, UNGROUPED
+from ..signals.probing.probe import check_probe_options
+from ..signals.probing.texts import Probe, as_probe
 from ..signals.split import split_text
+from .model_call import ROUTE_HELP
 from .rollout import ENGINES
-from .route import ROUTE_HELP
 
 COMBINE = ("add", "replace", "outcome")
+
 _DICTIONARIES = ("rollout_options", "chat_template_kwargs", "probe_options", "loss_options")
 
 
@@ -72,7 +73,7 @@ class SSPOConfig(TrainingArguments):
         "baseline and GAE define them (plain RLOO, or Dr. GRPO)."
     )  # fmt: skip
 
-    loss_type: str = _option("reinforce", "See sspo_ext.policy.POLICY_HEADS.")
+    loss_type: str = _option("reinforce", "See sspo_ext.formulas.policy.POLICY_FORMULAS.")
     loss_options: dict | str | None = _option(
         None, "Other options of the loss type and of step_policy_loss: {'importance_sampling_level': 'sequence'}."
     )
@@ -132,7 +133,7 @@ class SSPOConfig(TrainingArguments):
                 f"num_generations: expected at least 2, since baseline {self.baseline!r} compares the completions of a "
                 "prompt and combine='outcome' leaves nothing else, got 1"
             )
-        head = get_policy_head(self.loss_type)
+        head = get_policy_formula(self.loss_type)
         head.check_options(self.head_options)
         level = (self.loss_options or {}).get("importance_sampling_level", "token")
         check_choice("importance_sampling_level", level, LEVELS)

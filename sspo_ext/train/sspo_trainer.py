@@ -22,37 +22,35 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from .. import StepPolicyOutput, linear_step_policy_loss, step_policy_loss
-from ..hf import eval_mode, forward_hidden, model_head
-from ..layout import TensorBundle
-from ..signals import (
-    StepBatch,
-    StepValues,
-    combine_advantages,
-    delimiter_mask,
-    outcome_advantages,
-    probe_step_values,
-    step_gae,
-)
+from ..data.graders import Grader, answer_grader, answer_texts, grade_rows
+from ..data.prompts import check_rows, prompt_tokens
+from ..hf.forward import forward_hidden
+from ..hf.head import model_head
+from ..hf.wrappers import eval_mode
+from ..layout.bundle import TensorBundle
+from ..losses.policy import StepPolicyOutput, linear_step_policy_loss, step_policy_loss
+from ..signals.credit.baselines import combine_advantages, outcome_advantages
+from ..signals.credit.gae import step_gae
+from ..signals.probing.probe import probe_step_values
+from ..signals.split import delimiter_mask
+from ..signals.values import StepBatch, StepValues
 from .experience import (
     PromptSampler,
     Rollout,
     Summary,
     advantage_metrics,
-    check_rows,
     counted_items,
     graded_rollouts,
     num_items,
     over_std,
     policy_batch,
-    prompt_tokens,
     rollout_metrics,
 )
-from .grade import Grader, answer_grader, answer_texts, grade_rows
 from .means import Sums
+from .model_call import batch_logps, check_processes, choose_route, model_inputs, router_loss, text_logits
 from .models import load_model
-from .rollout import RolloutEngine, Sampling, end_tokens, make_engine
-from .route import batch_logps, check_processes, choose_route, model_inputs, router_loss, text_logits
+from .rollout import end_tokens, make_engine
+from .sampling import RolloutEngine, Sampling
 from .sspo_config import SSPOConfig
 
 _METRICS = (
@@ -68,7 +66,7 @@ class SSPOTrainer(Trainer):
         model: a causal LM, a PEFT model, or a name or path (`load_model`, which then gives the tokenizer too).
         args: SSPOConfig.
         reward_func: `reward(prompt, completion, answer) -> float`, or TRL's form `reward(prompts, completions,
-            **columns) -> list[float]`, see `sspo_ext.train.grade`. In [0, 1], the scale of the values; of any scale
+            **columns) -> list[float]`, see `sspo_ext.data.graders`. In [0, 1], the scale of the values; of any scale
             with combine="outcome".
         train_dataset: rows with "prompt" (a text or chat messages) and "answer" (a text or number; a mapping with an
             "answer" for graders that need more; a list of accepted spellings). With a length. Every row is looked at.
@@ -109,7 +107,7 @@ class SSPOTrainer(Trainer):
         by_text = probed and (args.probe_options or {}).get("mode", "likelihood") == "likelihood"
         by_text = by_text and type(self).step_values is SSPOTrainer.step_values
         if not callable(reward_func):
-            raise TypeError(f"reward_func: expected one function, see sspo_ext.train.grade, got {reward_func!r}")
+            raise TypeError(f"reward_func: expected one function, see sspo_ext.data.graders, got {reward_func!r}")
         for name in ("compute_metrics", "compute_loss_func"):
             if trainer_kwargs.get(name) is not None:
                 raise ValueError(f"{name}: expected None, since the trainer has its own, got {trainer_kwargs[name]!r}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .rollout import Sampling
+from .sampling import Sampling
 
 
 class VLLMEngine:

@@ -7,7 +7,7 @@ from itertools import repeat
 
 from torch.utils.data import Dataset, IterableDataset
 
-from .collator import SIDES
+from ..data.collator import SIDES
 
 
 def whole_batches(dataset, size: int) -> Dataset:

@@ -14,8 +14,9 @@ from helpers_truth import assert_fp64_rule
 import sspo_ext
 from sspo_ext.backends import reference
 from sspo_ext.backends import triton as backend
+from sspo_ext.backends.arguments import StepLossArguments
 from sspo_ext.backends.triton.step_loss_fwd import BLOCK
-from sspo_ext.heads import PAIR_HEADS
+from sspo_ext.formulas.registry import PAIR_FORMULAS
 
 
 def make(counts, pairs, *, weights=False, ref=False, per_pair=False):
@@ -57,8 +58,8 @@ def truth(inputs, head, options, label, dtype=torch.float64):
 
 
 def check(inputs, head="sigmoid", options=None, label=0.9):
-    options = list(PAIR_HEADS[head].options.values()) if options is None else options
-    got = backend.step_loss_fwd(**inputs, head=head, options=options, label=label)
+    options = list(PAIR_FORMULAS[head].options.values()) if options is None else options
+    got = backend.step_loss_fwd(StepLossArguments(**inputs, formula=head, options=options, label=label))
     exact, by_torch = truth(inputs, head, options, label), truth(inputs, head, options, label, torch.float32)
     for name, g, e, t in zip(("loss", "sums", "pair_loss", "coef"), got, exact, by_torch, strict=True):
         assert g.shape == e.shape and g.dtype == torch.float32
@@ -69,7 +70,7 @@ def check(inputs, head="sigmoid", options=None, label=0.9):
 
 
 @pytest.mark.parametrize("per_pair", [False, True])
-@pytest.mark.parametrize("head", PAIR_HEADS)
+@pytest.mark.parametrize("head", PAIR_FORMULAS)
 def test_heads(head, per_pair):
     pairs = [(0, 1), (2, 3), (4, 0), (1, 5)]
     check(
@@ -77,7 +78,7 @@ def test_heads(head, per_pair):
             [3, 5, 1, 2, 7, 4],
             pairs,
             weights=per_pair,
-            ref=PAIR_HEADS[head].reference != "forbidden",
+            ref=PAIR_FORMULAS[head].reference != "forbidden",
             per_pair=per_pair,
         ),
         head,
@@ -102,7 +103,7 @@ def test_more_pairs_than_a_block(monkeypatch):
     check(make([2] * 10, pairs, per_pair=True))
 
 
-@pytest.mark.parametrize("head", PAIR_HEADS)
+@pytest.mark.parametrize("head", PAIR_FORMULAS)
 def test_empty_steps_drop_their_pairs(head):
     pairs = [(0, 1), (1, 0), (2, 3), (1, 4), (0, 3)]
     loss, sums, pair_loss, coef = check(make([3, 0, 2, 4, 0], pairs, per_pair=True), head)
@@ -126,7 +127,8 @@ def test_nonfinite_propagates():
     for bad in (float("nan"), float("-inf")):
         inputs = make([2, 2, 2, 2], [(0, 1), (2, 3)])
         inputs["logps"][0] = bad
-        loss, sums, pair_loss, coef = backend.step_loss_fwd(**inputs, head="sigmoid", options=[0.1], label=0.9)
+        given = StepLossArguments(**inputs, formula="sigmoid", options=[0.1], label=0.9)
+        loss, sums, pair_loss, coef = backend.step_loss_fwd(given)
         assert not torch.isfinite(loss) and not torch.isfinite(sums[0]) and not torch.isfinite(pair_loss[0])
         assert torch.isfinite(coef[4:]).all() and torch.isfinite(pair_loss[1])
 

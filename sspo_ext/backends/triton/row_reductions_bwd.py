@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .row_reductions_fwd import _LEAST_EXPONENT, lies_alike
 from .rows import (
     LN2,
     LOG2E,
@@ -22,7 +23,6 @@ from .rows import (
     two_floats,
 )
 from .token_logp_bwd import _column_shares, row_shift
-from .row_reductions_fwd import _LEAST_EXPONENT, lies_alike
 
 
 @triton.jit

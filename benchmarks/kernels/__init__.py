@@ -1,0 +1,1 @@
+"""What the kernels read, write and compile to, counted without a GPU."""

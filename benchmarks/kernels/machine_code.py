@@ -1,0 +1,230 @@
+"""What the kernels compile to, read from the machine code: registers, spills, access widths, the main loop per element.
+
+    python -m benchmarks machine-code [--arch 80 90 100 gfx942] [--kernel bwd] [--dtype bfloat16] [--all] [--peers]
+                                      [--cuda] [--out FOLDER] [--json FILE]
+
+Compiles ahead of time, without a GPU, the specialisations that the launchers can choose (--all; by default those that
+differ in their main loop), with --cuda the CUDA C++ kernels too, with --peers other packages' kernels. The main loop is
+the innermost one that loads most bytes a pass; its instructions are those of one thread, over the elements that the
+thread loads in a pass. From that and from published limits of the machines follow what bounds the loop and the
+PREDICTED share of peak bandwidth: an upper bound from counting instructions, not a measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks import records
+
+from . import disassembly
+from .bounds import bounds, bounds_table
+from .record import ARCHS, POINTERS, PREDICTED, Report, add_loop, code_table, prediction_table, tables
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are defined: interpreted kernels do not compile
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """A binary that a launcher can ask for."""
+
+    kernel: str
+    dtype: str
+    facts: str  # what sets it apart
+    fn: object
+    constexprs: dict
+    num_warps: int
+
+
+def specialisations(warp: int = 32, every: bool = False) -> Iterator[Specialisation]:
+    from sspo_ext.backends.triton.rows import row_launch
+    from sspo_ext.backends.triton.step_loss_fwd import BLOCK, _step_loss_fwd_kernel
+    from sspo_ext.backends.triton.token_logp_bwd import _token_logp_bwd_kernel
+    from sspo_ext.backends.triton.token_logp_fwd import _token_logp_fwd_kernel
+    from sspo_ext.formulas.registry import PAIR_FORMULAS, formula_id
+
+    for dtype in POINTERS:
+        for V in (128256, 1000) if every else (128256,):
+            launch = row_launch(V, getattr(torch, dtype), warp)
+            shape, num_warps = {"LANES": launch["LANES"], "VEC": launch["VEC"]}, launch["num_warps"]
+            for softcap in (False, True):
+                facts = (["softcap"] if softcap else []) + (["small V"] if V == 1000 else [])
+                constexprs = {"SOFTCAP": softcap, **shape}
+                fn = _token_logp_fwd_kernel
+                yield Specialisation("token_logp_fwd", dtype, ", ".join(facts), fn, constexprs, num_warps)
+                for aligned in (True, False):
+                    for upstream in (True, False) if every else (True,):
+                        more = [] if aligned else ["rows aligned otherwise"]
+                        more += [] if upstream else ["no upstream"]
+                        constexprs = {"SOFTCAP": softcap, "ALIGNED": aligned, "HAS_UPSTREAM": upstream, **shape}
+                        fn = _token_logp_bwd_kernel
+                        yield Specialisation(
+                            "token_logp_bwd", dtype, ", ".join(facts + more), fn, constexprs, num_warps
+                        )
+    yield from _with_reductions(warp, every)
+    flags = ("HAS_WEIGHTS", "HAS_REF", "HAS_PAIR_WEIGHTS", "HAS_MARGINS", "HAS_LABELS")
+    for head in PAIR_FORMULAS:
+        # of a head's 32 combinations of optional inputs, all and none
+        for given in (True, False) if every else (True,):
+            facts = f"{head}, {'all inputs' if given else 'no optional input'}"
+            constexprs = {"HEAD": formula_id(head), "BLOCK": BLOCK, **dict.fromkeys(flags, given)}
+            yield Specialisation("step_loss_fwd", "float32", facts, _step_loss_fwd_kernel, constexprs, 1)
+
+
+def _with_reductions(warp: int, every: bool) -> Iterator[Specialisation]:
+    """The row kernels with entropy and sum of squares, and with KL too: a loop then loads both tensors' elements."""
+    from sspo_ext.backends.triton.row_reductions_bwd import _row_reductions_bwd_kernel
+    from sspo_ext.backends.triton.row_reductions_fwd import _row_reductions_fwd_kernel
+    from sspo_ext.backends.triton.rows import row_launch
+
+    for dtype in POINTERS:
+        launch = row_launch(128256, getattr(torch, dtype), warp)
+        shape, num_warps = {"LANES": launch["LANES"], "VEC": launch["VEC"]}, launch["num_warps"]
+        for softcap in (False, True):
+            for ref in (False, True):
+                for aligned in (True, False) if every else (True,):
+                    facts = (["softcap"] if softcap else []) + (["KL"] if ref else [])
+                    facts = ", ".join(facts + ([] if aligned else ["rows aligned otherwise"]))
+                    constexprs = {"SOFTCAP": softcap, "HAS_REF": ref, "REF_ALIGNED": aligned, **shape}
+                    fn = _row_reductions_fwd_kernel
+                    yield Specialisation("row_reductions_fwd", dtype, facts, fn, constexprs, num_warps)
+                    fn = _row_reductions_bwd_kernel
+                    constexprs = {"ALIGNED": aligned, **constexprs}
+                    yield Specialisation("row_reductions_bwd", dtype, facts, fn, constexprs, num_warps)
+
+
+_POINTER_TYPES = {
+    **dict.fromkeys(("rows_ptr", "labels_ptr"), "*i64"),
+    **dict.fromkeys(("row_of_ptr", "arrived_ptr", "step_offsets_ptr", "pair_index_ptr"), "*i32"),
+    **dict.fromkeys(("adj_offsets_ptr", "adj_pairs_ptr"), "*i32"),
+    **dict.fromkeys(("lse_ptr", "ref_lse_ptr"), "*fp64"),
+}
+
+
+def signature(spec: Specialisation) -> dict[str, str]:
+    import triton.language as tl
+
+    scalars = {tl.int64: "i64", tl.int32: "i32", tl.float32: "fp32", tl.constexpr: "constexpr"}
+    types = {**_POINTER_TYPES, **dict.fromkeys(("logits_ptr", "ref_logits_ptr", "out_ptr"), POINTERS[spec.dtype])}
+    parameters = spec.fn.signature.parameters.items()
+    return {name: scalars.get(p.annotation) or types.get(name, "*fp32") for name, p in parameters}
+
+
+def read(spec: Specialisation, arch: str) -> Report:
+    """Compiles one binary and reads its machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    amd = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
+    options = {"num_warps": spec.num_warps, "enable_fp_fusion": False}
+    compiled = triton.compile(ASTSource(spec.fn, signature(spec), spec.constexprs), target=target, options=options)
+    if amd:
+        code = disassembly.amd(compiled.asm["amdgcn"])
+    else:
+        code = disassembly.nvidia(compiled.asm["cubin"], Path(triton.__file__).parent / "backends/nvidia/bin")
+    report = Report(
+        spec.kernel, spec.dtype, spec.facts, arch, spec.num_warps,
+        code.registers, compiled.metadata.shared, code.spills,
+        disassembly.widths(code.instructions, "load"), disassembly.widths(code.instructions, "store"),
+    )  # fmt: skip
+    loop = code.main_loop()
+    if loop is not None and spec.kernel.startswith(("token_logp", "row_reductions")):
+        add_loop(report, loop)
+    return report
+
+
+def load(path: Path) -> tuple[dict, list[Report]]:
+    """(what the first line tells: command and versions; the reports)."""
+    about, *rows = records.read(path)
+    for row in rows:
+        for name in ("loads", "stores", "loop_loads", "loop_stores"):
+            # JSON has texts for keys
+            row[name] = row[name] and {int(width): count for width, count in row[name].items()}
+    return about, [Report(**row) for row in rows]
+
+
+def write(folder: Path, ours: list[Report], cuda: list[Report], others: list[Report], command: str) -> None:
+    """machine-code.jsonl and machine-code.md."""
+    from ..speed.measure import versions
+
+    named = [replace(r, facts=", ".join(filter(None, ("Triton", r.facts)))) for r in ours]
+    about, reports = {"command": command, "versions": versions()}, [*named, *cuda, *others]
+    records.write(folder / "machine-code.jsonl", [about, *map(asdict, reports)])
+    (folder / "machine-code.md").write_text(markdown(about, reports))
+
+
+def markdown(about: dict, reports: list[Report]) -> str:
+    named = [r for r in reports if r.facts.startswith("Triton")]
+    ours = [replace(r, facts=r.facts.removeprefix("Triton").removeprefix(", ")) for r in named]
+    cuda = [r for r in reports if r.facts.startswith("CUDA C++")]
+    others = [r for r in reports if r not in named and r not in cuda]
+    parts = [
+        "# Machine code of the kernels, and what it predicts",
+        f"`{about['command']}`",
+        f"Compiled ahead of time on a machine without a GPU ({about['versions']}). Nothing here was measured on a GPU.",
+        "## Bounds",
+        bounds_table(bounds([*named, *cuda])),
+        "## Ours, Triton: what the code is",
+        'Main loops of the row kernels. "Rows aligned otherwise": logits that are a slice, so that a row of them lies '
+        "differently in its 16 bytes than its gradient does. The step kernel has no loop over the vocabulary.",
+        code_table(ours),
+    ]
+    if cuda:
+        parts += ["## Ours, CUDA C++: what the code is", code_table(cuda)]
+    if others:
+        parts += [
+            "## Peers: what the code is",
+            "Compiled by their own launch code, with their own settings. A kernel with two loops over the vocabulary "
+            "has two lines. Where n columns are known to be divisible by 16, loads are wide; 50257 is not.",
+            code_table(others),
+        ]
+    parts += ["## Predictions, all kernels", PREDICTED, prediction_table([*named, *cuda, *others])]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks machine-code", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="+", default=ARCHS)
+    parser.add_argument("--kernel", default="", help="part of a kernel's name")
+    parser.add_argument("--dtype", nargs="+", default=list(POINTERS), choices=list(POINTERS))
+    parser.add_argument("--all", action="store_true", help="every specialisation, not one for each main loop")
+    parser.add_argument("--peers", action="store_true", help="the kernels of Liger and TRL too, where installed")
+    parser.add_argument("--cuda", action="store_true", help="the CUDA C++ kernels too, where nvcc is found")
+    parser.add_argument("--out", type=Path, help="folder for machine-code.jsonl and .md")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+    ours, cuda, others = [], [], []
+    for arch in args.arch:
+        for spec in specialisations(64 if arch.startswith("gfx") else 32, args.all):
+            if args.kernel in spec.kernel and spec.dtype in args.dtype:
+                ours.append(read(spec, arch))
+    if args.cuda:
+        from . import cuda_code
+
+        archs = [arch for arch in args.arch if arch in cuda_code.ARCHS]
+        cuda = [r for r in cuda_code.reports(archs, args.kernel) if r.dtype in args.dtype]
+    if args.peers:
+        from . import peer_code
+
+        others = peer_code.reports(args.arch, args.dtype)
+    print(tables([*ours, *cuda, *others]))
+    if args.json:
+        records.write(args.json, list(map(asdict, [*ours, *cuda, *others])))
+    if args.out:
+        flags = "".join(f" --{name}" for name in ("all", "peers", "cuda") if getattr(args, name))
+        command = (
+            f"python -m benchmarks machine-code --arch {' '.join(args.arch)} --dtype {' '.join(args.dtype)}{flags}"
+        )
+        write(args.out, ours, cuda, others, f"{command} --out FOLDER")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Benchmarks on real language models and their families."""

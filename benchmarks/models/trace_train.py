@@ -1,0 +1,188 @@
+"""Step preferences that a model traced itself, against whole solutions: the same trainer, updates and held-out pairs.
+
+    python -m benchmarks trace-train --data ../shared/data/gsm8k/example_model_solutions.jsonl
+
+Two arms, each from the model as given. "traced": at random states of solutions of the training questions the model
+samples next steps, a probe ranks them, and pairs after the same state are trained on. "sequence": DPO between a correct
+and a wrong solution of the same questions. Judged before and after like `real_run`: is a held-out question's correct
+solution more probable than its wrong one, and what did training itself change. Needs no labels of steps in either arm;
+the traced arm uses the gold answer, the sequence arm which solution is correct.
+
+The ranking is our reconstruction. A 135M model hardly ever finishes one of these problems, so its values come from the
+probe and not from continuations, and nothing is said about its accuracy when it writes itself.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from benchmarks import records
+from sspo_ext.data.rows import load_preference_rows
+from sspo_ext.data.tokenize import tokenize_rows
+from sspo_ext.tracing.chains import load_chains
+from sspo_ext.tracing.values import trace_pairs
+from sspo_ext.train.models import load_model
+
+from .gsm8k import load_gsm8k_solutions
+from .real_run import (
+    describe,
+    hardware,
+    how_made,
+    judge,
+    make_trainer,
+    margins,
+    model_folder,
+    parser,
+    scored,
+    shown,
+    with_notes,
+)
+from .trace_run import PROBE, bar, select
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    torch.set_num_threads(options.threads)
+    work, output = Path(options.work), Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    train_rows, held_rows = load_gsm8k_solutions(options.data)
+    model, tokenizer = load_model(model_folder(options.model))
+    whole = tokenize_rows(held_rows, tokenizer, pair_by="sequence", max_length=512)[: options.held_out]
+    sources = {f["source"] for f in whole}
+    held = tokenize_rows([r for r in held_rows if r["source"] in sources], tokenizer, pair_by="branch")
+
+    prompts = list(dict.fromkeys(row["prompt"] for row in train_rows))[: options.questions]
+    sequences = [row for row in train_rows if row["prompt"] in set(prompts)]
+    arms = {
+        "traced": tokenize_rows(
+            traced(model, tokenizer, options, set(prompts), work), tokenizer, token_weights=options.token_weights
+        ),
+        "sequence": tokenize_rows(sequences, tokenizer, pair_by="sequence", max_length=options.max_length),
+    }
+    rows = min([options.rows, *map(len, arms.values())])
+    result = {
+        "command": " ".join(["python -m benchmarks trace-train", *shown(argv)]),
+        "options": {
+            **{k: v for k, v in vars(options).items() if k not in ("data", "work", "output")},
+            "model": Path(options.model).name,
+        },
+        "hardware": hardware(),
+        "held_out": describe(whole),
+        "arms": {},
+    }
+    gains: dict[str, dict] = {}
+    for name, features in arms.items():
+        folder = work / name
+        folder.mkdir(parents=True, exist_ok=True)
+        set_seed(options.seed)
+        model, _ = load_model(model_folder(options.model))
+        # Spread over the questions, so that both arms see all of them.
+        train = [features[i * len(features) // rows] for i in range(rows)]
+        trainer = make_trainer(model, tokenizer, train, options, folder)
+        before = scored(trainer, whole, work / "before.npz", "held-out, before")
+        checkpoints = sorted(folder.glob("checkpoint-[0-9]*"), key=lambda p: int(p.name.split("-")[1]))
+        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        after = scored(trainer, whole, folder / "after.npz", f"held-out, after {name}")
+        gains[name] = {by: margins(whole, after, by) - margins(whole, before, by) for by in ("sum", "mean")}
+        result["arms"][name] = {
+            "train": describe(train),
+            "table": judge(whole, held, before, after),
+            "speed": json.loads((folder / "speed.json").read_text()),
+        }
+    result["differences"] = {
+        f"solution, reward {by}": paired(*(gains[name][by] for name in ("sequence", "traced")))
+        for by in ("sum", "mean")
+    }
+    records.write(output / "trace_train.jsonl", [result])
+    text = with_notes(report(result), output)
+    (output / "RESULTS.md").write_text(text)
+    print(text)
+
+
+def parse(argv: list[str] | None):
+    options = parser(__doc__)
+    options.set_defaults(output="benchmarks/results/trace_train", work="build/trace_train", pairing="branch")
+    add = options.add_argument
+    add("--questions", type=int, default=60, help="of the training share, that both arms learn from")
+    add("--rows", type=int, default=120, help="of each arm, at most")
+    add("--states", type=int, default=2, help="traced: random states of each solution")
+    add("--candidates", type=int, default=8, help="traced: next steps sampled at each")
+    add("--max-pairs", type=int, default=2, help="traced: of one state")
+    add("--min-gap", type=float, default=0.02, help="traced: in value")
+    add(
+        "--token-weights", default="divergence", choices=("uniform", "divergence"), help="traced: what of a step counts"
+    )
+    add("--threads", type=int, default=1, help="of torch")
+    return options.parse_args(argv)
+
+
+def traced(model, tokenizer, options, prompts: set[str], work: Path) -> list[dict]:
+    rows = [row for row in select(options.data, 10**9)[0] if row["prompt"] in prompts]
+    chains, _ = load_chains(rows, tokenizer, max_length=options.max_length)
+    path = work / "pairs.jsonl"
+    trace_pairs(
+        model, tokenizer, chains, path, states_per_chain=options.states, value="probe", probe=PROBE,
+        num_candidates=options.candidates, max_step_tokens=64, seed=options.seed, resume=True,
+        pairing={"min_gap": options.min_gap, "max_pairs": options.max_pairs}, progress=bar("tracing"),
+        settings={"model": Path(options.model).name},
+    )  # fmt: skip
+    return load_preference_rows(path)
+
+
+def paired(gains, others) -> dict[str, float]:
+    """Difference of the shares of questions with a gain, and its standard error."""
+    each = (gains > 0).astype(float) - (others > 0)
+    return {"mean": each.mean(), "se": each.std(ddof=1) / len(each) ** 0.5}
+
+
+def report(result: dict) -> str:
+    options, hardware = result["options"], result["hardware"]
+    arms = result["arms"]
+
+    def cell(value: dict | None) -> str:
+        return "50.0%" if value is None else f"{value['accuracy']:.1%} ± {value['se']:.1%}"
+
+    tables = {name: {row["name"]: row for row in arm["table"]} for name, arm in arms.items()}
+    lines = [
+        "# Traced step preferences against whole solutions",
+        "",
+        f"`{result['command']}`",
+        "",
+        *how_made(options["model"]),
+        f"{Path(options['model']).name}, LoRA of rank {options['lora_r']}, loss `{options['loss_type']}`, beta "
+        f"{options['beta']}, lr {options['lr']}; traced pairs: token weights `{options['token_weights']}`.",
+        "",
+        "| held-out accuracy | n | before | " + " | ".join(f"after {name}" for name in arms) + " |",
+        "| --- | --- | --- |" + " --- |" * len(arms),
+        *(
+            f"| {name} | {row['n']} | {cell(row['before'])} | "
+            + " | ".join(cell(tables[arm][name]["after"]) for arm in arms)
+            + " |"
+            for name, row in tables["traced"].items()
+        ),
+        "",
+        *(
+            f"{what.capitalize()}: sequence less traced {d['mean']:+.1%} ± {d['se']:.1%}, question by question."
+            for what, d in result["differences"].items()
+        ),
+        "",
+        *(
+            f"{name}: {arm['train']['rows']} rows, {arm['train']['tokens']} tokens, {arm['speed']['updates']} updates, "
+            f"{arm['speed']['train_seconds']:.0f} s, {arm['speed']['tokens_per_second']:.0f} tokens/s, "
+            f"{arm['speed']['peak_rss_mib']:.0f} MiB."
+            for name, arm in arms.items()
+        ),
+        "",
+        f"Accuracy ± standard error; {hardware['cpu']}, {hardware['threads']} thread, torch {hardware['torch']}.",
+        "",
+        *([options["note"], ""] if options["note"] else []),
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

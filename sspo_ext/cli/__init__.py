@@ -1,0 +1,1 @@
+"""The command line: `sspo-ext train`, `rl`, `trace`, `demo`, `info`."""

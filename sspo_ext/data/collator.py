@@ -1,0 +1,98 @@
+"""Batch tokenized preference rows, padded or packed, and build the step layout on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from ..layout.pairs import StepPairs
+from ..layout.steps import StepLayout
+
+SIDES = ("chosen", "rejected")
+
+
+@dataclass
+class StepPreferenceCollator:
+    """From features of `tokenize_rows` to a batch, sequences in the order [chosen of every row, rejected of every row].
+
+    pad_token_id        any id of the vocabulary; padding is neither attended to nor scored
+    packed              one row without padding: input_ids and position_ids (1, total), and no attention mask. Call the
+                        model with use_cache=False, or a Hugging Face model sees one long sequence
+    flash_attention     packed: the boundaries too, in the names that FlashAttention models of transformers take. Those
+                        find them from position_ids as well, but then each layer waits for the device
+    pad_to_multiple_of  round the padded length T up
+    vocab_size          check labels against it here, where the row can still be named
+
+    Returns input_ids and attention_mask (2n, T) int64, or input_ids and position_ids (1, total), and with
+    flash_attention cu_seq_lens_q and _k (2n + 1,) int32, max_length_q and _k int; "layout" (StepLayout)
+    and "pairs" (StepPairs, with weights and margins where a row has any); "ref" (S,) float32, reference sums of the
+    layout's steps, if the features hold "ref_chosen" and "ref_rejected". There is no "labels": the layout holds them,
+    and Trainer would take their presence as a wish to scale the loss by token counts.
+    """
+
+    pad_token_id: int
+    packed: bool = False
+    pad_to_multiple_of: int | None = None
+    vocab_size: int | None = None
+    flash_attention: bool = False
+
+    def __call__(self, features: Sequence[dict]) -> dict:
+        if not features:
+            raise ValueError("features: expected at least one row, got none")
+        ids, labels, steps = (
+            [torch.tensor(f[f"{side}_{name}"], dtype=torch.int64) for side in SIDES for f in features]
+            for name in ("input_ids", "labels", "step_ids")
+        )
+        batch, layout = (self._pack if self.packed else self._pad)(ids, labels, steps)
+        counts = [int(s.max()) + 1 if len(s) else 0 for s in steps]
+        base = [0, *accumulate(counts)]
+        n = len(features)
+        index = [(base[i] + c, base[n + i] + r) for i, f in enumerate(features) for c, r in f["pairs"]]
+
+        def per_pair(name: str, default: float) -> torch.Tensor | None:
+            values = [f.get(name, default) for f in features for _ in f["pairs"]]
+            return torch.tensor(values, dtype=torch.float32) if any(v != default for v in values) else None
+
+        index = torch.tensor(index, dtype=torch.int64).reshape(-1, 2)
+        pairs = StepPairs.from_index(layout, index, weights=per_pair("weight", 1.0), margins=per_pair("margin", 0.0))
+        batch |= {"layout": layout, "pairs": pairs}
+        if any("ref_chosen" in f for f in features):
+            ref = [torch.as_tensor(f[f"ref_{side}"], dtype=torch.float32) for side in SIDES for f in features]
+            for got, count, where in zip(ref, counts, [f.get("source") for f in features] * 2, strict=True):
+                if got.shape != (count,):
+                    raise ValueError(f"ref: expected {count} step sums for {where}, got shape {tuple(got.shape)}")
+            batch["ref"] = torch.cat(ref)
+        return batch
+
+    def _pad(self, ids: list, labels: list, steps: list) -> tuple[dict, StepLayout]:
+        multiple = self.pad_to_multiple_of or 1
+        length = -(-max(map(len, ids)) // multiple) * multiple
+
+        def stack(rows: list, value: int) -> torch.Tensor:
+            return torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=value) for row in rows])
+
+        layout = StepLayout.from_step_ids(stack(labels, -100), stack(steps, -1), vocab_size=self.vocab_size)
+        attention = stack([torch.ones_like(row) for row in ids], 0)
+        return {"input_ids": stack(ids, self.pad_token_id), "attention_mask": attention}, layout
+
+    def _pack(self, ids: list, labels: list, steps: list) -> tuple[dict, StepLayout]:
+        starts = [0, *accumulate(map(len, ids))]
+        spans = [
+            (start + int(where[0]), start + int(where[-1]) + 1)
+            for start, row in zip(starts[:-1], steps, strict=True)
+            for k in range(int(row.max()) + 1 if len(row) else 0)
+            for where in [(row == k).nonzero()[:, 0]]
+        ]
+        cu_seqlens = torch.tensor(starts)
+        spans = torch.tensor(spans, dtype=torch.int64).reshape(-1, 2)
+        layout = StepLayout.from_offsets(torch.cat(labels), cu_seqlens, spans, vocab_size=self.vocab_size)
+        position_ids = torch.cat([torch.arange(len(row)) for row in ids])
+        batch = {"input_ids": torch.cat(ids)[None], "position_ids": position_ids[None]}
+        if self.flash_attention:
+            longest, boundaries = max(map(len, ids)), cu_seqlens.to(torch.int32)
+            batch |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
+            batch |= {"max_length_q": longest, "max_length_k": longest}
+        return batch, layout

@@ -1,0 +1,135 @@
+"""The policy-gradient losses as formulas of token log-probs: one definition each, in torch ops.
+
+A definition is elementwise over scored tokens, given its ratio and constants. Autograd differentiates it on the logits
+route, `Dual` inside the linear route's op.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._checks import check_choice, describe
+
+MAX_LOG_RATIO = 20.0  # exp of it is finite with room to spare; a ratio beyond is a training run that is lost anyway
+
+LEVELS = ("token", "step", "sequence")
+
+
+class PolicyScores(NamedTuple):
+    """What a policy formula sees of N tokens; (N,) each."""
+
+    logp: Tensor
+    ratio: Tensor  # of the token, or of its step or sequence
+    advantage: Tensor  # constant
+
+
+@dataclass(frozen=True)
+class PolicyFormula:
+    """A policy loss: its definition, and what it may be asked for."""
+
+    name: str
+    fn: Callable[..., Tensor]  # (PolicyScores, **options) -> (N,), to be minimised
+    options: Mapping[str, float | None]  # option -> default
+    has_ratio: bool  # whether old log-probs and a level mean anything
+    formula: str
+    source: str
+    use: str  # where it is the right choice
+
+    def check_options(self, given: Mapping[str, float | None]) -> tuple[float, ...]:
+        """Option values in order. One that this loss does not have raises."""
+        unknown = sorted(set(given) - set(self.options))
+        if unknown:
+            has = ", ".join(self.options) or "none"
+            raise TypeError(
+                f"{unknown[0]}: neither a common option nor one of loss_type {self.name!r} (which has {has})"
+            )
+        values = {**self.options, **given}
+        for name, value in values.items():
+            if value is None and self.options[name] is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}: expected a number, got {describe(value)}")
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name}: expected a finite number, 0 or above, got {value!r}")
+        if self.name == "ppo":
+            epsilon = values["epsilon"]
+            if epsilon > 1:
+                raise ValueError(f"epsilon: expected a number in [0, 1], got {epsilon!r}")
+            high = values["epsilon_high"] = epsilon if values["epsilon_high"] is None else values["epsilon_high"]
+            if values["delta"] is not None and values["delta"] <= 1 + high:
+                raise ValueError(f"delta: expected more than 1 + epsilon_high = {1 + high:g}, got {values['delta']!r}")
+            values["delta"] = math.inf if values["delta"] is None else values["delta"]
+        return tuple(float(v) for v in values.values())
+
+
+POLICY_FORMULAS: dict[str, PolicyFormula] = {}
+
+
+def _policy_formula(name, *, options, has_ratio, formula, source, use):
+    def register(fn):
+        POLICY_FORMULAS[name] = PolicyFormula(name, fn, options, has_ratio, formula, source, use)
+        return fn
+
+    return register
+
+
+def get_policy_formula(name: str) -> PolicyFormula:
+    check_choice("loss_type", name, tuple(POLICY_FORMULAS))
+    return POLICY_FORMULAS[name]
+
+
+@_policy_formula(
+    "reinforce",
+    options={},
+    has_ratio=False,
+    formula="-A log pi",
+    source="REINFORCE (Williams 1992); summed, exactly -sum_k A_k S_k over steps",
+    use="one update for each batch of rollouts",
+)
+def _reinforce(s: PolicyScores):
+    return -(s.advantage * s.logp)
+
+
+@_policy_formula(
+    "ppo",
+    options={"epsilon": 0.2, "epsilon_high": None, "delta": None},
+    has_ratio=True,
+    formula="-min(min(r, delta) A, clip(r, 1 - epsilon, 1 + epsilon_high) A)",
+    source="PPO-clip (arXiv 1707.06347); epsilon_high: clip-higher of DAPO (2503.14476); delta: dual clip "
+    "(1912.09729), under TRL's name; r of a sequence: GSPO (2507.18071)",
+    use="several updates for each batch; GRPO, DAPO, Dr. GRPO and GSPO by level, aggregation and advantages",
+)
+def _ppo(s: PolicyScores, epsilon, epsilon_high, delta):
+    clipped = torch.clamp(s.ratio, 1 - epsilon, 1 + epsilon_high)
+    return -torch.minimum(torch.clamp(s.ratio, max=delta) * s.advantage, clipped * s.advantage)
+
+
+@_policy_formula(
+    "cispo",
+    options={"epsilon_high": 5.0},
+    has_ratio=True,
+    formula="-sg(min(r, epsilon_high)) A log pi",
+    source="CISPO (MiniMax-M1, arXiv 2506.13585); epsilon_high bounds r itself, as in TRL",
+    use="several updates, where clipping must not silence rare tokens",
+)
+def _cispo(s: PolicyScores, epsilon_high):
+    return -(torch.clamp(s.ratio.detach(), max=epsilon_high) * s.advantage * s.logp)
+
+
+KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "k1": lambda d: d,
+    "k2": lambda d: 0.5 * torch.square(d),
+    "k3": lambda d: torch.expm1(-d) + d,
+}
+"""Estimates of KL(pi || ref) at a token sampled from pi, from d = log pi - log ref (Schulman 2020, "Approximating KL
+divergence").
+
+All but k2 are unbiased as values. Differentiated as a term of a loss, k2 has the expected gradient of the KL, k3 that
+of KL(ref || pi), and k1 none: it is for reports.
+"""

@@ -1,0 +1,149 @@
+"""Which step should be preferred to which: (winner, loser) indices into a layout's steps, built on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._checks import check_float, check_integer, check_shape
+from .bundle import Steps, TensorBundle, constant
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class StepPairs(TensorBundle):
+    """P pairs of steps, with what launch 2 needs to find them from either side. Build it with `from_index`."""
+
+    index: Tensor  # (P, 2) int32: winner step, loser step
+    adj_offsets: Tensor  # (S + 1,) int32, CSR: the pairs each step is in
+    adj_pairs: Tensor  # (2P,) int32: 2 * pair + side, side 0 when the step is the winner
+    valid: Tensor  # (P,) bool: both steps have scored tokens
+    mean_scale: Tensor  # () float32: 1 / number of valid pairs, or 0 when there are none
+    weights: Tensor | None  # (P,) float32
+    margins: Tensor | None  # (P,) float32, in units of the reward
+    soft_labels: Tensor | None  # (P,) float32: probability that the winner is the better step
+    num_valid: int
+    host_index: Tensor  # (P, 2) int64
+    host_step_offsets: Tensor  # of the layout they were made for
+
+    @property
+    def num_steps(self) -> int:
+        return self.host_step_offsets.shape[0] - 1
+
+    @property
+    def num_pairs(self) -> int:
+        return self.index.shape[0]
+
+    @property
+    def num_dropped(self) -> int:
+        """Pairs with an empty step: they add nothing to the loss and are not counted in its mean."""
+        return self.num_pairs - self.num_valid
+
+    def __repr__(self) -> str:
+        sizes = f"pairs={self.num_pairs}, dropped={self.num_dropped}, steps={self.num_steps}"
+        return f"StepPairs({sizes}, device={self.index.device})"
+
+    @classmethod
+    def from_index(
+        cls,
+        layout: Steps,
+        index: Tensor,  # (P, 2) int: winner step, loser step, as numbered in the layout
+        *,
+        weights: Tensor | None = None,  # (P,) float: multiplies a pair's loss
+        margins: Tensor | None = None,  # (P,) float: subtracted from the reward margin
+        soft_labels: Tensor | None = None,  # (P,) float in [0, 1]
+    ) -> StepPairs:
+        """Checks the pairs against the layout and moves them to its device. An index on a device is copied to the host
+        once (a sync).
+
+        A step may be in any number of pairs. Raises ValueError for an index outside [0, S) or a step paired with
+        itself.
+        """
+        index = index if isinstance(index, Tensor) else torch.as_tensor(index, device="cpu")
+        if index.numel() == 0:
+            index = index.reshape(0, 2).to(torch.int64)
+        check_integer("pairs", index, ndim=2)
+        check_shape("pairs", index, (index.shape[0], 2))
+        host = index.cpu().numpy().astype(np.int64)
+        steps = layout.num_steps
+        outside = (host < 0) | (host >= steps)
+        if outside.any():
+            p, side = (int(i) for i in np.argwhere(outside)[0])
+            raise ValueError(f"pairs: expected step indices in [0, {steps}), got {int(host[p, side])} in pair {p}")
+        same = host[:, 0] == host[:, 1]
+        if same.any():
+            p = int(np.flatnonzero(same)[0])
+            raise ValueError(f"pairs: expected two different steps, got step {int(host[p, 0])} twice in pair {p}")
+
+        flat = host.reshape(-1)
+        adj_pairs = np.argsort(flat, kind="stable")
+        adj_offsets = np.zeros(steps + 1, np.int64)
+        np.cumsum(np.bincount(flat, minlength=steps), out=adj_offsets[1:])
+        counts = np.diff(layout.host_step_offsets.numpy())
+        valid = (counts[host] > 0).all(axis=1)
+        device = layout.device
+
+        def tensor(array, dtype):
+            return torch.from_numpy(np.array(array, order="C")).to(dtype).to(device, non_blocking=True)
+
+        num_valid = int(valid.sum())
+        pairs = cls(
+            index=tensor(host, torch.int32),
+            adj_offsets=tensor(adj_offsets, torch.int32),
+            adj_pairs=tensor(adj_pairs, torch.int32),
+            valid=tensor(valid, torch.bool),
+            mean_scale=tensor(1.0 / num_valid if num_valid else 0.0, torch.float32),
+            weights=None,
+            margins=None,
+            soft_labels=None,
+            num_valid=num_valid,
+            host_index=torch.from_numpy(host),
+            host_step_offsets=layout.host_step_offsets,
+        )
+        return pairs.with_values(weights=weights, margins=margins, soft_labels=soft_labels)
+
+    def with_values(
+        self, *, weights: Tensor | None = None, margins: Tensor | None = None, soft_labels: Tensor | None = None
+    ) -> StepPairs:
+        """The same pairs with these per-pair constants (P,) float; None keeps what was there."""
+        given = {"weights": weights, "margins": margins, "soft_labels": soft_labels}
+        for name, value in given.items():
+            if value is not None:
+                check_float(name, value)
+                check_shape(name, value, (self.num_pairs,))
+        if soft_labels is not None and soft_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            outside = soft_labels[~((soft_labels >= 0) & (soft_labels <= 1))]
+            if outside.numel():
+                raise ValueError(f"soft_labels: expected probabilities in [0, 1], got {outside[0].item()}")
+        device = self.index.device
+        constants = {k: constant(v).to(device, non_blocking=True) for k, v in given.items() if v is not None}
+        if weights is not None:  # a dropped pair's weight, NaN perhaps, reaches no backend
+            constants["weights"] = torch.where(self.valid, constants["weights"], 0)
+        return replace(self, **constants)
+
+    def units(self) -> np.ndarray:
+        """(S,) int64: the connected component of each step, -1 for a step in no pair. Losses of different units are
+        independent."""
+        return connected_steps(self.host_index.numpy(), self.num_steps)
+
+
+def connected_steps(index: np.ndarray, num_steps: int) -> np.ndarray:
+    """(S,) int64: the smallest step of the connected component of each step, -1 for a step in no pair of `index` (P,
+    2)."""
+    parent = np.arange(num_steps)
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for winner, loser in index.tolist():
+        a, b = root(winner), root(loser)
+        parent[max(a, b)] = min(a, b)
+    unit = np.full(num_steps, -1, np.int64)
+    for step in np.unique(index):
+        unit[step] = root(step)
+    return unit

@@ -1,0 +1,237 @@
+"""The public policy losses, from logits and from hidden states: arguments in, loss and metrics out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from .._checks import check_float
+from ..backends.addresses import accumulator
+from ..formulas.policy import POLICY_FORMULAS
+from ..layout.steps import StepLayout
+from ..objective.policy import PolicyProblem
+from ..objective.policy_arguments import PolicyOptions, policy_problem
+from ..objective.sums import StepLogps
+from ..routes.linear import settings as linear
+from ..routes.linear.policy import policy as linear_policy
+from ..routes.logits.prepare import layout_of
+from .logps import step_logps
+
+
+@dataclass(frozen=True, eq=False)
+class StepPolicyOutput:
+    """What a policy loss returns. `loss` carries the gradient; everything else is detached."""
+
+    loss: Tensor  # () float32 (float64 for float64 inputs)
+    tokens: Tensor  # (N,) log-prob of each scored token, in row order
+    step_logps: Tensor  # (S,) step log-probs S_k
+    layout: StepLayout = field(repr=False)
+    problem: PolicyProblem = field(repr=False)
+    entropy: Tensor | None = field(repr=False)  # (N,), with entropy_coef
+    _metrics: dict[str, Tensor] = field(repr=False, default_factory=dict)
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """0-dim tensors on the device, made when asked for, without a host sync.
+
+        policy_loss: the formula's part of the loss; kl (with ref) and entropy (with entropy_coef): means over tokens;
+        ratio/mean (with old); clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean (ppo): shares of tokens
+        whose gradient the clip has cut off, TRL's names; advantages/mean; tokens/count; steps/logps (mean S_k),
+        steps/tokens (mean length), steps/count, steps/empty. Tokens that prob_threshold leaves out do not count.
+        """
+        if self._metrics:
+            return self._metrics
+        p, counts = self.problem, self.layout.counts
+        counted = p.scale != 0
+        tokens, steps = counted.sum(), (counts > 0).sum()
+
+        def mean(x: Tensor) -> Tensor:
+            return torch.where(counted, x, 0.0).sum() / tokens.clamp(min=1)
+
+        made = {"policy_loss": p.total(p.surrogate(self.tokens))}
+        if p.ref is not None:
+            made["kl"] = mean(p.kl(self.tokens))
+        if self.entropy is not None:
+            made["entropy"] = mean(self.entropy)
+        if p.old is not None and POLICY_FORMULAS[p.formula].has_ratio:
+            ratio = torch.exp(p.log_ratio(self.tokens))
+            made["ratio/mean"] = mean(ratio)
+            if p.formula == "ppo":
+                epsilon, epsilon_high, _ = p.options
+                low = mean(((ratio < 1 - epsilon) & (p.advantage < 0)).to(ratio.dtype))
+                high = mean(((ratio > 1 + epsilon_high) & (p.advantage > 0)).to(ratio.dtype))
+                made["clip_ratio/low_mean"], made["clip_ratio/high_mean"] = low, high
+                made["clip_ratio/region_mean"] = low + high
+        self._metrics.update(
+            made,
+            **{
+                "advantages/mean": mean(p.advantage),
+                "tokens/count": tokens,
+                "steps/logps": self.step_logps.sum() / steps.clamp(min=1),
+                "steps/tokens": counts.sum() / steps.clamp(min=1),
+                "steps/count": steps,
+                "steps/empty": counts.numel() - steps,
+            },
+        )
+        return self._metrics
+
+
+def step_policy_loss(
+    logits: Tensor,
+    layout: StepLayout | Tensor,
+    advantages: Tensor,
+    *,
+    step_ids: Tensor | None = None,
+    old: StepLogps | Tensor | None = None,
+    ref: StepLogps | Tensor | None = None,
+    loss_type: str = "reinforce",
+    importance_sampling_level: str = "token",
+    length_normalize: bool = True,
+    prob_threshold: float | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+    aggregation: str = "token",
+    num_items: float | Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weights: Tensor | None = None,
+    backend: str = "auto",
+    inplace_backward: bool = False,
+    **loss_options: float | None,
+) -> StepPolicyOutput:
+    """Policy-gradient loss of a batch of logits with an advantage for each step, or each token.
+
+    Equal to (but one read of the scored rows forward, one read and one write backward, and no stored softmax)::
+
+        logp = log_softmax(logits)[row, label]                     # scored tokens only
+        A    = advantages[step_of_row]
+        r    = exp(logp - old)                                     # or of the step's, the sequence's mean
+        L_t  = formula(logp, r, A) + kl_coef * kl(logp - ref) - entropy_coef * H_t
+        loss = aggregate(token_weights * L)
+
+    Without old log-probs a ratio is pi / stop_grad(pi): 1, with the gradient of the first update.
+
+    Args:
+        logits: (B, T, V), or (total, V) for a packed layout. float32, bfloat16, float16 or float64. Copied once if its
+            last dimension is not contiguous.
+        layout: StepLayout, or unshifted labels (B, T) beside `step_ids` (B, T); build the layout in the collator to
+            avoid the copy to the host.
+        advantages: (S,) for each step, or for each token (N,) in row order or (B, T) aligned with the labels; detached.
+        old: log-probs of the policy that sampled the tokens: StepLogps, (N,) or (B, T); detached. For losses with a
+            ratio, and for prob_threshold.
+        ref: log-probs of the policy that KL is measured from, in the same forms (`old`'s for a soft trust region).
+            With kl_coef = 0 it is only measured.
+        loss_type: 'reinforce', 'ppo' or 'cispo'; see `sspo_ext.formulas.policy.POLICY_FORMULAS` for formula, source and options.
+        importance_sampling_level: whose ratio it is: 'token', 'step' or 'sequence' (GSPO). A step's or sequence's
+            moves each of its tokens by that token's own advantage (GSPO-token). Clip ranges of means are far smaller
+            than of tokens: GSPO uses epsilon=3e-4, epsilon_high=4e-4.
+        length_normalize: a step's or sequence's ratio is exp of the mean log-ratio; False: of the sum (RLOO in TRL).
+        prob_threshold: only tokens whose old probability is below it count (0.9 in SPO, arXiv 2505.23564).
+        kl_coef, kl_estimator: KL term, 'k1', 'k2' or 'k3'; differentiated as it stands, so that k1's gradient is zero
+            on average, and k2's that of KL(pi || ref).
+        entropy_coef: bonus on the entropy of each scored row.
+        aggregation: 'token': mean over all tokens of the batch (DAPO in TRL and verl); 'step': mean within a step, then
+            over steps; 'sequence': mean within a sequence, then over sequences (GRPO); 'sum'. Steps and sequences in
+            which nothing counts are left out. Head, KL and entropy share it.
+        num_items: divides instead of the number of tokens, steps or sequences in this batch (a global one, under
+            gradient accumulation or data parallel); with 'sum' any constant (B * max_completion_length: Dr. GRPO). A
+            number or a 0-dim tensor. DDP and FSDP average gradients: there, multiply the loss by the world size.
+        temperature, logit_softcap, logit_scale, token_weights, backend, inplace_backward: as in `step_pref_loss`. Token
+            weights multiply L_t; they enter neither ratios nor counts.
+        **loss_options: options of the loss type (`epsilon`, `epsilon_high`, `delta`). One that it does not have raises
+            TypeError.
+
+    Returns:
+        StepPolicyOutput; `.loss` is float32 (float64 for float64 logits). With nothing to score it is 0, with zero
+        gradients. Differentiable once: create_graph=True raises.
+
+    Example::
+
+        >>> with torch.no_grad():
+        ...     old = step_logps(model(ids).logits, layout)
+        >>> out = step_policy_loss(model(ids).logits, layout, advantages, old=old, loss_type="ppo", epsilon_high=0.28)
+        >>> out.loss.backward()
+    """
+    if isinstance(layout, StepLayout) and step_ids is not None:
+        raise TypeError("step_ids: given beside a StepLayout, which holds them already")
+    labels = None if isinstance(layout, StepLayout) else layout
+    layout = layout_of(logits, layout if labels is None else None, labels, step_ids, token_weights)
+    check_float("logits", logits)
+    name = backends.select(backend, logits.device.type, logits.dtype)
+    options = PolicyOptions(
+        loss_type, importance_sampling_level, length_normalize, prob_threshold, kl_coef, kl_estimator, entropy_coef,
+        aggregation, num_items, loss_options,
+    )  # fmt: skip
+    problem = policy_problem(layout, accumulator(logits.dtype), name, advantages, old, ref, options)
+    scored = step_logps(
+        logits, layout, entropy=entropy_coef != 0, temperature=temperature, logit_softcap=logit_softcap,
+        logit_scale=logit_scale, backend=backend, inplace_backward=inplace_backward,
+    )  # fmt: skip
+    return policy_output(problem.loss(scored.tokens, scored.entropy), scored, layout, problem)
+
+
+def policy_output(loss: Tensor, scored: StepLogps, layout: StepLayout, problem: PolicyProblem) -> StepPolicyOutput:
+    entropy = None if scored.entropy is None else scored.entropy.detach()
+    return StepPolicyOutput(loss, scored.tokens.detach(), scored.sums.detach(), layout, problem, entropy)
+
+
+def linear_step_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    layout: StepLayout,
+    advantages: Tensor,
+    *,
+    bias: Tensor | None = None,
+    old: StepLogps | Tensor | None = None,
+    ref: StepLogps | Tensor | None = None,
+    loss_type: str = "reinforce",
+    importance_sampling_level: str = "token",
+    length_normalize: bool = True,
+    prob_threshold: float | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+    aggregation: str = "token",
+    num_items: float | Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weights: Tensor | None = None,
+    chunk_bytes: int | None = None,
+    accum_dtype: torch.dtype | None = None,
+    weight_grad: Tensor | None = None,
+    tp_group=None,
+    backend: str = "auto",
+    **loss_options: float | None,
+) -> StepPolicyOutput:
+    """`step_policy_loss(hidden @ weight.T + bias, layout, advantages)`, without ever storing the (N, V) logits.
+
+    Only scored rows enter a GEMM. 1 GEMM (N x H x V) without gradients, 2 with a frozen head, 3 with a trained one:
+    what ties tokens together is at most the ratio of a step or sequence, and one larger than a chunk costs 4 (3 with a
+    frozen head and an entropy bonus), as it does in float16, whose gradients wait for the loss scale.
+    `sspo_ext.losses.policy_plan(layout, ...)` prints it. The losses' options are as in `step_policy_loss`, those
+    of the linear route as in `linear_step_pref_loss`.
+
+    Example::
+
+        >>> hidden = model.model(input_ids).last_hidden_state
+        >>> out = linear_step_policy_loss(hidden, model.lm_head.weight, layout, advantages, old=old, loss_type="ppo")
+        >>> out.loss.backward()
+    """
+    if token_weights is not None and isinstance(layout, StepLayout):
+        layout = layout.with_row_weights(token_weights)
+    call = linear.prepare(
+        hidden, weight, bias, layout, temperature, logit_softcap, logit_scale, chunk_bytes, accum_dtype, weight_grad,
+        tp_group, backend,
+    )  # fmt: skip
+    options = PolicyOptions(
+        loss_type, importance_sampling_level, length_normalize, prob_threshold, kl_coef, kl_estimator, entropy_coef,
+        aggregation, num_items, loss_options,
+    )  # fmt: skip
+    problem = policy_problem(layout, call.acc_dtype, call.settings.backend, advantages, old, ref, options)
+    return policy_output(*linear_policy(call, problem), layout, problem)

@@ -1,0 +1,324 @@
+"""The public losses. They validate, document and choose; kernels and formulas live below."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..formulas.registry import PAIR_FORMULAS
+from ..layout.pairs import StepPairs
+from ..layout.steps import StepLayout
+from ..objective.pair import PairLossSpec, loss_of_sums, mixed_pair_losses
+from ..objective.pair_arguments import check_logps, checked_options, chosen_formulas, pair_loss_spec, resolve_pairs
+from ..objective.sums import StepLogps
+from ..routes.linear import settings as linear
+from ..routes.linear.pref import pref as linear_pref
+from ..routes.logits.prepare import layout_of, prepare
+from ..routes.logits.route import pref
+
+
+@dataclass(frozen=True, eq=False)
+class StepPrefOutput:
+    """What a preference loss returns. `loss` carries the gradient; everything else is detached."""
+
+    loss: Tensor  # () float32 (float64 for float64 logits)
+    step_logps: Tensor  # (S,) step log-probs S_k
+    pair_losses: Tensor  # (P,) unweighted loss of each pair; 0 for a pair with an empty step
+    term_losses: Tensor = field(repr=False)  # (C, P) the same of each of the C losses of a mixture
+    loss_types: tuple[str, ...] = field(repr=False)
+    layout: StepLayout = field(repr=False)
+    pairs: StepPairs = field(repr=False)
+    ref: Tensor | None = field(repr=False)  # (S,) reference step sums, where the (first) loss has a reference
+    beta: float = field(repr=False)
+    per_token_reward: bool = field(repr=False)
+    _metrics: dict[str, Tensor] = field(repr=False, default_factory=dict)
+
+    @property
+    def rewards(self) -> Tensor:
+        """(S,): r_k = beta * (S_k - S_k_ref); divided by the step's token count for losses whose reward is a token mean
+        (simpo, orpo, asft). Of a mixture, the first loss's."""
+        u = self.step_logps if self.ref is None else self.step_logps - self.ref.to(self.step_logps.dtype)
+        return self.beta * (u / self.layout.counts.clamp(min=1) if self.per_token_reward else u)
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """0-dim tensors on the device, made when asked for, without a host sync. Means over pairs whose steps both have
+        tokens:
+
+        rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen, logps/rejected (TRL's
+        names); over steps: steps/logps (mean S_k of steps with tokens), steps/tokens (mean length), steps/count,
+        steps/empty; over pairs: pairs/count, pairs/dropped; of a mixture, loss/NAME of each of its losses.
+        """
+        if self._metrics:
+            return self._metrics
+        valid, (winner, loser) = self.pairs.valid, self.pairs.index.long().unbind(1)
+        num_valid = valid.sum()
+
+        def mean(x: Tensor) -> Tensor:
+            return torch.where(valid, x, torch.zeros_like(x)).sum() / num_valid.clamp(min=1)
+
+        rewards, counts = self.rewards, self.layout.counts
+        num_steps = (counts > 0).sum()
+        r_w, r_l = rewards[winner], rewards[loser]
+        self._metrics.update(
+            {
+                "rewards/chosen": mean(r_w),
+                "rewards/rejected": mean(r_l),
+                "rewards/margins": mean(r_w - r_l),
+                "rewards/accuracies": mean((r_w > r_l).to(rewards.dtype)),
+                "logps/chosen": mean(self.step_logps[winner]),
+                "logps/rejected": mean(self.step_logps[loser]),
+                "steps/logps": self.step_logps.sum() / num_steps.clamp(min=1),
+                "steps/tokens": counts.sum() / num_steps.clamp(min=1),
+                "steps/count": num_steps,
+                "steps/empty": counts.numel() - num_steps,
+                "pairs/count": num_valid,
+                "pairs/dropped": valid.numel() - num_valid,
+            }
+        )
+        if len(self.loss_types) > 1:
+            named = zip(self.loss_types, self.term_losses, strict=True)
+            self._metrics.update({f"loss/{name}": mean(losses) for name, losses in named})
+        return self._metrics
+
+
+def step_pref_loss(
+    logits: Tensor,
+    layout: StepLayout | Tensor | None = None,
+    steps_or_pairs: StepPairs | Tensor | None = None,
+    *,
+    labels: Tensor | None = None,
+    step_ids: Tensor | None = None,
+    pairs: StepPairs | Tensor | None = None,
+    ref: StepLogps | Tensor | None = None,
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    beta: float | None = None,
+    label_smoothing: float = 0.0,
+    soft_labels: Tensor | None = None,
+    weights: Tensor | None = None,
+    margins: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weights: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    backend: str = "auto",
+    inplace_backward: bool = False,
+    **loss_options: float,
+) -> StepPrefOutput:
+    """Step-wise preference loss of a batch of logits, fused forward and backward.
+
+    Equal to (but one read of the scored rows forward, one read and one write backward, and no stored softmax)::
+
+        logp = log_softmax(logits)[row, label]                     # scored tokens only
+        S = segment_sum(token_weights * logp, steps)               # (S,)
+        u = S - S_ref
+        loss = (weights * formula(u[winner], u[loser])).sum() / (number of pairs, or num_items)
+
+    Called as `step_pref_loss(logits, layout, pairs)` with a StepLayout, or as `step_pref_loss(logits, labels,
+    step_ids)` with plain (B, T) tensors whose rows are [chosen_0.., rejected_0..]: step k of a chosen sequence is then
+    paired with step k of its rejected one and unmatched steps are left out, unless `pairs=` says otherwise. Plain
+    tensors on a GPU cost a copy to the host; build layout and pairs in the collator to avoid it. Under torch.compile
+    pass a StepLayout and StepPairs: host work cannot be traced.
+
+    Args:
+        logits: (B, T, V), or (total, V) for a packed layout. float32, bfloat16, float16 or float64. Copied once if its
+            last dimension is not contiguous.
+        layout: StepLayout, or unshifted labels (B, T) int with -100 where nothing is scored (also by name, `labels=`).
+        steps_or_pairs: pairs when `layout` is a StepLayout; step_ids (B, T) when it is labels (also `step_ids=`).
+        pairs: StepPairs or (P, 2) int indices (winner step, loser step). Default: pair by index.
+        ref: the reference's StepLogps, step sums (S,), or token log-probs as (N,) rows or (B, T) aligned with the
+            labels; detached. None is reference-free.
+        loss_type: a name of docs/losses.md (`sspo_ext.formulas.registry.PAIR_FORMULAS`), or a list of names: a mixture over one pass
+            of the logits. Each of its losses takes the options, reference and labels that it has.
+        loss_weights: beside a list, what each of its losses counts; default 1 each.
+        beta: reward scale; default is the loss type's (0.1; 2.0 for simpo).
+        label_smoothing: probability in [0, 0.5) that a pair's order is wrong; for losses that have it.
+        soft_labels: (P,) in [0, 1], the probability that the winner is better; instead of label_smoothing.
+        weights: (P,) multiply the pairs' losses (the mean still divides by their number).
+        margins: (P,), in units of the reward.
+        temperature, logit_softcap, logit_scale: the distribution is softmax(cap(logit_scale * logits) / temperature).
+        token_weights: (B, T), or (N,) in row order with a StepLayout; constants. Zeros belong to the layout's
+            construction.
+        reduction: 'mean' over pairs whose steps both have tokens, or 'sum'.
+        num_items: divides the sum instead (a global number of pairs, under gradient accumulation or data parallel); a
+            number or a 0-dim tensor. DDP and FSDP average gradients: there, multiply the loss by the world size.
+        backend: 'auto', 'cpu', 'triton', 'cuda' or 'reference'.
+        inplace_backward: write the gradient over the logits.
+        **loss_options: further options of the loss type (`simpo_gamma`). One that it does not have raises TypeError.
+
+    Returns:
+        StepPrefOutput; `.loss` is float32 (float64 for float64 logits). With nothing to score it is 0, with zero
+        gradients.
+
+    Example::
+
+        >>> out = step_pref_loss(model(input_ids).logits, labels, step_ids, ref=ref_step_sums, beta=0.1)
+        >>> out.loss.backward()
+    """
+    formulas = chosen_formulas(loss_type, loss_weights)
+    if steps_or_pairs is not None:
+        name, twice = ("pairs", pairs) if isinstance(layout, StepLayout) else ("step_ids", step_ids)
+        if twice is not None:
+            raise TypeError(f"{name}: given twice, by position and by name")
+        pairs, step_ids = (steps_or_pairs, step_ids) if name == "pairs" else (pairs, steps_or_pairs)
+    layout = layout_of(logits, layout, labels, step_ids, token_weights)
+    call = prepare(logits, layout, temperature, logit_softcap, logit_scale, backend, inplace_backward)
+    pairs = resolve_pairs(layout, pairs, weights, margins, soft_labels)
+    spec = pair_loss_spec(
+        formulas, layout, pairs, call.acc_dtype, ref, beta, label_smoothing, reduction, num_items, loss_options
+    )
+    return pref_output(*pref(call, spec), layout, spec)
+
+
+def pref_loss(
+    logps: StepLogps,
+    layout: StepLayout,
+    pairs: StepPairs | Tensor | None = None,
+    *,
+    ref: StepLogps | Tensor | None = None,
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    beta: float | None = None,
+    label_smoothing: float = 0.0,
+    soft_labels: Tensor | None = None,
+    weights: Tensor | None = None,
+    margins: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    **loss_options: float,
+) -> StepPrefOutput:
+    """`step_pref_loss` of step log-probs that are there already, from either route; a few torch ops on (S,).
+
+    For what shares a pass with the loss (WPO's weights, entropy) and for values that depend on the log-probs. With a
+    trained head on the linear route it costs one more GEMM than `linear_step_pref_loss`. Token weights are the layout's
+    that made `logps`. Arguments and errors as in `step_pref_loss`.
+
+    Example::
+
+        >>> logps = step_logps(logits, layout, sum_p2=True)
+        >>> pref_loss(logps, layout, pairs, ref=ref, weights=wpo_weights(logps, layout, pairs)).loss.backward()
+    """
+    check_logps("logps", logps, layout)
+    formulas = chosen_formulas(loss_type, loss_weights)
+    pairs = resolve_pairs(layout, pairs, weights, margins, soft_labels)
+    spec = pair_loss_spec(
+        formulas, layout, pairs, logps.sums.dtype, ref, beta, label_smoothing, reduction, num_items, loss_options
+    )
+    loss, losses = loss_of_sums(logps.sums, layout, spec)
+    return pref_output(loss, logps.sums, losses, layout, spec)
+
+
+def pref_output(
+    loss: Tensor, sums: Tensor, term_losses: Tensor, layout: StepLayout, spec: PairLossSpec
+) -> StepPrefOutput:
+    first, losses = spec.terms[0], term_losses.detach()
+    return StepPrefOutput(
+        loss, sums.detach(), mixed_pair_losses(losses, spec), losses, tuple(t.formula for t in spec.terms), layout,
+        spec.pairs, spec.ref if first.ref else None, first.options[0], PAIR_FORMULAS[first.formula].per_token_reward,
+    )  # fmt: skip
+
+
+class StepPrefLoss(nn.Module):
+    """`step_pref_loss` with its options bound, for those who want a module.
+
+    Example::
+
+        >>> criterion = StepPrefLoss(loss_type="ipo", beta=0.2)
+        >>> criterion(logits, layout, pairs, ref=ref).loss.backward()
+    """
+
+    def __init__(self, loss_type: str | Sequence[str] = "sigmoid", beta: float | None = None, **options):
+        super().__init__()
+        common = inspect.signature(step_pref_loss).parameters
+        formulas = chosen_formulas(loss_type, options.get("loss_weights"))
+        checked_options(formulas, beta, {k: v for k, v in options.items() if k not in common})
+        self.options = {"loss_type": loss_type, "beta": beta, **options}
+
+    def forward(
+        self, logits: Tensor, layout: StepLayout | Tensor | None = None, steps_or_pairs=None, **kwargs
+    ) -> StepPrefOutput:
+        return step_pref_loss(logits, layout, steps_or_pairs, **{**self.options, **kwargs})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.options.items() if v is not None)
+
+
+def linear_step_pref_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    layout: StepLayout,
+    pairs: StepPairs | Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    ref: StepLogps | Tensor | None = None,
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    beta: float | None = None,
+    label_smoothing: float = 0.0,
+    soft_labels: Tensor | None = None,
+    weights: Tensor | None = None,
+    margins: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weights: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    chunk_bytes: int | None = None,
+    accum_dtype: torch.dtype | None = None,
+    weight_grad: Tensor | None = None,
+    tp_group=None,
+    backend: str = "auto",
+    **loss_options: float,
+) -> StepPrefOutput:
+    """`step_pref_loss(hidden @ weight.T + bias, layout, pairs)`, without ever storing the (N, V) logits.
+
+    Prompt, padding, ignored and zero-weight tokens cost nothing and get exactly zero gradient. Rows are worked on in
+    chunks that fit `chunk_bytes`; extra memory is that budget and the gradients asked for, at any sequence length.
+    Gradients are made in forward: 1 GEMM (N x H x V) without gradients, 2 with a frozen head, 3 with a trained one when
+    each connected set of pairs fits in a chunk, 4 for a set that does not. In float16 a trained head costs 4 and its
+    gradients are made in backward, under the caller's loss scale. `sspo_ext.losses.pref_plan(layout, ...)` prints it. GEMMs run in the
+    promoted dtype of hidden and weight, or in autocast's; a weight of another dtype is then copied once a call. The
+    same budget gives the same bits.
+
+    Args:
+        hidden: (B, T, H), or (total, H) with a packed layout. Copied once if its positions are not evenly strided.
+        weight: (V, H) head weight.
+        layout, pairs, ref, loss_type, loss_weights, beta, ...: as in `step_pref_loss`; a StepLayout is needed here.
+        bias: (V,). The distribution is softmax(softcap(logit_scale * (hidden @ weight.T + bias)) / temperature).
+        chunk_bytes: budget of the logits buffer; default 128 MiB on CPUs, 512 MiB elsewhere.
+        accum_dtype: dtype in which the weight's gradient accumulates over chunks, float32 by default (float64 for
+            float64); the weight's own is allowed.
+        weight_grad: (V, H) buffer that the weight's gradient is added to in backward (`main_grad`); autograd then sees
+            none.
+        tp_group: process group over which the vocabulary is split in equal parts, this rank's rows being `weight`
+            (Megatron's layout; rows that pad V must carry a bias of -inf), or, beside a DTensor weight sharded over
+            its rows, the group of its mesh. Labels and hidden states must be equal on all its ranks.
+
+    Returns:
+        StepPrefOutput; `.loss` is float32 (float64 for float64). Differentiable once: create_graph=True raises.
+
+    Example::
+
+        >>> hidden = model.model(input_ids).last_hidden_state
+        >>> linear_step_pref_loss(hidden, model.lm_head.weight, layout, pairs, ref=ref_sums).loss.backward()
+    """
+    formulas = chosen_formulas(loss_type, loss_weights)
+    if token_weights is not None and isinstance(layout, StepLayout):
+        layout = layout.with_row_weights(token_weights)
+    call = linear.prepare(
+        hidden, weight, bias, layout, temperature, logit_softcap, logit_scale, chunk_bytes, accum_dtype, weight_grad,
+        tp_group, backend,
+    )  # fmt: skip
+    pairs = resolve_pairs(layout, pairs, weights, margins, soft_labels)
+    spec = pair_loss_spec(
+        formulas, layout, pairs, call.acc_dtype, ref, beta, label_smoothing, reduction, num_items, loss_options
+    )
+    return pref_output(*linear_pref(call, spec), layout, spec)

@@ -1,0 +1,110 @@
+"""AOT: losses on log-ratios sorted over the batch (optimal transport in one dimension)."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .._checks import check_positive
+from ..formulas.numerics import logistic
+from ..layout.pairs import StepPairs
+from ..layout.steps import StepLayout
+from ..objective.pair_arguments import resolve_pairs
+from ..objective.sums import StepLogps
+from .common import StepLossOutput, log_ratios, loss_function, reduce_units
+
+
+def _over_ranks(values: Tensor, group) -> Tensor:
+    """(W * P,): every rank's values, with gradient to this rank's. All ranks must bring as many."""
+    if group is None:
+        return values
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    everyone = values.new_empty(world * len(values))
+    dist.all_gather_into_tensor(everyone, values.detach().contiguous(), group=group)
+    parts = list(everyone.chunk(world))
+    parts[rank] = values
+    return torch.cat(parts)
+
+
+def _sorted_last(values: Tensor, valid: Tensor) -> Tensor:
+    """Ascending, with what is not valid (and a gradient of 0) at the end."""
+    return torch.where(valid, values, torch.full_like(values, torch.inf)).sort().values
+
+
+def _aot(high: Tensor, low: Tensor, valid: Tensor, beta, label_smoothing, reduction, num_items, group):
+    """Smoothed logistic of sorted values of (P,) pairs; a mean over all ranks."""
+    check_positive("beta", beta)
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing: expected a number in [0, 0.5), got {label_smoothing!r}")
+    high, low, valid = (_over_ranks(v, group) for v in (high, low, valid.to(high.dtype)))
+    valid = valid > 0
+    placed = torch.arange(len(valid), device=valid.device) < valid.sum()
+    high, low = (torch.where(placed, _sorted_last(v, valid), torch.zeros_like(v)) for v in (high, low))
+    label = torch.full_like(high, 1 - label_smoothing)
+    loss, losses = reduce_units(logistic(beta * (high - low), label), placed, None, reduction, num_items)
+    if group is not None:
+        # data parallel averages gradients, while each rank sees only its own part of this loss's
+        loss = loss + (dist.get_world_size(group) - 1) * (loss - loss.detach())
+    return loss, losses.detach()
+
+
+@loss_function(
+    "aot",
+    formula="-q ls(z) - (1 - q) ls(-z),  z_i = beta (sort(S_w - S_l)_i - sort(R_w - R_l)_i)",
+    source="AOT (arXiv 2406.05882), paired, as TRL's loss_type 'aot'",
+    use="the policy's margins should dominate the reference's as a distribution",
+    unit="pair",
+    needs="pairs, reference; a sort over the batch",
+)
+def aot_loss(
+    logps: StepLogps,
+    layout: StepLayout,
+    pairs: StepPairs | Tensor | None = None,
+    *,
+    ref: StepLogps | Tensor | None = None,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    group=None,
+) -> StepLossOutput:
+    """Alignment by optimal transport of margins. `losses` are in the sorted order, of all ranks of `group`, which must
+    bring equally many pairs; gradients are then those of the mean over all ranks once data parallel has averaged."""
+    u = log_ratios(logps, layout, ref, "AOT")
+    pairs = resolve_pairs(layout, pairs, None, None, None)
+    winner, loser = pairs.index.long().unbind(1)
+    sums, ref_sums = logps.sums, (logps.sums - u).detach()
+    loss, losses = _aot(
+        sums[winner] - sums[loser], ref_sums[winner] - ref_sums[loser], pairs.valid, beta, label_smoothing, reduction,
+        num_items, group,
+    )  # fmt: skip
+    return StepLossOutput(loss, losses, beta * u.detach())
+
+
+@loss_function(
+    "aot_unpaired",
+    formula="-q ls(z) - (1 - q) ls(-z),  z_i = beta (sort(u_w)_i - sort(u_l)_i)",
+    source="AOT (arXiv 2406.05882), unpaired, as TRL's loss_type 'aot_unpaired'",
+    use="as aot, where chosen and rejected responses have different prompts",
+    unit="pair",
+    needs="pairs (their order does not matter), reference; a sort over the batch",
+)
+def aot_unpaired_loss(
+    logps: StepLogps,
+    layout: StepLayout,
+    pairs: StepPairs | Tensor | None = None,
+    *,
+    ref: StepLogps | Tensor | None = None,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    group=None,
+) -> StepLossOutput:
+    """Alignment by optimal transport of rewards; arguments as in `aot_loss`."""
+    u = log_ratios(logps, layout, ref, "AOT")
+    pairs = resolve_pairs(layout, pairs, None, None, None)
+    winner, loser = pairs.index.long().unbind(1)
+    loss, losses = _aot(u[winner], u[loser], pairs.valid, beta, label_smoothing, reduction, num_items, group)
+    return StepLossOutput(loss, losses, beta * u.detach())

@@ -1,0 +1,158 @@
+"""A policy loss over scored rows: its formula, its constants, and its sum.
+
+Everything of it but the log-probs is constant. Autograd differentiates it on the logits route, `Dual` inside the linear
+route's op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..formulas.policy import KL_ESTIMATORS, MAX_LOG_RATIO, POLICY_FORMULAS, PolicyScores
+from ..layout.steps import StepLayout
+from .sums import segment_sums, total
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Runs of rows that share one ratio."""
+
+    offsets: Tensor  # (U + 1,) int32, CSR over rows
+    of_row: Tensor  # (N,) int64
+    host_offsets: Tensor  # (U + 1,) int64
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyProblem:
+    """A policy loss over N rows, all of it but the log-probs."""
+
+    formula: str
+    options: tuple[float, ...]
+    kl_estimator: str
+    kl_coef: float
+    entropy_coef: float
+    length_normalize: bool  # the ratio of a segment is of the mean log-ratio, not of the sum
+    advantage: Tensor  # (N,)
+    old: Tensor | None  # (N,)
+    ref: Tensor | None  # (N,)
+    scale: Tensor  # (N,): token weight over the tokens of what is averaged first; 0 where the token does not count
+    norm: Tensor  # (): one over the number of what is averaged last
+    segments: Segments | None = field(repr=False)  # None: each token has its own ratio
+    step_offsets: Tensor = field(repr=False)  # (S + 1,) int32
+    backend: str
+
+    def part(self, start: int, end: int) -> PolicyProblem:
+        """Rows [start, end), which are whole segments."""
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[start:end]
+
+        segments = self.segments
+        if segments is not None:
+            first, last = torch.searchsorted(segments.host_offsets, torch.tensor([start, end], device="cpu")).tolist()
+            segments = Segments(
+                segments.offsets[first : last + 1] - start,
+                segments.of_row[start:end] - first,
+                segments.host_offsets[first : last + 1] - start,
+            )
+        return replace(
+            self, advantage=cut(self.advantage), old=cut(self.old), ref=cut(self.ref), scale=cut(self.scale),
+            segments=segments,
+        )  # fmt: skip
+
+    def log_ratio(self, logp: Tensor) -> Tensor:
+        """(N,): log pi - log old of each token, or of its segment.
+
+        The value is the segment's; the gradient goes through the token's own log-prob (GSPO-token, arXiv 2507.18071,
+        section 4.3), so that each token is moved by its own advantage. Where a segment's advantages and weights are
+        equal this is the gradient of the segment's ratio.
+        """
+        fixed = logp.detach()
+        if self.segments is None:
+            return torch.clamp(logp - (fixed if self.old is None else self.old), -MAX_LOG_RATIO, MAX_LOG_RATIO)
+        offsets, of_row = self.segments.offsets, self.segments.of_row
+        count = (offsets[1:] - offsets[:-1]).clamp(min=1).to(fixed.dtype)
+        moved = logp - fixed
+        if not self.length_normalize:
+            moved = moved * count[of_row]
+        if self.old is None:
+            return moved
+        sums = segment_sums(fixed - self.old, offsets, of_row, self.backend)
+        if self.length_normalize:
+            sums = sums / count
+        return torch.clamp(moved + sums[of_row], -MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+    def surrogate(self, logp: Tensor) -> Tensor:
+        """(N,): the formula alone."""
+        definition = POLICY_FORMULAS[self.formula]
+        ratio = torch.exp(self.log_ratio(logp)) if definition.has_ratio else None
+        return definition.fn(
+            PolicyScores(logp, ratio, self.advantage), **dict(zip(definition.options, self.options, strict=True))
+        )
+
+    def kl(self, logp: Tensor) -> Tensor:
+        """(N,): the estimate of KL(pi || ref) at each token."""
+        return KL_ESTIMATORS[self.kl_estimator](logp - self.ref)
+
+    def rows(self, logp: Tensor) -> Tensor:
+        """(N,): formula and KL term of each token, before scale and norm; a Tensor or a Dual, as `logp` is."""
+        terms = self.surrogate(logp)
+        return terms + self.kl_coef * self.kl(logp) if self.kl_coef else terms
+
+    def total(self, rows: Tensor) -> Tensor:
+        """(): sum of scale * rows, times the norm."""
+        return total(rows * self.scale, self.step_offsets, self.backend) * self.norm
+
+    def loss(self, logp: Tensor, entropy: Tensor | None) -> Tensor:
+        rows = self.rows(logp)
+        return self.total(rows - self.entropy_coef * entropy if self.entropy_coef else rows)
+
+
+def pack_problem(problem: PolicyProblem) -> tuple:
+    """A problem as the linear route's op takes it, in the order of POLICY_SCHEMA; the norm is multiplied into the scale."""
+    units = problem.segments
+    return (
+        *((None,) * 3 if units is None else (units.offsets, units.of_row, units.host_offsets)), problem.step_offsets,
+        problem.advantage, problem.old, problem.ref, problem.scale * problem.norm, problem.formula,
+        list(problem.options), problem.length_normalize, problem.kl_estimator, problem.kl_coef, problem.entropy_coef,
+    )  # fmt: skip
+
+
+POLICY_SCHEMA = (
+    "Tensor? unit_offsets, Tensor? unit_of_row, Tensor? host_unit_offsets, Tensor step_offsets, Tensor advantage, "
+    "Tensor? old, Tensor? ref, Tensor scale, str formula, float[] options, bool length_normalize, str kl_estimator, "
+    "float kl_coef, float entropy_coef"
+)
+
+
+def unpack_problem(packed: Sequence, backend: str) -> PolicyProblem:
+    """The problem that `pack_problem` packed; its norm is 1."""
+    (
+        unit_offsets, unit_of_row, host_unit_offsets, step_offsets, advantage, old, ref, scale, formula, options,
+        length_normalize, kl_estimator, kl_coef, entropy_coef,
+    ) = packed  # fmt: skip
+    return PolicyProblem(
+        formula, tuple(options), kl_estimator, kl_coef, entropy_coef, length_normalize, advantage, old, ref, scale,
+        scale.new_ones(()), None if unit_offsets is None else Segments(unit_offsets, unit_of_row, host_unit_offsets),
+        step_offsets, backend,
+    )  # fmt: skip
+
+
+def segments_of(layout: StepLayout, level: str) -> Segments:
+    """The layout's steps, or its sequences, as runs of rows."""
+    if level == "step":
+        return Segments(layout.step_offsets, layout.step_of_row, layout.host_step_offsets)
+
+    def first_steps(sequence: Tensor) -> Tensor:
+        every = torch.arange(layout.num_sequences + 1, dtype=sequence.dtype, device=sequence.device)
+        return torch.searchsorted(sequence, every)
+
+    return Segments(
+        layout.step_offsets[first_steps(layout.step_sequence)],
+        layout.step_sequence.long()[layout.step_of_row],
+        layout.host_step_offsets[first_steps(layout.host_step_sequence)],
+    )

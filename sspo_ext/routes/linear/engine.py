@@ -1,0 +1,233 @@
+"""The chunked engine behind the linear route: hidden rows x head weight -> log-probs, loss and gradients; the logits
+never exist at once.
+
+GEMMs are torch's (cuBLAS, MKL, oneDNN); between them the row kernels of the chosen backend work in place on one reused
+buffer. Runs inside `torch.library` ops, below autograd, so it may plan on the host and write into what it likes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ... import backends
+from ...backends.arguments import StepLossArguments
+from ...objective.pair import LossTerm, evaluate_terms
+from .gradients import Gradients
+from .head import Head
+from .plan import Group, LinearPlan
+
+
+class Rows:
+    """The scored rows in the plan's order: gathered a chunk at a time, never all at once in the GEMM's dtype."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        rows: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        plan: LinearPlan,
+        dtype: torch.dtype,
+    ):
+        self.order = None if plan.order is None else torch.from_numpy(plan.order).to(rows.device, non_blocking=True)
+        self.source, self.dtype = hidden, dtype
+        self.rows, self.labels, self.weights = (
+            t if t is None or self.order is None else t.index_select(0, self.order) for t in (rows, labels, weights)
+        )
+
+    def chunk(self, start: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(n, H) hidden states, (n,) labels, (n,) rows of the batch."""
+        rows = self.rows[start:end]
+        return self.source.index_select(0, rows).to(self.dtype), self.labels[start:end], rows
+
+    def restore(self, values: Tensor) -> Tensor:
+        """From the plan's row order to the layout's."""
+        return values if self.order is None else torch.empty_like(values).index_copy_(0, self.order, values)
+
+
+@dataclass
+class PairProblem:
+    """The pair loss of a whole call; `evaluate` takes it a group at a time. See ops.py for the fields."""
+
+    weights: Tensor | None  # (N,) token weights in the plan's row order
+    ref: Tensor | None
+    pair_weights: Tensor | None
+    pair_margins: Tensor | None
+    pair_labels: Tensor | None
+    token_pair_weights: Tensor | None
+    scale: Tensor
+    terms: list[LossTerm]
+    backend: str
+
+    def prepare(
+        self, plan: LinearPlan, host_step_offsets: np.ndarray, host_pair_index: np.ndarray, device: torch.device
+    ) -> None:
+        """Renumbers each group's steps and pairs from 0; all tables go to the device in one copy."""
+        self.num_steps, self.num_pairs = len(host_step_offsets) - 1, len(host_pair_index)
+        tables = [_group_tables(group, host_step_offsets, host_pair_index) for group in plan.groups]
+        flat = [table.reshape(-1) for group in tables for table in group]
+        packed = np.concatenate([np.zeros(0, np.int32), *flat]).astype(np.int32)
+        pieces = iter(torch.from_numpy(packed).to(device, non_blocking=True).split([len(t) for t in flat]))
+        self.tables = [[next(pieces) for _ in group] for group in tables]
+
+    def evaluate(self, number: int, group: Group, logps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(loss, sums, pair losses (C, p), d loss/d logp) of a group with rows `logps`, steps one after the other."""
+        steps, pairs, offsets, index, adj_offsets, adj_pairs = self.tables[number]
+
+        def pick(values: Tensor | None, which: Tensor) -> Tensor | None:
+            return None if values is None else values.index_select(0, which)
+
+        weights = None if self.weights is None else self.weights[group.start : group.end]
+        given = StepLossArguments(
+            logps, weights, offsets, pick(self.ref, steps), index.view(-1, 2), adj_offsets, adj_pairs,
+            pick(self.pair_weights, pairs), pick(self.pair_margins, pairs), pick(self.pair_labels, pairs), self.scale,
+            "", [], 1.0,
+        )  # fmt: skip
+        step_loss_fwd = backends.load(self.backend).step_loss_fwd
+        return evaluate_terms(step_loss_fwd, self.terms, given, pick(self.token_pair_weights, pairs))
+
+
+def _group_tables(group: Group, offsets: np.ndarray, index: np.ndarray) -> list[np.ndarray]:
+    """steps, pairs, step offsets, pair index, and the pairs each step is in, of one group, in its own numbering."""
+    counts = np.diff(offsets)[group.steps]
+    place = np.zeros(len(offsets) - 1, np.int64)
+    place[group.steps] = np.arange(len(group.steps))
+    own = place[index[group.pairs]]
+    flat = own.reshape(-1)
+    own_offsets, adj_offsets = (
+        np.concatenate([[0], np.cumsum(c)]) for c in (counts, np.bincount(flat, minlength=len(counts)))
+    )
+    return [group.steps, group.pairs, own_offsets, own, adj_offsets, np.argsort(flat, kind="stable")]
+
+
+def run_pref(
+    head: Head, rows: Rows, plan: LinearPlan, problem: PairProblem, gradients: Gradients
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss (), sums (S,), pair losses (C, P), and coef (N,) = d loss/d logp, in the layout's row order."""
+    device, dtype = rows.labels.device, head.acc_dtype
+    tokens, coef = (torch.zeros(plan.num_rows, dtype=dtype, device=device) for _ in range(2))
+    lse = torch.empty(plan.num_rows, dtype=torch.float64, device=device)
+    sums, pair_losses = (
+        torch.zeros(size, dtype=dtype, device=device)
+        for size in (problem.num_steps, (len(problem.terms), problem.num_pairs))
+    )
+    loss = torch.zeros((), dtype=dtype, device=device)
+    head.allocate(plan)
+    for number, group in enumerate(plan.groups):
+        for start, end in group.chunks:
+            chunk = rows.chunk(start, end)
+            logits = head.logits(chunk[0])
+            tokens[start:end], lse[start:end] = head.logps(logits, chunk[1])
+            if group.kind == "frozen":
+                _add_chunk(head, gradients, chunk, logits, lse[start:end], None)
+        span = slice(group.start, group.end)
+        group_loss, group_sums, group_pairs, coef[span] = problem.evaluate(number, group, tokens[span])
+        steps, pairs = problem.tables[number][:2]
+        loss += group_loss
+        sums.index_copy_(0, steps.long(), group_sums)
+        pair_losses.index_copy_(1, pairs.long(), group_pairs)
+        if group.kind not in ("complete", "recompute"):
+            continue
+        for i, (start, end) in enumerate(reversed(group.chunks)):
+            if i:  # the last chunk's logits are still in the buffer
+                chunk = rows.chunk(start, end)
+                logits = head.logits(chunk[0])
+            _add_chunk(head, gradients, chunk, logits, lse[start:end], coef[start:end])
+    return loss, sums, pair_losses, rows.restore(coef)
+
+
+def run_logps(head: Head, rows: Rows, plan: LinearPlan, gradients: Gradients) -> tuple[Tensor, Tensor]:
+    """(tokens (N,), lse (N,)); with a frozen plan also d logp/d hidden of each row, into `gradients`."""
+    tokens = torch.empty(plan.num_rows, dtype=head.acc_dtype, device=rows.labels.device)
+    lse = torch.empty_like(tokens, dtype=torch.float64)
+    head.allocate(plan)
+    for group in plan.groups:
+        for start, end in group.chunks:
+            chunk = rows.chunk(start, end)
+            logits = head.logits(chunk[0])
+            tokens[start:end], lse[start:end] = head.logps(logits, chunk[1])
+            if group.kind == "frozen":
+                _add_chunk(head, gradients, chunk, logits, lse[start:end], None)
+    return tokens, lse
+
+
+def run_backward(head: Head, rows: Rows, plan: LinearPlan, lse: Tensor, coef: Tensor, gradients: Gradients) -> None:
+    """Gradients for d/dlogp known only now: the logits are computed again."""
+    head.allocate(plan)
+    for group in plan.groups:
+        for start, end in group.chunks:
+            chunk = rows.chunk(start, end)
+            _add_chunk(head, gradients, chunk, head.logits(chunk[0]), lse[start:end], coef[start:end])
+
+
+@dataclass
+class Reference:
+    """The distribution that kl is taken from: its own head over the same vocabulary, and hidden states of the rows."""
+
+    head: Head
+    rows: Rows
+
+    def logits(self, start: int, end: int) -> Tensor:
+        """(n, V) into the reference's buffer."""
+        return self.head.logits(self.rows.chunk(start, end)[0])
+
+
+def _allocate(head: Head, ref: Reference | None, plan: LinearPlan) -> None:
+    head.allocate(plan)
+    if ref is not None:
+        ref.head.allocate(plan)
+
+
+def run_reductions(head: Head, rows: Rows, plan: LinearPlan, ref: Reference | None) -> tuple[Tensor, ...]:
+    """logp, lse, entropy, sum_p2, kl and the reference's lse; (N,) each, the last two empty without a reference."""
+    N, M, device = plan.num_rows, 0 if ref is None else plan.num_rows, rows.labels.device
+    sizes = (
+        (N, head.acc_dtype),
+        (N, torch.float64),
+        *[(N, head.acc_dtype)] * 2,
+        (M, head.acc_dtype),
+        (M, torch.float64),
+    )
+    out = tuple(torch.empty(size, dtype=dtype, device=device) for size, dtype in sizes)
+    _allocate(head, ref, plan)
+    for group in plan.groups:
+        for start, end in group.chunks:
+            hidden, labels, _ = rows.chunk(start, end)
+            ref_logits = None if ref is None else ref.logits(start, end)
+            parts = head.reductions(head.logits(hidden), labels, ref_logits)
+            for whole, part in zip(out, parts, strict=True):
+                if len(whole):
+                    whole[start:end] = part
+    return out
+
+
+def run_reductions_backward(
+    head: Head, rows: Rows, plan: LinearPlan, ref: Reference | None, lse: Tensor, ref_lse: Tensor, coefs: Tensor,
+    gradients: Gradients,
+) -> None:  # fmt: skip
+    """Gradients for coefs (N, 5), see reductions.py: the logits are computed again, the reference's too."""
+    _allocate(head, ref, plan)
+    for group in plan.groups:
+        for start, end in group.chunks:
+            hidden, labels, places = rows.chunk(start, end)
+            logits, ref_logits = head.logits(hidden), None if ref is None else ref.logits(start, end)
+            head.reductions_to_gradient(
+                logits, labels, lse[start:end], ref_logits, ref_lse[start:end], coefs[start:end]
+            )
+            gradients.add(head, logits, hidden, places)
+
+
+def _add_chunk(
+    head: Head,
+    gradients: Gradients,
+    chunk: tuple[Tensor, Tensor, Tensor],
+    logits: Tensor,
+    lse: Tensor,
+    coef: Tensor | None,
+) -> None:
+    hidden, labels, rows = chunk
+    gradients.add(head, head.to_gradient(logits, labels, lse, coef), hidden, rows)

@@ -1,0 +1,90 @@
+"""The LM head applied to a chunk of rows: logits, log-probs, gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ... import backends
+from ...backends.addresses import accumulator
+from .plan import LinearPlan
+from .shards import VocabShard
+
+
+@dataclass
+class Head:
+    """The LM head of one call, in the dtype its GEMMs run in, with the row kernels that work on its logits."""
+
+    weight: Tensor  # (V, H), or this rank's rows of it
+    bias: Tensor | None  # (V,)
+    a: float
+    c: float
+    backend: str
+    shard: VocabShard | None
+
+    def __post_init__(self):
+        self.kernels = backends.load(self.backend)
+        self.vocab = self.weight.shape[0]
+        self.acc_dtype = accumulator(self.weight.dtype)
+
+    def allocate(self, plan: LinearPlan) -> None:
+        rows, device = min(plan.chunk_rows, plan.num_rows), self.weight.device
+        self.buffer = self.empty((rows, self.vocab), self.weight.dtype)
+        self.row_ids = torch.arange(rows, device=device)
+        self.row_of = self.row_ids.to(torch.int32)
+        self.ones = torch.ones(rows, dtype=self.acc_dtype, device=device)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self.backend == "cpu":
+            return self.kernels.empty(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=self.weight.device)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, V) into the buffer."""
+        out = self.buffer[: hidden.shape[0]]
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.t(), out=out)
+        return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+
+    def logps(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(n,) log-probs and log-sum-exps of a chunk, over the whole vocabulary when this is a shard of it."""
+        row_ids = self.row_ids[: logits.shape[0]]
+        if self.shard is None:
+            return self.kernels.token_logp_fwd(logits[None], row_ids, labels, self.a, self.c)
+        local = self.shard.local_labels(labels)
+        logps, lse = self.kernels.token_logp_fwd(logits[None], row_ids, local, self.a, self.c)
+        return self.shard.combine(logps, lse, local)
+
+    def to_gradient(self, logits: Tensor, labels: Tensor, lse: Tensor, coef: Tensor | None) -> Tensor:
+        """Turns the chunk's logits into d/dlogits, in place; without `coef`, d logp/dlogits."""
+        n = logits.shape[0]
+        labels = labels if self.shard is None else self.shard.local_labels(labels)
+        coef = self.ones[:n] if coef is None else coef
+        row_of, out = self.row_of[:n], logits[None]
+        self.kernels.token_logp_bwd(out, row_of, labels, lse, coef, None, self.a, self.c, out)
+        return logits
+
+    def reductions(
+        self, logits: Tensor, labels: Tensor, ref_logits: Tensor | None, sum_p2: bool = True
+    ) -> tuple[Tensor, ...]:
+        """`row_reductions_fwd` of a chunk, over the whole vocabulary when this is a shard of it."""
+        row_ids, a, c = self.row_ids[: logits.shape[0]], self.a, self.c
+        labels = labels if self.shard is None else self.shard.local_labels(labels)
+        ref = None if ref_logits is None else ref_logits[None]
+        parts = self.kernels.row_reductions_fwd(logits[None], row_ids, labels, ref, a, c, True, sum_p2)
+        if self.shard is None:
+            return parts
+        if ref is not None:  # where the policy has no probability in a shard, its kernel looks no further
+            parts = (*parts[:-1], self.kernels.token_logp_fwd(ref, row_ids, labels, a, c)[1])
+        return self.shard.combine_reductions(*parts, labels)
+
+    def reductions_to_gradient(
+        self, logits: Tensor, labels: Tensor, lse: Tensor, ref_logits: Tensor | None, ref_lse: Tensor, coefs: Tensor
+    ) -> None:
+        """Turns the chunk's logits into d/dlogits for coefs (n, 5), see reductions.py, in place."""
+        labels = labels if self.shard is None else self.shard.local_labels(labels)
+        ref, out = None if ref_logits is None else ref_logits[None], logits[None]
+        row_of = self.row_of[: logits.shape[0]]
+        self.kernels.row_reductions_bwd(out, row_of, labels, lse, ref, ref_lse, coefs, self.a, self.c, out)

@@ -1,0 +1,172 @@
+"""The policy losses from hidden states and the LM head, without ever storing the logits.
+
+Tokens interact only through the ratio of their step or sequence; normalisers are constants of the layout. So the rows
+of whole steps or sequences share a chunk. The loss's derivative is known while the chunk's logits are there, and a
+trained head costs three GEMMs. The choice between kernels and reference is made here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import backends
+from ...formulas.dual import Dual
+from ...layout.steps import StepLayout
+from ...objective.policy import POLICY_SCHEMA, PolicyProblem, pack_problem, unpack_problem
+from ...objective.sums import StepLogps, segment_sums
+from ..shared import gradient_coefs, refuse_double_backward, scale_kept
+from . import engine
+from .gradients import Gradients, start_gradients
+from .head import Head
+from .logps import logps
+from .ops import HeadCall, is_frozen, register_head_op
+from .plan import LinearPlan, make_policy_plan
+from .reductions import logps_with_reductions
+from .settings import LinearCall, LinearSettings
+
+
+def _linear_policy_fwd(call: HeadCall, *packed):
+    head, problem = call.head(), unpack_problem(packed, call.backend)
+    units = problem.segments
+    plan = make_policy_plan(
+        None if units is None else units.host_offsets.numpy(),
+        num_rows=call.rows.shape[0],
+        vocab=head.vocab,
+        hidden=call.weight.shape[1],
+        dtype=call.dtype,
+        chunk_rows=call.chunk_rows(),
+        hidden_gradient=call.needs[0],
+        weight_gradient=call.needs[1],
+        bias_gradient=call.needs[2],
+    )
+    gradients = start_gradients(head, plan, call.hidden, call.hidden.dtype, call.accum_dtype)
+    tokens, entropy = run_policy(head, call.gathered(plan), plan, problem, gradients)
+    return tokens, entropy, *call.results(head, gradients)
+
+
+def _linear_policy_fwd_fake(call: HeadCall, *packed):
+    entropy_coef = packed[-1]
+    return (
+        call.weight.new_empty(call.rows.shape, dtype=call.acc_dtype),
+        call.weight.new_empty(call.rows.shape if entropy_coef else 0, dtype=call.acc_dtype),
+        *call.fake_results(call.hidden.dtype),
+    )
+
+
+linear_policy_fwd = register_head_op(
+    "linear_policy_fwd",
+    POLICY_SCHEMA,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _linear_policy_fwd,
+    _linear_policy_fwd_fake,
+)
+
+
+def run_policy(
+    head: Head, rows: engine.Rows, plan: LinearPlan, problem: PolicyProblem, gradients: Gradients
+) -> tuple[Tensor, Tensor]:
+    """tokens (N,), entropy (N,) or empty; gradients of sum(scale * rows) - entropy_coef * sum(scale * entropy)."""
+    device, wants_entropy = rows.labels.device, problem.entropy_coef != 0
+    tokens = torch.empty(plan.num_rows, dtype=head.acc_dtype, device=device)
+    lse = torch.empty_like(tokens, dtype=torch.float64)
+    entropy = torch.empty(plan.num_rows * wants_entropy, dtype=head.acc_dtype, device=device)
+    head.allocate(plan)
+
+    def forward(start: int, end: int) -> tuple:
+        hidden, labels, places = rows.chunk(start, end)
+        logits = head.logits(hidden)
+        if wants_entropy:
+            parts = head.reductions(logits, labels, None, sum_p2=False)
+            tokens[start:end], lse[start:end], entropy[start:end] = parts[:3]
+        else:
+            tokens[start:end], lse[start:end] = head.logps(logits, labels)
+        return hidden, labels, places, logits
+
+    def backward(start: int, end: int, chunk: tuple, coef: Tensor) -> None:
+        hidden, labels, places, logits = chunk
+        if wants_entropy:
+            d_entropy = -problem.entropy_coef * problem.scale[start:end]
+            coefs = gradient_coefs(entropy[start:end], None, coef, d_entropy, None, None)
+            head.reductions_to_gradient(logits, labels, lse[start:end], None, lse[:0], coefs)
+        else:
+            head.to_gradient(logits, labels, lse[start:end], coef)
+        gradients.add(head, logits, hidden, places)
+
+    for group in plan.groups:
+        for span in group.chunks:
+            chunk = forward(*span)
+        if group.kind == "logps":
+            continue
+        part = problem.part(group.start, group.end)
+        coef = part.rows(Dual.variable(tokens[group.start : group.end])).slope * part.scale
+        for i, (start, end) in enumerate(reversed(group.chunks)):
+            if i:  # the last chunk's logits are still in the buffer
+                hidden, labels, places = rows.chunk(start, end)
+                chunk = hidden, labels, places, head.logits(hidden)
+            backward(start, end, chunk, coef[start - group.start : end - group.start])
+    return tokens, entropy
+
+
+def policy(call: LinearCall, problem: PolicyProblem) -> tuple[Tensor, StepLogps]:
+    """loss () and the step log-probs it is of; with an entropy bonus, their entropy too."""
+    layout, settings, wants_entropy = call.layout, call.settings, problem.entropy_coef != 0
+    # float16 waits for the loss scale, which is known in backward
+    needs = call.needs
+    in_forward = any(needs) and (wants_entropy or not is_frozen(needs)) and settings.dtype != torch.float16
+    name = backends.with_reductions(settings.requested, settings.backend) if wants_entropy else settings.backend
+    if name == "reference" or not in_forward:
+        if wants_entropy:
+            scored = logps_with_reductions(call, (None, None, None), entropy=True, sum_p2=False)
+        else:
+            tokens, sums = logps(call)
+            scored = StepLogps(sums, layout.counts, tokens)
+        return problem.loss(scored.tokens, scored.entropy), scored
+    loss, tokens, entropy = LinearPolicyRoute.apply(call.hidden, call.weight, call.bias, layout, problem, settings)
+    with torch.no_grad():
+        weighted = tokens if layout.weights is None else tokens * layout.weights.to(tokens.dtype)
+        sums = segment_sums(weighted, layout.step_offsets, layout.step_of_row, settings.backend)
+    return loss, StepLogps(sums, layout.counts, tokens, entropy if wants_entropy else None)
+
+
+class LinearPolicyRoute(torch.autograd.Function):
+    """(N0, H) hidden, (V, H) weight, (V,) bias -> loss (), tokens (N,), entropy (N,), with gradients from forward."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layout: StepLayout,
+        problem: PolicyProblem,
+        settings: LinearSettings,
+    ):
+        needs = settings.needs(ctx)
+        tokens, entropy, d_hidden, d_weight, d_bias = linear_policy_fwd(
+            *settings.op_args(hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, needs),
+            *pack_problem(problem),
+        )
+        if any(needs):
+            ctx.save_for_backward(d_hidden, d_weight, d_bias)
+            ctx.needs, ctx.settings = needs, settings
+            ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(tokens, entropy)
+        ctx.set_materialize_grads(False)
+        return problem.loss(tokens, entropy), tokens, entropy
+
+    @staticmethod
+    def backward(ctx, d_loss, *_):
+        if d_loss is None:
+            return (None,) * 6
+        refuse_double_backward()
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        needs, settings = ctx.needs, ctx.settings
+        return (
+            scale_kept(d_hidden, d_loss) if needs[0] else None,
+            settings.deliver_weight(d_weight, d_loss) if needs[1] else None,
+            (d_bias * d_loss).to(ctx.bias_dtype) if needs[2] else None,
+            None,
+            None,
+            None,
+        )

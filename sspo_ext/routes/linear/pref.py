@@ -1,0 +1,101 @@
+"""The pair loss from hidden states: by the autograd.Function whose gradients are made in forward, or by the reference.
+
+The choice between the two is made here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...backends.addresses import accumulator
+from ...layout.steps import StepLayout
+from ...objective.pair import PairLossSpec, pack_terms, reference_loss, step_loss
+from ...objective.sums import row_weights
+from ..shared import refuse_double_backward, scale_kept
+from . import ops as linear_ops
+from .gradients import scale_rows
+from .logps import token_logps
+from .reference import reference_tokens
+from .settings import LinearCall, LinearSettings
+
+
+def pref(call: LinearCall, spec: PairLossSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """loss (), step sums (S,), pair losses of each term (C, P)."""
+    layout, settings = call.layout, call.settings
+    if settings.backend == "reference":
+        return reference_loss(reference_tokens(call), layout, spec)
+    if settings.waits_for_loss_scale(call.weight, call.bias):
+        return TokensLoss.apply(token_logps(call), layout, spec, settings.backend)
+    return LinearPrefRoute.apply(call.hidden, call.weight, call.bias, layout, spec, settings)
+
+
+class LinearPrefRoute(torch.autograd.Function):
+    """(N0, H) hidden, (V, H) weight, (V,) bias -> loss (), sums (S,), term losses (C, P), with gradients from
+    forward."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layout: StepLayout,
+        spec: PairLossSpec,
+        settings: LinearSettings,
+    ):
+        needs, acc, pairs = settings.needs(ctx), accumulator(settings.dtype), spec.pairs
+
+        def cast(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(acc).contiguous()
+
+        loss, sums, pair_losses, coef, d_hidden, d_weight, d_bias = linear_ops.linear_pref_fwd(
+            *settings.op_args(hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, needs),
+            cast(layout.weights), cast(spec.ref), pairs.host_index, cast(pairs.weights),
+            cast(pairs.margins), cast(pairs.soft_labels), cast(spec.token_pair_weights),
+            spec.scale.to(acc), *pack_terms(spec.terms),
+        )  # fmt: skip
+        if any(needs):
+            ctx.save_for_backward(layout.rows, coef, d_hidden, d_weight, d_bias)
+            ctx.needs, ctx.settings = needs, settings
+            ctx.dtypes = (hidden.dtype, None if bias is None else bias.dtype)
+        ctx.mark_non_differentiable(sums, pair_losses)
+        ctx.set_materialize_grads(False)
+        return loss, sums, pair_losses
+
+    @staticmethod
+    def backward(ctx, d_loss, *_):
+        if d_loss is None:
+            return (None,) * 6
+        refuse_double_backward()
+        rows, coef, d_hidden, d_weight, d_bias = ctx.saved_tensors
+        needs, settings, (dtype, bias_dtype) = ctx.needs, ctx.settings, ctx.dtypes
+        if linear_ops.is_frozen(needs):
+            d_hidden = scale_rows(d_hidden, rows, coef * d_loss).to(dtype)
+        elif needs[0]:
+            d_hidden = scale_kept(d_hidden, d_loss)
+        return (
+            d_hidden if needs[0] else None,
+            settings.deliver_weight(d_weight, d_loss) if needs[1] else None,
+            (d_bias * d_loss).to(bias_dtype) if needs[2] else None,
+            None,
+            None,
+            None,
+        )
+
+
+class TokensLoss(torch.autograd.Function):
+    """(N,) token log-probs -> loss (), step sums (S,), pair losses of each term (C, P), by launch 2."""
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, layout: StepLayout, spec: PairLossSpec, backend: str):
+        weights = row_weights(layout, tokens.dtype)
+        loss, sums, pair_losses, coef = step_loss(tokens, weights, layout, spec, backend)
+        ctx.save_for_backward(coef)
+        ctx.mark_non_differentiable(sums, pair_losses)
+        return loss, sums, pair_losses
+
+    @staticmethod
+    def backward(ctx, d_loss, *_):
+        (coef,) = ctx.saved_tensors
+        return coef * d_loss, None, None, None

@@ -1,0 +1,138 @@
+"""What every call of the linear route is given, checked: hidden states, LM head, layout and settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ... import backends
+from ..._checks import check_device, check_float, check_shape
+from ...backends.addresses import accumulator
+from ...layout.steps import StepLayout
+from ..shared import logit_map, scale_kept
+from .shards import local_part, shard_of
+
+
+@dataclass(frozen=True, eq=False)
+class LinearSettings:
+    """How the head is applied and its gradients kept; the same for every function of the route."""
+
+    a: float
+    c: float
+    dtype: torch.dtype  # of the GEMMs
+    accum_dtype: torch.dtype
+    chunk_bytes: int  # 0: the device's default
+    tp_group: str  # "": the whole vocabulary is here
+    vocab_start: int
+    vocab_rows: int  # of the largest shard
+    requested: str  # the backend that was asked for
+    backend: str  # the one that runs
+    weight_grad: Tensor | None
+    record: bool  # whether autograd was on; inside an autograd.Function it never is
+
+    def needs(self, ctx) -> list[bool]:
+        return [need and self.record for need in ctx.needs_input_grad[:3]]
+
+    def waits_for_loss_scale(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether gradients are made in backward: float16 is too narrow for a head's gradient, a sum over the batch,
+        before the caller's loss scale has brought it into range."""
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        return self.dtype == torch.float16 and self.record and trained
+
+    def op_args(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor, offsets: Tensor,
+        needs: list[bool],
+    ) -> tuple:  # fmt: skip
+        """What every op of the route begins with: the fields of `ops.HeadCall`."""
+        grad_dtype = weight.dtype if self.weight_grad is None else self.weight_grad.dtype
+        return (
+            hidden, weight, bias, rows, labels, offsets, needs, self.a, self.c, self.dtype, self.accum_dtype, grad_dtype, self.chunk_bytes, self.tp_group, self.vocab_start,
+            self.vocab_rows, self.backend,
+        )  # fmt: skip
+
+    def deliver_weight(self, kept: Tensor, upstream: Tensor) -> Tensor | None:
+        """The weight's gradient, or None when it goes into the caller's buffer."""
+        if self.weight_grad is None:
+            return scale_kept(kept, upstream)
+        self.weight_grad.add_(scale_kept(kept, upstream))
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class LinearCall:
+    """The checked arguments of one call; each function of the route is one choice of what to make of them."""
+
+    hidden: Tensor  # (N0, H)
+    weight: Tensor  # (V, H), or this rank's rows of it
+    bias: Tensor | None  # (V,)
+    layout: StepLayout
+    settings: LinearSettings
+
+    @property
+    def acc_dtype(self) -> torch.dtype:
+        return accumulator(self.settings.dtype)
+
+    @property
+    def needs(self) -> list[bool]:
+        """Which of hidden, weight and bias want a gradient."""
+        tensors = (self.hidden, self.weight, self.bias)
+        return [self.settings.record and t is not None and t.requires_grad for t in tensors]
+
+
+def prepare(
+    hidden, weight, bias, layout, temperature, logit_softcap, logit_scale, chunk_bytes, accum_dtype, weight_grad,
+    tp_group, backend,
+) -> LinearCall:  # fmt: skip
+    """Checks what every function of the linear route takes; DTensors become their local part."""
+    if not isinstance(layout, StepLayout):
+        raise TypeError(
+            f"layout: expected a StepLayout, got {type(layout).__name__}; StepLayout.from_step_ids(labels, step_ids) "
+            "builds one from plain tensors"
+        )
+    check_float("hidden", hidden, ndim=(2, 3))
+    if hasattr(hidden, "device_mesh"):
+        raise TypeError("hidden: expected a plain tensor, got a DTensor; pass hidden.full_tensor() or its local part")
+    check_float("weight", weight, ndim=2)
+    shard = shard_of(weight, tp_group)
+    weight = local_part(weight)
+    check_shape("weight", weight, (weight.shape[0], hidden.shape[-1]))
+    batch, length = layout.shape
+    flat = hidden.ndim == 2 and batch == 1
+    check_shape("hidden", hidden, (length, hidden.shape[-1]) if flat else (batch, length, hidden.shape[-1]))
+    check_device("weight", weight, hidden.device, "hidden")
+    if hidden.device != layout.device:
+        raise ValueError(
+            f"layout: expected it on {hidden.device}, where hidden is (layout.to(...)), got {layout.device}"
+        )
+    if bias is not None:
+        bias = local_part(bias)
+        check_float("bias", bias)
+        check_shape("bias", bias, (weight.shape[0],))
+        check_device("bias", bias, hidden.device, "hidden")
+    if weight_grad is not None:
+        weight_grad = local_part(weight_grad)
+        check_float("weight_grad", weight_grad)
+        check_shape("weight_grad", weight_grad, tuple(weight.shape))
+        check_device("weight_grad", weight_grad, weight.device, "the weight")
+        if torch.is_grad_enabled() and not weight.requires_grad:
+            raise ValueError("weight_grad: expected None for a weight that does not require grad, got a buffer")
+    if chunk_bytes is not None and not (isinstance(chunk_bytes, int) and chunk_bytes > 0):
+        raise ValueError(f"chunk_bytes: expected a number of bytes above 0, got {chunk_bytes!r}")
+    layout.check_vocab(shard.vocab)
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    accum_dtype = accumulator(dtype) if accum_dtype is None else accum_dtype
+    if accum_dtype not in (accumulator(dtype), dtype):
+        raise ValueError(f"accum_dtype: expected {accumulator(dtype)} or {dtype}, got {accum_dtype!r}")
+    name = backends.select(backend, hidden.device.type, dtype)
+    if name == "reference" and (tp_group is not None or weight_grad is not None):
+        raise ValueError("backend: 'reference' has neither tp_group nor weight_grad; use another backend")
+    a, c = logit_map(temperature, logit_softcap, logit_scale)
+    settings = LinearSettings(
+        a, c, dtype, accum_dtype, chunk_bytes or 0, shard.group_name, shard.start, shard.largest, backend, name,
+        weight_grad, torch.is_grad_enabled(),
+    )  # fmt: skip
+    return LinearCall(hidden.reshape(-1, hidden.shape[-1]), weight, bias, layout, settings)

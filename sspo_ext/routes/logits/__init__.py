@@ -1,0 +1,1 @@
+"""The logits route: one read forward; one read and one write backward."""

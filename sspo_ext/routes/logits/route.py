@@ -1,0 +1,100 @@
+"""The logits route: log-probs and losses of a batch of logits, by one autograd.Function or by the reference.
+
+The choice between the two is made here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...backends import ops, reference
+from ...layout.steps import StepLayout
+from ...objective.pair import PairLossSpec, reference_loss, step_loss
+from ...objective.sums import row_weights, step_sums
+from ..shared import refuse_double_backward
+from .prepare import LogitsCall
+
+
+def pref(call: LogitsCall, spec: PairLossSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """loss (), step sums (S,), pair losses of each term (C, P)."""
+    if call.backend == "reference":
+        return reference_loss(reference_tokens(call), call.layout, spec)
+    loss, sums, _, losses = _apply(call, spec)
+    return loss, sums, losses
+
+
+def logps(call: LogitsCall) -> tuple[Tensor, Tensor]:
+    """Token log-probs (N,), step sums (S,)."""
+    if call.backend == "reference":
+        tokens = reference_tokens(call)
+        return tokens, step_sums(tokens, call.layout, call.backend)
+    _, sums, tokens, _ = _apply(call, None)
+    return tokens, sums
+
+
+def reference_tokens(call: LogitsCall) -> Tensor:
+    """(N,) token log-probs by plain torch."""
+    return reference.token_logps(call.logits, call.layout.rows, call.layout.labels, call.a, call.c)
+
+
+def _apply(call: LogitsCall, spec: PairLossSpec | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return LogitsRoute.apply(call.logits, call.layout, spec, call.a, call.c, call.backend, call.inplace_backward)
+
+
+class LogitsRoute(torch.autograd.Function):
+    """(B, T, V) logits -> loss (), step sums (S,), token log-probs (N,), pair losses of each term (C, P).
+
+    Forward is launches 1 and 2: the log-probs with their log-sum-exp, then sums, loss and d loss/d logp. Backward is
+    launch 3. Only the log-sum-exp and d loss/d logp, one float each a row, are kept beside the logits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        logits: Tensor,
+        layout: StepLayout,
+        spec: PairLossSpec | None,
+        a: float,
+        c: float,
+        backend: str,
+        inplace_backward: bool,
+    ):
+        tokens, lse = ops.token_logp_fwd(logits, layout.rows, layout.labels, a, c, backend)
+        weights = row_weights(layout, tokens.dtype)
+        loss, sums, pair_losses, coef = step_loss(tokens, weights, layout, spec, backend)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(logits, lse, coef, weights, layout.labels, layout.row_of, layout.step_of_row)
+            ctx.settings = (a, c, backend, inplace_backward)
+        ctx.mark_non_differentiable(pair_losses)
+        ctx.set_materialize_grads(False)
+        return loss, sums, tokens, pair_losses
+
+    @staticmethod
+    def backward(ctx, d_loss, d_sums, d_tokens, _):
+        if d_loss is None and d_sums is None and d_tokens is None:
+            return (None,) * 7
+        refuse_double_backward()
+        logits, lse, coef, weights, labels, row_of, step_of_row = ctx.saved_tensors
+        a, c, backend, inplace_backward = ctx.settings
+        if d_sums is not None or d_tokens is not None:
+            coef = _total_coef(coef, weights, step_of_row, d_loss, d_sums, d_tokens)
+            d_loss = None
+        args = (logits, row_of, labels, lse, coef, d_loss, a, c, backend)
+        if inplace_backward:
+            ops.token_logp_bwd_(*args)
+            d_logits = logits.detach()  # the saved logits themselves would bring the model's graph along
+        else:
+            d_logits = ops.token_logp_bwd(*args)
+        return d_logits, None, None, None, None, None, None
+
+
+def _total_coef(coef, weights, step_of_row, d_loss, d_sums, d_tokens) -> Tensor:
+    """d/dlogp (N,) when gradient arrives at the sums or the tokens too, and not at the loss alone."""
+    total = torch.zeros_like(coef) if d_loss is None else coef * d_loss
+    if d_sums is not None:
+        per_row = d_sums[step_of_row]
+        total = total + (per_row if weights is None else per_row * weights)
+    if d_tokens is not None:
+        total = total + d_tokens
+    return total

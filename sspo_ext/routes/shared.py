@@ -1,0 +1,80 @@
+"""What the autograd.Functions of the routes share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._checks import check_positive
+
+_BLOCK_ELEMENTS = 1 << 18  # float32 temporaries of 1 MiB: near a core, and nothing beside the gradients
+
+
+def refuse_double_backward() -> None:
+    """Raises inside a backward that is itself being recorded. `once_differentiable` would not do: it refuses only a
+    gradient that comes in with a graph, which that of a loss has not, and the result would then be taken for a
+    constant, silently."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "sspo_ext: create_graph=True asks for a second derivative, and step losses and log-probabilities have only "
+            "a first; backend='reference' is differentiable as often as wanted"
+        )
+
+
+def scale_kept(kept: Tensor, scale: Tensor) -> Tensor:
+    """scale * kept for a gradient (R, C) kept from forward and a scale () or (R, 1): the product in float32, rounded
+    once.
+
+    Over `kept` itself unless the graph is kept for another backward, so that no second copy of it exists. A row whose
+    scale is 0 is zeros, whatever it held.
+    """
+    if torch.compiler.is_compiling():
+        # the 0-dim scale alone would not widen the product
+        product = kept.to(torch.promote_types(kept.dtype, scale.dtype)) * scale
+        return torch.where(scale == 0, 0.0, product).to(kept.dtype)
+    if scale.ndim == 0 and scale.device.type == "cpu" and scale.item() == 1:
+        # a read of host memory, not a sync: the usual upstream gradient of 1 costs nothing
+        return kept.clone() if _graph_is_kept() else kept
+    out = torch.empty_like(kept) if _graph_is_kept() else kept
+    block = max(1, _BLOCK_ELEMENTS // max(1, kept[:1].numel()))
+    for start in range(0, kept.shape[0], block):
+        rows = slice(start, start + block)
+        factor = scale[rows] if scale.ndim else scale
+        product = kept[rows].to(torch.promote_types(kept.dtype, scale.dtype)) * factor
+        out[rows] = product.masked_fill_(factor == 0, 0.0)
+    return out
+
+
+def _graph_is_kept() -> bool:
+    known = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if known is None else known()
+
+
+def logit_map(temperature: float, logit_softcap: float | None, logit_scale: float) -> tuple[float, float]:
+    """(a, c) such that z = a * x, or c * tanh(a * x) with a softcap, is the logit of the sampled distribution.
+
+    The order is the models': scale, then softcap, then temperature.
+    """
+    check_positive("temperature", temperature)
+    check_positive("logit_scale", logit_scale)
+    if logit_softcap is None:
+        return logit_scale / temperature, 0.0
+    check_positive("logit_softcap", logit_softcap)
+    return logit_scale / logit_softcap, logit_softcap / temperature
+
+
+def gradient_coefs(
+    entropy: Tensor,  # (N,) and so are the others; not read where no gradient arrives at it
+    sum_p2: Tensor | None,
+    d_tokens: Tensor | None,
+    d_entropy: Tensor | None,
+    d_sum_p2: Tensor | None,
+    d_kl: Tensor | None,
+) -> Tensor:  # (N, 5) of entropy's dtype
+    """g, constant, log_p, square and kappa of each row, from what arrives at its log-prob and its reductions."""
+    given = next(d for d in (d_tokens, d_entropy, d_sum_p2, d_kl) if d is not None)
+    zeros = torch.zeros_like(given, dtype=entropy.dtype)
+    g, d_H, d_s, d_kl_ = (zeros if d is None else d.to(zeros.dtype) for d in (d_tokens, d_entropy, d_sum_p2, d_kl))
+    constant = d_kl_ if d_entropy is None else d_kl_ - d_H * entropy
+    constant = constant if d_sum_p2 is None else constant - 2 * d_s * sum_p2
+    return torch.stack([g, constant, -d_H, 2 * d_s, d_kl_], dim=1)

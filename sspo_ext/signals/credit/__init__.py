@@ -1,0 +1,1 @@
+"""From values and rewards to advantages: GAE over steps, and outcome baselines."""

@@ -1,0 +1,169 @@
+"""Advantages of outcomes: what is subtracted from a sequence's reward, and what it is divided by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..._checks import check_choice, check_device, check_float, check_integer, check_shape, describe
+
+EPSILON = 1e-4  # beside a standard deviation, as in TRL's GRPOTrainer
+
+_NOISE = 1e-6  # a deviation this small beside the largest value is rounding: the values do not differ
+
+
+def group_index(groups: Tensor) -> tuple[Tensor, int]:
+    """((B,) int64 in [0, G), G) from arbitrary ids. A sync for ids on a device."""
+    ids, index = torch.unique(groups, return_inverse=True)
+    return index, ids.shape[0]
+
+
+def group_moments(values: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(G,) mean, standard deviation (n - 1 in the denominator; 0 where values do not differ) and size of each group."""
+    wide = values.double()
+    zeros = wide.new_zeros(count)
+    size = zeros.index_add(0, index, torch.ones_like(wide))
+    mean = zeros.index_add(0, index, wide) / size.clamp(min=1)
+    squares = zeros.index_add(0, index, (wide - mean[index]).square())
+    largest = zeros.scatter_reduce(0, index, wide.abs(), "amax")
+    std = (squares / (size - 1).clamp(min=1)).sqrt()
+    std = torch.where(std <= _NOISE * largest, 0.0, std)  # a NaN stays one
+    return mean.to(values.dtype), std.to(values.dtype), size.to(values.dtype)
+
+
+def _reinforce(rewards: Tensor, index: Tensor, count: int) -> Tensor:
+    """R: no baseline (Williams 1992)."""
+    return rewards
+
+
+def _centred(rewards: Tensor, index: Tensor, count: int) -> Tensor:
+    """R - mean of the group: GRPO without its standard deviation (Dr. GRPO, arXiv 2503.20783)."""
+    mean, std, _ = group_moments(rewards, index, count)
+    return torch.where(std[index] == 0, 0.0, rewards - mean[index])
+
+
+def _rloo(rewards: Tensor, index: Tensor, count: int) -> Tensor:
+    """R - mean of the group's others = n / (n - 1) * (R - mean) (RLOO, arXiv 2402.14740)."""
+    _, _, size = group_moments(rewards, index, count)
+    return _centred(rewards, index, count) * (size / (size - 1).clamp(min=1))[index]
+
+
+def _grpo(rewards: Tensor, index: Tensor, count: int) -> Tensor:
+    """(R - mean) / (std + 1e-4) within the group (GRPO, arXiv 2402.03300; the constant is TRL's)."""
+    _, std, _ = group_moments(rewards, index, count)
+    return _centred(rewards, index, count) / (std[index] + EPSILON)
+
+
+def _reinforce_pp(rewards: Tensor, index: Tensor, count: int) -> Tensor:
+    """(R - mean) / (std + 1e-4) over the whole batch (REINFORCE++, arXiv 2501.03262)."""
+    return _grpo(rewards, torch.zeros_like(index), 1)
+
+
+def _reinforce_pp_baseline(rewards: Tensor, index: Tensor, count: int) -> Tensor:
+    """R - mean of the group, standardised over the whole batch (REINFORCE++ with baseline, arXiv 2501.03262)."""
+    return _reinforce_pp(_centred(rewards, index, count), index, count)
+
+
+BASELINES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "reinforce": _reinforce,
+    "rloo": _rloo,
+    "grpo": _grpo,
+    "dr_grpo": _centred,
+    "reinforce++": _reinforce_pp,
+    "reinforce++_baseline": _reinforce_pp_baseline,
+}
+
+UNGROUPED = ("reinforce", "reinforce++")
+
+
+def outcome_advantages(
+    rewards: Tensor,  # (B,) float
+    name: str = "rloo",
+    *,
+    groups: Tensor | None = None,  # (B,) int: the question each sequence answers; any ids, in any order
+) -> Tensor:  # (B,) float32 (float64 for float64 rewards), detached
+    """Advantage of each sequence from its outcome reward and those of its group::
+
+        reinforce             R
+        rloo                  R - mean of the group's others
+        grpo                  (R - mean) / (std + 1e-4)        within the group
+        dr_grpo               R - mean                         within the group
+        reinforce++           (R - mean) / (std + 1e-4)        over the batch
+        reinforce++_baseline  R - mean of the group, then as reinforce++
+
+    std has n - 1 in its denominator. A group of one, and rewards that do not differ, have advantage 0 (but for
+    reinforce). A reward that is not finite leaves nothing finite in its group, or in the batch. Sources stand at the
+    functions. Ids on a device cost a sync.
+
+    Raises ValueError or TypeError naming the argument.
+
+    Example::
+
+        >>> outcome_advantages(torch.tensor([1.0, 0.0, 0.0]), "dr_grpo", groups=torch.tensor([7, 7, 3]))
+        tensor([ 0.5000, -0.5000,  0.0000])
+    """
+    check_choice("name", name, tuple(BASELINES))
+    check_float("rewards", rewards, ndim=1)
+    rewards = rewards.detach() if rewards.dtype == torch.float64 else rewards.detach().float()
+    if name in UNGROUPED:
+        return BASELINES[name](rewards, torch.zeros_like(rewards, dtype=torch.int64), 1)
+    if groups is None:
+        raise TypeError(f"groups: expected (B,) ids for {name!r}, got None")
+    check_integer("groups", groups)
+    check_shape("groups", groups, tuple(rewards.shape))
+    check_device("groups", groups, rewards.device, "rewards")
+    return BASELINES[name](rewards, *group_index(groups))
+
+
+COMBINE = ("add", "multiply", "replace")
+
+
+def combine_advantages(
+    step_advantages: Tensor,  # (S,) float
+    outcome_advantages: Tensor,  # (B,) float
+    step_sequence: Tensor,  # (S,) int: the sequence each step is in (StepLayout.step_sequence)
+    how: str = "add",
+    *,
+    step_scale: float = 1.0,
+    outcome_scale: float = 1.0,
+) -> Tensor:  # (S,), detached
+    """The step signal and the outcome's, as one advantage for each step::
+
+        add       outcome_scale * A_outcome + step_scale * A_step
+        multiply  outcome_scale * A_outcome * step_scale * A_step     for step signals that are weights, 0 and above:
+                                                                      two negative advantages would make a positive one
+        replace   step_scale * A_step                                 the step signal alone
+
+    How the SSPO paper combines them is not public: this is our reconstruction. Raises ValueError or TypeError naming
+    the argument.
+
+    Example::
+
+        >>> combine_advantages(torch.tensor([0.1, 0.2]), torch.tensor([1.0]), torch.tensor([0, 0]))
+        tensor([1.1000, 1.2000])
+    """
+    check_choice("how", how, COMBINE)
+    check_float("step_advantages", step_advantages, ndim=1)
+    check_float("outcome_advantages", outcome_advantages, ndim=1)
+    check_integer("step_sequence", step_sequence)
+    check_shape("step_sequence", step_sequence, tuple(step_advantages.shape))
+    for name, value in (("step_scale", step_scale), ("outcome_scale", outcome_scale)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    device = step_advantages.device
+    for name, tensor in (("outcome_advantages", outcome_advantages), ("step_sequence", step_sequence)):
+        check_device(name, tensor, device, "step_advantages")
+    if device.type == "cpu" and len(step_sequence):  # on a device the indexing itself asserts, without a sync
+        low, high = step_sequence.aminmax()
+        if low < 0 or high >= len(outcome_advantages):
+            raise ValueError(
+                f"step_sequence: expected numbers of the {len(outcome_advantages)} sequences, got "
+                f"{int(low) if low < 0 else int(high)}"
+            )
+    step = step_scale * step_advantages.detach()
+    if how == "replace":
+        return step
+    outcome = outcome_scale * outcome_advantages.detach()[step_sequence.long()]
+    return outcome + step if how == "add" else outcome * step

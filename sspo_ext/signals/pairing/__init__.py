@@ -1,0 +1,1 @@
+"""Candidates for the next step, and the step pairs made from them."""

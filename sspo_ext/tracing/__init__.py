@@ -1,0 +1,1 @@
+"""What `sspo-ext trace` does: chains of steps, their values and pairs, and the page that shows them."""

@@ -1,0 +1,1 @@
+"""Tools that need the repository: generators and records. Not installed."""
