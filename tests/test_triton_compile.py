@@ -6,7 +6,6 @@ to fail: rows without `tl.multiple_of` (2-byte accesses, barriers). Meant to: ma
 (barriers, shuffles), the label tested in the loop (instructions).
 """
 
-
 import json
 import os
 import subprocess
