@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 pytest.importorskip("benchmarks.kernels.torch_traffic", reason="not a checkout of the repository")
 from benchmarks import records  # noqa: E402
-from benchmarks.kernels import disassembly  # noqa: E402
+from benchmarks.kernels import disassembly, record  # noqa: E402
 from benchmarks.kernels.bounds import bounds, bounds_table  # noqa: E402
 from benchmarks.kernels.torch_traffic import count_torch  # noqa: E402
 
@@ -68,7 +68,6 @@ def test_bytes_in_flight_amd():
 
 
 def a_report(**changes):
-    record = pytest.importorskip("benchmarks.kernels.record")
     report = record.Report(
         "token_logp_fwd", "bfloat16", "Triton", "90", num_warps=4, registers=64, shared_bytes=0, spills=0,
         loads={16: 4}, stores={}, elements=32, loop_instructions=32 * 7, loop_special=33, loop_loads={16: 4},
