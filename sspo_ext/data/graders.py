@@ -235,7 +235,7 @@ def _reasoning_gym() -> Grader:
             score = get_score_answer_fn(answer["metadata"]["source_dataset"])
         except (TypeError, KeyError) as error:
             raise ValueError(
-                f"answer: expected an entry of reasoning-gym with metadata.source_dataset, got {answer!r}"
+                f"answer: expected reasoning-gym's entry with metadata.source_dataset, got {answer!r}"
             ) from error
         return float(score(final_text(completion), answer))  # pyright: ignore[reportCallIssue]  # typed as Callable[[], ...]
 

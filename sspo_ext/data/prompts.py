@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from .graders import answer_texts
 from .rows import Source, parse_rows, raise_bad_rows
@@ -68,11 +68,12 @@ def check_rows(
     """
     if dataset is None and not required:
         return
-    if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__") or isinstance(dataset, Mapping):
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or isinstance(dataset, Mapping):
         raise ValueError(f"{name}: expected rows with a length (a list or a datasets.Dataset), got {type(dataset)}")
+    rows = cast("Sequence[Mapping]", dataset)
     bad = []
-    for i in range(len(dataset)):
-        row = dataset[i]
+    for i in range(len(rows)):
+        row = rows[i]
         missing = [key for key in _KEYS[: 1 + answers] if key not in row]
         if missing:
             bad.append((f"row {i}", f"expected {missing[0]!r}, has {sorted(row)}"))
@@ -85,7 +86,7 @@ def check_rows(
             except (TypeError, ValueError) as error:
                 bad.append((f"row {i}", str(error)))
     try:
-        raise_bad_rows(bad, len(dataset))
+        raise_bad_rows(bad, len(rows))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
