@@ -303,7 +303,7 @@ def _pair_stepwise(rows: Sequence[_Stepwise], separator: str) -> tuple[list[dict
     alone = [row.where for row in rows if not any(row.state(k) in paired for k in range(len(row.steps)))]
     if alone:
         logger.warning(
-            "%d of %d stepwise rows give no pair: no good step and bad step follow the same steps: %s",
+            "%d of %d stepwise rows give no pair, since no good step and bad step follow the same steps: %s",
             len(alone), len(rows), name_some(alone),
         )  # fmt: skip
     return pairs, conflicts
