@@ -73,7 +73,8 @@ def _add_values(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--reduce", default="joint", choices=("joint", "mean"),
-        help="likelihood of an answer of several tokens. joint: of the whole answer; mean: the geometric mean of its tokens",
+        help="likelihood of an answer of several tokens. joint: of the whole answer; mean: the geometric mean over its "
+        "tokens",
     )  # fmt: skip
     add("--num-samples", type=positive, default=5, help="graded: answers sampled after each step")
     add("--gamma", type=float, default=0.9, help="discount per step, of advantages and of continuations")
