@@ -26,14 +26,10 @@ from sspo_ext.data.rows import load_preference_rows  # noqa: E402
 from sspo_ext.data.tokenize import UnusableRow, tokenize_row  # noqa: E402
 from sspo_ext.layout.steps import StepLayout
 from sspo_ext.losses.pref import step_pref_loss  # noqa: E402
-from sspo_ext.signals.pairing.candidates import (
-    Candidate,
-    Node,
-    nodes_from_rollouts,
-    step_end,  # noqa: E402
-    trace_candidates,
-)
+from sspo_ext.signals.pairing.candidates import step_end, trace_candidates  # noqa: E402
+from sspo_ext.signals.pairing.node import Candidate, Node
 from sspo_ext.signals.pairing.pairs import divergence_index, divergence_weights, pair_candidates, pair_rows
+from sspo_ext.signals.pairing.rollouts import nodes_from_rollouts
 from sspo_ext.signals.values import StepBatch
 
 TOKENIZER = byte_tokenizer()

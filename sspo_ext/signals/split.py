@@ -4,18 +4,7 @@ From text, when data is prepared: `split_text` cuts the response into spans, and
 the offsets of a fast tokenizer. From token ids alone, inside a trainer: `delimiter_mask` once for each tokenizer, then
 `step_ids_from_tokens` for each batch.
 
-The argument `by` says what a step is:
-
-    "newline"      a step starts at every line that is not blank
-    "blank_line"   a step starts at every line that is not blank and follows a blank one (a paragraph)
-    "numbered"     a step starts at every line that begins with its number: `1.`, `2)`, `(3)`, `**Step 4:**`, `5、`
-    regex          a step ends where a match ends, r"(?<=[.!?])\s+"; with a lookahead it starts there, r"(?=<step>)"
-
-A delimiter belongs to the step that it ends. A line's indentation belongs to the step that it starts. With the three
-named ways no step is only white space: leading blank lines belong to the first step, trailing ones to the last.
-
-A line ends with "\n"; "\r\n" works too, as "\r" is white space. White space means ASCII white space. So a byte of a
-longer character is never taken for a delimiter, and tokens that hold a part of a character are safe.
+`split_text` says what a step is.
 """
 
 from __future__ import annotations
@@ -77,10 +66,23 @@ def _check_by(by: SplitBy) -> str | re.Pattern:
 def split_text(text: str, by: SplitBy = "newline") -> list[tuple[int, int]]:
     r"""Cut a text into its steps.
 
+    What a step is depends on `by`:
+
+        "newline"      a step starts at every line that is not blank
+        "blank_line"   a step starts at every line that is not blank and follows a blank one (a paragraph)
+        "numbered"     a step starts at every line that begins with its number: `1.`, `2)`, `(3)`, `**Step 4:**`, `5、`
+        regex          a step ends where a match ends, r"(?<=[.!?])\s+"; with a lookahead it starts there, r"(?=<step>)"
+
+    A delimiter belongs to the step that it ends. A line's indentation belongs to the step that it starts. With the
+    three named ways no step is only white space: leading blank lines belong to the first step, trailing ones to the
+    last.
+
+    A line ends with "\n"; "\r\n" works too, as "\r" is white space. White space means ASCII white space. So a byte of a
+    longer character is never taken for a delimiter, and tokens that hold a part of a character are safe.
+
     Args:
         text: the response.
-        by: "newline", "blank_line", "numbered", or a regular expression (`str` or compiled). The module's docstring
-            defines them.
+        by: "newline", "blank_line", "numbered", or a regular expression (`str` or compiled).
 
     Returns:
         The (start, end) characters of each step, in order. The spans tile the text and none is empty. An empty text has

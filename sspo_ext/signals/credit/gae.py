@@ -64,6 +64,54 @@ def step_gae(
         >>> step_gae(values, torch.tensor([1.0]), gamma=1.0, lam=0.0)
         tensor([0.2500, 0.5000])
     """
+    _check(values, rewards, gamma, lam, step_rewards, normalize, groups)
+    v = values.values
+    sequence, length = values.step_sequence, values.num_steps
+    # A sequence has one value more than steps, so step j of the batch starts from value j + (number of its sequence).
+    before = torch.arange(length, device=v.device) + sequence
+    last = torch.ones(length, dtype=torch.bool, device=v.device)
+    last[:-1] = sequence[1:] != sequence[:-1]
+    outcome = rewards.detach().to(v.dtype)[sequence]
+    advantage = torch.where(last, outcome, gamma * v[before + 1]) - v[before]
+    if step_rewards is not None:
+        advantage = advantage + step_rewards.detach().to(v.dtype)
+
+    # Doubling: after the pass with this shift, a step has the discounted sum of the next 2 * shift deltas.
+    shift, longest = 1, int(values.steps_per_sequence.max()) if values.num_sequences else 0
+    while shift < longest:
+        same = sequence[shift:] == sequence[:-shift]
+        later = torch.where(same, advantage[shift:], 0.0) * (gamma * lam) ** shift
+        advantage = torch.cat([advantage[:-shift] + later, advantage[-shift:]])
+        shift *= 2
+
+    if normalize == "none" or not length:
+        return advantage
+    if groups is not None:
+        check_integer("groups", groups)
+        check_shape("groups", groups, (values.num_sequences,))
+    return _normalized(advantage, sequence, groups)
+
+
+def _normalized(advantage: Tensor, sequence: Tensor, groups: Tensor | None) -> Tensor:
+    """Scale advantages over the batch, or with `groups` (B,) over the steps of each group."""
+    if groups is None:
+        mean, std, _ = group_moments(advantage, torch.zeros_like(sequence), 1)
+        return torch.where(std == 0, advantage, advantage / torch.maximum(std, mean.abs() / 2))
+    index, count = group_index(groups.to(advantage.device))
+    index = index[sequence]
+    mean, std, _ = group_moments(advantage, index, count)
+    return torch.where(std[index] == 0, 0.0, (advantage - mean[index]) / std[index])
+
+
+def _check(
+    values: StepValues,
+    rewards: Tensor,
+    gamma: float,
+    lam: float,
+    step_rewards: Tensor | None,
+    normalize: str,
+    groups: Tensor | None,
+) -> None:
     if not isinstance(values, StepValues):
         raise TypeError(f"values: expected a StepValues, got {describe(values)}; StepValues.from_lists(...) builds one")
     check_float("rewards", rewards)
@@ -77,38 +125,7 @@ def step_gae(
     check_choice("normalize", normalize, NORMALIZE)
     if (groups is not None) != (normalize == "group"):
         raise ValueError(f"groups: expected with normalize='group' and only there, got {describe(groups)}")
-
-    v = values.values
-    sequence, length = values.step_sequence, values.num_steps
-    # A sequence has one value more than steps, so step j of the batch starts from value j + (number of its sequence).
-    before = torch.arange(length, device=v.device) + sequence
-    last = torch.ones(length, dtype=torch.bool, device=v.device)
-    last[:-1] = sequence[1:] != sequence[:-1]
-    outcome = rewards.detach().to(v.dtype)[sequence]
-    advantage = torch.where(last, outcome, gamma * v[before + 1]) - v[before]
     if step_rewards is not None:
         check_float("step_rewards", step_rewards)
-        check_shape("step_rewards", step_rewards, (length,))
-        check_device("step_rewards", step_rewards, v.device, "values")
-        advantage = advantage + step_rewards.detach().to(v.dtype)
-
-    # Doubling: after the pass with this shift, a step has the discounted sum of the next 2 * shift deltas.
-    shift, longest = 1, int(values.steps_per_sequence.max()) if values.num_sequences else 0
-    while shift < longest:
-        same = sequence[shift:] == sequence[:-shift]
-        later = torch.where(same, advantage[shift:], 0.0) * (gamma * lam) ** shift
-        advantage = torch.cat([advantage[:-shift] + later, advantage[-shift:]])
-        shift *= 2
-
-    if normalize == "none" or not length:
-        return advantage
-    if normalize == "batch":
-        mean, std, _ = group_moments(advantage, torch.zeros_like(sequence), 1)
-        return torch.where(std == 0, advantage, advantage / torch.maximum(std, mean.abs() / 2))
-    assert groups is not None
-    check_integer("groups", groups)
-    check_shape("groups", groups, (values.num_sequences,))
-    index, count = group_index(groups.to(v.device))
-    index = index[sequence]
-    mean, std, _ = group_moments(advantage, index, count)
-    return torch.where(std[index] == 0, 0.0, (advantage - mean[index]) / std[index])
+        check_shape("step_rewards", step_rewards, (values.num_steps,))
+        check_device("step_rewards", step_rewards, values.values.device, "values")
