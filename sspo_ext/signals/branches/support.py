@@ -81,8 +81,7 @@ def why_not(model: nn.Module, engine: str, longest: int = 0) -> str | None:
         ValueError: if the engine is unknown.
 
     Example:
-        >>> why_not(model, "packed") is None
-        True
+        >>> reason = why_not(model, "packed")  # None if the model supports it
     """
     check_choice("engine", engine, ENGINES)
     if engine == "separate":

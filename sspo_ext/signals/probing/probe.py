@@ -97,5 +97,5 @@ def probe_step_values(
         values = graded_values(model, states, answers, tokenizer, options)
     else:
         values = likelihood_values(model, states, answers, reduce=reduce, engine=engine, max_tokens=max_tokens)
-    counts = [len(batch.step_ids[b]) + 1 for b in range(len(batch))]
-    return StepValues.from_tensor(values, torch.from_numpy(np.cumsum([0, *counts])))
+    offsets = np.cumsum([0, *(len(steps) + 1 for steps in batch.step_ids)])
+    return StepValues.from_tensor(values, torch.from_numpy(offsets))
