@@ -130,6 +130,7 @@ class TestCandidates:
     def test_all_states_by_default(self):
         nodes = trace(states=None)
         assert [(n.sequence, n.step) for n in nodes] == [(0, 0), (0, 1)]
+        assert [[c.text for c in n.candidates] for n in nodes] == [["a", "detour", "x"], ["A: 7"]]
 
     def test_where_steps_end(self):
         assert [step_end("newline")(t) for t in ("\n", "a", "a\n", "\n a\n")] == [False, False, True, True]
