@@ -160,9 +160,9 @@ def run(options: argparse.Namespace) -> None:
 
 def _checked(options: argparse.Namespace) -> Probe:
     """The probe. ValueError for an option that a later stage would refuse."""
-    from ..signals.pairing.candidates import check_candidate_options
-    from ..signals.pairing.pairs import check_pair_options
-    from ..signals.probing.probe import check_probe_options
+    from ..signals.pairing.candidates import CandidateOptions
+    from ..signals.pairing.pairs import PairOptions
+    from ..signals.probing.options import ProbeOptions
     from ..signals.probing.texts import as_probe
     from ..signals.split import split_text
 
@@ -171,16 +171,16 @@ def _checked(options: argparse.Namespace) -> Probe:
             f"trace: expected one process, got {os.environ['WORLD_SIZE']} (WORLD_SIZE); all would write the same files"
         )
     split_text("", options.split_by)
-    check_probe_options(
+    ProbeOptions(
         mode=options.mode, reduce=options.reduce, engine=options.engine, max_tokens=options.max_tokens,
         num_samples=options.num_samples, seed=options.seed,
     )  # fmt: skip
     for name in ("gamma", "lam"):
         if not 0 <= getattr(options, name) <= 1:
             raise ValueError(f"--{name}: expected a number in [0, 1], got {getattr(options, name)}")
-    check_pair_options(**_pairing(options))
+    PairOptions(**_pairing(options))
     if options.pairs == "sampled":
-        check_candidate_options(
+        CandidateOptions(
             value=options.value, num_candidates=options.num_candidates, gamma=options.gamma,
             split_by=options.split_by, final=options.final, max_step_tokens=options.max_step_tokens,
             max_continuation_tokens=options.max_continuation_tokens, temperature=options.temperature,

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from ..signals.credit.gae import step_gae
-from ..signals.pairing.candidates import nodes_from_rollouts, trace_candidates
+from ..signals.pairing.candidates import trace_candidates
 from ..signals.pairing.pairs import pair_candidates, pair_rows
+from ..signals.pairing.rollouts import nodes_from_rollouts
 from ..signals.probing.probe import probe_step_values
 from ..signals.probing.texts import Probe
 from .chains import Chain, step_batch
