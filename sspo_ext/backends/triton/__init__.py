@@ -1,5 +1,5 @@
 """Triton backend: the three launches of the logits route, and the row kernels with further reductions over the
-vocabulary. Imports without Triton and without a GPU; `why_not` says what is missing.
+vocabulary. It can be imported without Triton and without a GPU; `why_not` says what is missing.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import os
 import torch
 
 try:
-    from .token_logp_bwd import token_logp_bwd
-    from .token_logp_fwd import token_logp_fwd
     from .row_reductions_bwd import row_reductions_bwd
     from .row_reductions_fwd import row_reductions_fwd
     from .step_loss_fwd import step_loss_fwd
+    from .token_logp_bwd import token_logp_bwd
+    from .token_logp_fwd import token_logp_fwd
 
     _import_error = None
 except ImportError as error:
