@@ -1,8 +1,8 @@
 """Triton row kernels with entropy, sum of squares and KL, interpreted, against float64.
 
 Shown to fail by breaking the kernels: sums of exponents, of squares or of KL not moved to a new maximum, KL's label
-read from the policy, 0 * -inf, softcapped lanes not masked (test_fp64_rule); a gap between shares
-(test_in_place_and_shares).
+read from the policy, 0 * -inf, softcapped lanes not masked (test_fp64_rule); a wrong label taken for
+another shard's (test_label_outside_the_vocabulary); a gap between shares (test_in_place_and_shares).
 """
 
 import importlib
