@@ -21,7 +21,9 @@ from pathlib import Path
 
 # Triton and the threads of the libraries ask when they are imported.
 os.environ.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
-os.environ.update(COLUMNS="120", HF_DATASETS_OFFLINE="1", MPLBACKEND="Agg", ACCELERATE_USE_CPU="true", WANDB_DISABLED="true")
+os.environ.update(
+    COLUMNS="120", HF_DATASETS_OFFLINE="1", MPLBACKEND="Agg", ACCELERATE_USE_CPU="true", WANDB_DISABLED="true"
+)
 os.environ.pop("SSPO_BACKEND", None)
 # `python -m` puts the working folder before PYTHONPATH: the package that stands there would be recorded by accident.
 sys.path[:0] = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
@@ -291,6 +293,7 @@ def logits_pref(rec: Record) -> None:
                      **facts.base)  # fmt: skip
         for backend in ("cpu", "reference"):
             for dtype in ("fp32", "fp64"):
+
                 def run(name, kind="padded", dtype=dtype, backend=backend, **more):
                     options = {**facts.base, **more}
                     rec.case(f"{loss_type}/{backend}/{dtype}/{name}", run_pref, kind, DTYPES[dtype], loss_type,
@@ -305,6 +308,7 @@ def logits_pref(rec: Record) -> None:
         ref = None if loss_type == "simpo" else "ref"
         for backend in ("cpu", "reference"):
             for dtype in DTYPES:
+
                 def run(name, kind="padded", dtype=dtype, backend=backend, **more):
                     rec.case(f"call/{loss_type}/{backend}/{dtype}/{name}", run_pref, kind, DTYPES[dtype], loss_type,
                              backend=backend, **{"ref": ref, **more})  # fmt: skip
@@ -426,6 +430,7 @@ def logits_logps(rec: Record) -> None:
         kind = "tiny" if backend == "triton" else "padded"
         for dtype in ("fp32", "bf16", "fp16") if backend == "triton" else DTYPES:
             for name, asked in REDUCTIONS.items():
+
                 def run(variant, kind=kind, dtype=dtype, backend=backend, name=name, asked=asked, **more):
                     rec.case(f"{backend}/{dtype}/{name}/{variant}", run_logps, kind, DTYPES[dtype], backend=backend,
                              **asked, **more)  # fmt: skip
@@ -618,7 +623,9 @@ def policy_options() -> dict:
     return made
 
 
-def run_policy(kind: str, dtype: torch.dtype, *, vocab: int = 37, layout=None, names=(), ref=None, first=None, **options):
+def run_policy(
+    kind: str, dtype: torch.dtype, *, vocab: int = 37, layout=None, names=(), ref=None, first=None, **options
+):
     layout = make_layout(kind, vocab) if layout is None else layout
     v = make_values(layout)
     logits = make_logits(layout, vocab, dtype)
@@ -626,7 +633,9 @@ def run_policy(kind: str, dtype: torch.dtype, *, vocab: int = 37, layout=None, n
     if ref is not None:
         options["ref"] = getattr(v, ref)
     inplace = options.get("inplace_backward")
-    out = step_policy_loss(logits * 1 if inplace else logits, layout, getattr(v, (first or ["advantages"])[0]), **options)
+    out = step_policy_loss(
+        logits * 1 if inplace else logits, layout, getattr(v, (first or ["advantages"])[0]), **options
+    )
     return {**of_policy(out), **gradients(out.loss, logits=logits)}
 
 
@@ -634,14 +643,18 @@ def policy(rec: Record) -> None:
     for name, options in policy_options().items():
         for dtype in DTYPES:
             for backend in ("cpu", "reference"):
-                rec.case(f"logits/{name}/{backend}/{dtype}", run_policy, "padded", DTYPES[dtype], backend=backend, **options)
+                rec.case(
+                    f"logits/{name}/{backend}/{dtype}", run_policy, "padded", DTYPES[dtype], backend=backend, **options
+                )
             linear_options = {"first": ["advantages"], **options}
             for variant, more in {
                 "trained": {"rows": 6}, "frozen": {"needs": (1, 0, 0)}, "bias, small": {"needs": (1, 1, 1), "rows": 2},
             }.items():  # fmt: skip
                 rec.case(f"linear/{name}/{dtype}/{variant}", run_linear, "padded", DTYPES[dtype],
                          linear_step_policy_loss, of_policy, **linear_options, **more)  # fmt: skip
-        rec.case(f"logits/{name}/packed", run_policy, None, FP32, layout=make_layout("packed", token_weights=True), **options)
+        rec.case(
+            f"logits/{name}/packed", run_policy, None, FP32, layout=make_layout("packed", token_weights=True), **options
+        )
         rec.case(f"linear/{name}/packed", run_linear, None, FP32, linear_step_policy_loss, of_policy, rows=9,
                  layout=make_layout("packed", token_weights=True), **linear_options)  # fmt: skip
     for name in ("ppo/all", "ppo/step/True", "reinforce/token"):
@@ -770,7 +783,9 @@ def functions(rec: Record) -> None:
         }.items():  # fmt: skip
             rec.case(f"pref_loss/{name}/{dtype}", run_pref_loss, DTYPES[dtype], **options)
     rec.case("kto_reference_point", run_reference_point)
-    rec.case("level_pairs", lambda: loss_function("level_pairs")(make_values(make_layout()).levels, torch.arange(14) // 4))
+    rec.case(
+        "level_pairs", lambda: loss_function("level_pairs")(make_values(make_layout()).levels, torch.arange(14) // 4)
+    )
     rec.case("reward mean", run_reward_mean)
     rec.case("token weights", run_token_weights)
     rec.case("catalogue", lambda: [[e.name, e.kind, e.formula, e.source, e.use, e.options] for e in catalogue()])
@@ -905,7 +920,9 @@ def rows(rec: Record) -> None:
                 "plain": {}, "softcap": {"logit_softcap": 3.0, "temperature": 0.6}, "all": REDUCTIONS["all"],
                 "all, softcap": {**REDUCTIONS["all"], "logit_softcap": 3.0}, "inplace": {"inplace_backward": True},
             }.items():  # fmt: skip
-                rec.case(f"{vocab}/{dtype}/{name}", run_logps, "padded", DTYPES[dtype], vocab=vocab, backend="cpu", **more)
+                rec.case(
+                    f"{vocab}/{dtype}/{name}", run_logps, "padded", DTYPES[dtype], vocab=vocab, backend="cpu", **more
+                )
     for dtype in DTYPES:
         rec.case(f"huge/{dtype}", run_huge, DTYPES[dtype])
 

@@ -214,7 +214,9 @@ def windowed():
 
 
 def gpt2():
-    return make_family("GPT2LMHeadModel", "GPT2Config", {**GPT2, "vocab_size": 258, "n_positions": 256, "eos_token_id": 0})
+    return make_family(
+        "GPT2LMHeadModel", "GPT2Config", {**GPT2, "vocab_size": 258, "n_positions": 256, "eos_token_id": 0}
+    )
 
 
 def tracing(rec) -> None:
@@ -246,7 +248,15 @@ SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
          "intermediate_size": 48, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 BYTES = {"vocab_size": 258, "eos_token_id": 0, "pad_token_id": 1, "bos_token_id": None}
-GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+GPT2 = {
+    "vocab_size": 97,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 FAMILIES = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {**GROUPED, "tie_word_embeddings": False}),
     "llama-tied": ("LlamaForCausalLM", "LlamaConfig", {**GROUPED, "tie_word_embeddings": True}),
@@ -304,7 +314,10 @@ ROWS = [
 ]
 CHAT_ROWS = [
     {"prompt": USER, "chosen": [{"role": "assistant", "content": "a\nb"}], "rejected": "c\nd"},
-    {"chosen": [*USER, {"role": "assistant", "content": "a"}], "rejected": [*USER, {"role": "assistant", "content": "b\n"}]},
+    {
+        "chosen": [*USER, {"role": "assistant", "content": "a"}],
+        "rejected": [*USER, {"role": "assistant", "content": "b\n"}],
+    },
 ]
 PRM_ROWS = [
     {"prompt": "2+3\n", "completions": ["two", "five"], "labels": [True, True]},
@@ -357,9 +370,22 @@ def grading(rec) -> None:
     quiet()
     from sspo_ext.train import load_grader
 
-    places = {name: (f"train.grade:{name}", f"data.graders:{name}") for name in ("grade", "grade_rows", "answer_grader", "final_text")}
+    places = {
+        name: (f"train.grade:{name}", f"data.graders:{name}")
+        for name in ("grade", "grade_rows", "answer_grader", "final_text")
+    }
     tools = {name: rec.find(*where) for name, where in places.items()}
-    said = ["so\n#### 5", "#### 5\n#### 6", "5", "  5  \n", "", "the answer is 5", "A: 5 ", r"$\frac{1}{2}$", "\\boxed{0.5}"]
+    said = [
+        "so\n#### 5",
+        "#### 5\n#### 6",
+        "5",
+        "  5  \n",
+        "",
+        "the answer is 5",
+        "A: 5 ",
+        r"$\frac{1}{2}$",
+        "\\boxed{0.5}",
+    ]
     for name in ("exact", "exact:A:", "math-verify", "reasoning-gym", "nothing", "record_text:dig"):
         grader = rec.case(f"{name}/load", lambda n: str(callable(load_grader(n))), name)
         if grader is None:
@@ -370,11 +396,18 @@ def grading(rec) -> None:
             for n, text in enumerate(said):
                 rec.case(f"{name}/{answer!r}/{n}", tools["grade"], grader, "p", text, answer)
                 if name == "exact":
-                    rec.case(f"{name}/{answer!r}/{n}/probe", tools["answer_grader"](grader, signals.PROBES["en"]), text, answer)
+                    rec.case(
+                        f"{name}/{answer!r}/{n}/probe",
+                        tools["answer_grader"](grader, signals.PROBES["en"]),
+                        text,
+                        answer,
+                    )
     rec.add("final", [tools["final_text"](text) for text in said])
 
     def trl(prompts, completions, answer, **columns):
-        return [None if a is None else float(len(c)) / len(p) for p, c, a in zip(prompts, completions, answer, strict=True)]
+        return [
+            None if a is None else float(len(c)) / len(p) for p, c, a in zip(prompts, completions, answer, strict=True)
+        ]
 
     batch = [{"prompt": "pp", "answer": 1}, {"prompt": "p", "answer": None}]
     rec.case("in batches", tools["grade_rows"], trl, batch, ["a", "b"])
@@ -521,7 +554,9 @@ def run_main(rec, folder: str, *arguments: str) -> dict:
 def timeless(text: str) -> str:
     """Lines without those of progress, whose times differ."""
     lines = text.replace("\r", "\n").splitlines()
-    return "\n".join(line for line in lines if not any(word in line for word in ("it/s", "s/it", "second", " s left", "time/")))
+    return "\n".join(
+        line for line in lines if not any(word in line for word in ("it/s", "s/it", "second", " s left", "time/"))
+    )
 
 
 def command_line(rec) -> None:
@@ -551,7 +586,19 @@ def write(path: str, rows: list[dict]) -> None:
 
 
 def commands(rec) -> None:
-    train = ["train", "--model", "model", "--data", "pairs.jsonl", "--batch-size", "2", "--lr", "1e-2", "--max-steps", "2"]
+    train = [
+        "train",
+        "--model",
+        "model",
+        "--data",
+        "pairs.jsonl",
+        "--batch-size",
+        "2",
+        "--lr",
+        "1e-2",
+        "--max-steps",
+        "2",
+    ]
     rl = ["rl", "--model", "small", "--data", "problems.jsonl", "--batch-size", "4", "--num-generations", "4", "--lr", "1e-3",
           "--max-completion-length", "30", "--probe", "#", "--max-steps", "2", "--grader", "record_text:dig"]  # fmt: skip
     trace = ["trace", "--model", "model", "--data", "chains.jsonl", "--device", "cpu"]
