@@ -977,8 +977,11 @@ def describe(value) -> str:
     return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} {value.flatten()[:4].tolist()}"
 
 
-def compare(old_path: str, new_path: str, show: int) -> int:
+def compare(old_path: str, new_path: str, show: int, only: list[str] | None) -> int:
     old, new = (torch.load(path, weights_only=True)["outputs"] for path in (old_path, new_path))
+    if only:
+        start = tuple(f"{name}: " for name in only)
+        old, new = ({k: v for k, v in values.items() if k.startswith(start)} for values in (old, new))
     missing, added = [k for k in old if k not in new], [k for k in new if k not in old]
     different = [k for k in old if k in new and not same(old[k], new[k])]
     for title, keys in (("missing", missing), ("added", added), ("different", different)):
@@ -1006,11 +1009,12 @@ def main(argv: list[str] | None = None) -> int:
     comparing = commands.add_parser("compare", help="compare two records; exit status 1 where they differ")
     comparing.add_argument("old")
     comparing.add_argument("new")
+    comparing.add_argument("--only", nargs="+", metavar="CHAPTER", help="some of the chapters")
     comparing.add_argument("--show", type=int, default=20, metavar="N", help="keys of each kind to show (default 20)")
     args = parser.parse_args(argv)
     if args.command == "record":
         return record(args.file, args.only, args.quiet)
-    return compare(args.old, args.new, args.show)
+    return compare(args.old, args.new, args.show, args.only)
 
 
 if __name__ == "__main__":
