@@ -235,12 +235,12 @@ def logits_pref(rec: Record) -> None:
     for dtype, variants in {
         "fp32": {
             "all losses": every, "softcap": {"logit_softcap": 4.0, "temperature": 0.7}, "nothing": {"kind": "nothing"},
-            "all losses, soft labels": {**every, "label_smoothing": 0.0, "names": ["weights", "margins",
-            "soft_labels"]},
+            "all losses, soft labels": {**every, "label_smoothing": 0.0,
+                                        "names": ["weights", "margins", "soft_labels"]},
             "inplace": {"inplace_backward": True}, "packed": {"kind": "packed", "vocab": 11}, "large": {"vocab": 2100},
         },
-        "bf16": {"plain": {}, "softcap": {"logit_softcap": 4.0}}, "fp16": {"plain": {},
-        "inplace": {"inplace_backward": True}},
+        "bf16": {"plain": {}, "softcap": {"logit_softcap": 4.0}, "large": {"vocab": 2100}},
+        "fp16": {"plain": {}, "inplace": {"inplace_backward": True}},
     }.items():  # fmt: skip
         for name, more in variants.items():
             rec.case(f"triton/{dtype}/{name}", run_pref, **{"kind": "tiny", "dtype": DTYPES[dtype],
@@ -357,6 +357,7 @@ def logits_logps(rec: Record) -> None:
                 if not interpreted or (name == "fp32" and asked == "all"):
                     one("map", "tiny", temperature=0.8, logit_softcap=5.0, logit_scale=1.5)
                     one("nothing", "nothing")
+                    one("large", "tiny", vocab=2100)
                 if backend == "cpu":
                     one("inplace", inplace_backward=True)
 

@@ -144,10 +144,19 @@ def same(a, b) -> bool:
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
-def describe(value) -> str:
-    if isinstance(value, str):
-        return value if len(value) <= 160 else f"{value[:160]}..."
-    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} {value.flatten()[:4].tolist()}"
+def difference(old, new) -> str:
+    """What differs, in a few lines: of tensors of one kind the places that do, with the first one's values."""
+    both = (old, new)
+    if not any(isinstance(value, str) for value in both) and (old.dtype, old.shape) == (new.dtype, new.shape):
+        bits = [value.reshape(-1, 1).view(torch.uint8) for value in both]
+        places = (bits[0] != bits[1]).any(1).nonzero()[:, 0]
+        first = int(places[0])
+        values = " and ".join(repr(value.flatten()[first].item()) for value in both)
+        return f"    {len(places)} of {old.numel()} {old.dtype} differ, the first at {first}: {values}"
+    if all(isinstance(value, str) for value in both):
+        first = next((i for i, (a, b) in enumerate(zip(*both, strict=False)) if a != b), min(map(len, both)))
+        return "\n".join(f"    {value[max(first - 40, 0) : first + 80]!r}" for value in both)
+    return "\n".join(f"    {value!r:.120}" for value in both)
 
 
 def compare(old_path: str, new_path: str, show: int, only: list[str] | None) -> int:
@@ -161,7 +170,7 @@ def compare(old_path: str, new_path: str, show: int, only: list[str] | None) -> 
         for key in keys[:show]:
             print(f"{title}: {key}")
             if title == "different":
-                print(f"    {describe(old[key])}\n    {describe(new[key])}")
+                print(difference(old[key], new[key]))
         if len(keys) > show:
             print(f"{title}: and {len(keys) - show} more")
     both = len(old) - len(missing)
