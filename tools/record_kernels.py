@@ -803,8 +803,7 @@ def plan_of(layout: StepLayout, pairs, **asked) -> str:
     """As text: the layout's method before the move, a function of the layout after it."""
     if hasattr(layout, "plan"):
         return describe_plan(layout.plan(pairs, **asked))
-    places = ("routes.linear.plan:plan", "routes.linear.plan:pref_plan", "routes.linear.plan:layout_plan")
-    return describe_plan(find(*places, "routes.linear:plan")(layout, pairs, **asked))
+    return describe_plan(find("routes.linear.plan:pref_plan")(layout, pairs, **asked))
 
 
 def policy_plan_of(layout: StepLayout, level: str, **asked) -> str:
