@@ -1,8 +1,8 @@
-"""Builds sspo_ext._C_cuda, the CUDA kernels: part of setup.py, without anything of torch.
+"""Builds sspo_ext._C_cuda, the CUDA kernels. Part of setup.py; needs nothing of torch.
 
-Built where nvcc is found, for the architectures of TORCH_CUDA_ARCH_LIST or a default, never for the GPU that happens to
-be visible. SSPO_BUILD_CUDA=0 leaves it out, =1 insists on it, =auto (the default) builds it where nvcc is. The CUDA
-runtime is linked statically: the module imports on machines without a GPU or a driver.
+SSPO_BUILD_CUDA=auto (the default) builds the module where nvcc is found, =1 fails without nvcc, =0 leaves the module
+out. The architectures are those of TORCH_CUDA_ARCH_LIST or a default; the GPU of the building machine does not matter.
+The CUDA runtime is linked statically, so the module can be imported on machines without a GPU or a driver.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from setuptools import Extension
 
 KERNELS = ["csrc/cuda/token_logp_fwd.cu", "csrc/cuda/token_logp_bwd.cu", "csrc/cuda/step_loss_fwd.cu"]
 BINDING = "csrc/cuda/binding.cpp"
-# ftz: exp2f is then one instruction; what it flushes is below 2^-126 of a row's sum.
+# With ftz exp2f is one instruction. What it flushes to 0 is below 2^-126 of a row's sum.
 FLAGS = ["-std=c++17", "-O3", "-ftz=true", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
-# A100 and all of its generation's successors run the first, H100 and B200 have their own; PTX for what comes after.
+# Code for 8.0 runs on A100 and the rest of its generation; H100 and B200 have their own; PTX serves later GPUs.
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
-OLDEST = 80  # maxima of bfloat16 pairs
+OLDEST = 80  # the first with maxima of bfloat16 pairs
 _FAMILIES = {"ampere": "8.0;8.6", "ada": "8.9", "hopper": "9.0", "blackwell": "10.0;12.0"}
 
 
@@ -42,7 +42,7 @@ def find_nvcc() -> str | None:
 
 
 def extensions(skip_auto: bool = False) -> list[CudaExtension]:
-    """[_C_cuda] where it is to be built. skip_auto: C++ modules were declined, so only SSPO_BUILD_CUDA=1 builds it."""
+    """[_C_cuda] if it is to be built. skip_auto: C++ modules are switched off, so only SSPO_BUILD_CUDA=1 builds it."""
     wanted = os.environ.get("SSPO_BUILD_CUDA", "auto").lower() or "auto"
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"SSPO_BUILD_CUDA: expected auto, 0 or 1, got {wanted!r}")
@@ -55,7 +55,7 @@ def extensions(skip_auto: bool = False) -> list[CudaExtension]:
 
 
 def architectures(nvcc: str) -> tuple[list[int], list[int]]:
-    """(machine code, PTX) architectures, as 80 for 8.0: TORCH_CUDA_ARCH_LIST in torch's notation, or the default."""
+    """(machine code, PTX) architectures, with 80 for 8.0. TORCH_CUDA_ARCH_LIST has torch's notation."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     names = re.split(r"[;,\s]+", asked.lower() or DEFAULT_ARCHITECTURES.lower())
     for family, expansion in _FAMILIES.items():
@@ -68,7 +68,7 @@ def architectures(nvcc: str) -> tuple[list[int], list[int]]:
         if match is None:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected numbers like 9.0 or 8.0+PTX, got {name!r}")
         number = 10 * int(match[1]) + int(match[2])
-        if number < OLDEST:  # a list for other extensions may name them; these kernels do not run there
+        if number < OLDEST:  # the list may name them for other extensions; these kernels do not run there
             continue
         if asked and number not in known:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {name} is not known to {nvcc}, which knows {sorted(known)}")
@@ -80,7 +80,7 @@ def architectures(nvcc: str) -> tuple[list[int], list[int]]:
             f"TORCH_CUDA_ARCH_LIST={asked!r} names no architecture from 8.0 on; SSPO_BUILD_CUDA=0 builds none"
         )
     if not asked:
-        ptx = {max(binary)}  # an older nvcc than the default list expects
+        ptx = {max(binary)}  # an older nvcc may not know the default list's last
     return sorted(binary), sorted(ptx)
 
 
@@ -91,7 +91,7 @@ def compile_command(nvcc: str, source: str, target: str, binary: list[int], ptx:
 
 
 def build(command, ext: CudaExtension) -> None:
-    """Compiles and links `ext` for the build_ext `command`; stops with what to do where that fails."""
+    """Compiles and links `ext` for the build_ext `command`. On failure, exits with advice."""
     import pybind11
     from setuptools.modified import newer_group
 

@@ -1,7 +1,7 @@
 """Builds sspo_ext._C, the CPU kernels.
 
-One kernel source is compiled once per instruction set, each file with its own flags; the module picks one at run time,
-so a wheel runs on every CPU of its architecture. SSPO_BUILD_CPP=0 leaves it out: the package then runs on torch.
+The same kernel source is compiled once for each instruction set, with its flags. The module chooses one at run time, so
+a wheel runs on every CPU of its architecture. SSPO_BUILD_CPP=0 leaves the module out: the package then runs on torch.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from setuptools.errors import BaseError, CompileError, LinkError, PlatformError
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # pip's isolated build does not
 import build_cuda  # noqa: E402
 
-# GCC 12 takes the "undefined" vectors inside its own intrinsics headers for a mistake of ours.
+# GCC 12 warns of the undefined vectors inside its own intrinsics headers.
 COMMON_FLAGS = ["-std=c++17", "-fvisibility=hidden", "-pthread", "-g0", "-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
-# Contraction into FMA is part of the kernels' error analysis; the default depends on the compiler.
+# The kernels' error analysis relies on contraction into FMA, and compilers differ in their default.
 KERNEL_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+AVX512_FLAGS += ["-Wno-uninitialized"]  # as above
 
 SOURCES = {
     "csrc/cpu/binding.cpp": ["-O2"],
@@ -44,7 +45,7 @@ def target_is_x86_64() -> bool:
 
 
 class BuildKernels(build_ext):
-    """build_ext that compiles every source with the flags of its instruction set, several at a time."""
+    """build_ext that compiles every source with its own flags, several sources at a time."""
 
     def build_extension(self, ext: Extension) -> None:
         if isinstance(ext, build_cuda.CudaExtension):
@@ -86,7 +87,7 @@ def extensions() -> list[Extension]:
         import pybind11
     except ImportError as error:
         if not {"build_ext", "develop", "bdist_wheel", "install"} & set(sys.argv):
-            return []  # a step that compiles nothing, for example `python setup.py --version`
+            return []  # this step compiles nothing, `python setup.py --version` for example
         raise SystemExit(
             f"sspo_ext: building the C++ module needs pybind11 ({error}); or set SSPO_BUILD_CPP=0"
         ) from None

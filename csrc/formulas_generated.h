@@ -1,4 +1,4 @@
-// Generated from sspo_ext/heads/ by `python -m sspo_ext.backends.generate`. Do not edit.
+// Generated from sspo_ext/formulas/ by `python -m tools.generate_formulas`. Do not edit.
 // clang-format off
 #pragma once
 #include <cmath>
@@ -30,7 +30,7 @@ template <class T> SSPO_HD inline T sigmoid_(T x) {
 }
 
 // -q ls(z) - (1 - q) ls(-z),  z = beta (u_w - u_l) - margin
-template <class T> SSPO_HD inline PairGrad<T> sigmoid_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> sigmoid_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -60,7 +60,7 @@ template <class T> SSPO_HD inline PairGrad<T> sigmoid_head(const PairScores<T>& 
 }
 
 // max(0, 1 - z),  z = beta (u_w - u_l) - margin
-template <class T> SSPO_HD inline PairGrad<T> hinge_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> hinge_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -81,7 +81,7 @@ template <class T> SSPO_HD inline PairGrad<T> hinge_head(const PairScores<T>& s,
 }
 
 // (u_w / n_w - u_l / n_l - margin / beta - 1 / (2 beta))^2
-template <class T> SSPO_HD inline PairGrad<T> ipo_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> ipo_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -106,7 +106,7 @@ template <class T> SSPO_HD inline PairGrad<T> ipo_head(const PairScores<T>& s, c
 }
 
 // -q ls(z) - (1 - q) ls(-z),  z = beta (S_w / n_w - S_l / n_l) - simpo_gamma - margin
-template <class T> SSPO_HD inline PairGrad<T> simpo_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> simpo_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -142,7 +142,7 @@ template <class T> SSPO_HD inline PairGrad<T> simpo_head(const PairScores<T>& s,
 }
 
 // (u_w - u_l - margin / beta - 1 / (2 beta))^2
-template <class T> SSPO_HD inline PairGrad<T> ipo_sum_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> ipo_sum_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -163,7 +163,7 @@ template <class T> SSPO_HD inline PairGrad<T> ipo_sum_head(const PairScores<T>& 
 }
 
 // -q ls(z) - (1 - q) ls(-z),  z = beta (u_w / n_w - u_l / n_l) - margin
-template <class T> SSPO_HD inline PairGrad<T> sigmoid_norm_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> sigmoid_norm_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -197,7 +197,7 @@ template <class T> SSPO_HD inline PairGrad<T> sigmoid_norm_head(const PairScores
 }
 
 // [-(1 - e) ls(z) + e ls(-z)] / (1 - 2 e),  e = label_smoothing,  z = beta (u_w - u_l) - margin
-template <class T> SSPO_HD inline PairGrad<T> robust_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> robust_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -232,7 +232,7 @@ template <class T> SSPO_HD inline PairGrad<T> robust_head(const PairScores<T>& s
 }
 
 // sig(z) [ls(z) - log q] + sig(-z) [ls(-z) - log(1 - q)],  q in [1e-6, 1 - 1e-6],  z = beta (u_w - u_l) - margin
-template <class T> SSPO_HD inline PairGrad<T> exo_pair_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> exo_pair_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -273,7 +273,7 @@ template <class T> SSPO_HD inline PairGrad<T> exo_pair_head(const PairScores<T>&
 }
 
 // -(1 - sig(z / tau)) ls(z) + e^(ls(z / tau) - z),  tau = discopop_tau,  z = beta (u_w - u_l) - margin
-template <class T> SSPO_HD inline PairGrad<T> discopop_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> discopop_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -311,7 +311,7 @@ template <class T> SSPO_HD inline PairGrad<T> discopop_head(const PairScores<T>&
 }
 
 // -q ls(z) - (1 - q) ls(-z),  z = beta (e^-u_l - e^-u_w) - margin,  exponents at most 80
-template <class T> SSPO_HD inline PairGrad<T> sigmoid_forward_kl_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> sigmoid_forward_kl_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -355,7 +355,7 @@ template <class T> SSPO_HD inline PairGrad<T> sigmoid_forward_kl_head(const Pair
 }
 
 // -q ls(z) - (1 - q) ls(-z),  z = beta (ls(u_w) - ls(u_l)) - margin
-template <class T> SSPO_HD inline PairGrad<T> sigmoid_js_divergence_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> sigmoid_js_divergence_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -389,7 +389,7 @@ template <class T> SSPO_HD inline PairGrad<T> sigmoid_js_divergence_head(const P
 }
 
 // -q ls(z) - (1 - q) ls(-z),  z = beta (e^((a - 1) u_w) - e^((a - 1) u_l)) / (a - 1) - margin,  a = f_alpha_divergence_coef,  exponents at most 80
-template <class T> SSPO_HD inline PairGrad<T> sigmoid_alpha_divergence_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> sigmoid_alpha_divergence_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -437,7 +437,7 @@ template <class T> SSPO_HD inline PairGrad<T> sigmoid_alpha_divergence_head(cons
 }
 
 // -q ls(z) - (1 - q) ls(-z),  z = beta u_w - beta_rejected u_l - margin
-template <class T> SSPO_HD inline PairGrad<T> flex_dpo_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> flex_dpo_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -470,7 +470,7 @@ template <class T> SSPO_HD inline PairGrad<T> flex_dpo_head(const PairScores<T>&
 }
 
 // max(0, slic_delta - beta (S_w - S_l) + margin)
-template <class T> SSPO_HD inline PairGrad<T> slic_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> slic_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -492,7 +492,7 @@ template <class T> SSPO_HD inline PairGrad<T> slic_head(const PairScores<T>& s, 
 }
 
 // -ls(r_w) - ls(-r_w) / 2 - ls(-r_l) / 2,  r = beta u
-template <class T> SSPO_HD inline PairGrad<T> nca_pair_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> nca_pair_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -524,7 +524,7 @@ template <class T> SSPO_HD inline PairGrad<T> nca_pair_head(const PairScores<T>&
 }
 
 // -ls(r_w - margin) - ls(margin - r_l),  r = beta u; margin is BCO's reward shift
-template <class T> SSPO_HD inline PairGrad<T> bco_pair_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> bco_pair_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -549,7 +549,7 @@ template <class T> SSPO_HD inline PairGrad<T> bco_pair_head(const PairScores<T>&
 }
 
 // (u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2
-template <class T> SSPO_HD inline PairGrad<T> sppo_hard_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> sppo_hard_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -572,7 +572,7 @@ template <class T> SSPO_HD inline PairGrad<T> sppo_hard_head(const PairScores<T>
 }
 
 // (u_w - (q - 1/2) / beta)^2 + (u_l + (q - 1/2) / beta)^2
-template <class T> SSPO_HD inline PairGrad<T> sppo_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> sppo_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -593,7 +593,7 @@ template <class T> SSPO_HD inline PairGrad<T> sppo_head(const PairScores<T>& s, 
 }
 
 // 1 - sig(beta u_w) + sig(beta u_l)
-template <class T> SSPO_HD inline PairGrad<T> apo_zero_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> apo_zero_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -615,7 +615,7 @@ template <class T> SSPO_HD inline PairGrad<T> apo_zero_head(const PairScores<T>&
 }
 
 // sig(beta u_w) + 1 - sig(z),  z = beta (u_w - u_l) - margin
-template <class T> SSPO_HD inline PairGrad<T> apo_down_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> apo_down_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -641,7 +641,7 @@ template <class T> SSPO_HD inline PairGrad<T> apo_down_head(const PairScores<T>&
 }
 
 // -S_w / nbar,  nbar = mean n_w over the batch's pairs: the mean over pairs is one over chosen tokens
-template <class T> SSPO_HD inline PairGrad<T> sft_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> sft_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -657,7 +657,7 @@ template <class T> SSPO_HD inline PairGrad<T> sft_head(const PairScores<T>& s, c
 }
 
 // -S_w / n_w
-template <class T> SSPO_HD inline PairGrad<T> nll_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> nll_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -673,7 +673,7 @@ template <class T> SSPO_HD inline PairGrad<T> nll_head(const PairScores<T>& s, c
 }
 
 // -S_l / n_l
-template <class T> SSPO_HD inline PairGrad<T> nll_rejected_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> nll_rejected_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -689,7 +689,7 @@ template <class T> SSPO_HD inline PairGrad<T> nll_rejected_head(const PairScores
 }
 
 // -q ls(z) - (1 - q) ls(-z) - cpo_alpha S_w / n_w,  z = beta (S_w - S_l) - margin
-template <class T> SSPO_HD inline PairGrad<T> cpo_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> cpo_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -726,7 +726,7 @@ template <class T> SSPO_HD inline PairGrad<T> cpo_head(const PairScores<T>& s, c
 }
 
 // -S_w / n_w - beta ls(lo_w - lo_l),  lo = m - log(1 - e^m),  m = min(S / n, -1e-6)
-template <class T> SSPO_HD inline PairGrad<T> orpo_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> orpo_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -812,7 +812,7 @@ template <class T> SSPO_HD inline PairGrad<T> orpo_head(const PairScores<T>& s, 
 }
 
 // -m_w + beta [-m_w - log(1 - e^m_l)],  m_w = S_w / n_w,  m_l = min(S_l / n_l, -1e-6)
-template <class T> SSPO_HD inline PairGrad<T> asft_head(const PairScores<T>& s, const T* o) {
+template <class T> SSPO_HD inline PairGrad<T> asft_formula(const PairScores<T>& s, const T* o) {
   const T u_w = s.u_w; (void)u_w;
   const T u_l = s.u_l; (void)u_l;
   const T n_w = s.n_w; (void)n_w;
@@ -861,37 +861,37 @@ template <class T> SSPO_HD inline PairGrad<T> asft_head(const PairScores<T>& s, 
   return {add, div_5, div_4};
 }
 
-constexpr int kNumPairHeads = 26;
+constexpr int kNumPairFormulas = 26;
 constexpr int kMaxOptions = 4;
 
-template <class T> SSPO_HD inline PairGrad<T> pair_head(int head, const PairScores<T>& s, const T* o) {
-  switch (head) {
-    case 0: return sigmoid_head(s, o);
-    case 1: return hinge_head(s, o);
-    case 2: return ipo_head(s, o);
-    case 3: return simpo_head(s, o);
-    case 4: return ipo_sum_head(s, o);
-    case 5: return sigmoid_norm_head(s, o);
-    case 6: return robust_head(s, o);
-    case 7: return exo_pair_head(s, o);
-    case 8: return discopop_head(s, o);
-    case 9: return sigmoid_forward_kl_head(s, o);
-    case 10: return sigmoid_js_divergence_head(s, o);
-    case 11: return sigmoid_alpha_divergence_head(s, o);
-    case 12: return flex_dpo_head(s, o);
-    case 13: return slic_head(s, o);
-    case 14: return nca_pair_head(s, o);
-    case 15: return bco_pair_head(s, o);
-    case 16: return sppo_hard_head(s, o);
-    case 17: return sppo_head(s, o);
-    case 18: return apo_zero_head(s, o);
-    case 19: return apo_down_head(s, o);
-    case 20: return sft_head(s, o);
-    case 21: return nll_head(s, o);
-    case 22: return nll_rejected_head(s, o);
-    case 23: return cpo_head(s, o);
-    case 24: return orpo_head(s, o);
-    case 25: return asft_head(s, o);
+template <class T> SSPO_HD inline PairGrad<T> pair_formula(int formula, const PairScores<T>& s, const T* o) {
+  switch (formula) {
+    case 0: return sigmoid_formula(s, o);
+    case 1: return hinge_formula(s, o);
+    case 2: return ipo_formula(s, o);
+    case 3: return simpo_formula(s, o);
+    case 4: return ipo_sum_formula(s, o);
+    case 5: return sigmoid_norm_formula(s, o);
+    case 6: return robust_formula(s, o);
+    case 7: return exo_pair_formula(s, o);
+    case 8: return discopop_formula(s, o);
+    case 9: return sigmoid_forward_kl_formula(s, o);
+    case 10: return sigmoid_js_divergence_formula(s, o);
+    case 11: return sigmoid_alpha_divergence_formula(s, o);
+    case 12: return flex_dpo_formula(s, o);
+    case 13: return slic_formula(s, o);
+    case 14: return nca_pair_formula(s, o);
+    case 15: return bco_pair_formula(s, o);
+    case 16: return sppo_hard_formula(s, o);
+    case 17: return sppo_formula(s, o);
+    case 18: return apo_zero_formula(s, o);
+    case 19: return apo_down_formula(s, o);
+    case 20: return sft_formula(s, o);
+    case 21: return nll_formula(s, o);
+    case 22: return nll_rejected_formula(s, o);
+    case 23: return cpo_formula(s, o);
+    case 24: return orpo_formula(s, o);
+    case 25: return asft_formula(s, o);
     default: return {T(NAN), T(NAN), T(NAN)};
   }
 }

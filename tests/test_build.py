@@ -102,7 +102,7 @@ def test_instruction_sets_stay_apart(source, tmp_path):
     for path in objects:
         listing = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True).stdout
         exported = [line.split(maxsplit=2)[2] for line in listing.splitlines() if re.search(r" [TWVuDRB] ", line)]
-        assert len(exported) == 1 and exported[0].startswith("sspo::kRows"), (path.name, exported)
+        assert exported == [f"sspo::k{path.stem.capitalize()}"], path.name
 
 
 def test_no_torch_header_and_no_native_flags():

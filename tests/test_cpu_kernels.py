@@ -24,6 +24,7 @@ import torch
 from helpers_truth import assert_fp64_rule, assert_rounded_once, gradient_terms
 
 from sspo_ext.backends import cpu, reference
+from sspo_ext.backends.arguments import StepLossArguments
 from sspo_ext.formulas.registry import PAIR_FORMULAS
 
 if cpu.why_not(torch.device("cpu"), torch.float32):
@@ -496,10 +497,10 @@ def run_step_loss(p, head, options, label, optional=True):
     def opt(name):
         return p[name] if optional else None
 
-    return cpu.step_loss_fwd(
+    return cpu.step_loss_fwd(StepLossArguments(
         p["logp"], opt("weights"), p["offsets"], opt("ref"), p["index"], p["adj_offsets"], p["adjacency"],
         opt("pair_weights"), opt("margins"), opt("labels"), p["scale"], head, options, label,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 @pytest.mark.parametrize("optional", [True, False], ids=["everything", "nothing optional"])
@@ -531,22 +532,10 @@ def test_step_loss_equals_the_reference(head, dtype, optional):
 def test_step_loss_of_nothing():
     none_f, none_i = torch.empty(0), torch.empty(0, dtype=torch.int32)
     zero = torch.zeros(1, dtype=torch.int32)
-    loss, sums, pair_loss, coef = cpu.step_loss_fwd(
-        none_f,
-        None,
-        zero,
-        None,
-        none_i.view(0, 2),
-        zero,
-        none_i,
-        None,
-        None,
-        None,
-        torch.ones(()),
-        "sigmoid",
-        [0.1],
+    loss, sums, pair_loss, coef = cpu.step_loss_fwd(StepLossArguments(
+        none_f, None, zero, None, none_i.view(0, 2), zero, none_i, None, None, None, torch.ones(()), "sigmoid", [0.1],
         1.0,
-    )
+    ))  # fmt: skip
     assert loss == 0 and sums.shape == pair_loss.shape == coef.shape == (0,)
 
 
@@ -555,8 +544,11 @@ def test_step_loss_takes_no_other_dtype(dtype):
     """The kernel would write 4 bytes into each element."""
     none_i, scale = torch.empty(0, dtype=torch.int32), torch.ones((), dtype=dtype)
     args = (None, torch.tensor([0, 8], dtype=torch.int32), None, none_i.view(0, 2), torch.zeros(2, dtype=torch.int32))
-    with pytest.raises(TypeError, match=f"logp: expected torch.float32 or torch.float64, got {dtype}"):
-        cpu.step_loss_fwd(torch.ones(8).to(dtype), *args, none_i, None, None, None, scale, "sigmoid", [0.1], 1.0)
+    with pytest.raises(TypeError, match=f"logps: expected torch.float32 or torch.float64, got {dtype}"):
+        given = StepLossArguments(
+            torch.ones(8).to(dtype), *args, none_i, None, None, None, scale, "sigmoid", [0.1], 1.0
+        )
+        cpu.step_loss_fwd(given)
 
 
 def test_step_loss_sums_in_double_and_keeps_nan():
@@ -565,7 +557,8 @@ def test_step_loss_sums_in_double_and_keeps_nan():
     offsets = torch.tensor([0, n], dtype=torch.int32)
     none_i = torch.empty(0, dtype=torch.int32)
     args = (None, offsets, None, none_i.view(0, 2), torch.zeros(2, dtype=torch.int32), none_i, None, None, None)
-    _, sums, _, _ = cpu.step_loss_fwd(logp, *args, torch.tensor(1.0), "sigmoid", [0.1], 1.0)
+    _, sums, _, _ = cpu.step_loss_fwd(StepLossArguments(logp, *args, torch.tensor(1.0), "sigmoid", [0.1], 1.0))
     assert abs(sums.item() / (n * logp[0].double().item()) - 1) < 1e-7
     logp[5] = math.nan
-    assert cpu.step_loss_fwd(logp, *args, torch.tensor(1.0), "sigmoid", [0.1], 1.0)[1].isnan().all()
+    given = StepLossArguments(logp, *args, torch.tensor(1.0), "sigmoid", [0.1], 1.0)
+    assert cpu.step_loss_fwd(given)[1].isnan().all()

@@ -16,6 +16,7 @@ from helpers_truth import assert_fp64_rule, assert_rounded_once, gradient_terms
 
 from sspo_ext import backends
 from sspo_ext.backends import cuda, reference
+from sspo_ext.backends.arguments import StepLossArguments
 from sspo_ext.formulas.registry import PAIR_FORMULAS
 from sspo_ext.losses.logps import step_logps
 from sspo_ext.losses.pref import step_pref_loss
@@ -364,10 +365,10 @@ def test_steps_without_pairs_and_long_ones(counts):
     S, N = len(counts), sum(counts)
     offsets = torch.tensor([0, *counts]).cumsum(0, dtype=torch.int32)
     logp, none = -torch.rand(N), torch.zeros(0, dtype=torch.int32)
-    loss, sums, pair_loss, coef = cuda.step_loss_fwd(
+    loss, sums, pair_loss, coef = cuda.step_loss_fwd(StepLossArguments(
         logp, None, offsets, None, none.view(0, 2), torch.zeros(S + 1, dtype=torch.int32), none, None, None, None,
         torch.ones(()), "sigmoid", [0.1], 1.0,
-    )  # fmt: skip
+    ))  # fmt: skip
     assert loss == 0 and pair_loss.shape == (0,) and (coef == 0).all() and coef.shape == (N,)
     exact = torch.stack([part.double().sum() for part in logp.split(counts)]) if counts else torch.zeros(0).double()
     assert (sums - exact).abs().max() <= EPS * exact.abs().max() if S else sums.shape == (0,)

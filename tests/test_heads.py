@@ -20,6 +20,7 @@ import pytest
 import torch
 from helpers_batch import fused_backends
 
+from sspo_ext.backends.arguments import StepLossArguments
 from sspo_ext.formulas.registry import MAX_OPTIONS, PAIR_FORMULAS, PairScores, formula_id, get_pair_formula
 from tools import generate_formulas as generate
 
@@ -301,11 +302,11 @@ def pairs_of_one_row_steps(backend, dtype, name, options, s: PairScores, labelle
     values = head.check_options(
         options.get("beta", head.options["beta"]), {k: v for k, v in options.items() if k != "beta"}
     )
-    _, sums, losses, coef = backends.load(backend).step_loss_fwd(
+    _, sums, losses, coef = backends.load(backend).step_loss_fwd(StepLossArguments(
         logp, None, offsets.to(torch.int32), None, codes.reshape(P, 2), torch.arange(2 * P + 1, dtype=torch.int32),
         codes, None, s.margin.to(dtype), s.label.to(dtype) if labelled else None, torch.ones((), dtype=dtype), name,
         values, float(s.label[0]),
-    )  # fmt: skip
+    ))  # fmt: skip
     return losses, coef[offsets[:-1]].reshape(P, 2)
 
 

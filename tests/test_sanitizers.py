@@ -63,8 +63,8 @@ FAULTS = {  # sanitizer, file, what stands there, what is planted, what must be 
     "group past the row's end": (
         "address",
         ROWS,
-        "(V - head) / kVec;",
-        "(V - head + kVec - 1) / kVec;",
+        "(V - front) / kVec;",
+        "(V - front + kVec - 1) / kVec;",
         "heap-buffer-overflow",
     ),
     "load across the row's end": (
@@ -74,7 +74,13 @@ FAULTS = {  # sanitizer, file, what stands there, what is planted, what must be 
         "column < before",
         "heap-buffer-overflow",
     ),
-    "groups off their boundaries": ("address", ROWS, "head = min(to_boundary, V);", "head = 0;", "misaligned address"),
+    "groups off their boundaries": (
+        "address",
+        ROWS,
+        "front = min(to_boundary, V);",
+        "front = 0;",
+        "misaligned address",
+    ),
     "missing barrier": ("thread", FWD, "    __syncthreads();\n    Running", "    Running", "data race"),
     "no fence before the announcement": (
         "thread",
@@ -116,7 +122,7 @@ def test_cpu_kernels(tmp_path, sanitizer):
     if reason is not None:
         pytest.skip(reason)
     cpu = build.CSRC / "cpu"
-    jobs = [(cpu / f"{kind}_{isa}.cpp", flags) for isa, flags in CPU_FLAGS.items() for kind in ("rows", "reductions")]
+    jobs = [(cpu / "isa" / f"{isa}.cpp", flags) for isa, flags in CPU_FLAGS.items()]
     jobs += [
         (path, []) for path in (cpu / "dispatch.cpp", cpu / "step_loss.cpp", HERE / "cpu_sanitizers" / "checks.cpp")
     ]

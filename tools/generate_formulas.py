@@ -1,4 +1,4 @@
-"""Writes the fused heads: each definition in sspo_ext/heads/ and its autograd derivative, traced and printed as C++ and
+"""Writes the fused formulas: each definition in sspo_ext/formulas/ and its autograd derivative, traced and printed as C++ and
 as Triton.
 
     python -m tools.generate_formulas [--check]
@@ -30,16 +30,16 @@ TRITON_FILE = ROOT / "sspo_ext" / "backends" / "triton" / "formulas_generated.py
 aten = torch.ops.aten
 
 
-def trace(head: PairFormula) -> torch.fx.GraphModule:
+def traced(definition: PairFormula) -> torch.fx.GraphModule:
     """Graph from the scores and options of one pair to (loss, d loss/d u_w, d loss/d u_l)."""
-    inputs = [*PairScores._fields, *head.options]
+    inputs = [*PairScores._fields, *definition.options]
 
     def loss_and_grads(*values):
         named = dict(zip(inputs, values, strict=True))
-        options = {name: named[name] for name in head.options}
+        options = {name: named[name] for name in definition.options}
 
         def loss(u_w, u_l):
-            return head.fn(
+            return definition.fn(
                 PairScores(**{f: named[f] for f in PairScores._fields} | {"u_w": u_w, "u_l": u_l}), **options
             )
 
@@ -202,7 +202,7 @@ def _strip(expression: str) -> str:
 
 
 _CPP_PRELUDE = """\
-// Generated from sspo_ext/heads/ by `python -m tools.generate_formulas`. Do not edit.
+// Generated from sspo_ext/formulas/ by `python -m tools.generate_formulas`. Do not edit.
 // clang-format off
 #pragma once
 #include <cmath>
@@ -235,7 +235,7 @@ template <class T> SSPO_HD inline T sigmoid_(T x) {
 """
 
 _TRITON_PRELUDE = '''\
-"""Generated from sspo_ext/heads/ by `python -m tools.generate_formulas`. Do not edit."""
+"""Generated from sspo_ext/formulas/ by `python -m tools.generate_formulas`. Do not edit."""
 # ruff: noqa
 import triton
 import triton.language as tl
@@ -276,22 +276,23 @@ def _sigmoid(x):
 
 def cpp_source() -> str:
     parts, cases = [_CPP_PRELUDE], []
-    for i, head in enumerate(PAIR_FORMULAS.values()):
+    for i, definition in enumerate(PAIR_FORMULAS.values()):
         printer = Printer(CPP)
-        out = printer.run(trace(head).graph)
+        out = printer.run(traced(definition).graph)
         unpack = "".join(f"  const T {f} = s.{f}; (void){f};\n" for f in PairScores._fields)
-        unpack += "".join(f"  const T {name} = o[{j}]; (void){name};\n" for j, name in enumerate(head.options))
+        unpack += "".join(f"  const T {name} = o[{j}]; (void){name};\n" for j, name in enumerate(definition.options))
         body = "".join(f"  const auto {name} = {_strip(text)};\n" for name, text in printer.lines)
         parts.append(
-            f"// {head.formula}\ntemplate <class T> "
-            f"SSPO_HD inline PairGrad<T> {head.name}_head(const PairScores<T>& s, const T* o) {{\n"
+            f"// {definition.formula}\ntemplate <class T> "
+            f"SSPO_HD inline PairGrad<T> {definition.name}_formula(const PairScores<T>& s, const T* o) {{\n"
             f"{unpack}{body}  return {{{', '.join(out)}}};\n}}\n"
         )
-        cases.append(f"    case {i}: return {head.name}_head(s, o);\n")
+        cases.append(f"    case {i}: return {definition.name}_formula(s, o);\n")
     parts.append(
-        f"constexpr int kNumPairHeads = {len(PAIR_FORMULAS)};\nconstexpr int kMaxOptions = {MAX_OPTIONS};\n\n"
-        "template <class T> SSPO_HD inline PairGrad<T> pair_formula(int head, const PairScores<T>& s, const T* o) {\n"
-        f"  switch (head) {{\n{''.join(cases)}    default: return {{T(NAN), T(NAN), T(NAN)}};\n  }}\n}}\n\n"
+        f"constexpr int kNumPairFormulas = {len(PAIR_FORMULAS)};\nconstexpr int kMaxOptions = {MAX_OPTIONS};\n\n"
+        "template <class T> SSPO_HD inline PairGrad<T> pair_formula(int formula, const PairScores<T>& s, "
+        "const T* o) {\n"
+        f"  switch (formula) {{\n{''.join(cases)}    default: return {{T(NAN), T(NAN), T(NAN)}};\n  }}\n}}\n\n"
         "}  // namespace sspo\n"
     )
     return "\n".join(parts)
@@ -301,18 +302,18 @@ def triton_source() -> str:
     scores = ", ".join(PairScores._fields)
     options = [f"o{i}" for i in range(MAX_OPTIONS)]
     parts, cases = [_TRITON_PRELUDE], []
-    for i, head in enumerate(PAIR_FORMULAS.values()):
+    for i, definition in enumerate(PAIR_FORMULAS.values()):
         printer = Printer(TRITON)
-        out = printer.run(trace(head).graph)
+        out = printer.run(traced(definition).graph)
         body = "".join(f"    {name} = {_strip(text)}\n" for name, text in printer.lines)
-        names = "".join(f", {name}" for name in head.options)
+        names = "".join(f", {name}" for name in definition.options)
         parts.append(
-            f"@triton.jit\ndef _{head.name}_head({scores}{names}):\n"
-            f"    # {head.formula}\n{body}    return {', '.join(out)}\n"
+            f"@triton.jit\ndef _{definition.name}_head({scores}{names}):\n"
+            f"    # {definition.formula}\n{body}    return {', '.join(out)}\n"
         )
-        args = "".join(f", {o}" for o in options[: len(head.options)])
+        args = "".join(f", {o}" for o in options[: len(definition.options)])
         keyword = "if" if i == 0 else "elif"
-        cases.append(f"    {keyword} HEAD == {i}:\n        loss, du_w, du_l = _{head.name}_head({scores}{args})\n")
+        cases.append(f"    {keyword} HEAD == {i}:\n        loss, du_w, du_l = _{definition.name}_head({scores}{args})\n")
     parts.append(
         f"@triton.jit\ndef _pair_head(HEAD: tl.constexpr, {scores}, {', '.join(options)}):\n"
         f"{''.join(cases)}    return loss, du_w, du_l\n"

@@ -1,5 +1,5 @@
-// The Python side of the CPU kernels: addresses and sizes in, nothing of torch. sspo_ext/backends/cpu.py is the caller
-// and checks shapes, dtypes and strides.
+// The CPU kernels as a Python module. It takes addresses and sizes and knows nothing of torch. The caller,
+// sspo_ext/backends/cpu.py, checks shapes, dtypes and strides. sspo_ext/_C.pyi has the signatures.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -14,7 +14,9 @@ namespace py = pybind11;
 
 namespace {
 
-using Address = uintptr_t;  // tensor.data_ptr(), 0 for None
+using Address = uintptr_t;  // tensor.data_ptr(), or 0 for None
+using Sizes = std::array<int64_t, 3>;
+using Strides = std::array<int64_t, 2>;
 
 template <class T>
 T* at(Address address) {
@@ -26,16 +28,14 @@ sspo::DType to_dtype(int code) {
     return static_cast<sspo::DType>(code);
 }
 
-sspo::Logits to_logits(Address data, int dtype, const std::array<int64_t, 3>& sizes,
-                       const std::array<int64_t, 2>& strides, double a, double c) {
+sspo::Logits to_logits(Address data, int dtype, const Sizes& sizes, const Strides& strides, double a, double c) {
     const auto [B, T, V] = sizes;
     if (B < 0 || T < 0 || V < 0) throw py::value_error("sizes must not be negative");
     return {at<void>(data), to_dtype(dtype), strides[0], strides[1], B * T, std::max<int64_t>(T, 1), V, a, c};
 }
 
-void token_logp_fwd(Address logits, int dtype, std::array<int64_t, 3> sizes, std::array<int64_t, 2> strides,
-                    Address rows, Address labels, int64_t N, double a, double c, Address logp, Address lse,
-                    int threads) {
+void token_logp_fwd(Address logits, int dtype, Sizes sizes, Strides strides, Address rows, Address labels, int64_t N,
+                    double a, double c, Address logp, Address lse, int threads) {
     const sspo::Isa& isa = sspo::choose_isa();
     const sspo::FwdArgs args{to_logits(logits, dtype, sizes, strides, a, c), at<int64_t>(rows), at<int64_t>(labels),
                              at<void>(logp), at<double>(lse)};
@@ -43,9 +43,9 @@ void token_logp_fwd(Address logits, int dtype, std::array<int64_t, 3> sizes, std
     sspo::token_logp_fwd(*isa.kernels, args, N, threads);
 }
 
-void token_logp_bwd(Address logits, int dtype, std::array<int64_t, 3> sizes, std::array<int64_t, 2> strides,
-                    Address row_of, Address labels, Address lse, Address coef, Address upstream, int64_t N, double a,
-                    double c, Address out, std::array<int64_t, 2> out_strides, int threads) {
+void token_logp_bwd(Address logits, int dtype, Sizes sizes, Strides strides, Address row_of, Address labels,
+                    Address lse, Address coef, Address upstream, int64_t N, double a, double c, Address out,
+                    Strides out_strides, int threads) {
     const sspo::Isa& isa = sspo::choose_isa();
     const sspo::BwdArgs args{to_logits(logits, dtype, sizes, strides, a, c),
                              at<int32_t>(row_of),
@@ -62,18 +62,16 @@ void token_logp_bwd(Address logits, int dtype, std::array<int64_t, 3> sizes, std
     sspo::token_logp_bwd(*isa.kernels, args, threads);
 }
 
-using Strides = std::array<int64_t, 2>;
-
-// 0 where there is no reference
+// The map and sizes of the logits; `data` is 0 where there is no reference.
 sspo::Logits reference_of(const sspo::Logits& logits, Address data, const Strides& strides) {
     sspo::Logits ref = logits;
     ref.data = at<void>(data), ref.stride_b = strides[0], ref.stride_t = strides[1];
     return ref;
 }
 
-void row_reductions_fwd(Address logits, int dtype, std::array<int64_t, 3> sizes, Strides strides, Address ref,
-                        Strides ref_strides, Address rows, Address labels, int64_t N, double a, double c,
-                        std::array<Address, 6> out, int threads) {
+void row_reductions_fwd(Address logits, int dtype, Sizes sizes, Strides strides, Address ref, Strides ref_strides,
+                        Address rows, Address labels, int64_t N, double a, double c, std::array<Address, 6> out,
+                        int threads) {
     const sspo::Isa& isa = sspo::choose_isa();
     const sspo::Logits l = to_logits(logits, dtype, sizes, strides, a, c);
     const sspo::ReductionArgs args{l,
@@ -87,12 +85,12 @@ void row_reductions_fwd(Address logits, int dtype, std::array<int64_t, 3> sizes,
                                    at<double>(out[1]),
                                    at<double>(out[5])};
     py::gil_scoped_release release;
-    sspo::row_reductions_fwd(*isa.reductions, args, N, threads);
+    sspo::row_reductions_fwd(*isa.kernels, args, N, threads);
 }
 
-void row_reductions_bwd(Address logits, int dtype, std::array<int64_t, 3> sizes, Strides strides, Address ref,
-                        Strides ref_strides, Address row_of, Address labels, Address lse, Address ref_lse,
-                        Address coefs, int64_t N, double a, double c, Address out, Strides out_strides, int threads) {
+void row_reductions_bwd(Address logits, int dtype, Sizes sizes, Strides strides, Address ref, Strides ref_strides,
+                        Address row_of, Address labels, Address lse, Address ref_lse, Address coefs, int64_t N,
+                        double a, double c, Address out, Strides out_strides, int threads) {
     const sspo::Isa& isa = sspo::choose_isa();
     const sspo::Logits l = to_logits(logits, dtype, sizes, strides, a, c);
     const sspo::ReductionGradArgs args{l,
@@ -108,12 +106,12 @@ void row_reductions_bwd(Address logits, int dtype, std::array<int64_t, 3> sizes,
                                        out_strides[1],
                                        false};
     py::gil_scoped_release release;
-    sspo::row_reductions_bwd(*isa.reductions, args, threads);
+    sspo::row_reductions_bwd(*isa.kernels, args, threads);
 }
 
 template <class T>
-void step_loss(const std::array<int64_t, 3>& sizes, const std::array<Address, 11>& in, int head,
-               const std::vector<double>& options, double label, const std::array<Address, 4>& out) {
+void step_loss(const Sizes& sizes, const std::array<Address, 11>& in, int formula, const std::vector<double>& options,
+               double label, const std::array<Address, 4>& out) {
     std::array<T, sspo::kMaxOptions> values{};
     for (size_t i = 0; i < options.size() && i < values.size(); ++i) values[i] = (T)options[i];
     sspo::step_loss_fwd<T>({sizes[0],           sizes[1],
@@ -122,24 +120,25 @@ void step_loss(const std::array<int64_t, 3>& sizes, const std::array<Address, 11
                             at<T>(in[3]),       at<int32_t>(in[4]),
                             at<int32_t>(in[5]), at<int32_t>(in[6]),
                             at<T>(in[7]),       at<T>(in[8]),
-                            at<T>(in[9]),       head,
+                            at<T>(in[9]),       formula,
                             values.data(),      (T)label,
                             at<T>(in[10]),      at<T>(out[0]),
                             at<T>(out[1]),      at<T>(out[2]),
                             at<T>(out[3])});
 }
 
-void step_loss_fwd(bool is_double, std::array<int64_t, 3> sizes, std::array<Address, 11> in, int head,
-                   std::vector<double> options, double label, std::array<Address, 4> out) {
-    if (head < 0 || head >= sspo::kNumPairHeads)
-        throw py::value_error("head " + std::to_string(head) +
-                              " is not in this build: sspo_ext._C is older than heads.py");
+void step_loss_fwd(bool is_double, Sizes sizes, std::array<Address, 11> in, int formula, std::vector<double> options,
+                   double label, std::array<Address, 4> out) {
+    if (formula < 0 || formula >= sspo::kNumPairFormulas)
+        throw py::value_error("formula " + std::to_string(formula) +
+                              " is not in this build: sspo_ext._C is older than the Python code");
     py::gil_scoped_release release;
-    is_double ? step_loss<double>(sizes, in, head, options, label, out)
-              : step_loss<float>(sizes, in, head, options, label, out);
+    is_double ? step_loss<double>(sizes, in, formula, options, label, out)
+              : step_loss<float>(sizes, in, formula, options, label, out);
 }
 
-void transpose16(Address src, int64_t src_stride, int64_t rows, int64_t cols, Address dst, int64_t dst_stride, int threads) {
+void transpose16(Address src, int64_t src_stride, int64_t rows, int64_t cols, Address dst, int64_t dst_stride,
+                 int threads) {
     py::gil_scoped_release release;
     sspo::transpose16(at<uint16_t>(src), src_stride, rows, cols, at<uint16_t>(dst), dst_stride, threads);
 }

@@ -19,11 +19,13 @@ namespace sspo {
 
 namespace {
 
-// A thread is worth its start from about this much data on, and blocks of this size keep the threads' ends together.
+// Less data than this does not repay the start of a thread. Blocks of this size let all threads end at about the same
+// time.
 constexpr int64_t kBlockBytes = 1 << 20;
-// Two threads that meet in one fresh 2 MiB page both clear it, so blocks of fresh memory hold many of them.
+// Two threads that touch the same fresh 2 MiB page both clear it. Blocks of fresh memory hold many such pages, so that
+// few are shared.
 constexpr int64_t kFreshBlockBytes = 16 << 20;
-// From here on an output is larger than the caches, and malloc serves it with a mapping of its own.
+// An output of at least this size is larger than the caches, and malloc gives it a mapping of its own.
 constexpr int64_t kLargeBytes = 32 << 20;
 
 int64_t element_size(DType dtype) {
@@ -42,14 +44,14 @@ int64_t rows_per_block(const Logits& l, int64_t bytes = kBlockBytes) {
 }
 
 #if defined(__x86_64__)
-bool has_f16c() {  // __builtin_cpu_supports knows the name in newer compilers only
+bool has_f16c() {  // only newer compilers know the name in __builtin_cpu_supports
     unsigned eax, ebx, ecx, edx;
     return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
 }
 #endif
 
 std::vector<Isa> detect() {
-    std::vector<Isa> found = {{"baseline", "", &kRowsBaseline, &kReductionsBaseline}};
+    std::vector<Isa> found = {{"baseline", "", &kBaseline}};
 #if defined(__x86_64__)
     __builtin_cpu_init();
     std::string missing2, missing512;
@@ -66,11 +68,10 @@ std::vector<Isa> detect() {
     const auto reason = [](const std::string& missing) {
         return missing.empty() ? missing : "this CPU lacks " + missing;
     };
-    found.push_back({"avx2", reason(missing2), &kRowsAvx2, &kReductionsAvx2});
-    found.push_back({"avx512", reason(missing2.empty() ? missing512 : missing2), &kRowsAvx512, &kReductionsAvx512});
+    found.push_back({"avx2", reason(missing2), &kAvx2});
+    found.push_back({"avx512", reason(missing2.empty() ? missing512 : missing2), &kAvx512});
 #else
-    for (const char* name : {"avx2", "avx512"})
-        found.push_back({name, "this build is not for x86-64", nullptr, nullptr});
+    for (const char* name : {"avx2", "avx512"}) found.push_back({name, "this build is not for x86-64", nullptr});
 #endif
     return found;
 }
@@ -128,20 +129,20 @@ void parallel_for(int64_t count, int64_t block, int threads, const std::function
     try {
         for (int64_t t = 0; t < wanted; ++t) helpers.emplace_back(run);
     } catch (const std::system_error&) {
-        // No more threads to be had: the ones that started share the work.
+        // The system gives no more threads: those that started share the work.
     }
     run();
     for (std::thread& t : helpers) t.join();
 }
 
-void token_logp_fwd(const RowKernels& kernels, const FwdArgs& args, int64_t N, int threads) {
-    parallel_for(N, rows_per_block(args.logits), threads,
-                 [&](int64_t begin, int64_t end) { kernels.fwd(args, begin, end); });
-}
-
 namespace {
 
-// Runs work over all positions, into args.out.
+template <class Args, class Work>
+void forward(const Args& args, int64_t N, int threads, const Work& work) {
+    parallel_for(N, rows_per_block(args.logits), threads, [&](int64_t begin, int64_t end) { work(args, begin, end); });
+}
+
+// Over all positions, into args.out.
 template <class Args, class Work>
 void backward(Args args, int threads, const Work& work) {
     const int64_t count = args.logits.positions, bytes = count * args.logits.V * element_size(args.logits.dtype);
@@ -150,24 +151,27 @@ void backward(Args args, int threads, const Work& work) {
         args.stream = prepare_large_output(args.out, bytes);
         if (!args.stream) block_bytes = std::clamp(bytes / (8 * std::max(threads, 1)), kBlockBytes, kFreshBlockBytes);
     }
-    // Last rows first, as inside a block.
+    // The last rows first, as inside a block.
     parallel_for(count, rows_per_block(args.logits, block_bytes), threads,
                  [&](int64_t begin, int64_t end) { work(args, count - end, count - begin); });
 }
 
 }  // namespace
 
-void token_logp_bwd(const RowKernels& kernels, const BwdArgs& args, int threads) {
-    backward(args, threads, kernels.bwd);
+void token_logp_fwd(const Kernels& kernels, const FwdArgs& args, int64_t N, int threads) {
+    forward(args, N, threads, kernels.token_logp_fwd);
 }
 
-void row_reductions_fwd(const ReductionKernels& kernels, const ReductionArgs& args, int64_t N, int threads) {
-    parallel_for(N, rows_per_block(args.logits), threads,
-                 [&](int64_t begin, int64_t end) { kernels.fwd(args, begin, end); });
+void token_logp_bwd(const Kernels& kernels, const BwdArgs& args, int threads) {
+    backward(args, threads, kernels.token_logp_bwd);
 }
 
-void row_reductions_bwd(const ReductionKernels& kernels, const ReductionGradArgs& args, int threads) {
-    backward(args, threads, kernels.bwd);
+void row_reductions_fwd(const Kernels& kernels, const ReductionArgs& args, int64_t N, int threads) {
+    forward(args, N, threads, kernels.row_reductions_fwd);
+}
+
+void row_reductions_bwd(const Kernels& kernels, const ReductionGradArgs& args, int threads) {
+    backward(args, threads, kernels.row_reductions_bwd);
 }
 
 }  // namespace sspo

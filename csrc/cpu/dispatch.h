@@ -1,4 +1,4 @@
-// Chooses the instruction set and splits the work over threads.
+// Chooses the instruction set, and divides the work among threads.
 #pragma once
 
 #include <cstdint>
@@ -12,29 +12,29 @@ namespace sspo {
 
 struct Isa {
     std::string name;
-    std::string why_not;        // empty where this machine can run it
-    const RowKernels* kernels;  // null where this build does not have it
-    const ReductionKernels* reductions;
+    std::string why_not;     // empty where this machine can run it
+    const Kernels* kernels;  // null where this build does not have it
 };
 
-const std::vector<Isa>& isas();  // from the plainest to the fastest
+const std::vector<Isa>& isas();  // the slowest first
 
-// The fastest one, or what SSPO_CPU_ISA names; throws std::runtime_error with the reason if that cannot run here.
+// The fastest one that runs here, or the one that SSPO_CPU_ISA names. Throws std::runtime_error with the reason if the
+// named one cannot run here.
 const Isa& choose_isa();
 
-// Calls work(begin, end) over [0, count), in blocks of `block`, from up to `threads` threads; `work` must not throw.
+// Calls work(begin, end) over [0, count) in blocks of `block`, from up to `threads` threads. `work` must not throw.
 void parallel_for(int64_t count, int64_t block, int threads, const std::function<void(int64_t, int64_t)>& work);
 
-// Prepares a large output that is not the logits; returns whether its memory was touched before.
+// Prepares a large output that is not the logits. Returns true if its memory was in use before.
 //
-// Fresh memory costs one fault per page, more than the arithmetic: with 2 MiB pages the faults are 512 times fewer. The
-// pages are cleared through the cache, so plain stores find them there, while memory that was in use is written fastest
-// past the cache, without being read first. All of this is advice: nothing but time depends on it.
+// Fresh memory costs one page fault a page, which takes longer than the arithmetic. Pages of 2 MiB have 512 times fewer
+// faults. The system clears them through the caches, so plain stores find them there. Memory that was in use is written
+// fastest past the caches, without being read first. All of this changes the time alone.
 bool prepare_large_output(void* data, int64_t bytes);
 
-void token_logp_fwd(const RowKernels&, const FwdArgs&, int64_t N, int threads);
-void token_logp_bwd(const RowKernels&, const BwdArgs&, int threads);
-void row_reductions_fwd(const ReductionKernels&, const ReductionArgs&, int64_t N, int threads);
-void row_reductions_bwd(const ReductionKernels&, const ReductionGradArgs&, int threads);
+void token_logp_fwd(const Kernels&, const FwdArgs&, int64_t N, int threads);
+void token_logp_bwd(const Kernels&, const BwdArgs&, int threads);
+void row_reductions_fwd(const Kernels&, const ReductionArgs&, int64_t N, int threads);
+void row_reductions_bwd(const Kernels&, const ReductionGradArgs&, int threads);
 
 }  // namespace sspo

@@ -1,4 +1,5 @@
-// What the row kernels of every instruction set take and offer. All strides are in elements.
+// What the kernels that read logits take, and the table of them that each instruction set offers. All strides are in
+// elements.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +8,7 @@ namespace sspo {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
-constexpr int64_t kNoLabel = -1;  // the label lies in another shard of the vocabulary
+constexpr int64_t kNoLabel = -1;  // the label lies in another shard of the vocabulary; all about labels: row.h
 
 // A logit x becomes z = a * x when c == 0, else z = c * tanh(a * x).
 struct Logits {
@@ -23,7 +24,7 @@ struct FwdArgs {
     const int64_t* rows;    // (N,) position of row n
     const int64_t* labels;  // (N,) kNoLabel: logp is -lse
     void* logp;             // (N,) float32, float64 for float64 logits
-    double* lse;            // (N,) float32 would round 1e4 by 5e-4, and the softmax of the backward with it
+    double* lse;            // (N,) float32 would round 1e4 by 5e-4, and shift the backward's softmax by as much
 };
 
 struct BwdArgs {
@@ -32,25 +33,25 @@ struct BwdArgs {
     const int64_t* labels;  // (N,) kNoLabel: no one-hot term
     const double* lse;      // (N,)
     const void* coef;       // (N,) float32, float64 for float64 logits
-    const void* upstream;   // one number of coef's type, or null
+    const void* upstream;   // () of coef's type, or null
     int64_t N;
     void* out;  // may be logits.data, with the same strides
     int64_t out_stride_b, out_stride_t;
-    bool stream;  // store past the caches: out is not read soon and is larger than they are
+    bool stream;  // store past the caches: out is larger than they are and is not read soon
 };
 
-// The forward with further reductions of each row; ref.data may be null, with kl and ref_lse then.
+// The forward with further reductions of each row.
 struct ReductionArgs {
     Logits logits;
-    Logits ref;  // the reference's logits: of the same dtype, sizes and map
-    const int64_t* rows;
-    const int64_t* labels;
-    void* logp;  // (N,) this and the next ones float32, float64 for float64 logits
-    void* entropy;
-    void* sum_p2;
-    void* kl;
-    double* lse;
-    double* ref_lse;
+    Logits ref;             // the reference's logits, of the same dtype, sizes and map; its data may be null
+    const int64_t* rows;    // (N,)
+    const int64_t* labels;  // (N,)
+    void* logp;             // (N,), as the next three: float32, float64 for float64 logits
+    void* entropy;          // or null
+    void* sum_p2;           // or null
+    void* kl;               // not written without a reference
+    double* lse;            // (N,)
+    double* ref_lse;        // (N,) not written without a reference
 };
 
 // dz = g (1[label] - p) + p (constant + log_p log p + square p) - kappa q
@@ -68,24 +69,18 @@ struct ReductionGradArgs {
     bool stream;
 };
 
-// One call handles rows (fwd) or positions (bwd) [begin, end); what a row gives does not depend on the range.
-struct RowKernels {
-    void (*fwd)(const FwdArgs&, int64_t begin, int64_t end);
-    void (*bwd)(const BwdArgs&, int64_t begin, int64_t end);
+// One call computes rows (forward) or positions (backward) [begin, end). A row's result does not depend on the range.
+struct Kernels {
+    void (*token_logp_fwd)(const FwdArgs&, int64_t begin, int64_t end);
+    void (*token_logp_bwd)(const BwdArgs&, int64_t begin, int64_t end);
+    void (*row_reductions_fwd)(const ReductionArgs&, int64_t begin, int64_t end);
+    void (*row_reductions_bwd)(const ReductionGradArgs&, int64_t begin, int64_t end);
 };
 
-struct ReductionKernels {
-    void (*fwd)(const ReductionArgs&, int64_t begin, int64_t end);
-    void (*bwd)(const ReductionGradArgs&, int64_t begin, int64_t end);
-};
-
-extern const RowKernels kRowsBaseline;
-extern const ReductionKernels kReductionsBaseline;
+extern const Kernels kBaseline;
 #if defined(__x86_64__)
-extern const RowKernels kRowsAvx2;
-extern const RowKernels kRowsAvx512;
-extern const ReductionKernels kReductionsAvx2;
-extern const ReductionKernels kReductionsAvx512;
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
 #endif
 
 }  // namespace sspo

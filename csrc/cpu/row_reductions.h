@@ -1,18 +1,17 @@
-// The row kernels with further reductions over the vocabulary: entropy, sum of p^2, and KL(reference || p), in the same
-// single read of the logits (and of the reference's). reductions_<isa>.cpp defines SSPO_LANES and includes this.
+// Log-probability of a row's label with further reductions over the vocabulary (entropy, sum of p^2 and
+// KL(reference || p)), and their gradient. The logits, and the reference's, are still read once. One source for every
+// instruction set: isa/*.cpp defines SSPO_LANES and includes it.
 //
-// Forward, per row, with t the exponent of 2 of a logit relative to the row's shift and e = 2^t: sums of e, e t and
-// e^2; then H = ln(sum e) - ln 2 (sum e t) / (sum e). With r and s the reference's exponent and power: sums of s and s
-// (r - t). A tile whose sum shows that the shift is too small is summed again with its maximum, as in rows.h, and what
-// was summed before is moved to the new shift.
+// Forward, per row: t is the exponent of 2 of a logit relative to the row's shift, and e = 2^t. The sums are those of
+// e, e t and e^2; then H = ln(sum e) - ln 2 (sum e t) / (sum e). For the reference r and s stand for t and e, and the
+// sums are those of s and s (r - t). As in token_logp.h, a tile whose sum shows that the shift is too small is summed
+// again with its own maximum. The sums before it are then moved to the new shift.
 //
-// Backward, per row: p (A + B t + C p) - kappa q, times dz/dx; A, B, C, kappa are numbers of the row.
+// Backward, per row: p (A + B t + C p) - kappa q, times dz/dx. A, B, C and kappa are constant in the row.
 //
-// What is asked for most is asked for alone: LEAN is the entropy without a reference, and KL without the entropy with
-// one. Everything else takes all sums.
+// The two most common requests have code of their own, LEAN: the entropy alone where there is no reference, and the KL
+// alone where there is one. Every other request computes all sums.
 #pragma once
-
-#include <type_traits>
 
 #include "row.h"
 
@@ -21,19 +20,14 @@ namespace {
 using sspo::ReductionArgs;
 using sspo::ReductionGradArgs;
 
-// GCC would leave a body with several callers out of line.
-#define SSPO_INLINE __attribute__((always_inline))
-
 constexpr double kLn2 = 0.69314718055994530942;
-// t stays below 20, so that e t keeps its digits where all the probability lies in a late tile; a tile's own sum cannot
-// be larger with its own maximum as the shift.
+// Keeps t below 20, so that e t has its digits even where a late tile holds all the probability. A tile that is summed
+// with its own maximum as the shift cannot exceed it.
 constexpr double kLateMaximum = 0x1p20;
 static_assert(kTile <= kLateMaximum, "a tile's sum relative to its maximum");
 
-// Below every exponent whose power is not 0: 0 * t must be 0 where t is -inf.
+// At least -160, where the power is 0 already: 0 * t must be 0 where t is -inf.
 inline F finite_exponent(F t) { return at_least(-160.0f, t); }
-
-// -------------------------------------------------------------------------------------------------------- forward
 
 struct RowSums {
     double e = 0, et = 0, ee = 0;  // relative to the row's shift
@@ -46,7 +40,7 @@ struct RowSums {
         s += o.s;
         srt += o.srt;
     }
-    // The row's shift, or the reference's, was `d` lower in exponent when these were summed.
+    // The row's shift is raised by `d` in exponent.
     void move(double d) {
         const double f = exp2(-d);
         et = f * (et - d * e);
@@ -54,6 +48,7 @@ struct RowSums {
         ee *= f * f;
         srt += d * s;
     }
+    // The reference's is.
     void move_reference(double d) {
         const double f = exp2(-d);
         srt = f * (srt - d * s);
@@ -93,7 +88,7 @@ RowSums tile_sums(const T* x, const T* y, int64_t n, const Exponent<CAP>& map, c
             const F r = map.relative(map.map(y_v), shift_y);
             const F s = counts(exp2_(clamp_exponent(r)));
             sums.s[which] += s;
-            // where the reference has no probability nothing counts, not even an impossible token of p
+            // A token that the reference excludes counts 0, even where p excludes it too and r - t is NaN.
             sums.srt[which] += s > 0.0f ? s * (r - t) : F{};
         }
     };
@@ -118,17 +113,17 @@ RowSums tile_sums(const T* x, const T* y, int64_t n, const Exponent<CAP>& map, c
     return sums.total();
 }
 
-struct RowResult {
-    RowLse lse;
-    double entropy = lse.top, sum_p2 = lse.top, kl = lse.top, ref_lse = lse.top;
+struct RowResult : RowLse {
+    double entropy = top, sum_p2 = top, kl = top, ref_lse = top;
 };
 
 // From sums of powers of 2, relative to `top` and `ref_top`.
 inline RowResult result_of(const RowSums& sums, double top, double ref_top) {
-    // what rounding makes negative is 0; NaN stays
+    // Rounding can make a result slightly negative: that becomes 0. NaN stays.
     const auto above_zero = [](double v) { return v < 0 ? 0 : v; };
     RowResult r;
-    r.lse = {top, log(sums.e)};
+    r.top = top;
+    r.log_sum = log(sums.e);
     r.entropy = above_zero(log(sums.e) - kLn2 * sums.et / sums.e);
     r.sum_p2 = sums.ee / (sums.e * sums.e);
     r.ref_lse = ref_top + log(sums.s);
@@ -136,13 +131,13 @@ inline RowResult result_of(const RowSums& sums, double top, double ref_top) {
     return r;
 }
 
-// In double, two passes: float64 rows, and the rare rows that the float32 arithmetic cannot represent.
+// In double, with two passes: for float64 rows, and for the rare rows that float32 exponents cannot represent.
 template <class T>
 RowResult row_exact(const Logits& l, const T* x, const T* y) {
     const double m = row_max(l, x), m_ref = y ? row_max(l, y) : 0;
     RowResult none;
     if (isinf(m) || m != m) {
-        if (m == -__builtin_inf()) none.lse = {m, 0};
+        if (m == -__builtin_inf()) none.top = m;
         return none;
     }
     RowSums sums;
@@ -157,7 +152,7 @@ RowResult row_exact(const Logits& l, const T* x, const T* y) {
             if (!y) continue;
             const double r = exact_z(l, to_double(y[v])) - m_ref, s = exp(r);
             part.s += s;
-            // a reference's finite mask allows nothing, as in float32: wherever in the row its tile is
+            // A token that the reference masks with a finite number counts 0, as in float32, whatever tile it is in.
             part.srt += (sizeof(T) == 8 ? s > 0 : (float)s > 0) ? s * (r - t) : 0;
         }
         sums.add(part);
@@ -174,12 +169,12 @@ RowResult row_result(const Logits& l, const T* x, const T* y, const Exponent<CAP
     const float low = -__builtin_inff();
     RowSums sums;
     float shift = 0, ref_shift = 0;
-    bool seen = false, ref_seen = !KL;  // something that is not -inf
+    bool seen = false, ref_seen = !KL;  // a logit above -inf
     for (int64_t i = 0; i < l.V; i += kTile) {
         const int64_t n = l.V - i < kTile ? l.V - i : kTile;
         RowSums part;
         const auto sum = [&] { part = tile_sums<T, CAP, KL, LEAN>(x + i, y + i, n, map, exp2_, shift, ref_shift); };
-        // No NaN does. Nor does an infinite srt: a larger maximum of the reference may yet make it 0.
+        // NaN does not fit. An infinite srt does not either: with a larger maximum of the reference it may become 0.
         const auto fits = [&] {
             return part.e <= kLateMaximum && part.s <= kLateMaximum && part.srt < __builtin_inf();
         };
@@ -187,9 +182,9 @@ RowResult row_result(const Logits& l, const T* x, const T* y, const Exponent<CAP
         if (!seen || !ref_seen || !fits()) {
             const float m = tile_max(x + i, n, map), m_ref = KL ? tile_max(y + i, n, map) : low;
             if (m > low && (!seen || m > shift)) {
-                if (seen) sums.move(map.exponent((double)m - shift));
-                // before anything is seen the row's sums are 0, and the shift only in those of the reference
-                else
+                if (seen)
+                    sums.move(map.exponent((double)m - shift));
+                else  // the row's own sums are still 0: the shift is in srt only
                     sums.srt += map.exponent((double)m - shift) * sums.s;
                 shift = m;
                 seen = true;
@@ -209,81 +204,68 @@ RowResult row_result(const Logits& l, const T* x, const T* y, const Exponent<CAP
     return result_of(sums, scaled(factor, map.from_shift(shift)), scaled(factor, map.from_shift(ref_shift)));
 }
 
-template <class T, class Out, class Row, class Z>
-void reduce_rows(const ReductionArgs& args, int64_t begin, int64_t end, const Row& row, const Z& z_of) {
-    const Logits& l = args.logits;
-    for (int64_t n = begin; n < end; ++n) {
-        const int64_t position = args.rows[n], label = args.labels[n];
-        RowResult r;
-        double logp = r.lse.top;
-        if (position >= 0 && position < l.positions) {
-            const T* x = row_pointer<T>(l, position);
-            r = row(x, args.ref.data ? row_pointer<T>(args.ref, position) : nullptr);
-            logp = log_prob(label, l.V, r.lse, [&](int64_t v) { return z_of(to_double(x[v])); });
-        }
-        ((Out*)args.logp)[n] = (Out)logp;
-        args.lse[n] = r.lse.lse();
-        if (args.entropy) ((Out*)args.entropy)[n] = (Out)r.entropy;
-        if (args.sum_p2) ((Out*)args.sum_p2)[n] = (Out)r.sum_p2;
-        if (!args.ref.data) continue;
-        ((Out*)args.kl)[n] = (Out)r.kl;
+template <class T>
+auto store_reductions(const ReductionArgs& args) {
+    using A = Accumulator<T>;
+    return [&args](int64_t n, const RowResult& r) {
+        if (args.entropy) ((A*)args.entropy)[n] = (A)r.entropy;
+        if (args.sum_p2) ((A*)args.sum_p2)[n] = (A)r.sum_p2;
+        if (!args.ref.data) return;
+        ((A*)args.kl)[n] = (A)r.kl;
         args.ref_lse[n] = r.ref_lse;
-    }
-}
-
-template <class T, bool CAP>
-void reductions_fwd_rows(const ReductionArgs& args, int64_t begin, int64_t end) {
-    const Logits& l = args.logits;
-    const Exponent<CAP> map(l);
-    const Exp2<kDegree> exp2_;
-    const bool lean = !args.sum_p2 && !(args.ref.data && args.entropy);
-    const auto row = [&](const T* x, const T* y) {
-        if (!(map.k_value > 0)) return row_exact(l, x, y);
-        if (lean)
-            return y ? row_result<T, CAP, true, true>(l, x, y, map, exp2_)
-                     : row_result<T, CAP, false, true>(l, x, x, map, exp2_);
-        return y ? row_result<T, CAP, true, false>(l, x, y, map, exp2_)
-                 : row_result<T, CAP, false, false>(l, x, x, map, exp2_);
     };
-    reduce_rows<T, float>(args, begin, end, row, [&](double x) { return map.z(l, x); });
 }
 
-void reductions_fwd_float64(const ReductionArgs& args, int64_t begin, int64_t end) {
-    const Logits& l = args.logits;
-    reduce_rows<double, double>(
-        args, begin, end, [&](const double* x, const double* y) { return row_exact(l, x, y); },
-        [&](double x) { return exact_z(l, x); });
-}
+struct RowReductionsFwd {
+    template <class T, bool CAP>
+    static void rows(const ReductionArgs& args, int64_t begin, int64_t end) {
+        const Logits& l = args.logits;
+        const Exponent<CAP> map(l);
+        const Exp2<kDegree> exp2_;
+        const bool has_ref = args.ref.data, lean = !args.sum_p2 && !(has_ref && args.entropy);
+        const auto result_of = [&](const T* x, int64_t position) {
+            const T* y = has_ref ? row_pointer<T>(args.ref, position) : nullptr;
+            if (!(map.k_value > 0)) return row_exact(l, x, y);
+            if (lean)
+                return y ? row_result<T, CAP, true, true>(l, x, y, map, exp2_)
+                         : row_result<T, CAP, false, true>(l, x, x, map, exp2_);
+            return y ? row_result<T, CAP, true, false>(l, x, y, map, exp2_)
+                     : row_result<T, CAP, false, false>(l, x, x, map, exp2_);
+        };
+        const auto z_of = [&](double x) { return map.z(l, x); };
+        forward_rows<T>(args, begin, end, result_of, z_of, store_reductions<T>(args));
+    }
 
-// ------------------------------------------------------------------------------------------------------- backward
-
-// d loss/dz_v = g (1[v = label] - p) + p (constant + log_p log p + square p) - kappa q
-struct RowCoefs {
-    double g, constant, log_p, square, kappa, lse, ref_lse;  // of the forward
-    int64_t label;
-    enum { kZero, kNaN, kDense } kind = kZero;
+    static void rows_float64(const ReductionArgs& args, int64_t begin, int64_t end) {
+        const Logits& l = args.logits;
+        const auto result_of = [&](const double* x, int64_t position) {
+            return row_exact(l, x, args.ref.data ? row_pointer<double>(args.ref, position) : nullptr);
+        };
+        const auto z_of = [&](double x) { return exact_z(l, x); };
+        forward_rows<double>(args, begin, end, result_of, z_of, store_reductions<double>(args));
+    }
 };
 
-template <class Coef>
-RowCoefs row_coefs(const ReductionGradArgs& args, int64_t position) {
-    RowCoefs r{};
-    const int64_t row = args.row_of[position];
-    if (row < 0 || row >= args.N) return r;
-    const Coef* c = (const Coef*)args.coefs + 5 * row;
+// d loss/dz_v = g (1[v = label] - p) + p (constant + log_p log p + square p) - kappa q
+struct ReductionsGradient : RowGradient {
+    double g = 0, constant = 0, log_p = 0, square = 0, kappa = 0, ref_lse = 0;
+};
+
+template <class T>
+ReductionsGradient reductions_gradient(const ReductionGradArgs& args, int64_t row) {
+    ReductionsGradient r;
+    const Accumulator<T>* c = (const Accumulator<T>*)args.coefs + 5 * row;
     r.g = c[0], r.constant = c[1], r.log_p = c[2], r.square = c[3], r.kappa = args.ref.data ? c[4] : 0;
     if (r.g == 0 && r.log_p == 0 && r.square == 0 && r.kappa == 0) return r;
-    r.label = args.labels[row];
-    r.lse = args.lse[row];
     r.ref_lse = args.ref.data ? args.ref_lse[row] : 0;
     const double sum = r.g + r.constant + r.log_p + r.square + r.kappa;
-    const bool label_ok = r.label == sspo::kNoLabel || (r.label >= 0 && r.label < args.logits.V);
-    r.kind = isfinite(sum) && isfinite(r.lse) && isfinite(r.ref_lse) && label_ok ? RowCoefs::kDense : RowCoefs::kNaN;
+    r.set(args, row, isfinite(sum) && isfinite(r.ref_lse));
     return r;
 }
 
-// One element, z and the reference's z_ref given; at the label without cancellation where p is close to 1.
-inline double element_grad(const Logits& l, const RowCoefs& r, const RowLse& lse, const RowLse& ref_lse, double z,
-                           double z_ref, bool is_label) {
+// One element, from its z and the reference's. At the label expm1 keeps 1 - p from cancelling where p is close to 1.
+inline double element_grad(const Logits& l, const ReductionsGradient& r, const RowLse& lse, const RowLse& ref_lse,
+                           double z, double z_ref, bool is_label) {
     const double log_p = z - lse.top - lse.log_sum, p = exp(log_p);
     double d = is_label ? -r.g * expm1(log_p) : -r.g * p;
     if (p > 0) d += p * (r.constant + r.log_p * log_p + r.square * p);
@@ -291,9 +273,10 @@ inline double element_grad(const Logits& l, const RowCoefs& r, const RowLse& lse
     return d * slope_of(l, z);
 }
 
-// In double: float64 rows, and those whose logits are too large for float32 exponents. y is null where kappa is 0.
+// In double: for float64 rows, and for rows whose logits are too large for float32 exponents. y is null where kappa is
+// 0.
 template <class T>
-void reduction_grad_row_exact(const Logits& l, const RowCoefs& r, const T* x, const T* y, T* out) {
+void reduction_grad_row_exact(const Logits& l, const ReductionsGradient& r, const T* x, const T* y, T* out) {
     const RowLse lse = row_lse_parts(l, x, r.lse), ref_lse = y ? row_lse_parts(l, y, r.ref_lse) : RowLse{};
     for (int64_t v = 0; v < l.V; ++v) {
         const double z = exact_z(l, to_double(x[v])), z_ref = y ? exact_z(l, to_double(y[v])) : 0;
@@ -301,7 +284,7 @@ void reduction_grad_row_exact(const Logits& l, const RowCoefs& r, const T* x, co
     }
 }
 
-// Numbers of the row in the units of the vectors.
+// A row's constants, in the units of the vector loop.
 template <class T, bool CAP>
 struct GradRow {
     float shift, ref_shift;
@@ -314,11 +297,12 @@ struct GradRow {
         *rounding = map.exponent(shift - exact);
         return shift;
     }
-    GradRow(const Logits& l, const Exponent<CAP>& map, const RowCoefs& r)
+    GradRow(const Logits& l, const Exponent<CAP>& map, const ReductionsGradient& r)
         : GradRow(l, map, r, l.a * (CAP ? l.c : 1.0), 0, 0) {}
 
   private:
-    GradRow(const Logits& l, const Exponent<CAP>& map, const RowCoefs& r, double slope, double off, double ref_off)
+    GradRow(const Logits& l, const Exponent<CAP>& map, const ReductionsGradient& r, double slope, double off,
+            double ref_off)
         : shift(shift_of(l, map, r.lse, &off)),
           ref_shift(shift_of(l, map, r.ref_lse, &ref_off)),
           // log p = ln 2 (t + off), p = 2^t 2^off
@@ -330,7 +314,7 @@ struct GradRow {
           ref_exp2(slope * r.kappa * exp2(ref_off)) {}
 };
 
-// LEAN, without a reference: C = 0; with one: B = C = 0.
+// LEAN: C = 0 without a reference, B = C = 0 with one.
 template <class T, bool CAP, bool STREAM, bool KL, bool LEAN>
 void reduction_grad_elements(const T* x, const T* y, T* out, int64_t n, const Exponent<CAP>& map,
                              const GradRow<T, CAP>& row) {
@@ -356,8 +340,8 @@ void reduction_grad_elements(const T* x, const T* y, T* out, int64_t n, const Ex
     };
     int64_t i = 0;
     if (STREAM) {  // streaming stores must be aligned
-        const int64_t head = (int64_t)(-(uintptr_t)out % sizeof(F) / sizeof(T));
-        i = head < n ? head : n;
+        const int64_t before = (int64_t)(-(uintptr_t)out % sizeof(F) / sizeof(T));
+        i = before < n ? before : n;
         if (i) partial(0, i);
     }
     for (; i + kUnroll * kPair <= n; i += kUnroll * kPair) {
@@ -374,100 +358,49 @@ void reduction_grad_elements(const T* x, const T* y, T* out, int64_t n, const Ex
     for (; i < n; i += kPair) partial(i, n - i < kPair ? n - i : kPair);
 }
 
+// The reference's row, or null where nothing of it is needed.
 template <class T>
-T* gradient_pointer(const ReductionGradArgs& args, int64_t position) {
-    const int64_t T_ = args.logits.T;
-    return (T*)args.out + (position / T_) * args.out_stride_b + (position % T_) * args.out_stride_t;
+const T* reference_row(const ReductionGradArgs& args, const ReductionsGradient& r, int64_t position) {
+    return r.kappa != 0 ? row_pointer<T>(args.ref, position) : nullptr;
 }
 
-template <class T, bool CAP>
-void reductions_bwd_rows(const ReductionGradArgs& args, int64_t begin, int64_t end) {
-    const Logits& l = args.logits;
-    const Exponent<CAP> map(l);
-    // From the last position to the first: the forward's last rows may still be in the cache.
-    for (int64_t position = end - 1; position >= begin; --position) {
-        T* out = gradient_pointer<T>(args, position);
-        const RowCoefs r = row_coefs<float>(args, position);
-        if (r.kind != RowCoefs::kDense) {
-            fill(out, l.V, r.kind == RowCoefs::kZero ? 0.0 : __builtin_nan(""));
-            continue;
-        }
-        const T* x = row_pointer<T>(l, position);
-        const T* y = r.kappa != 0 ? row_pointer<T>(args.ref, position) : nullptr;
-        if (fabs(r.lse) > kHugeLse || fabs(r.ref_lse) > kHugeLse) {
-            reduction_grad_row_exact(l, r, x, y, out);
-            continue;
-        }
-        double label_value = 0;
-        if (r.label != sspo::kNoLabel)
-            label_value = element_grad(l, r, {r.lse, 0}, {r.ref_lse, 0}, map.z(l, to_double(x[r.label])),
-                                       y ? map.z(l, to_double(y[r.label])) : 0, true);
-        const GradRow<T, CAP> row(l, map, r);
-        const bool lean = r.square == 0 && !(y && r.log_p != 0);
-        constexpr std::true_type yes;
-        constexpr std::false_type no;
-        const auto elements = [&](auto stream, auto kl, auto is_lean) {
-            reduction_grad_elements<T, CAP, stream, kl, is_lean>(x, y, out, l.V, map, row);
+struct RowReductionsBwd {
+    template <class T, bool CAP>
+    static void rows(const ReductionGradArgs& args, int64_t begin, int64_t end) {
+        const Logits& l = args.logits;
+        const Exponent<CAP> map(l);
+        const auto write = [&](const T* x, T* out, const ReductionsGradient& r, int64_t position) {
+            const T* y = reference_row<T>(args, r, position);
+            if (fabs(r.lse) > kHugeLse || fabs(r.ref_lse) > kHugeLse) return reduction_grad_row_exact(l, r, x, y, out);
+            double label_value = 0;
+            if (r.has_label())
+                label_value = element_grad(l, r, {r.lse, 0}, {r.ref_lse, 0}, map.z(l, to_double(x[r.label])),
+                                           y ? map.z(l, to_double(y[r.label])) : 0, true);
+            const GradRow<T, CAP> row(l, map, r);
+            const bool lean = r.square == 0 && !(y && r.log_p != 0);
+            constexpr std::true_type yes;
+            constexpr std::false_type no;
+            const auto elements = [&](auto stream, auto kl, auto is_lean) {
+                reduction_grad_elements<T, CAP, stream, kl, is_lean>(x, y, out, l.V, map, row);
+            };
+            const auto with_kl = [&](auto stream, auto kl) {
+                lean ? elements(stream, kl, yes) : elements(stream, kl, no);
+            };
+            const auto with_stream = [&](auto stream) { y ? with_kl(stream, yes) : with_kl(stream, no); };
+            args.stream ? with_stream(yes) : with_stream(no);
+            if (r.has_label()) from_double(label_value, out + r.label);
         };
-        const auto with_kl = [&](auto stream, auto kl) { lean ? elements(stream, kl, yes) : elements(stream, kl, no); };
-        const auto with_stream = [&](auto stream) { y ? with_kl(stream, yes) : with_kl(stream, no); };
-        args.stream ? with_stream(yes) : with_stream(no);
-        if (r.label != sspo::kNoLabel) from_double(label_value, out + r.label);
+        const auto gradient_of = [&](int64_t row) { return reductions_gradient<T>(args, row); };
+        backward_rows<T>(args, begin, end, gradient_of, write);
     }
-    if (args.stream) store_fence();
-}
 
-void reductions_bwd_float64(const ReductionGradArgs& args, int64_t begin, int64_t end) {
-    const Logits& l = args.logits;
-    for (int64_t position = end - 1; position >= begin; --position) {
-        double* out = gradient_pointer<double>(args, position);
-        const RowCoefs r = row_coefs<double>(args, position);
-        if (r.kind != RowCoefs::kDense) {
-            fill(out, l.V, r.kind == RowCoefs::kZero ? 0.0 : __builtin_nan(""));
-            continue;
-        }
-        const double* x = row_pointer<double>(l, position);
-        const double* y = r.kappa != 0 ? row_pointer<double>(args.ref, position) : nullptr;
-        reduction_grad_row_exact(l, r, x, y, out);
+    static void rows_float64(const ReductionGradArgs& args, int64_t begin, int64_t end) {
+        const auto write = [&](const double* x, double* out, const ReductionsGradient& r, int64_t position) {
+            reduction_grad_row_exact(args.logits, r, x, reference_row<double>(args, r, position), out);
+        };
+        const auto gradient_of = [&](int64_t row) { return reductions_gradient<double>(args, row); };
+        backward_rows<double>(args, begin, end, gradient_of, write);
     }
-}
-
-// ------------------------------------------------------------------------------------------------------- dispatch
-
-template <bool CAP>
-void reductions_fwd_any(const ReductionArgs& args, int64_t begin, int64_t end) {
-    switch (args.logits.dtype) {
-        case sspo::DType::kFloat32:
-            return reductions_fwd_rows<float, CAP>(args, begin, end);
-        case sspo::DType::kBFloat16:
-            return reductions_fwd_rows<bf16, CAP>(args, begin, end);
-        case sspo::DType::kFloat16:
-            return reductions_fwd_rows<f16, CAP>(args, begin, end);
-        case sspo::DType::kFloat64:
-            return reductions_fwd_float64(args, begin, end);
-    }
-}
-
-template <bool CAP>
-void reductions_bwd_any(const ReductionGradArgs& args, int64_t begin, int64_t end) {
-    switch (args.logits.dtype) {
-        case sspo::DType::kFloat32:
-            return reductions_bwd_rows<float, CAP>(args, begin, end);
-        case sspo::DType::kBFloat16:
-            return reductions_bwd_rows<bf16, CAP>(args, begin, end);
-        case sspo::DType::kFloat16:
-            return reductions_bwd_rows<f16, CAP>(args, begin, end);
-        case sspo::DType::kFloat64:
-            return reductions_bwd_float64(args, begin, end);
-    }
-}
-
-void reductions_fwd(const ReductionArgs& args, int64_t begin, int64_t end) {
-    args.logits.c == 0 ? reductions_fwd_any<false>(args, begin, end) : reductions_fwd_any<true>(args, begin, end);
-}
-
-void reductions_bwd(const ReductionGradArgs& args, int64_t begin, int64_t end) {
-    args.logits.c == 0 ? reductions_bwd_any<false>(args, begin, end) : reductions_bwd_any<true>(args, begin, end);
-}
+};
 
 }  // namespace

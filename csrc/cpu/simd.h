@@ -1,6 +1,6 @@
 // Vectors of SSPO_LANES floats for one instruction set, with conversions to and from 16-bit types, exp2 and tanh.
-// Included by isa/*.cpp only. Everything is in an anonymous namespace and nothing of the C++ library is called:
-// an inline function that the linker merges across files could bring AVX-512 code to a machine without it.
+// Included by isa/*.cpp only. Everything is in an anonymous namespace, and no inline function of the C++ library is
+// called: the linker merges such functions across files, and a machine without AVX-512 could get the AVX-512 version.
 #pragma once
 
 #include <math.h>
@@ -19,8 +19,7 @@
 namespace {
 
 constexpr int kLanes = SSPO_LANES;
-constexpr int kPair =
-    2 * kLanes;  // elements are handled in pairs of vectors, so that 16-bit types fill whole registers
+constexpr int kPair = 2 * kLanes;  // elements come in pairs of vectors, so that 16-bit types fill whole registers
 
 typedef float F __attribute__((vector_size(4 * SSPO_LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * SSPO_LANES)));
@@ -49,7 +48,7 @@ inline V load_vector(const void* p) {
     return v;
 }
 
-// ---- loads: kPair elements as two vectors. bfloat16 is split into even and odd elements, which needs no permutation;
+// Loads: kPair elements as two vectors. bfloat16 is split into even and odd elements, which needs no permutation.
 // lane_index says which element a lane holds.
 
 inline F2 load2(const float* p) { return {load_vector<F>(p), load_vector<F>(p + kLanes)}; }
@@ -68,7 +67,7 @@ inline F2 load2(const f16* p) {
             (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
 #else
     const auto widen = [](U h) {
-        // Moves exponent and mantissa into place and multiplies the exponent's bias away, which is exact for
+        // Exponent and mantissa are shifted into place. The product corrects the exponent's bias, exactly even for
         // subnormals.
         const F magnitude = from_bits((h & 0x7fffu) << 13) * 0x1p112f;
         const U special = (U)((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
@@ -99,8 +98,6 @@ inline Index2 lane_index(const f16*) { return lane_index(false); }
 inline Index2 lane_index(const f16*) { return lane_index(true); }
 #endif
 
-// ---- stores
-
 template <bool STREAM, class V>
 inline void store_vector(void* p, V v) {
 #if defined(SSPO_AVX512)
@@ -119,8 +116,8 @@ inline void store2(float* p, F2 v) {
     store_vector<STREAM>(p + kLanes, v.b);
 }
 
-// To nearest, ties away from zero: a tie is one value in 65536 here, and ties to even would cost a fifth of the
-// backward. The caller stores no NaN, whose payload the addition could carry into the sign.
+// To nearest, ties away from zero. A tie is one value in 65536 here, and ties to even would make the backward a fifth
+// slower. The caller stores no NaN: the addition could carry its payload into the sign.
 inline U round_bf16(F v) { return bits_of(v) + 0x8000u; }
 
 template <bool STREAM>
@@ -161,7 +158,7 @@ inline void store2(f16* p, F2 v) {
 
 inline void store_fence() {
 #if defined(__x86_64__)
-    _mm_sfence();  // streaming stores are not ordered with the thread's end otherwise
+    _mm_sfence();  // without it, streaming stores are not ordered with the thread's end
 #endif
 }
 
@@ -171,7 +168,7 @@ inline F multiply_subtract(F a, F b, F c) { return (F)_mm512_fmsub_ps((__m512)a,
 inline F multiply_subtract(F a, F b, F c) { return (F)_mm256_fmsub_ps((__m256)a, (__m256)b, (__m256)c); }
 #endif
 
-// max(limit, t) and min(limit, t) that keep a NaN in t, in the form that is one instruction.
+// max(limit, t) and min(limit, t) that keep a NaN in t, as one instruction.
 inline F at_least(float limit, F t) {
 #if defined(SSPO_AVX512)
     return (F)_mm512_max_ps(_mm512_set1_ps(limit), (__m512)t);
@@ -196,14 +193,14 @@ inline F at_most(float limit, F t) {
 #endif
 }
 
-// ---- exp2: 2^t times the factor that was multiplied into the coefficients. Relative error of the polynomials:
-// degree 4: 3e-6, degree 5 and 6: 9e-8, 3e-9 (Remez, relative error, constant term fixed at 1).
+// 2^t times a factor that is multiplied into the polynomial's coefficients. Relative errors of the polynomials, which
+// are minimax (Remez) with the constant term fixed at 1: degree 4: 3e-6, degree 5: 9e-8, degree 6: 3e-9.
 
 template <int DEGREE>
 struct Exp2 {
     F c[DEGREE + 1];
 
-    // factor * 2^extra is taken into the coefficients: the product costs nothing per element.
+    // Multiplied into the coefficients, the factor costs nothing per element.
     explicit Exp2(double factor = 1.0) {
 #if defined(SSPO_AVX512)  // for the fraction in [0, 1)
         static const double k4[] = {1.0, 0.693044845025, 0.241280204074, 0.0522424753446, 0.0134266837168};
@@ -229,7 +226,7 @@ struct Exp2 {
         const F f = (F)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // t - floor(t)
         return (F)_mm512_scalef_ps((__m512)poly(f), (__m512)t);                                 // poly * 2^floor(t)
 #else
-        t = at_least(-127.0f, t);         // the scale of -127 is 0: -inf and whatever else underflows give 0
+        t = at_least(-127.0f, t);         // the scale of -127 is 0, so -inf and all that underflows give 0
         const F shifted = t + 0x1.8p23f;  // its low bits are round(t)
         const F f = t - (shifted - 0x1.8p23f);
         const F scale = from_bits((bits_of(shifted) << 23) + 0x3f800000u);
@@ -245,7 +242,7 @@ struct Exp2 {
     }
 };
 
-// Keeps 2^t representable where the exponent is put together by hand; a sum that large is computed again anyway.
+// Keeps 2^t representable where Exp2 assembles the exponent's bits. A sum that large is computed again anyway.
 inline F clamp_exponent(F t) {
 #if defined(SSPO_AVX512)
     return t;
@@ -254,7 +251,7 @@ inline F clamp_exponent(F t) {
 #endif
 }
 
-// Where one is NaN the result is unspecified: a sum over the same elements tells.
+// Unspecified where one is NaN: the sum over the same elements shows it.
 inline F vector_max(F a, F b) {
 #if defined(SSPO_AVX512)
     return (F)_mm512_max_ps((__m512)a, (__m512)b);
@@ -265,7 +262,7 @@ inline F vector_max(F a, F b) {
 #endif
 }
 
-// y P(y^2) / Q(y^2), relative error 2e-8; all coefficients are positive, so nothing cancels. tanh(9.02) rounds to 1.
+// y P(y^2) / Q(y^2), relative error 2e-8. All coefficients are positive, so nothing cancels. tanh(9.02) rounds to 1.
 inline F vector_tanh(F y) {
     y = at_most(9.02f, at_least(-9.02f, y));
     const F u = y * y;
@@ -280,7 +277,7 @@ inline F vector_tanh(F y) {
     return y * p / q;
 }
 
-// In lane order, so that the sum is the same whatever the compiler makes of it.
+// In lane order, so that every compiler gives the same sum.
 inline double horizontal_sum(F v) {
     double sum = 0;
     for (int l = 0; l < kLanes; ++l) sum += v[l];
@@ -292,8 +289,6 @@ inline float horizontal_max(F v) {
     for (int l = 1; l < kLanes; ++l) m = v[l] > m ? v[l] : m;
     return m;
 }
-
-// ---- single elements
 
 inline double to_double(double v) { return v; }
 inline double to_double(float v) { return v; }

@@ -5,13 +5,15 @@
 
 #include "../formulas_generated.h"
 
-// One thread: a batch has thousands of rows and steps here where the row kernels have hundreds of millions of logits.
+// One thread is enough: there are thousands of rows and steps here, and hundreds of millions of logits in the row
+// kernels.
 
 namespace sspo {
 
 template <class T>
 void step_loss_fwd(const StepLossArgs<T>& a) {
-    // An index outside its table would be a wild access: clamp ranges and skip pairs, the sums then show it as missing.
+    // An index outside its table must not become a wild access. Ranges are clamped and pairs skipped, so that the sums
+    // lack what the index pointed to.
     const auto row_begin = [&](int64_t k) { return std::clamp<int64_t>(a.step_offsets[k], 0, a.N); };
     const auto row_end = [&](int64_t k) { return std::clamp<int64_t>(a.step_offsets[k + 1], row_begin(k), a.N); };
     const auto count = [&](int64_t k) { return row_end(k) - row_begin(k); };
@@ -24,7 +26,7 @@ void step_loss_fwd(const StepLossArgs<T>& a) {
     }
 
     double loss = 0;
-    std::vector<PairGrad<T>> grads(a.P, PairGrad<T>{0, 0, 0});  // times the pair's weight
+    std::vector<PairGrad<T>> grads(a.P, PairGrad<T>{0, 0, 0});  // du_w and du_l times the pair's weight
     for (int64_t p = 0; p < a.P; ++p) {
         const int64_t w = a.pair_index[2 * p], l = a.pair_index[2 * p + 1];
         a.pair_loss[p] = 0;
@@ -35,7 +37,7 @@ void step_loss_fwd(const StepLossArgs<T>& a) {
                                    (T)count(l),
                                    a.pair_margins ? a.pair_margins[p] : T(0),
                                    a.pair_labels ? a.pair_labels[p] : a.label};
-        const PairGrad<T> g = pair_head<T>(a.head, scores, a.options);
+        const PairGrad<T> g = pair_formula<T>(a.formula, scores, a.options);
         const T pair_weight = a.pair_weights ? a.pair_weights[p] : T(1);
         a.pair_loss[p] = g.loss;
         loss += (double)pair_weight * (double)g.loss;

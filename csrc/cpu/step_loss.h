@@ -1,4 +1,5 @@
-// Step sums, pair losses and dL/dlogp of every row: see step_loss_fwd in sspo_ext/backends/cpu.py for the equations.
+// Step sums, pair losses and dL/dlogp of every row. The equations are those of step_loss_fwd in
+// sspo_ext/backends/cpu.py.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +17,8 @@ struct StepLossArgs {
     const int32_t* adj_offsets;                          // (S + 1,)
     const int32_t* adj_pairs;                            // (2P,)
     const T *pair_weights, *pair_margins, *pair_labels;  // (P,) or null
-    int head;
-    const T* options;
+    int formula;                                         // index of the pair loss in formulas_generated.h
+    const T* options;                                    // (kMaxOptions,)
     T label;
     const T* scale;  // ()
     T* loss;         // ()

@@ -1,19 +1,23 @@
-// The row kernels, one source for every instruction set. isa/*.cpp defines SSPO_LANES and includes this.
+// Log-probability of a row's label, and its gradient. One source for every instruction set: isa/*.cpp defines
+// SSPO_LANES and includes it.
 //
-// Forward, per row: sum of 2^(k x - shift), k = a log2(e), tile by tile, reading each logit once. The shift is the
-// maximum of the first tile. Later tiles are summed with the shift as it stands: a sum beyond kRescale (or NaN) tells
-// that it was too small, and only then the tile's maximum is taken and the tile, still in the L1 cache, summed again.
-// Every term lost to underflow is below 2^-126 of the sum, because the shift is the exponent of a logit of the row.
+// Forward, per row: the sum of 2^(k x - shift), k = a log2(e), tile by tile. Each logit is read once. The shift is the
+// maximum of the first tile, and the next tiles keep it. A tile's sum beyond kRescale (or NaN) shows that the shift was
+// too small. Only then the tile's maximum is taken, and the tile, which is still in the L1 cache, is summed again.
+// A term lost to underflow is below 2^-126 of the sum, because the shift is the exponent of one of the row's logits.
 //
-// Backward, per row: 2^(k x - log2(e) lse) with the row's factor multiplied into the polynomial's coefficients, label
-// element set afterwards.
+// Backward, per row: 2^(k x - log2(e) lse). The row's factor is multiplied into the polynomial's coefficients. The
+// label's element is written last.
 #pragma once
 
 #include "row.h"
 
 namespace {
 
-// ---------------------------------------------------------------------------------------------------------- forward
+using sspo::BwdArgs;
+using sspo::FwdArgs;
+
+constexpr double kRescale = 0x1p60;  // far from overflow, and no precision is lost below it
 
 template <class T, bool CAP>
 double tile_sum(const T* x, int64_t n, const Exponent<CAP>& e, const Exp2<kDegree>& exp2_, float shift) {
@@ -67,48 +71,31 @@ RowLse row_lse(const Logits& l, const T* x, const Exponent<CAP>& e, const Exp2<k
         sum += part;
     }
     if (sum == 0) return row_lse_exact(l, x);
-    // The shift in double: what its rounding took from the terms' exponents, their sum has.
+    // The shift as it was rounded: the terms are relative to it, so its rounding does not count.
     return {scaled(CAP ? l.c : l.a, e.from_shift(shift)), log(sum)};
 }
 
-template <class T, bool CAP>
-void fwd_rows(const FwdArgs& args, int64_t begin, int64_t end) {
-    const Logits& l = args.logits;
-    const Exponent<CAP> e(l);
-    const Exp2<kDegree> exp2_;
-    for (int64_t n = begin; n < end; ++n) {
-        const int64_t position = args.rows[n], label = args.labels[n];
-        RowLse row;
-        double logp = row.top;
-        if (position >= 0 && position < l.positions) {
-            const T* x = row_pointer<T>(l, position);
-            row = e.k_value > 0 ? row_lse<T, CAP>(l, x, e, exp2_) : row_lse_exact(l, x);
-            logp = log_prob(label, l.V, row, [&](int64_t v) { return e.z(l, to_double(x[v])); });
-        }
-        ((float*)args.logp)[n] = (float)logp;
-        args.lse[n] = row.lse();
+struct TokenLogpFwd {
+    template <class T, bool CAP>
+    static void rows(const FwdArgs& args, int64_t begin, int64_t end) {
+        const Logits& l = args.logits;
+        const Exponent<CAP> e(l);
+        const Exp2<kDegree> exp2_;
+        forward_rows<T>(
+            args, begin, end,
+            [&](const T* x, int64_t) { return e.k_value > 0 ? row_lse<T, CAP>(l, x, e, exp2_) : row_lse_exact(l, x); },
+            [&](double x) { return e.z(l, x); }, [](int64_t, const RowLse&) {});
     }
-}
 
-void fwd_rows_float64(const FwdArgs& args, int64_t begin, int64_t end) {
-    const Logits& l = args.logits;
-    for (int64_t n = begin; n < end; ++n) {
-        const int64_t position = args.rows[n], label = args.labels[n];
-        RowLse row;
-        double logp = row.top;
-        if (position >= 0 && position < l.positions) {
-            const double* x = row_pointer<double>(l, position);
-            row = row_lse_exact(l, x);
-            logp = log_prob(label, l.V, row, [&](int64_t v) { return exact_z(l, x[v]); });
-        }
-        ((double*)args.logp)[n] = logp;
-        args.lse[n] = row.lse();
+    static void rows_float64(const FwdArgs& args, int64_t begin, int64_t end) {
+        const Logits& l = args.logits;
+        forward_rows<double>(
+            args, begin, end, [&](const double* x, int64_t) { return row_lse_exact(l, x); },
+            [&](double x) { return exact_z(l, x); }, [](int64_t, const RowLse&) {});
     }
-}
+};
 
-// --------------------------------------------------------------------------------------------------------- backward
-
-// out[v] = factor * 2^(k x[v] - shift) [* (1 - tanh^2)], factor being part of exp2_.
+// out[v] = factor * 2^(k x[v] - shift) [* (1 - tanh^2)]; the factor is part of exp2_.
 template <class T, bool CAP, bool STREAM, int DEGREE>
 void grad_elements(const T* x, T* out, int64_t n, const Exponent<CAP>& e, const Exp2<DEGREE>& exp2_, F shift) {
     const auto grad = [&](F v) {
@@ -124,8 +111,8 @@ void grad_elements(const T* x, T* out, int64_t n, const Exponent<CAP>& e, const 
     };
     int64_t i = 0;
     if (STREAM) {  // streaming stores must be aligned
-        const int64_t head = (int64_t)(-(uintptr_t)out % sizeof(F) / sizeof(T));
-        i = head < n ? head : n;
+        const int64_t before = (int64_t)(-(uintptr_t)out % sizeof(F) / sizeof(T));
+        i = before < n ? before : n;
         if (i) partial(0, i);
     }
     for (; i + kUnroll * kPair <= n; i += kUnroll * kPair) {
@@ -139,132 +126,68 @@ void grad_elements(const T* x, T* out, int64_t n, const Exponent<CAP>& e, const 
     for (; i < n; i += kPair) partial(i, n - i < kPair ? n - i : kPair);
 }
 
-// What a row's gradient needs: factor = dL/dlogp, lse, and whether the row is zero or not a number altogether.
-struct RowGrad {
-    double factor = 0, lse = 0;  // of the forward
-    int64_t label = sspo::kNoLabel;
-    enum { kZero, kNaN, kDense } kind = kZero;
+struct TokenLogpGradient : RowGradient {
+    double factor = 0;  // dL/dlogp
 };
 
-template <class Coef>
-RowGrad row_grad(const BwdArgs& args, int64_t position, bool finite_float) {
-    RowGrad g;
-    const int64_t row = args.row_of[position];
-    if (row < 0 || row >= args.N) return g;
-    g.factor = ((const Coef*)args.coef)[row];
-    // rounded as torch rounds the same product, so that it does not matter which of the two makes it
-    if (args.upstream) g.factor = (Coef)(g.factor * *(const Coef*)args.upstream);
-    if (g.factor == 0) return g;
-    g.label = args.labels[row];
-    g.lse = args.lse[row];
-    const bool ok = isfinite(g.lse) && (g.label == sspo::kNoLabel || (g.label >= 0 && g.label < args.logits.V)) &&
-                    (finite_float ? isfinite((float)g.factor) : isfinite(g.factor));
-    g.kind = ok ? RowGrad::kDense : RowGrad::kNaN;
+template <class T>
+TokenLogpGradient token_logp_gradient(const BwdArgs& args, int64_t row) {
+    using A = Accumulator<T>;
+    TokenLogpGradient g;
+    g.factor = ((const A*)args.coef)[row];
+    // Rounded as torch rounds the same product, so that it does not matter which of the two computes it.
+    if (args.upstream) g.factor = (A)(g.factor * *(const A*)args.upstream);
+    if (g.factor != 0) g.set(args, row, isfinite(g.factor));
     return g;
 }
 
-// The label's element: factor * (1 - p) * dz/dx, without cancellation where p is close to 1.
+// The label's element: factor * (1 - p) * dz/dx, with expm1 so that nothing cancels where p is close to 1.
 inline double label_grad(const Logits& l, double z, double factor, const RowLse& row) {
     return factor * slope_of(l, z) * -expm1(z - row.top - row.log_sum);
 }
 
-// In double: float64 rows, and those whose logits are too large for float32 exponents.
+// In double: for float64 rows, and for rows whose logits are too large for float32 exponents.
 template <class T>
-void grad_row_exact(const Logits& l, const T* x, T* out, const RowGrad& g) {
+void grad_row_exact(const Logits& l, const T* x, T* out, const TokenLogpGradient& g) {
     const RowLse row = row_lse_parts(l, x, g.lse);
-    const bool labelled = g.label != sspo::kNoLabel;
-    const double label_value = labelled ? label_grad(l, exact_z(l, to_double(x[g.label])), g.factor, row) : 0;
+    const double label_value = g.has_label() ? label_grad(l, exact_z(l, to_double(x[g.label])), g.factor, row) : 0;
     for (int64_t v = 0; v < l.V; ++v) {
         const double z = exact_z(l, to_double(x[v]));
         from_double(-g.factor * slope_of(l, z) * exp(z - row.top - row.log_sum), out + v);
     }
-    if (labelled) from_double(label_value, out + g.label);
+    if (g.has_label()) from_double(label_value, out + g.label);
 }
 
-template <class T, bool CAP>
-void bwd_rows(const BwdArgs& args, int64_t begin, int64_t end) {
-    const Logits& l = args.logits;
-    const Exponent<CAP> e(l);
-    // From the last position to the first: the forward's last rows may still be in the cache.
-    for (int64_t position = end - 1; position >= begin; --position) {
-        T* out = (T*)args.out + (position / l.T) * args.out_stride_b + (position % l.T) * args.out_stride_t;
-        const RowGrad g = row_grad<float>(args, position, true);
-        if (g.kind != RowGrad::kDense) {
-            if (g.kind == RowGrad::kZero)
-                memset(out, 0, l.V * sizeof(T));
+struct TokenLogpBwd {
+    template <class T, bool CAP>
+    static void rows(const BwdArgs& args, int64_t begin, int64_t end) {
+        const Logits& l = args.logits;
+        const Exponent<CAP> e(l);
+        const auto write = [&](const T* x, T* out, const TokenLogpGradient& g, int64_t) {
+            if (fabs(g.lse) > kHugeLse) return grad_row_exact(l, x, out, g);
+            const double label_value =
+                g.has_label() ? label_grad(l, e.z(l, to_double(x[g.label])), g.factor, {g.lse, 0}) : 0;
+            const double exact_shift = e.to_shift(g.lse / (CAP ? l.c : l.a));
+            const float shift = (float)exact_shift;
+            const double correction = exp2(e.exponent(shift - exact_shift));
+            const Exp2<kGradDegree<T>> exp2_(-g.factor * l.a * (CAP ? l.c : 1.0) * correction);
+            if (args.stream)
+                grad_elements<T, CAP, true>(x, out, l.V, e, exp2_, splat(shift));
             else
-                fill(out, l.V, __builtin_nan(""));
-            continue;
-        }
-        const T* x = row_pointer<T>(l, position);
-        if (fabs(g.lse) > kHugeLse) {
-            grad_row_exact(l, x, out, g);
-            continue;
-        }
-        const bool labelled = g.label != sspo::kNoLabel;
-        const double label_value = labelled ? label_grad(l, e.z(l, to_double(x[g.label])), g.factor, {g.lse, 0}) : 0;
-        const double exact_shift = e.to_shift(g.lse / (CAP ? l.c : l.a));
-        const float shift = (float)exact_shift;
-        const double correction = exp2(e.exponent(shift - exact_shift));
-        const Exp2<kGradDegree<T>> exp2_(-g.factor * l.a * (CAP ? l.c : 1.0) * correction);
-        if (args.stream)
-            grad_elements<T, CAP, true>(x, out, l.V, e, exp2_, splat(shift));
-        else
-            grad_elements<T, CAP, false>(x, out, l.V, e, exp2_, splat(shift));
-        if (labelled) from_double(label_value, out + g.label);
+                grad_elements<T, CAP, false>(x, out, l.V, e, exp2_, splat(shift));
+            if (g.has_label()) from_double(label_value, out + g.label);
+        };
+        const auto gradient_of = [&](int64_t row) { return token_logp_gradient<T>(args, row); };
+        backward_rows<T>(args, begin, end, gradient_of, write);
     }
-    if (args.stream) store_fence();
-}
 
-void bwd_rows_float64(const BwdArgs& args, int64_t begin, int64_t end) {
-    const Logits& l = args.logits;
-    for (int64_t position = end - 1; position >= begin; --position) {
-        double* out = (double*)args.out + (position / l.T) * args.out_stride_b + (position % l.T) * args.out_stride_t;
-        const RowGrad g = row_grad<double>(args, position, false);
-        if (g.kind != RowGrad::kDense) {
-            fill(out, l.V, g.kind == RowGrad::kZero ? 0.0 : __builtin_nan(""));
-            continue;
-        }
-        grad_row_exact(l, row_pointer<double>(l, position), out, g);
+    static void rows_float64(const BwdArgs& args, int64_t begin, int64_t end) {
+        const auto write = [&](const double* x, double* out, const TokenLogpGradient& g, int64_t) {
+            grad_row_exact(args.logits, x, out, g);
+        };
+        const auto gradient_of = [&](int64_t row) { return token_logp_gradient<double>(args, row); };
+        backward_rows<double>(args, begin, end, gradient_of, write);
     }
-}
-
-// --------------------------------------------------------------------------------------------------------- dispatch
-
-template <bool CAP>
-void fwd_any(const FwdArgs& args, int64_t begin, int64_t end) {
-    switch (args.logits.dtype) {
-        case sspo::DType::kFloat32:
-            return fwd_rows<float, CAP>(args, begin, end);
-        case sspo::DType::kBFloat16:
-            return fwd_rows<bf16, CAP>(args, begin, end);
-        case sspo::DType::kFloat16:
-            return fwd_rows<f16, CAP>(args, begin, end);
-        case sspo::DType::kFloat64:
-            return fwd_rows_float64(args, begin, end);
-    }
-}
-
-template <bool CAP>
-void bwd_any(const BwdArgs& args, int64_t begin, int64_t end) {
-    switch (args.logits.dtype) {
-        case sspo::DType::kFloat32:
-            return bwd_rows<float, CAP>(args, begin, end);
-        case sspo::DType::kBFloat16:
-            return bwd_rows<bf16, CAP>(args, begin, end);
-        case sspo::DType::kFloat16:
-            return bwd_rows<f16, CAP>(args, begin, end);
-        case sspo::DType::kFloat64:
-            return bwd_rows_float64(args, begin, end);
-    }
-}
-
-void fwd(const FwdArgs& args, int64_t begin, int64_t end) {
-    args.logits.c == 0 ? fwd_any<false>(args, begin, end) : fwd_any<true>(args, begin, end);
-}
-
-void bwd(const BwdArgs& args, int64_t begin, int64_t end) {
-    args.logits.c == 0 ? bwd_any<false>(args, begin, end) : bwd_any<true>(args, begin, end);
-}
+};
 
 }  // namespace

@@ -11,11 +11,11 @@ namespace sspo {
 
 namespace {
 
-// A block's source lines stay in the first-level cache while they are read in pieces, and its stores fill whole lines.
+// A block is read in 8 x 8 pieces while its source lines stay in the L1 cache, and its stores fill whole cache lines.
 constexpr int64_t kBlockRows = 256, kBlockCols = 32;
 
 void transpose_piece(const uint16_t* src, int64_t src_stride, int64_t rows, int64_t cols, uint16_t* dst,
-                int64_t dst_stride) {
+                     int64_t dst_stride) {
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = 0; c < cols; ++c) dst[c * dst_stride + r] = src[r * src_stride + c];
 }
@@ -42,7 +42,7 @@ void transpose_8x8(const uint16_t* src, int64_t src_stride, uint16_t* dst, int64
 #endif
 
 void transpose_block(const uint16_t* src, int64_t src_stride, int64_t rows, int64_t cols, uint16_t* dst,
-                int64_t dst_stride) {
+                     int64_t dst_stride) {
     int64_t r = 0, c = 0;
 #if defined(__SSE2__)
     for (; r + 8 <= rows; r += 8)
@@ -57,12 +57,12 @@ void transpose_block(const uint16_t* src, int64_t src_stride, int64_t rows, int6
 }  // namespace
 
 void transpose16(const uint16_t* src, int64_t src_stride, int64_t rows, int64_t cols, uint16_t* dst, int64_t dst_stride,
-            int threads) {
+                 int threads) {
     parallel_for(cols, 16 * kBlockCols, threads, [&](int64_t begin, int64_t end) {
         for (int64_t r = 0; r < rows; r += kBlockRows)
             for (int64_t c = begin; c < end; c += kBlockCols)
                 transpose_block(src + r * src_stride + c, src_stride, std::min(kBlockRows, rows - r),
-                           std::min(kBlockCols, end - c), dst + c * dst_stride + r, dst_stride);
+                                std::min(kBlockCols, end - c), dst + c * dst_stride + r, dst_stride);
     });
 }
 

@@ -1,5 +1,5 @@
-// The Python side of the CUDA kernels: addresses and sizes in, nothing of torch and nothing of CUDA.
-// sspo_ext/backends/cuda.py is the caller and checks shapes, dtypes, strides and devices.
+// The CUDA kernels as a Python module. It takes addresses and sizes and knows nothing of torch or of CUDA. The caller,
+// sspo_ext/backends/cuda.py, checks shapes, dtypes, strides and devices. sspo_ext/_C_cuda.pyi has the signatures.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -20,7 +20,7 @@ using namespace sspo::cuda;
 
 namespace {
 
-using Address = uintptr_t;  // tensor.data_ptr(), 0 for None
+using Address = uintptr_t;  // tensor.data_ptr(), or 0 for None
 using Sizes = std::array<int64_t, 3>;
 using Strides = std::array<int64_t, 2>;
 
@@ -29,7 +29,7 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Positions, rows and columns are 32-bit numbers in the kernels; offsets are not.
+// Positions, rows and columns are 32-bit in the kernels; offsets are 64-bit.
 template <class Int>
 Int narrow(const char* name, int64_t value, int64_t most = std::numeric_limits<int32_t>::max() - 64 * 1024) {
     if (value < 0 || value > most)
@@ -94,11 +94,11 @@ void bwd(Address logits, int dtype, Sizes sizes, Strides strides, Address row_of
     check(token_logp_bwd(p, to_dtype(dtype), device, at<void>(stream)), "token_logp_bwd");
 }
 
-void steps(Sizes sizes, std::array<Address, 11> in, int head, std::vector<double> options, double label,
+void steps(Sizes sizes, std::array<Address, 11> in, int formula, std::vector<double> options, double label,
            std::array<Address, 4> out, Address arrived, int device, Address stream) {
-    if (head < 0 || head >= num_heads())
-        throw py::value_error("head " + std::to_string(head) +
-                              " is not in this build: sspo_ext._C_cuda is older than heads.py");
+    if (formula < 0 || formula >= num_formulas())
+        throw py::value_error("formula " + std::to_string(formula) +
+                              " is not in this build: sspo_ext._C_cuda is older than the Python code");
     StepParams p = {};
     p.N = narrow<int32_t>("N", sizes[0]);
     p.S = narrow<int32_t>("S", sizes[1]);
@@ -114,7 +114,7 @@ void steps(Sizes sizes, std::array<Address, 11> in, int head, std::vector<double
     p.pair_margins = at<float>(in[8]);
     p.pair_labels = at<float>(in[9]);
     p.scale = at<float>(in[10]);
-    p.head = head;
+    p.formula = formula;
     for (size_t i = 0; i < options.size() && i < kMaxOptions; ++i) p.options[i] = static_cast<float>(options[i]);
     p.label = static_cast<float>(label);
     p.loss = at<float>(out[0]);

@@ -1,4 +1,4 @@
-// What the CUDA kernels take: plain data, handed over by value. All strides are in elements.
+// What the CUDA kernels take: plain data, passed by value. All strides are in elements.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ struct LogitMap {
     double factor;  // not rounded
 };
 
-// One block's share of a row: `sum` of 2^(scale * u - scale * u(x_max)).
+// One block's share of a row: its largest logit, and the sum of 2^(scale * u - scale * u(x_max)).
 struct Partial {
     float x_max, sum;
 };
@@ -33,7 +33,7 @@ struct FwdParams {
     LogitMap map;
     int32_t N;
     const int64_t* rows;    // (N,) position of row n; outside [0, B * T): NaN
-    const int64_t* labels;  // (N,) -1: no label in this part of the vocabulary; otherwise outside [0, V): NaN
+    const int64_t* labels;  // (N,) -1: the label lies in another vocabulary shard. Others outside [0, V): NaN
     float* logp;            // (N,)
     double* lse;            // (N,)
     int32_t splits;         // blocks of one row
@@ -47,8 +47,8 @@ struct BwdParams {
     int32_t V;
     LogitMap map;
     int32_t N;
-    const int32_t* row_of;  // (positions,) row of a position; outside [0, N): nothing scored there
-    const int64_t* labels;  // (N,)
+    const int32_t* row_of;  // (positions,) row of a position; outside [0, N): nothing is scored there
+    const int64_t* labels;  // (N,) -1: no one-hot term. Others outside [0, V): a NaN row, unless its coef is 0
     const double* lse;      // (N,)
     const float* coef;      // (N,) dL/dlogp
     const float* upstream;  // () multiplies coef, or null
@@ -68,9 +68,9 @@ struct StepParams {
     const int32_t* adj_pairs;                                // (2P,) 2 * pair + side, ascending within a step
     const float *pair_weights, *pair_margins, *pair_labels;  // (P,) or null
     const float* scale;                                      // ()
-    int32_t head;
+    int32_t formula;                                         // index of the pair loss in formulas_generated.h
     float options[kMaxOptions];
-    float label;        // of every pair, where pair_labels is null
+    float label;        // of every pair where pair_labels is null
     float* loss;        // ()
     float* sums;        // (S,)
     float* pair_loss;   // (P,)

@@ -1,8 +1,8 @@
-// What the two row kernels share: how a row is walked, the logit map, and the launch.
+// What the two row kernels share: the walk over a row, the logit map, and the launch.
 //
-// A row is [head | groups of 16 bytes | tail]: the groups start at the row's first 16-byte boundary, so the loops move
-// 16 bytes a thread whatever V and the row's address are. Head and tail, under 16 bytes each, are single elements of
-// the last block of the row, one a thread.
+// A row is [front | groups of 16 bytes | tail]. The groups start at the row's first 16-byte boundary, so the loops move
+// 16 bytes a thread for any V and any address. Front and tail are shorter than 16 bytes each. The row's last block
+// handles their elements, one a thread.
 #pragma once
 
 #include "launch.h"
@@ -10,7 +10,7 @@
 
 namespace sspo::cuda {
 
-constexpr int kThreads = 128;    // small, so that one block's start and end hide behind others' loops
+constexpr int kThreads = 128;    // few, so that the loops of other blocks hide a block's start and end
 constexpr int kBlocksPerSM = 8;  // at least: 64 registers a thread
 constexpr int kUnroll = 4;       // 64 bytes in flight a thread, 64 KiB a multiprocessor: three times what HBM3 needs
 constexpr int kPass = kThreads * kUnroll;
@@ -22,18 +22,18 @@ __device__ __forceinline__ int64_t row_offset(const View& view, uint32_t positio
 }
 
 struct Walk {
-    int head, groups, tail;  // elements, groups, elements
-    int tail_begin;          // column
-    int g_begin, g_end;      // this block's groups
+    int front, groups, tail;  // elements, groups, elements
+    int tail_begin;           // column
+    int g_begin, g_end;       // this block's groups
     bool has_edges;
 
     template <class T>
     __device__ __forceinline__ Walk(const T* row, int V, int split, int splits) {
         constexpr int kVec = Traits<T>::kVec;
         const int to_boundary = static_cast<int>(-reinterpret_cast<uintptr_t>(row) & 15) / static_cast<int>(sizeof(T));
-        head = min(to_boundary, V);
-        groups = (V - head) / kVec;
-        tail_begin = head + groups * kVec;
+        front = min(to_boundary, V);
+        groups = (V - front) / kVec;
+        tail_begin = front + groups * kVec;
         tail = V - tail_begin;
         const int share = ((groups + kPass - 1) / kPass + splits - 1) / splits * kPass;
         g_begin = min(split * share, groups);
@@ -41,19 +41,19 @@ struct Walk {
         has_edges = split == splits - 1;
     }
 
-    // The column of the row's ragged ends that belongs to this thread, or -1.
+    // The column in the row's front or tail that belongs to this thread, or -1.
     __device__ __forceinline__ int edge_column() const {
         const int e = static_cast<int>(threadIdx.x);
         if (!has_edges) return -1;
-        if (e < 8) return e < head ? e : -1;
+        if (e < 8) return e < front ? e : -1;
         return e - 8 < tail ? tail_begin + e - 8 : -1;
     }
 
-    // Whether this thread is the one that handles a column, as the loops deal them out.
+    // Whether the loops give this column to this thread.
     template <int kVec>
     __device__ __forceinline__ bool owns(int column) const {
-        if (column < head || column >= tail_begin) return column == edge_column();
-        const int g = (column - head) / kVec;
+        if (column < front || column >= tail_begin) return column == edge_column();
+        const int g = (column - front) / kVec;
         return g >= g_begin && g < g_end && (g - g_begin) % kThreads == static_cast<int>(threadIdx.x);
     }
 };
@@ -76,7 +76,7 @@ __device__ __forceinline__ float mapped(const LogitMap& map, float x) {
     return kSoftcap ? tanh_sech2(map.a * x).x : x;
 }
 
-// Every launch of this module: cudaLaunchKernelEx reports its own failure, nothing is left in the last error.
+// Every launch of this module. A failure is returned, and is not left behind as CUDA's last error.
 template <class Params>
 int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads, int device, void* stream) {
     if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess) return error;

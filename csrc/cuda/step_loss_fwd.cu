@@ -1,15 +1,15 @@
-// Log-probs of rows to step sums, pair losses, the total loss and dL/dlogp of every row, in one launch. The
+// From the rows' log-probs to step sums, pair losses, the total loss and dL/dlogp of every row, in one launch. The
 // specification is step_sums and pair_losses in sspo_ext/backends/reference.py.
 //
-// One warp, which is a block, per step. It sums its own rows, and again those of every step it is paired with: these
-// sums are cheap next to a second launch or a barrier over the grid, and bit for bit the partner's own.
+// One block of one warp per step. It sums its own rows, and again the rows of every step it is paired with. That costs
+// less than a second launch or a barrier over the grid, and gives the same bits as the partner's own sum.
 #include "../formulas_generated.h"
 #include "rows.cuh"
 
 namespace sspo::cuda {
 namespace {
 
-static_assert(kMaxOptions == sspo::kMaxOptions, "options of a head");
+static_assert(kMaxOptions == sspo::kMaxOptions, "options of a formula");
 
 constexpr int kWarp = 32;
 constexpr int kStepUnroll = 4;  // loads in flight a thread
@@ -19,7 +19,7 @@ __device__ __forceinline__ double warp_sum(double x) {
     return x;
 }
 
-// Sum of weights[i] * x[i] (of x[i] without weights) over [begin, end), the same bits in every lane and every time.
+// Sum of weights[i] * x[i] (of x[i] without weights) over [begin, end). Every lane and every call gets the same bits.
 __device__ __forceinline__ double weighted_sum(const float* x, const float* weights, int begin, int end) {
     double sum = 0;
     for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += kStepUnroll * kWarp) {
@@ -39,7 +39,7 @@ __device__ __forceinline__ double weighted_sum(const float* x, const float* weig
 struct Step {
     int begin, end;  // rows
 
-    // What does not lie in its table is cut off: wrong indices must not become wild accesses.
+    // Ranges are clamped to their table: wrong indices must not become wild accesses.
     __device__ __forceinline__ Step(const StepParams& p, int k) {
         begin = max(0, min(p.step_offsets[k], p.N));
         end = max(begin, min(p.step_offsets[k + 1], p.N));
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kWarp) step_loss_fwd_kernel(const StepParams p
                                                   is_loser ? n_own : n_other,
                                                   p.pair_margins ? p.pair_margins[pair] : 0.0f,
                                                   p.pair_labels ? p.pair_labels[pair] : p.label};
-                g = pair_head<float>(p.head, scores, p.options);
+                g = pair_formula<float>(p.formula, scores, p.options);
                 const float d = is_loser ? g.du_l : g.du_w;
                 du += static_cast<double>(p.pair_weights ? p.pair_weights[pair] : 1.0f) * d;
             }
@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(kWarp) step_loss_fwd_kernel(const StepParams p
     for (int n = own.begin + static_cast<int>(threadIdx.x); n < own.end; n += kWarp)
         p.coef[n] = static_cast<float>(du * (p.weights ? p.weights[n] : 1.0f));
 
-    // The last block to arrive sees every pair's loss and adds them in the order of the pairs: which one it is does
-    // not show.
+    // The last block to arrive sees every pair's loss and adds them in the order of the pairs. The result does not
+    // depend on which block that is.
     int is_last = 0;
     if (first_lane) {
         __threadfence();
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kWarp) step_loss_fwd_kernel(const StepParams p
         __threadfence();
     }
     if (!__shfl_sync(0xffffffffu, is_last, 0)) return;
-    __syncwarp();  // a shuffle carries values and orders no memory
+    __syncwarp();  // a shuffle does not order memory
     const double total = weighted_sum(p.pair_loss, p.pair_weights, 0, p.P);
     if (first_lane) {
         *p.loss = static_cast<float>(total * *p.scale);
@@ -115,6 +115,6 @@ int step_loss_fwd(const StepParams& p, int device, void* stream) {
     return launch(step_loss_fwd_kernel, p, dim3(p.S), kWarp, device, stream);
 }
 
-int num_heads() { return kNumPairHeads; }
+int num_formulas() { return kNumPairFormulas; }
 
 }  // namespace sspo::cuda

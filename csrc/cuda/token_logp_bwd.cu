@@ -1,15 +1,15 @@
-// Row backward: the gradient of every position's logits, written once; rows with a gradient are read once, the others
-// not at all. The specification is autograd on token_logps in sspo_ext/backends/reference.py.
+// Row backward: the gradient of every position's logits, written once. Rows with a gradient are read once, other rows
+// are not read. The specification is autograd on token_logps in sspo_ext/backends/reference.py.
 //
-// Every element, the label's included, is read and written by one and the same thread: in place needs no barrier.
+// Each element, the label's too, is read and written by the same thread, so working in place needs no barrier.
 #include "rows.cuh"
 
 namespace sspo::cuda {
 namespace {
 
-constexpr float kLargestShift = 0x1p24f;  // beyond it scale * x has no digits behind its point, and may overflow
+constexpr float kLargestShift = 0x1p24f;  // beyond it scale * x has no fractional digits, and may overflow
 
-// softmax(z) * dz/dx is 2^(scale * u + shift) * weight, `weight` being what is constant in the row.
+// softmax(z) * dz/dx = 2^(scale * u + shift) * weight; `weight` holds all factors that are constant in the row.
 template <class T, bool kSoftcap>
 struct RowGrad {
     float shift, weight;
@@ -33,18 +33,18 @@ struct RowGrad {
     }
 };
 
-// A group's 16 bytes of logits where the logits' row lies `skew` bytes further in its own 16 bytes than the gradient's:
-// two aligned loads (the second is the neighbour's first, so it comes from the L1 cache), or single elements where
-// those would reach outside the row.
+// Loads a group's 16 bytes of logits where the logits lie `skew` bytes past a 16-byte boundary and the gradient lies on
+// one: by two aligned loads, or by single elements where those would reach outside the row. The second load is the next
+// thread's first, so it comes from the L1 cache.
 template <class T>
 struct SkewedLoad {
     const T* row;
-    int V, head;
+    int V, front;
     uint32_t skew;
 
     __device__ __forceinline__ uint4 operator()(int g) const {
         constexpr int kVec = Traits<T>::kVec, kSize = sizeof(T);
-        const int column = head + g * kVec, before = static_cast<int>(skew) / kSize;
+        const int column = front + g * kVec, before = static_cast<int>(skew) / kSize;
         if (column < before || column - before + 2 * kVec > V) {
             T x[kVec];
 #pragma unroll
@@ -81,19 +81,19 @@ __device__ __forceinline__ void write_groups(const LogitMap& map, const Walk& wa
     for (; g < walk.g_end; g += kThreads) out[g] = grad(map, load(g));
 }
 
-// Rows too large for the float32 form: in double, element by element, as the owner of each.
+// In double, for rows too large for float32 exponents. Each thread handles the same elements as in the float32 loop.
 template <class T, bool kSoftcap>
 __device__ __noinline__ void write_in_double(const T* row, T* out_row, Walk walk, LogitMap map, double lse,
                                              float weight) {
     const auto write = [&](int v) {
         const float x = Traits<T>::to_float(row[v]);
         const float2 t = kSoftcap ? tanh_sech2(map.a * x) : make_float2(x, 1);
-        // no probability is above 1, which the rounding of a huge lse could make it; NaN stays
+        // The rounding of a huge lse must not make a probability above 1. NaN stays.
         const float exponent = static_cast<float>((t.x * map.factor - lse) / kLn2);
         out_row[v] = Traits<T>::from_float(weight * t.y * exp2f(exponent > 0 ? 0.0f : exponent));
     };
     for (int g = walk.g_begin + static_cast<int>(threadIdx.x); g < walk.g_end; g += kThreads)
-        for (int k = 0; k < Traits<T>::kVec; ++k) write(walk.head + g * Traits<T>::kVec + k);
+        for (int k = 0; k < Traits<T>::kVec; ++k) write(walk.front + g * Traits<T>::kVec + k);
     if (const int edge = walk.edge_column(); edge >= 0) write(edge);
 }
 
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) token_logp_bwd_kernel(
     const uint32_t i = blockIdx.x;
     T* out_row = static_cast<T*>(p.out.data) + row_offset(p.out, i, p.T);
     const Walk walk(out_row, p.V, blockIdx.y, p.splits);
-    uint4* out_body = reinterpret_cast<uint4*>(out_row + walk.head);
+    uint4* out_body = reinterpret_cast<uint4*>(out_row + walk.front);
     const int edge = walk.edge_column();
 
     const int n = p.row_of[i];
@@ -127,21 +127,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) token_logp_bwd_kernel(
 
     float weight = coef * static_cast<float>(map.softcap ? map.a * map.factor : map.factor);  // coef * dz/du * du/dx
     if (label < -1 || label >= p.V) weight = NAN;
-    // lse in units of scale * u, in which the rounding of `scale` cancels. What float32 cuts off it goes into the
-    // row's factor: the exponential would be off by as much.
+    // lse in units of scale * u, in which the rounding of `scale` cancels. The rounding to float32 would scale every
+    // exponential of the row, so its correction goes into the row's factor.
     const double exact = -lse * (map.scale / map.factor);
     const float shift = static_cast<float>(exact);
     const RowGrad<T, kSoftcap> grad{shift, -weight * exp2f(static_cast<float>(exact - shift))};
 
-    const uint32_t skew = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(row + walk.head) & 15);
+    const uint32_t skew = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(row + walk.front) & 15);
     if (fabsf(shift) > kLargestShift) {
         write_in_double<T, kSoftcap>(row, out_row, walk, map, lse, -weight);
     } else {
         if (skew == 0) {
-            const uint4* body = reinterpret_cast<const uint4*>(row + walk.head);
+            const uint4* body = reinterpret_cast<const uint4*>(row + walk.front);
             write_groups<kUnroll>(map, walk, out_body, [body](int g) { return body[g]; }, grad);
         } else {
-            write_groups<kUnroll / 2>(map, walk, out_body, SkewedLoad<T>{row, p.V, walk.head, skew}, grad);
+            write_groups<kUnroll / 2>(map, walk, out_body, SkewedLoad<T>{row, p.V, walk.front, skew}, grad);
         }
         if (edge >= 0) out_row[edge] = Traits<T>::from_float(grad(map, x_edge));
     }

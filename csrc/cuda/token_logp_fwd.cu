@@ -7,8 +7,8 @@ namespace {
 
 constexpr int kWarps = kThreads / 32;
 
-// Running maxima start here and not at -inf: a thread that has met only -inf (masked vocabulary) then has weights
-// 2^-inf = 0 instead of NaN. Rows that lie below it altogether are summed again, relative to their own maximum.
+// Running maxima start here and not at -inf. A thread that has seen only -inf (a masked vocabulary) then has weights
+// 2^-inf = 0 instead of NaN. A row that lies entirely below it is summed again, relative to its own maximum.
 constexpr float kLowest = -1e30f;
 
 __device__ __forceinline__ float warp_max(float x) {
@@ -21,15 +21,15 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
-// A maximum of logits and the sum of 2^(scale * u - top), top = scale * u(x_max) as rounded. The threads of a block do
-// not talk to each other before the row is read.
+// A running maximum of logits and the sum of 2^(scale * u - top), where top is the rounded scale * u(x_max). The
+// threads of a block exchange nothing until the row is read.
 template <class T, bool kSoftcap>
 struct Running {
     float x_max = kLowest, top, sum = 0;
 
     __device__ __forceinline__ explicit Running(const LogitMap& map) { top = map.scale * mapped<kSoftcap>(map, x_max); }
 
-    // Makes room for logits up to x: one rescale for all that come with it.
+    // Raises the maximum to x if it is lower, and rescales the sum once for all logits up to x.
     __device__ __forceinline__ void raise(const LogitMap& map, float x) {
         x_max = fmaxf(x_max, x);
         const float before = top;
@@ -41,7 +41,7 @@ struct Running {
         return exp2f(fmaf(mapped<kSoftcap>(map, x), map.scale, -top));
     }
 
-    // The first `count` of kUnroll groups (all of them unless kMasked); the others hold any logits of the row.
+    // Adds the first `count` of kUnroll groups, or all if not kMasked. The other groups hold any logits of the row.
     template <bool kMasked>
     __device__ __forceinline__ void add(const LogitMap& map, const uint4 (&w)[kUnroll], int count) {
         uint4 largest = w[0];
@@ -68,8 +68,8 @@ struct Running {
     }
 };
 
-// For rows so large that scale * x overflows or its rounding counts, or all below kLowest, or not finite: the maximum
-// first, then the sum of 2^(scale * (u - u_max)). Called by the whole block.
+// The maximum first, then the sum of 2^(scale * (u - u_max)). For rows so large that scale * x overflows or that its
+// rounding matters, rows entirely below kLowest, and rows that are not finite. Called by the whole block.
 template <class T, bool kSoftcap>
 __device__ __noinline__ Partial sum_in_two_passes(const T* row, int V, LogitMap map) {
     __shared__ float per_warp[2][kWarps];
@@ -80,7 +80,7 @@ __device__ __noinline__ Partial sum_in_two_passes(const T* row, int V, LogitMap 
     if (threadIdx.x % 32 == 0) per_warp[0][warp] = x_max;
     __syncthreads();
     for (int w = 0; w < kWarps; ++w) x_max = fmaxf(x_max, per_warp[0][w]);
-    if (!kSoftcap && x_max == -INFINITY) x_max = 0;  // nothing is allowed: a sum of 0, lse -inf
+    if (!kSoftcap && x_max == -INFINITY) x_max = 0;  // all masked: the sum is 0 and lse -inf
 
     const float u_max = mapped<kSoftcap>(map, x_max);
     float sum = 0;
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) token_logp_fwd_kernel(
     const T* row = static_cast<const T*>(p.logits.data) + row_offset(p.logits, static_cast<uint32_t>(position), p.T);
     const Walk walk(row, p.V, split, p.splits);
 
-    // The latency of these passes behind the loop.
+    // Loaded before the loop, which hides their latency.
     const int64_t label = p.labels[n];
     const bool has_label = label >= 0 && label < p.V;
     const float x_label = has_label ? Traits<T>::to_float(row[label]) : NAN;
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) token_logp_fwd_kernel(
     const float x_edge = edge >= 0 ? Traits<T>::to_float(row[edge]) : kLowest;
 
     Running<T, kSoftcap> mine(map);
-    const uint4* body = reinterpret_cast<const uint4*>(row + walk.head);
+    const uint4* body = reinterpret_cast<const uint4*>(row + walk.front);
     uint4 w[kUnroll];
     int g = walk.g_begin + static_cast<int>(threadIdx.x);
     for (; g + kPass - kThreads < walk.g_end; g += kPass) {
@@ -145,7 +145,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) token_logp_fwd_kernel(
     for (int i = 0; i < kWarps; ++i) row_sum.add(map, per_warp[i]);
 
     if (p.splits > 1) {
-        // The last block to arrive sees every block's share and adds them in order: which one it is does not show.
+        // The last block to arrive sees every block's share and adds them in order. The result does not depend on which
+        // block that is.
         Partial* shares = p.partials + static_cast<int64_t>(n) * p.splits;
         if (threadIdx.x == 0) {
             shares[split] = {row_sum.x_max, row_sum.sum};
@@ -161,15 +162,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) token_logp_fwd_kernel(
     }
 
     float total = row_sum.sum, u_max = mapped<kSoftcap>(map, row_sum.x_max);
-    // `sum` is relative to `top`, which is scale * u_max only up to rounding; with one logit the quotient is 1 exactly.
+    // `sum` is relative to `top`, which is scale * u_max only up to rounding. With one logit the quotient is exactly 1.
     total /= exp2f(fmaf(u_max, map.scale, -row_sum.top));
     if (!(total > 0 && total < INFINITY)) {
         const Partial again = sum_in_two_passes<T, kSoftcap>(row, p.V, map);
         total = again.sum, u_max = mapped<kSoftcap>(map, again.x_max);
     }
     if (threadIdx.x == 0) {
-        // float64: the backward subtracts lse from logits as large as itself. logp takes the difference before the
-        // scale, so a constant added to the whole row costs no digits.
+        // lse is float64 because the backward subtracts it from logits of about its size. logp takes the difference
+        // before the scale, so a constant added to the whole row costs no digits.
         const double log_total = logf(total);
         const double lse = u_max * map.factor + log_total;
         const double u_label = mapped<kSoftcap>(map, x_label);

@@ -1,4 +1,4 @@
-// What differs between element types: 16 bytes of logits as float32 and back, and their maximum.
+// What differs between element types: converting 16 bytes of logits to float32 and back, and taking their maximum.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,7 +18,7 @@ __device__ __forceinline__ To bits_as(const From& from) {
     return to;
 }
 
-// Maxima skip a NaN here (the sum shows it) and are taken two at a time where elements are 16 bits.
+// Maxima ignore a NaN, which the sum then shows. With 16-bit elements two are taken at once.
 template <class Pair>
 __device__ __forceinline__ uint32_t max_of_pairs(uint32_t a, uint32_t b) {
     return bits_as<uint32_t>(__hmax2(bits_as<Pair>(a), bits_as<Pair>(b)));

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ..formulas.registry import formula_id
+from .addresses import accumulator, address
+from .arguments import StepLossArguments
 
 try:
     import sspo_ext._C as _C
@@ -36,20 +38,6 @@ def info() -> dict[str, str]:
     return {name: reason or ("in use" if name == _C.isa() else "available") for name, reason in _C.isas().items()}
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _pointer(tensor: Tensor | None, dtype: torch.dtype, numel: int) -> int:
-    """Address of a contiguous tensor of this type and size. The kernels trust it, so this is checked even under -O."""
-    if tensor is None:
-        return 0
-    if tensor.dtype != dtype or tensor.numel() != numel or not tensor.is_contiguous() or tensor.device.type != "cpu":
-        came = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-        raise TypeError(f"expected a contiguous CPU tensor of {numel} {dtype}, got {came}")
-    return tensor.data_ptr()
-
-
 def _logits_view(logits: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
     if logits.device.type != "cpu" or logits.ndim != 3 or (logits.shape[-1] > 1 and logits.stride(-1) != 1):
         raise TypeError(f"expected (B, T, V) CPU logits with a contiguous last dimension, got {tuple(logits.shape)}")
@@ -68,10 +56,10 @@ def token_logp_fwd(
     For label -1 logp is -lse. Any other row or label out of range gives NaN.
     """
     N = rows.numel()
-    logp = torch.empty(N, dtype=_accumulator(logits.dtype), device="cpu")
+    logp = torch.empty(N, dtype=accumulator(logits.dtype), device="cpu")
     lse = torch.empty(N, dtype=torch.float64, device="cpu")
     _C.token_logp_fwd(
-        *_logits_view(logits), _pointer(rows, torch.int64, N), _pointer(labels, torch.int64, N), N, a, c,
+        *_logits_view(logits), address(rows, torch.int64, N), address(labels, torch.int64, N), N, a, c,
         logp.data_ptr(), lse.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return logp, lse
@@ -92,7 +80,7 @@ def token_logp_bwd(
 
     Rows without a gradient are written as zeros and not read. A row whose coef or lse is not finite is NaN.
     """
-    N, dtype = labels.numel(), _accumulator(logits.dtype)
+    N, dtype = labels.numel(), accumulator(logits.dtype)
     if upstream is not None:
         upstream = upstream.to(dtype)
     data, code, sizes, strides = _logits_view(logits)
@@ -102,9 +90,9 @@ def token_logp_bwd(
     if out_data == data and out_strides != strides and out.numel():
         raise ValueError("out: overlaps logits with other strides")
     _C.token_logp_bwd(
-        data, code, sizes, strides, _pointer(row_of, torch.int32, sizes[0] * sizes[1]),
-        _pointer(labels, torch.int64, N), _pointer(lse, torch.float64, N), _pointer(coef, dtype, N),
-        _pointer(upstream, dtype, 1), N, a, c, out_data, out_strides, torch.get_num_threads(),
+        data, code, sizes, strides, address(row_of, torch.int32, sizes[0] * sizes[1]),
+        address(labels, torch.int64, N), address(lse, torch.float64, N), address(coef, dtype, N),
+        address(upstream, dtype, 1), N, a, c, out_data, out_strides, torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -129,14 +117,14 @@ def row_reductions_fwd(
 ) -> tuple[Tensor, ...]:
     """logp, lse as `token_logp_fwd`; entropy, sum of p^2 and KL(ref || p), (N,) like logp; the reference's lse, (N,)
     float64. What is not asked for is empty, as the last two are without a reference. Each logit is read once."""
-    N, dtype, M = rows.numel(), _accumulator(logits.dtype), 0 if ref is None else rows.numel()
+    N, dtype, M = rows.numel(), accumulator(logits.dtype), 0 if ref is None else rows.numel()
     sizes = (N, N * wants_entropy, N * wants_sum_p2, M)
     logp, entropy, sum_p2, kl = (torch.empty(n, dtype=dtype, device="cpu") for n in sizes)
     lse, ref_lse = (torch.empty(n, dtype=torch.float64, device="cpu") for n in (N, M))
     out = (logp, lse, entropy, sum_p2, kl, ref_lse)
     _C.row_reductions_fwd(
-        *_logits_view(logits), *_reference_view(logits, ref), _pointer(rows, torch.int64, N),
-        _pointer(labels, torch.int64, N), N, a, c, [t.data_ptr() for t in out], torch.get_num_threads(),
+        *_logits_view(logits), *_reference_view(logits, ref), address(rows, torch.int64, N),
+        address(labels, torch.int64, N), N, a, c, [t.data_ptr() for t in out], torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -167,52 +155,34 @@ def row_reductions_bwd(
     if out_data == data and out_strides != strides and out.numel():
         raise ValueError("out: overlaps logits with other strides")
     _C.row_reductions_bwd(
-        data, code, sizes, strides, *_reference_view(logits, ref), _pointer(row_of, torch.int32, sizes[0] * sizes[1]),
-        _pointer(labels, torch.int64, N), _pointer(lse, torch.float64, N),
-        0 if ref is None else _pointer(ref_lse, torch.float64, N), _pointer(coefs, _accumulator(logits.dtype), 5 * N),
+        data, code, sizes, strides, *_reference_view(logits, ref), address(row_of, torch.int32, sizes[0] * sizes[1]),
+        address(labels, torch.int64, N), address(lse, torch.float64, N),
+        0 if ref is None else address(ref_lse, torch.float64, N), address(coefs, accumulator(logits.dtype), 5 * N),
         N, a, c, out_data, out_strides, torch.get_num_threads(),
     )  # fmt: skip
 
 
-def step_loss_fwd(
-    logp: Tensor,  # (N,) float32 or float64
-    weights: Tensor | None,  # (N,)
-    step_offsets: Tensor,  # (S + 1,) int32
-    ref: Tensor | None,  # (S,)
-    pair_index: Tensor,  # (P, 2) int32: winner step, loser step
-    adj_offsets: Tensor,  # (S + 1,) int32
-    adj_pairs: Tensor,  # (2P,) int32: 2 * pair + side, ascending within a step; side 0 is the winner
-    pair_weights: Tensor | None,  # (P,)
-    pair_margins: Tensor | None,  # (P,)
-    pair_labels: Tensor | None,  # (P,)
-    scale: Tensor,  # ()
-    formula: str,
-    options: list[float],
-    label: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss (), sums (S,), pair_loss (P,), coef (N,)
+def step_loss_fwd(given: StepLossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """S_k = sum of w * logp over step k, f_p = formula(S - ref of the pair's steps), loss = scale * sum_p weight_p f_p.
 
-    coef = d loss/d logp. Sums run in row and pair order in double. A pair with an empty step gives 0 and no gradient.
+    loss (), sums (S,), pair losses (P,) and coef (N,) = d loss/d logp, float32 or float64 as the log-probs are. Sums run
+    in row and pair order in double. A pair with an empty step gives 0 and no gradient.
     """
-    N, S, P, dtype = logp.numel(), step_offsets.numel() - 1, pair_index.shape[0], logp.dtype
+    logps, weights, step_offsets, ref, pair_index, adj_offsets, adj_pairs, *per_pair = given[:10]
+    N, S, P, dtype = logps.numel(), step_offsets.numel() - 1, pair_index.shape[0], logps.dtype
     if dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"logp: expected torch.float32 or torch.float64, got {dtype}")
+        raise TypeError(f"logps: expected torch.float32 or torch.float64, got {dtype}")
     out = tuple(torch.empty(shape, dtype=dtype, device="cpu") for shape in ((), S, P, N))
     addresses = [
-        _pointer(logp, dtype, N), _pointer(weights, dtype, N), _pointer(step_offsets, torch.int32, S + 1),
-        _pointer(ref, dtype, S), _pointer(pair_index, torch.int32, 2 * P), _pointer(adj_offsets, torch.int32, S + 1),
-        _pointer(adj_pairs, torch.int32, 2 * P), _pointer(pair_weights, dtype, P), _pointer(pair_margins, dtype, P),
-        _pointer(pair_labels, dtype, P), _pointer(scale, dtype, 1),
+        address(logps, dtype, N), address(weights, dtype, N), address(step_offsets, torch.int32, S + 1),
+        address(ref, dtype, S), address(pair_index, torch.int32, 2 * P), address(adj_offsets, torch.int32, S + 1),
+        address(adj_pairs, torch.int32, 2 * P), *(address(values, dtype, P) for values in per_pair),
+        address(given.scale, dtype, 1),
     ]  # fmt: skip
     _C.step_loss_fwd(
-        dtype == torch.float64,
-        (N, S, P),
-        addresses,
-        formula_id(formula),
-        list(options),
-        label,
+        dtype == torch.float64, (N, S, P), addresses, formula_id(given.formula), list(given.options), given.label,
         [t.data_ptr() for t in out],
-    )
+    )  # fmt: skip
     return out
 
 

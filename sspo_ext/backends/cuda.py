@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..formulas.registry import formula_id
+from .addresses import address
+from .arguments import StepLossArguments
 
 try:
     import sspo_ext._C_cuda as _C_cuda
@@ -60,18 +62,6 @@ def info() -> dict[str, str]:
     return {} if _C_cuda is None else {"architectures": _C_cuda.architectures}
 
 
-def _pointer(tensor: Tensor | None, dtype: torch.dtype, numel: int, device: torch.device) -> int:
-    """Address of a contiguous tensor of this type and size. The kernels trust it, so this is checked even under -O."""
-    if tensor is None:
-        return 0
-    if tensor.dtype != dtype or tensor.numel() != numel or not tensor.is_contiguous() or tensor.device != device:
-        raise TypeError(
-            f"expected a contiguous tensor of {numel} {dtype} on {device}, got {tuple(tensor.shape)} {tensor.dtype} on "
-            f"{tensor.device}"
-        )
-    return tensor.data_ptr()
-
-
 def _logits_view(logits: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
     if logits.device.type != _DEVICE_TYPE or logits.ndim != 3 or (logits.shape[-1] > 1 and logits.stride(-1) != 1):
         raise TypeError(f"expected (B, T, V) GPU logits with a contiguous last dimension, got {tuple(logits.shape)}")
@@ -118,7 +108,7 @@ def token_logp_fwd(
     partials = torch.empty(N * splits * 2, dtype=torch.float32, device=device) if splits > 1 else None
     arrived = _arrival_counters(device) if splits > 1 else None
     _C_cuda.token_logp_fwd(
-        *view, _pointer(rows, torch.int64, N, device), _pointer(labels, torch.int64, N, device), N, a, c,
+        *view, address(rows, torch.int64, N, device), address(labels, torch.int64, N, device), N, a, c,
         logp.data_ptr(), lse.data_ptr(), splits, 0 if partials is None else partials.data_ptr(),
         0 if arrived is None else arrived.data_ptr(), *_stream(device),
     )  # fmt: skip
@@ -151,52 +141,39 @@ def token_logp_bwd(
     if out_data == data and out_strides != strides and out.numel():
         raise ValueError("out: overlaps logits with other strides")
     _C_cuda.token_logp_bwd(
-        data, code, sizes, strides, _pointer(row_of, torch.int32, sizes[0] * sizes[1], device),
-        _pointer(labels, torch.int64, N, device), _pointer(lse, torch.float64, N, device),
-        _pointer(coef, torch.float32, N, device), _pointer(upstream, torch.float32, 1, device), N, a, c,
+        data, code, sizes, strides, address(row_of, torch.int32, sizes[0] * sizes[1], device),
+        address(labels, torch.int64, N, device), address(lse, torch.float64, N, device),
+        address(coef, torch.float32, N, device), address(upstream, torch.float32, 1, device), N, a, c,
         out_data, out_strides, *_stream(device),
     )  # fmt: skip
 
 
-def step_loss_fwd(
-    logp: Tensor,  # (N,) float32
-    weights: Tensor | None,  # (N,)
-    step_offsets: Tensor,  # (S + 1,) int32, CSR over all N rows
-    ref: Tensor | None,  # (S,)
-    pair_index: Tensor,  # (P, 2) int32: winner step, loser step
-    adj_offsets: Tensor,  # (S + 1,) int32
-    adj_pairs: Tensor,  # (2P,) int32: 2 * pair + side, ascending within a step; side 0 is the winner
-    pair_weights: Tensor | None,  # (P,)
-    pair_margins: Tensor | None,  # (P,)
-    pair_labels: Tensor | None,  # (P,)
-    scale: Tensor,  # ()
-    formula: str,
-    options: list[float],
-    label: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss (), sums (S,), pair_loss (P,), coef (N,), all float32
+def step_loss_fwd(given: StepLossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """S_k = sum of w * logp over step k, f_p = formula(S - ref of the pair's steps), loss = scale * sum_p weight_p f_p.
 
-    coef = d loss/d logp. Sums run in a fixed order, in double. A pair with an empty step gives 0 and no gradient.
+    loss (), sums (S,), pair losses (P,) and coef (N,) = d loss/d logp, all float32. Sums run in a fixed order, in
+    double. A pair with an empty step gives 0 and no gradient.
     """
-    N, S, P, device = logp.numel(), step_offsets.numel() - 1, pair_index.shape[0], logp.device
+    logps, weights, step_offsets, ref, pair_index, adj_offsets, adj_pairs, *per_pair = given[:10]
+    N, S, P, device = logps.numel(), step_offsets.numel() - 1, pair_index.shape[0], logps.device
     out = tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in ((), (S,), (P,), (N,)))
     if S == 0:  # no block would write the loss
         out[0].zero_()
         return out
 
     def floats(tensor: Tensor | None, numel: int) -> int:
-        return _pointer(tensor, torch.float32, numel, device)
+        return address(tensor, torch.float32, numel, device)
 
     def ints(tensor: Tensor, numel: int) -> int:
-        return _pointer(tensor, torch.int32, numel, device)
+        return address(tensor, torch.int32, numel, device)
 
     addresses = [
-        floats(logp, N), floats(weights, N), ints(step_offsets, S + 1), floats(ref, S), ints(pair_index, 2 * P),
-        ints(adj_offsets, S + 1), ints(adj_pairs, 2 * P), floats(pair_weights, P), floats(pair_margins, P),
-        floats(pair_labels, P), floats(scale, 1),
+        floats(logps, N), floats(weights, N), ints(step_offsets, S + 1), floats(ref, S), ints(pair_index, 2 * P),
+        ints(adj_offsets, S + 1), ints(adj_pairs, 2 * P), *(floats(values, P) for values in per_pair),
+        floats(given.scale, 1),
     ]  # fmt: skip
     _C_cuda.step_loss_fwd(
-        (N, S, P), addresses, formula_id(formula), list(options), label, [t.data_ptr() for t in out],
-        _arrival_counters(device).data_ptr(), *_stream(device),
+        (N, S, P), addresses, formula_id(given.formula), list(given.options), given.label,
+        [t.data_ptr() for t in out], _arrival_counters(device).data_ptr(), *_stream(device),
     )  # fmt: skip
     return out

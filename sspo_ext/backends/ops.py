@@ -1,7 +1,7 @@
 """Private torch.library ops: the three launches of the logits route, opaque to torch.compile, and launches 1 and 3
 with further reductions over the vocabulary.
 
-They have no autograd formula on purpose: gradients live in the autograd.Function of logps.py, which is the only caller.
+They have no autograd formula on purpose: gradients live in the autograd.Functions of the routes, the only callers.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 
 from .. import backends
+from .addresses import accumulator
+from .arguments import StepLossArguments
 
 _lib = torch.library.Library("sspo", "DEF")
 
@@ -22,28 +24,19 @@ def register(name, schema, fn, fake):
     return getattr(torch.ops.sspo, name).default
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _token_logp_fwd(logits, rows, labels, a, c, backend):
     return backends.load(backend).token_logp_fwd(logits, rows, labels, a, c)
 
 
 def _token_logp_fwd_fake(logits, rows, labels, a, c, backend):
-    return logits.new_empty(rows.shape, dtype=_accumulator(logits.dtype)), logits.new_empty(
+    return logits.new_empty(rows.shape, dtype=accumulator(logits.dtype)), logits.new_empty(
         rows.shape, dtype=torch.float64
     )
 
 
-def _step_loss_fwd(
-    logps, weights, step_offsets, ref, pair_index, adj_offsets, adj_pairs, pair_weights, pair_margins, pair_labels,
-    scale, formula, options, label, backend,
-):  # fmt: skip
-    return backends.load(backend).step_loss_fwd(
-        logps, weights, step_offsets, ref, pair_index, adj_offsets, adj_pairs, pair_weights, pair_margins, pair_labels,
-        scale, formula, options, label,
-    )  # fmt: skip
+def _step_loss_fwd(*args):
+    *arguments, backend = args
+    return backends.load(backend).step_loss_fwd(StepLossArguments(*arguments))
 
 
 def _step_loss_fwd_fake(logps, weights, step_offsets, ref, pair_index, *args):
@@ -72,7 +65,7 @@ def _row_reductions_fwd(logits, rows, labels, ref, a, c, entropy, sum_p2, backen
 
 
 def _row_reductions_fwd_fake(logits, rows, labels, ref, a, c, entropy, sum_p2, backend):
-    dtype, N = _accumulator(logits.dtype), rows.shape[0]
+    dtype, N = accumulator(logits.dtype), rows.shape[0]
     E, P, M = N if entropy else 0, N if sum_p2 else 0, 0 if ref is None else N
     return tuple(
         logits.new_empty(n, dtype=d)

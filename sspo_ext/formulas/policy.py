@@ -127,3 +127,9 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "k2": lambda d: 0.5 * torch.square(d),
     "k3": lambda d: torch.expm1(-d) + d,
 }
+"""Estimates of KL(pi || ref) at a token sampled from pi, from d = log pi - log ref (Schulman 2020, "Approximating KL
+divergence").
+
+All but k2 are unbiased as values. Differentiated as a term of a loss, k2 has the expected gradient of the KL, k3 that
+of KL(ref || pi), and k1 none: it is for reports.
+"""

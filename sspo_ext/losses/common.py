@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._checks import check_choice, check_device, check_float, check_integer, check_num_items, check_shape, describe
+from .._checks import check_choice, check_device, check_float, check_integer, check_shape
 from ..layout.bundle import constant
 from ..layout.steps import StepLayout
-from ..objective.pair_arguments import check_logps, reference_sums
+from ..objective.pair_arguments import check_logps
 from ..objective.sums import StepLogps
+from ..objective.values import divided, reference_sums, reference_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,18 +65,9 @@ def log_ratios(logps: StepLogps, layout: StepLayout, ref, needed_by: str | None 
     return logps.sums if sums is None else logps.sums - sums.to(logps.sums.dtype)
 
 
-def row_log_ratios(logps: StepLogps, layout: StepLayout, ref, needed_by: str) -> Tensor:
+def row_log_ratios(logps: StepLogps, layout: StepLayout, ref: StepLogps | Tensor, needed_by: str) -> Tensor:
     """(N,): log(pi / ref) of each scored token, from a reference with tokens, detached."""
-    if isinstance(ref, StepLogps):
-        tokens = ref.tokens
-    else:
-        check_float("ref", ref)
-        tokens = ref.reshape(-1)[layout.rows + 1] if tuple(ref.shape) == layout.shape else ref
-    if tuple(tokens.shape) != (layout.num_rows,):
-        raise ValueError(
-            f"ref: {needed_by} needs token log-probs, a StepLogps, ({layout.num_rows},) or {layout.shape}, got "
-            f"{describe(ref)}"
-        )
+    tokens = reference_tokens(ref, layout, needed_by)
     return (logps.tokens - tokens.to(logps.tokens.dtype)).detach()
 
 
@@ -142,12 +134,7 @@ def reduce_units(
     losses = torch.where(valid, losses, torch.zeros_like(losses))
     total = (losses if weights is None else losses * per_unit("weights", weights, len(losses), losses)).sum()
     if num_items is not None:
-        check_num_items(num_items)
-    if isinstance(num_items, Tensor):
-        items = num_items.to(losses.device, losses.dtype)
-        return torch.where(items > 0, total / items.clamp(min=torch.finfo(items.dtype).tiny), 0 * total), losses
-    if num_items is not None:
-        return (total / num_items if num_items else 0 * total), losses
+        return divided(total, num_items), losses
     return (total if reduction == "sum" else total / valid.sum().clamp(min=1)), losses
 
 

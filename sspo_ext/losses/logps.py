@@ -5,18 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends
-from .._checks import check_device, check_float, check_shape
-from ..backends import reference
 from ..layout.steps import StepLayout
-from ..objective.sums import StepLogps, StepSums
-from ..routes.linear.logps import LinearLogpsRoute
-from ..routes.linear.reductions import kl_reference, linear_reductions
-from ..routes.linear.reference import _reference_tokens
-from ..routes.linear.settings import _prepare
-from ..routes.logits.prepare import _no_inplace, layout_of, prepare
-from ..routes.logits.reductions import ReductionsRoute
-from ..routes.logits.route import LogitsRoute
+from ..objective.sums import StepLogps
+from ..routes.linear import settings as linear
+from ..routes.linear.logps import logps as linear_logps
+from ..routes.linear.reductions import kl_reference
+from ..routes.linear.reductions import logps_with_reductions as linear_logps_with_reductions
+from ..routes.logits.prepare import layout_of, prepare
+from ..routes.logits.reductions import logps_with_reductions
+from ..routes.logits.route import logps
 
 
 def linear_step_logps(
@@ -56,21 +53,14 @@ def linear_step_logps(
         >>> with torch.no_grad():
         ...     ref = linear_step_logps(ref_hidden, ref_head.weight, layout).sums
     """
-    hidden, weight, bias, settings = _prepare(
+    call = linear.prepare(
         hidden, weight, bias, layout, temperature, logit_softcap, logit_scale, chunk_bytes, accum_dtype, weight_grad,
         tp_group, backend,
     )  # fmt: skip
-    if kl_ref_hidden is None and (kl_ref_weight is not None or kl_ref_bias is not None):
-        raise ValueError("kl_ref_hidden: expected the reference's hidden states beside its weight or bias, got None")
+    ref = kl_reference(call, kl_ref_hidden, kl_ref_weight, kl_ref_bias)
     if entropy or sum_p2 or kl_ref_hidden is not None:
-        ref = kl_reference(kl_ref_hidden, kl_ref_weight, kl_ref_bias, weight, bias, layout)
-        return linear_reductions(hidden, weight, bias, ref, layout, entropy, sum_p2, settings, backend, tp_group)
-    if settings.backend == "reference":
-        tokens = _reference_tokens(hidden, weight, bias, layout, settings)
-        sums = reference.step_sums(tokens, layout.weights, layout.step_of_row, layout.num_steps)
-    else:
-        tokens = LinearLogpsRoute.apply(hidden, weight, bias, layout, settings)
-        sums = StepSums.apply(tokens, layout, settings.backend)
+        return linear_logps_with_reductions(call, ref, entropy=entropy, sum_p2=sum_p2)
+    tokens, sums = linear_logps(call)
     return StepLogps(sums, layout.counts, tokens)
 
 
@@ -111,39 +101,8 @@ def step_logps(
         ...     ref = step_logps(reference_model(ids).logits, layout).sums
     """
     layout = layout_of(logits, layout, labels, step_ids)
-    logits, (a, c), name = prepare(logits, layout, temperature, logit_softcap, logit_scale, backend, inplace_backward)
+    call = prepare(logits, layout, temperature, logit_softcap, logit_scale, backend, inplace_backward)
     if entropy or sum_p2 or kl_ref_logits is not None:
-        return _with_reductions(logits, layout, entropy, sum_p2, kl_ref_logits, a, c, backend, name, inplace_backward)
-    if name == "reference":
-        tokens = reference.token_logps(logits, layout.rows, layout.labels, a, c)
-        return StepLogps(
-            reference.step_sums(tokens, layout.weights, layout.step_of_row, layout.num_steps), layout.counts, tokens
-        )
-    _, sums, tokens, _ = LogitsRoute.apply(logits, layout, None, a, c, name, inplace_backward)
+        return logps_with_reductions(call, kl_ref_logits, entropy=entropy, sum_p2=sum_p2)
+    tokens, sums = logps(call)
     return StepLogps(sums, layout.counts, tokens)
-
-
-def _with_reductions(
-    logits, layout, entropy: bool, sum_p2: bool, ref: Tensor | None, a, c, requested: str, name: str, inplace_backward
-) -> StepLogps:
-    if ref is not None:
-        check_float("kl_ref_logits", ref, ndim=(2, 3))
-        check_device("kl_ref_logits", ref, logits.device, "logits")
-        check_shape("kl_ref_logits", ref, tuple(logits.shape[3 - ref.ndim :]))
-        ref = layout.check_logits(ref.detach(), "kl_ref_logits")
-        if ref.dtype != logits.dtype:
-            raise TypeError(f"kl_ref_logits: expected {logits.dtype}, as the logits are, got {ref.dtype}")
-    name = backends.with_reductions(requested, name)
-    if inplace_backward and name == "reference":
-        raise ValueError(_no_inplace(logits, "no other has entropy, sum_p2 and kl here"))
-    if name == "reference":
-        tokens = reference.token_logps(logits, layout.rows, layout.labels, a, c)
-        sums = reference.step_sums(tokens, layout.weights, layout.step_of_row, layout.num_steps)
-        values = reference.row_reductions(logits, layout.rows, ref, a, c)
-    else:
-        tokens, *values = ReductionsRoute.apply(logits, ref, layout, a, c, (entropy, sum_p2), name, inplace_backward)
-        sums = StepSums.apply(tokens, layout, name)
-    return StepLogps(
-        sums, layout.counts, tokens, values[0] if entropy else None, values[1] if sum_p2 else None,
-        None if ref is None else values[2],
-    )  # fmt: skip

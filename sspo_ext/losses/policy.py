@@ -1,4 +1,4 @@
-"""step_policy_loss: validates, documents and chooses; the formulas are in policy.py."""
+"""The public policy losses, from logits and from hidden states: arguments in, loss and metrics out."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from torch import Tensor
 
 from .. import backends
 from .._checks import check_float
+from ..backends.addresses import accumulator
 from ..formulas.policy import POLICY_FORMULAS
 from ..layout.steps import StepLayout
 from ..objective.policy import PolicyProblem
-from ..objective.policy_arguments import policy_problem
-from ..objective.sums import StepLogps, segment_sums
-from ..routes.linear.head import accumulator
-from ..routes.linear.ops import is_frozen
-from ..routes.linear.policy import LinearPolicyRoute
-from ..routes.linear.settings import _prepare
+from ..objective.policy_arguments import PolicyOptions, policy_problem
+from ..objective.sums import StepLogps
+from ..routes.linear import settings as linear
+from ..routes.linear.policy import policy as linear_policy
 from ..routes.logits.prepare import layout_of
-from .logps import linear_step_logps, step_logps
+from .logps import step_logps
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,22 +163,20 @@ def step_policy_loss(
     layout = layout_of(logits, layout if labels is None else None, labels, step_ids, token_weights)
     check_float("logits", logits)
     name = backends.select(backend, logits.device.type, logits.dtype)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    problem = policy_problem(
-        layout, dtype, name, advantages, old, ref, loss_type, importance_sampling_level, length_normalize,
-        prob_threshold, kl_coef, kl_estimator, entropy_coef, aggregation, num_items, loss_options,
+    options = PolicyOptions(
+        loss_type, importance_sampling_level, length_normalize, prob_threshold, kl_coef, kl_estimator, entropy_coef,
+        aggregation, num_items, loss_options,
     )  # fmt: skip
+    problem = policy_problem(layout, accumulator(logits.dtype), name, advantages, old, ref, options)
     scored = step_logps(
         logits, layout, entropy=entropy_coef != 0, temperature=temperature, logit_softcap=logit_softcap,
         logit_scale=logit_scale, backend=backend, inplace_backward=inplace_backward,
     )  # fmt: skip
-    return policy_output(scored, layout, problem)
+    return policy_output(problem.loss(scored.tokens, scored.entropy), scored, layout, problem)
 
 
-def policy_output(scored: StepLogps, layout: StepLayout, problem: PolicyProblem) -> StepPolicyOutput:
-    """Loss on differentiable log-probs."""
+def policy_output(loss: Tensor, scored: StepLogps, layout: StepLayout, problem: PolicyProblem) -> StepPolicyOutput:
     entropy = None if scored.entropy is None else scored.entropy.detach()
-    loss = problem.loss(scored.tokens, scored.entropy)
     return StepPolicyOutput(loss, scored.tokens.detach(), scored.sums.detach(), layout, problem, entropy)
 
 
@@ -228,29 +225,13 @@ def linear_step_policy_loss(
     """
     if token_weights is not None and isinstance(layout, StepLayout):
         layout = layout.with_row_weights(token_weights)
-    flat, local, local_bias, settings = _prepare(
+    call = linear.prepare(
         hidden, weight, bias, layout, temperature, logit_softcap, logit_scale, chunk_bytes, accum_dtype, weight_grad,
         tp_group, backend,
     )  # fmt: skip
-    problem = policy_problem(
-        layout, accumulator(settings.dtype), settings.backend, advantages, old, ref, loss_type,
-        importance_sampling_level, length_normalize, prob_threshold, kl_coef, kl_estimator, entropy_coef, aggregation,
-        num_items, loss_options,
+    options = PolicyOptions(
+        loss_type, importance_sampling_level, length_normalize, prob_threshold, kl_coef, kl_estimator, entropy_coef,
+        aggregation, num_items, loss_options,
     )  # fmt: skip
-    wants_entropy = entropy_coef != 0
-    needs = [settings.record and t is not None and t.requires_grad for t in (flat, local, local_bias)]
-    # float16 waits for the loss scale, which is known in backward
-    in_forward = any(needs) and (wants_entropy or not is_frozen(needs)) and settings.dtype != torch.float16
-    name = backends.with_reductions(backend, settings.backend) if wants_entropy else settings.backend
-    if name == "reference" or not in_forward:
-        scored = linear_step_logps(
-            hidden, weight, layout, bias=bias, entropy=wants_entropy, temperature=temperature,
-            logit_softcap=logit_softcap, logit_scale=logit_scale, chunk_bytes=chunk_bytes, accum_dtype=accum_dtype,
-            weight_grad=weight_grad, tp_group=tp_group, backend=backend,
-        )  # fmt: skip
-        return policy_output(scored, layout, problem)
-    loss, tokens, entropy = LinearPolicyRoute.apply(flat, local, local_bias, layout, problem, settings)
-    with torch.no_grad():
-        weighted = tokens if layout.weights is None else tokens * layout.weights.to(tokens.dtype)
-        sums = segment_sums(weighted, layout.step_offsets, layout.step_of_row, settings.backend)
-    return StepPolicyOutput(loss, tokens, sums, layout, problem, entropy if wants_entropy else None)
+    problem = policy_problem(layout, call.acc_dtype, call.settings.backend, advantages, old, ref, options)
+    return policy_output(*linear_policy(call, problem), layout, problem)

@@ -9,20 +9,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..backends import reference
 from ..formulas.registry import PAIR_FORMULAS
 from ..layout.pairs import StepPairs
 from ..layout.steps import StepLayout
-from ..objective.pair import PairLossSpec, loss_of_sums, mixed_pair_losses, reference_loss
+from ..objective.pair import PairLossSpec, loss_of_sums, mixed_pair_losses
 from ..objective.pair_arguments import check_logps, checked_options, chosen_formulas, pair_loss_spec, resolve_pairs
 from ..objective.sums import StepLogps
-from ..routes.linear.head import accumulator
-from ..routes.linear.logps import LinearLogpsRoute
-from ..routes.linear.pref import LinearPrefRoute, TokensLoss
-from ..routes.linear.reference import _reference_tokens
-from ..routes.linear.settings import _prepare
+from ..routes.linear import settings as linear
+from ..routes.linear.pref import pref as linear_pref
 from ..routes.logits.prepare import layout_of, prepare
-from ..routes.logits.route import LogitsRoute
+from ..routes.logits.route import pref
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,18 +169,12 @@ def step_pref_loss(
             raise TypeError(f"{name}: given twice, by position and by name")
         pairs, step_ids = (steps_or_pairs, step_ids) if name == "pairs" else (pairs, steps_or_pairs)
     layout = layout_of(logits, layout, labels, step_ids, token_weights)
-    logits, (a, c), name = prepare(logits, layout, temperature, logit_softcap, logit_scale, backend, inplace_backward)
+    call = prepare(logits, layout, temperature, logit_softcap, logit_scale, backend, inplace_backward)
     pairs = resolve_pairs(layout, pairs, weights, margins, soft_labels)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     spec = pair_loss_spec(
-        formulas, layout, pairs, dtype, ref, beta, label_smoothing, reduction, num_items, loss_options
+        formulas, layout, pairs, call.acc_dtype, ref, beta, label_smoothing, reduction, num_items, loss_options
     )
-    if name == "reference":
-        tokens = reference.token_logps(logits, layout.rows, layout.labels, a, c)
-        loss, sums, losses = reference_loss(tokens, layout, spec)
-    else:
-        loss, sums, _, losses = LogitsRoute.apply(logits, layout, spec, a, c, name, inplace_backward)
-    return pref_output(loss, sums, losses, layout, spec)
+    return pref_output(*pref(call, spec), layout, spec)
 
 
 def pref_loss(
@@ -323,19 +313,12 @@ def linear_step_pref_loss(
     formulas = chosen_formulas(loss_type, loss_weights)
     if token_weights is not None and isinstance(layout, StepLayout):
         layout = layout.with_row_weights(token_weights)
-    hidden, weight, bias, settings = _prepare(
+    call = linear.prepare(
         hidden, weight, bias, layout, temperature, logit_softcap, logit_scale, chunk_bytes, accum_dtype, weight_grad,
         tp_group, backend,
     )  # fmt: skip
     pairs = resolve_pairs(layout, pairs, weights, margins, soft_labels)
-    acc = accumulator(settings.dtype)
-    spec = pair_loss_spec(formulas, layout, pairs, acc, ref, beta, label_smoothing, reduction, num_items, loss_options)
-    if settings.backend == "reference":
-        tokens = _reference_tokens(hidden, weight, bias, layout, settings)
-        loss, sums, losses = reference_loss(tokens, layout, spec)
-    elif settings.waits_for_loss_scale(weight, bias):
-        tokens = LinearLogpsRoute.apply(hidden, weight, bias, layout, settings)
-        loss, sums, losses = TokensLoss.apply(tokens, layout, spec, settings.backend)
-    else:
-        loss, sums, losses = LinearPrefRoute.apply(hidden, weight, bias, layout, spec, settings)
-    return pref_output(loss, sums, losses, layout, spec)
+    spec = pair_loss_spec(
+        formulas, layout, pairs, call.acc_dtype, ref, beta, label_smoothing, reduction, num_items, loss_options
+    )
+    return pref_output(*linear_pref(call, spec), layout, spec)

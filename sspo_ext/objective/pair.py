@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..backends import ops, reference
+from ..backends.arguments import StepLossArguments
 from ..formulas.registry import MAX_OPTIONS
 from ..layout.pairs import StepPairs
 from ..layout.steps import StepLayout
+from .sums import launch_sums
 
 _NUMBERS = 2 + MAX_OPTIONS
 
@@ -67,38 +69,30 @@ def unpack_terms(formulas: str, numbers: list[float], flags: list[int]) -> list[
 
 
 def evaluate_terms(
-    step_loss_fwd: Callable,  # a backend's, or the op
-    terms,
-    logps: Tensor,  # (N,)
-    weights: Tensor | None,  # (N,)
-    step_offsets: Tensor,
-    ref: Tensor | None,  # (S,)
-    pair_index: Tensor,  # (P, 2)
-    adj_offsets: Tensor,
-    adj_pairs: Tensor,
-    pair_weights: Tensor | None,  # (P,)
-    token_pair_weights: Tensor | None,  # (P,)
-    margins: Tensor | None,  # (P,)
-    soft_labels: Tensor | None,  # (P,)
-    scale: Tensor,  # ()
+    step_loss_fwd: Callable[[StepLossArguments], tuple[Tensor, Tensor, Tensor, Tensor]],  # a backend's, or the op
+    terms: Sequence[LossTerm],
+    given: StepLossArguments,  # its formula, options and label are the terms'
+    token_pair_weights: Tensor | None,  # (P,) instead of pair_weights, for terms by winner tokens
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss (), sums (S,), pair losses (C, P) of the C terms, unweighted, and d loss/d logp (N,)."""
     results = [
         step_loss_fwd(
-            logps,
-            weights,
-            step_offsets,
-            ref if t.ref else None,
-            pair_index,
-            adj_offsets,
-            adj_pairs,
-            token_pair_weights if t.by_winner_tokens else pair_weights,
-            margins if t.margins else None,
-            soft_labels if t.soft_labels else None,
-            scale if t.weight == 1 else scale * t.weight,
-            t.formula,
-            list(t.options),
-            t.label,
+            StepLossArguments(
+                given.logps,
+                given.weights,
+                given.step_offsets,
+                given.ref if t.ref else None,
+                given.pair_index,
+                given.adj_offsets,
+                given.adj_pairs,
+                token_pair_weights if t.by_winner_tokens else given.pair_weights,
+                given.pair_margins if t.margins else None,
+                given.pair_labels if t.soft_labels else None,
+                given.scale if t.weight == 1 else given.scale * t.weight,
+                t.formula,
+                list(t.options),
+                t.label,
+            )
         )
         for t in terms
     ]
@@ -110,28 +104,25 @@ def evaluate_terms(
     return loss, sums, torch.stack([r[2] for r in results]), coef
 
 
-def step_loss(tokens: Tensor, weights: Tensor | None, layout: StepLayout, spec: PairLossSpec | None, backend: str):
+def step_loss(
+    tokens: Tensor, weights: Tensor | None, layout: StepLayout, spec: PairLossSpec | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch 2: (loss, sums, pair losses, d loss/d logp); without a spec only the sums mean anything."""
-    offsets = layout.step_offsets
     if spec is None:
-        no_pairs, no_adj = offsets.new_empty((0, 2)), offsets.new_empty(0)
-        return ops.step_loss_fwd(
-            tokens, weights, offsets, None, no_pairs, torch.zeros_like(offsets), no_adj, None, None, None,
-            tokens.new_zeros(()), "sigmoid", [1.0], 1.0, backend,
-        )  # fmt: skip
+        return launch_sums(tokens, weights, layout.step_offsets, backend)
     pairs = spec.pairs
 
     def cast(value: Tensor | None) -> Tensor | None:
         return None if value is None else value.to(tokens.dtype).contiguous()
 
-    def launch(*args):
-        return ops.step_loss_fwd(*args, backend)
+    def launch(given: StepLossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return ops.step_loss_fwd(*given, backend)
 
-    return evaluate_terms(
-        launch, spec.terms, tokens, weights, offsets, cast(spec.ref), pairs.index, pairs.adj_offsets, pairs.adj_pairs,
-        cast(pairs.weights), cast(spec.token_pair_weights), cast(pairs.margins), cast(pairs.soft_labels),
-        cast(spec.scale),
+    given = StepLossArguments(
+        tokens, weights, layout.step_offsets, cast(spec.ref), pairs.index, pairs.adj_offsets, pairs.adj_pairs,
+        cast(pairs.weights), cast(pairs.margins), cast(pairs.soft_labels), cast(spec.scale), "", [], 1.0,
     )  # fmt: skip
+    return evaluate_terms(launch, spec.terms, given, cast(spec.token_pair_weights))
 
 
 def mixed_pair_losses(term_losses: Tensor, spec: PairLossSpec) -> Tensor:

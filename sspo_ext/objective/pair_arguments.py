@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_device, check_float, check_num_items, check_shape, describe
+from .._checks import check_choice, check_device, check_shape, describe
 from ..formulas.registry import PairFormula, get_pair_formula
 from ..layout.pairs import StepPairs
 from ..layout.steps import StepLayout
 from .pair import LossTerm, PairLossSpec
-from .sums import StepLogps, sums_over_steps
+from .sums import StepLogps
+from .values import one_over, reference_sums
 
 
 def chosen_formulas(
@@ -96,7 +97,7 @@ def _named(names: Sequence[str]) -> str:
 
 
 def checked_options(formulas, beta: float | None, given: Mapping[str, float]) -> list[list[float]]:
-    """Each definition's option values, in its order."""
+    """Each formula's option values, in its order."""
     known = {name for definition, _ in formulas for name in definition.options}
     unknown = sorted(set(given) - known)
     if len(formulas) > 1 and unknown:
@@ -152,42 +153,9 @@ def _scale(pairs: StepPairs, reduction: str, num_items: float | Tensor | None, d
     check_choice("reduction", reduction, ("mean", "sum"))
     device = pairs.index.device
     if num_items is not None:
-        check_num_items(num_items)
-    if isinstance(num_items, Tensor):
-        items = num_items.to(device, dtype)
-        return torch.where(items > 0, items.reciprocal(), torch.zeros_like(items))
-    if num_items is not None:
-        return torch.full((), 1.0 / num_items if num_items else 0.0, dtype=dtype, device=device)
+        return one_over(num_items, dtype, device)
     if reduction == "sum":
         return torch.ones((), dtype=dtype, device=device)
     if dtype == torch.float32:
         return pairs.mean_scale
-    return torch.full((), 1.0 / max(pairs.num_valid, 1), dtype=dtype, device=device)
-
-
-def reference_sums(ref: StepLogps | Tensor | None, layout: StepLayout) -> Tensor | None:
-    """(S,) step sums of the reference, detached."""
-    if ref is None:
-        return None
-    if isinstance(ref, StepLogps):
-        # from the tokens, so that the reference is weighted as this loss is
-        check_shape("ref.tokens", ref.tokens, (layout.num_rows,))
-        return sums_over_steps(ref.tokens.detach().to(layout.device), layout)
-    check_float("ref", ref)
-    check_device("ref", ref, layout.device, "the layout")
-    ref, (rows, steps) = ref.detach(), (layout.num_rows, layout.num_steps)
-    if ref.ndim == 2 or (ref.ndim == 1 and layout.shape == (1, ref.shape[0]) and ref.shape[0] not in (rows, steps)):
-        check_shape("ref", ref if ref.ndim == 2 else ref[None], layout.shape)
-        return sums_over_steps(ref.reshape(-1)[layout.rows + 1], layout)
-    if ref.shape == (rows,) == (steps,) and (layout.weights is not None or not layout.one_row_per_step):
-        raise ValueError(
-            f"ref: {describe(ref)} may be step sums or token log-probs here; pass a StepLogps or (B, T) token log-probs"
-        )
-    if ref.shape == (steps,):
-        return ref
-    if ref.shape == (rows,):
-        return sums_over_steps(ref, layout)
-    raise ValueError(
-        f"ref: expected step sums ({steps},), token log-probs ({rows},) or {layout.shape}, or a StepLogps, "
-        f"got {describe(ref)}"
-    )
+    return one_over(max(pairs.num_valid, 1), dtype, device)

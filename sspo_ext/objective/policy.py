@@ -1,11 +1,12 @@
-"""The policy-gradient losses as functions of token log-probs: one definition each, in torch ops.
+"""A policy loss over scored rows: its formula, its constants, and its sum.
 
-A definition is elementwise over scored tokens, given its ratio and constants. Autograd differentiates it on the logits
-route, `Dual` inside the linear route's op.
+Everything of it but the log-probs is constant. Autograd differentiates it on the logits route, `Dual` inside the linear
+route's op.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,13 +14,7 @@ from torch import Tensor
 
 from ..formulas.policy import KL_ESTIMATORS, MAX_LOG_RATIO, POLICY_FORMULAS, PolicyScores
 from ..layout.steps import StepLayout
-from .sums import OrderedTotal, segment_sums
-
-"""Of KL(pi || ref) from a token sampled from pi, by d = log pi - log ref (Schulman 2020, "Approximating KL
-divergence").
-
-All but k2 are unbiased as values. Differentiated as a term of a loss, k2 has the expected gradient of the KL, k3 that
-of KL(ref || pi), and k1 none: it is for reports."""
+from .sums import segment_sums, total
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +87,7 @@ class PolicyProblem:
         return torch.clamp(moved + sums[of_row], -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
     def surrogate(self, logp: Tensor) -> Tensor:
-        """(N,): the definition alone."""
+        """(N,): the formula alone."""
         definition = POLICY_FORMULAS[self.formula]
         ratio = torch.exp(self.log_ratio(logp)) if definition.has_ratio else None
         return definition.fn(
@@ -104,20 +99,47 @@ class PolicyProblem:
         return KL_ESTIMATORS[self.kl_estimator](logp - self.ref)
 
     def rows(self, logp: Tensor) -> Tensor:
-        """(N,): definition and KL term of each token, before scale and norm; a Tensor or a Dual, as `logp` is."""
+        """(N,): formula and KL term of each token, before scale and norm; a Tensor or a Dual, as `logp` is."""
         terms = self.surrogate(logp)
         return terms + self.kl_coef * self.kl(logp) if self.kl_coef else terms
 
     def total(self, rows: Tensor) -> Tensor:
         """(): sum of scale * rows, times the norm."""
-        weighted = rows * self.scale
-        if self.backend == "reference":
-            return weighted.sum() * self.norm
-        return OrderedTotal.apply(weighted, self.step_offsets, self.backend) * self.norm
+        return total(rows * self.scale, self.step_offsets, self.backend) * self.norm
 
     def loss(self, logp: Tensor, entropy: Tensor | None) -> Tensor:
         rows = self.rows(logp)
         return self.total(rows - self.entropy_coef * entropy if self.entropy_coef else rows)
+
+
+def pack_problem(problem: PolicyProblem) -> tuple:
+    """A problem as the linear route's op takes it, in the order of POLICY_SCHEMA; the norm is multiplied into the scale."""
+    units = problem.segments
+    return (
+        *((None,) * 3 if units is None else (units.offsets, units.of_row, units.host_offsets)), problem.step_offsets,
+        problem.advantage, problem.old, problem.ref, problem.scale * problem.norm, problem.formula,
+        list(problem.options), problem.length_normalize, problem.kl_estimator, problem.kl_coef, problem.entropy_coef,
+    )  # fmt: skip
+
+
+POLICY_SCHEMA = (
+    "Tensor? unit_offsets, Tensor? unit_of_row, Tensor? host_unit_offsets, Tensor step_offsets, Tensor advantage, "
+    "Tensor? old, Tensor? ref, Tensor scale, str formula, float[] options, bool length_normalize, str kl_estimator, "
+    "float kl_coef, float entropy_coef"
+)
+
+
+def unpack_problem(packed: Sequence, backend: str) -> PolicyProblem:
+    """The problem that `pack_problem` packed; its norm is 1."""
+    (
+        unit_offsets, unit_of_row, host_unit_offsets, step_offsets, advantage, old, ref, scale, formula, options,
+        length_normalize, kl_estimator, kl_coef, entropy_coef,
+    ) = packed  # fmt: skip
+    return PolicyProblem(
+        formula, tuple(options), kl_estimator, kl_coef, entropy_coef, length_normalize, advantage, old, ref, scale,
+        scale.new_ones(()), None if unit_offsets is None else Segments(unit_offsets, unit_of_row, host_unit_offsets),
+        step_offsets, backend,
+    )  # fmt: skip
 
 
 def segments_of(layout: StepLayout, level: str) -> Segments:

@@ -1,5 +1,5 @@
-// The CPU kernels of every instruction set that runs here, and the step kernel, against float64, as one program: what
-// the sanitizers run. Prints what differs; exit status 1 if anything does. Buffers end where their data ends.
+// The program that the sanitizers run: the CPU kernels of every instruction set that runs here, and the step kernel,
+// against float64. It prints what differs, and its exit status is then 1. Buffers end where their data ends.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -116,8 +116,8 @@ void check_rows(const Isa& isa, DType dtype, int64_t V, int64_t positions, bool 
     free(fresh);
 }
 
-// Entropy, sum of squares, KL from a reference laid out another way, and their gradient; `count` positions, all scored.
-// `lean`: of entropy and sum of squares only what costs least, no gradient at the rest.
+// Entropy, sum of squares, KL from a reference with another layout, and their gradient, at `count` positions, all
+// scored. `lean`: without the sum of squares, and with a reference without the entropy too.
 void check_reductions(const Isa& isa, DType dtype, int64_t V, int64_t count, bool has_ref, bool lean, int offset,
                       bool in_place) {
     const double a = 1.25, eps = dtype == DType::kFloat64 ? 0x1p-52 : 0x1p-23;
@@ -145,11 +145,11 @@ void check_reductions(const Isa& isa, DType dtype, int64_t V, int64_t count, boo
         return wide ? (void*)(values_wide.data() + which * N) : (void*)(values.data() + which * N);
     };
     const Logits logits = {data, dtype, 0, V, count, count, V, a, 0};
-    // the reference's positions backwards
+    // The reference's positions are stored in reverse.
     const Logits of_ref = {
         has_ref ? ref + size * (size_t)((count - 1) * V) : nullptr, dtype, 0, -V, count, count, V, a, 0};
     row_reductions_fwd(
-        *isa.reductions,
+        *isa.kernels,
         ReductionArgs{logits, of_ref, rows.data(), labels.data(), value(0), wants_entropy ? value(1) : nullptr,
                       wants_sum_p2 ? value(2) : nullptr, value(3), lse.data(), ref_lse.data()},
         count, kThreads);
@@ -175,7 +175,7 @@ void check_reductions(const Isa& isa, DType dtype, int64_t V, int64_t count, boo
                        isa.name.c_str(), V, n);
     }
     row_reductions_bwd(
-        *isa.reductions,
+        *isa.kernels,
         ReductionGradArgs{logits, of_ref, row_of.data(), labels.data(), lse.data(), ref_lse.data(),
                           wide ? (const void*)coefs_wide.data() : (const void*)coefs.data(), count, out, 0, V, false},
         kThreads);
@@ -187,10 +187,74 @@ void check_reductions(const Isa& isa, DType dtype, int64_t V, int64_t count, boo
     free(ref);
 }
 
+// The contract on labels in csrc/cpu/row.h: one row for each kind of label, and one without any coefficient.
+void check_labels(const Isa& isa, DType dtype, int64_t V) {
+    const std::vector<int64_t> labels = {V - 1, kNoLabel, V, -2, INT64_MAX, INT64_MIN, V};
+    const int64_t N = (int64_t)labels.size();
+    const size_t count = (size_t)N, size = size_of(dtype);
+    const bool wide = dtype == DType::kFloat64;
+    char *x = (char*)malloc(size * (size_t)(N * V)), *out = (char*)malloc(size * (size_t)(N * V));
+    for (int64_t i = 0; i < N * V; ++i) store(x, dtype, i, (float)integer(-64, 64) / 8);
+    std::vector<int64_t> rows(count);
+    std::vector<int32_t> row_of(count);
+    for (size_t n = 0; n < count; ++n) rows[n] = (int64_t)n, row_of[n] = (int32_t)n;
+    std::vector<double> lse(count), ref_lse(count), values_wide(4 * count), coefs_wide(5 * count, 0.5);
+    std::vector<float> values(4 * count), coefs(5 * count, 0.5f);
+    for (size_t i = 5 * (count - 1); i < 5 * count; ++i) coefs[i] = 0, coefs_wide[i] = 0;
+    const auto value = [&](size_t which) {
+        return wide ? (void*)(values_wide.data() + which * count) : (void*)(values.data() + which * count);
+    };
+    const auto coefs_at = [&](size_t i) { return wide ? (const void*)(&coefs_wide[i]) : (const void*)(&coefs[i]); };
+    const Logits logits = {x, dtype, 0, V, N, N, V, 1, 0};
+    const auto check = [&](const char* what, bool gradient) {
+        for (int64_t n = 0; n < N; ++n) {
+            const bool invalid = n > 1, zero = n == N - 1;
+            const double logp = wide ? values_wide[(size_t)n] : values[(size_t)n];
+            if (!gradient && (isnan(logp) != invalid || !isfinite(lse[(size_t)n])))
+                ++failures, printf("%s: row %ld: logp %g, lse %g (%s)\n", what, (long)n, logp, lse[(size_t)n],
+                                   isa.name.c_str());
+            if (!gradient && labels[(size_t)n] == kNoLabel)
+                expect(what, logp, -lse[(size_t)n], 1e-5, isa.name.c_str(), V, n);
+            for (int64_t v = 0; gradient && v < V; ++v) {
+                const double g = load(out, dtype, n * V + v);
+                if (zero ? g != 0 : isnan(g) != invalid)
+                    ++failures,
+                        printf("%s: row %ld, column %ld: %g (%s)\n", what, (long)n, (long)v, g, isa.name.c_str());
+            }
+        }
+    };
+    token_logp_fwd(*isa.kernels, FwdArgs{logits, rows.data(), labels.data(), value(0), lse.data()}, N, kThreads);
+    check("labels, logp", false);
+    std::vector<float> coef(count, 0.5f);
+    std::vector<double> coef_wide(count, 0.5);
+    coef[count - 1] = 0, coef_wide[count - 1] = 0;
+    const void* coef_in = wide ? (const void*)coef_wide.data() : (const void*)coef.data();
+    token_logp_bwd(*isa.kernels,
+                   BwdArgs{logits, row_of.data(), labels.data(), lse.data(), coef_in, nullptr, N, out, 0, V, false},
+                   kThreads);
+    check("labels, gradient", true);
+    for (const bool has_ref : {false, true}) {
+        Logits ref = logits;
+        if (!has_ref) ref.data = nullptr;
+        row_reductions_fwd(*isa.kernels,
+                           ReductionArgs{logits, ref, rows.data(), labels.data(), value(0), value(1), value(2),
+                                         value(3), lse.data(), ref_lse.data()},
+                           N, kThreads);
+        check("labels, logp+", false);
+        row_reductions_bwd(*isa.kernels,
+                           ReductionGradArgs{logits, ref, row_of.data(), labels.data(), lse.data(), ref_lse.data(),
+                                             coefs_at(0), N, out, 0, V, false},
+                           kThreads);
+        check("labels, gradient+", true);
+    }
+    free(x);
+    free(out);
+}
+
 double near(double truth) { return 1e-5 * (1 + fabs(truth)); }
 
 template <class T>
-void check_steps(int head) {
+void check_steps(int formula) {
     // step 1 is empty; a pair with it, and a step in two pairs
     const std::vector<int32_t> offsets = {0, 3, 3, 5, 9}, pairs = {0, 2, 3, 1, 3, 0}, adj_offsets = {0, 2, 3, 4, 6};
     const std::vector<int32_t> adj_pairs = {0, 5, 3, 1, 2, 4};
@@ -213,7 +277,7 @@ void check_steps(int head) {
                       pair_weights.data(),
                       margins.data(),
                       labels.data(),
-                      head,
+                      formula,
                       options,
                       T(1),
                       &scale,
@@ -233,8 +297,8 @@ void check_steps(int head) {
                   n_l = offsets[l + 1] - offsets[l];
         PairGrad<double> g = {0, 0, 0};
         if (n_w && n_l)
-            g = pair_head<double>(head, {u[w], u[l], (double)n_w, (double)n_l, (double)margins[p], (double)labels[p]},
-                                  wide_options);
+            g = pair_formula<double>(
+                formula, {u[w], u[l], (double)n_w, (double)n_l, (double)margins[p], (double)labels[p]}, wide_options);
         expect("pair loss", pair_loss[p], g.loss, near(g.loss), "steps", S, p);
         total += (double)pair_weights[p] * g.loss;
         du[w] += (double)pair_weights[p] * g.du_w, du[l] += (double)pair_weights[p] * g.du_l;
@@ -254,6 +318,7 @@ int main() {
             for (int64_t V : {1, 7, 33, 301, 4111}) {
                 check_rows(isa, dtype, V, 3, V % 2 == 0, 3, false);
                 check_rows(isa, dtype, V, 2, V % 3 == 0, 0, true);
+                check_labels(isa, dtype, V);
                 for (bool lean : {false, true}) {
                     check_reductions(isa, dtype, V, 3, true, lean, 3, false);
                     check_reductions(isa, dtype, V, 2, V % 3 != 0, lean, 0, true);
@@ -265,7 +330,8 @@ int main() {
         check_reductions(isa, DType::kFloat32, 131075, 5, true, false, 1, false);
         printf("%s\n", isa.name.c_str());
     }
-    for (int head = 0; head < kNumPairHeads; ++head) check_steps<float>(head), check_steps<double>(head);
+    for (int formula = 0; formula < kNumPairFormulas; ++formula)
+        check_steps<float>(formula), check_steps<double>(formula);
     printf("%d differences\n", failures);
     return failures != 0;
 }

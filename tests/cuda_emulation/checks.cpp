@@ -110,7 +110,7 @@ void check_rows(int V, bool softcap, int offset, int out_offset, int splits, boo
         if (!std::isnan(value(*p))) ++failures, puts("wrote before the gradient");
 }
 
-void check_steps(int S, int longest, int P, int head, bool all) {
+void check_steps(int S, int longest, int P, int formula, bool all) {
     std::vector<int32_t> offsets = {0}, pairs, adj_offsets = {0}, adj_pairs;
     for (int k = 0; k < S; ++k) offsets.push_back(offsets.back() + (k % 5 == 4 ? 0 : integer(1, longest + 1)));
     const int N = offsets.back();
@@ -137,7 +137,7 @@ void check_steps(int S, int longest, int P, int head, bool all) {
 
     StepParams s = {};
     s.N = N, s.S = S, s.P = P, s.logp = logp.data(), s.step_offsets = offsets.data(), s.pair_index = pairs.data();
-    s.adj_offsets = adj_offsets.data(), s.adj_pairs = adj_pairs.data(), s.scale = &scale, s.head = head;
+    s.adj_offsets = adj_offsets.data(), s.adj_pairs = adj_pairs.data(), s.scale = &scale, s.formula = formula;
     if (all) s.weights = weights.data(), s.ref = ref.data(), s.pair_weights = pair_weights.data();
     if (all) s.pair_margins = margins.data(), s.pair_labels = soft.data();
     s.options[0] = 0.1f, s.options[1] = 0.5f, s.label = 0.9f;
@@ -158,10 +158,10 @@ void check_steps(int S, int longest, int P, int head, bool all) {
         const int w = pairs[2 * p], l = pairs[2 * p + 1];
         sspo::PairGrad<double> g = {0, 0, 0};
         if (count(w) && count(l))
-            g = sspo::pair_head<double>(head,
-                                        {u[w], u[l], static_cast<double>(count(w)), static_cast<double>(count(l)),
-                                         all ? margins[p] : 0.0, all ? soft[p] : 0.9f},
-                                        options);
+            g = sspo::pair_formula<double>(formula,
+                                           {u[w], u[l], static_cast<double>(count(w)), static_cast<double>(count(l)),
+                                            all ? margins[p] : 0.0, all ? soft[p] : 0.9f},
+                                           options);
         const double weight = all ? pair_weights[p] : 1.0;
         expect("pair loss", pair_loss[p], g.loss, 1e-5 * (1 + std::fabs(g.loss)), S, p);
         total += weight * g.loss;
@@ -191,9 +191,9 @@ int main() {
     check_dtype<__nv_bfloat16>(4096);
     check_dtype<__half>(4096);
     for (int offset = 0; offset < 8; ++offset) check_rows<__nv_bfloat16>(77, false, offset, 0, 1, false);
-    for (int head = 0; head < sspo::kNumPairHeads; ++head) {
-        check_steps(7, 40, 6, head, head % 2);
-        check_steps(12, 3, 50, head, head % 2 == 0);
+    for (int formula = 0; formula < sspo::kNumPairFormulas; ++formula) {
+        check_steps(7, 40, 6, formula, formula % 2);
+        check_steps(12, 3, 50, formula, formula % 2 == 0);
     }
     check_steps(2, 300, 0, 0, false);
     printf("%d differences\n", failures);

@@ -14,6 +14,7 @@ from helpers_truth import assert_fp64_rule
 import sspo_ext
 from sspo_ext.backends import reference
 from sspo_ext.backends import triton as backend
+from sspo_ext.backends.arguments import StepLossArguments
 from sspo_ext.backends.triton.step_loss_fwd import BLOCK
 from sspo_ext.formulas.registry import PAIR_FORMULAS
 
@@ -58,7 +59,7 @@ def truth(inputs, head, options, label, dtype=torch.float64):
 
 def check(inputs, head="sigmoid", options=None, label=0.9):
     options = list(PAIR_FORMULAS[head].options.values()) if options is None else options
-    got = backend.step_loss_fwd(**inputs, head=head, options=options, label=label)
+    got = backend.step_loss_fwd(StepLossArguments(**inputs, formula=head, options=options, label=label))
     exact, by_torch = truth(inputs, head, options, label), truth(inputs, head, options, label, torch.float32)
     for name, g, e, t in zip(("loss", "sums", "pair_loss", "coef"), got, exact, by_torch, strict=True):
         assert g.shape == e.shape and g.dtype == torch.float32
@@ -126,14 +127,15 @@ def test_nonfinite_propagates():
     for bad in (float("nan"), float("-inf")):
         inputs = make([2, 2, 2, 2], [(0, 1), (2, 3)])
         inputs["logps"][0] = bad
-        loss, sums, pair_loss, coef = backend.step_loss_fwd(**inputs, head="sigmoid", options=[0.1], label=0.9)
+        given = StepLossArguments(**inputs, formula="sigmoid", options=[0.1], label=0.9)
+        loss, sums, pair_loss, coef = backend.step_loss_fwd(given)
         assert not torch.isfinite(loss) and not torch.isfinite(sums[0]) and not torch.isfinite(pair_loss[0])
         assert torch.isfinite(coef[4:]).all() and torch.isfinite(pair_loss[1])
 
 
 def test_same_bits_every_run_and_counter_left_at_zero(monkeypatch):
     counter = torch.zeros(1, dtype=torch.int32)
-    monkeypatch.setattr("sspo_ext.backends.triton.rows.arrival_counters", lambda device: counter)
+    monkeypatch.setattr("sspo_ext.backends.triton.step_loss_fwd.arrival_counters", lambda device: counter)
     inputs = make([7, 300, 5, 9], [(0, 1), (2, 3), (1, 3)], weights=True, ref=True, per_pair=True)
     runs = [check(inputs) for _ in range(2)]
     assert counter == 0

@@ -3,5 +3,4 @@
 #include "../row_reductions.h"
 #include "../token_logp.h"
 
-const sspo::RowKernels sspo::kRowsAvx2 = {fwd, bwd};
-const sspo::ReductionKernels sspo::kReductionsAvx2 = {reductions_fwd, reductions_bwd};
+const sspo::Kernels sspo::kAvx2 = {run<TokenLogpFwd>, run<TokenLogpBwd>, run<RowReductionsFwd>, run<RowReductionsBwd>};

@@ -3,5 +3,5 @@
 #include "../row_reductions.h"
 #include "../token_logp.h"
 
-const sspo::RowKernels sspo::kRowsAvx512 = {fwd, bwd};
-const sspo::ReductionKernels sspo::kReductionsAvx512 = {reductions_fwd, reductions_bwd};
+const sspo::Kernels sspo::kAvx512 = {run<TokenLogpFwd>, run<TokenLogpBwd>, run<RowReductionsFwd>,
+                                     run<RowReductionsBwd>};

@@ -2,5 +2,5 @@
 #include "../row_reductions.h"
 #include "../token_logp.h"
 
-const sspo::RowKernels sspo::kRowsBaseline = {fwd, bwd};
-const sspo::ReductionKernels sspo::kReductionsBaseline = {reductions_fwd, reductions_bwd};
+const sspo::Kernels sspo::kBaseline = {run<TokenLogpFwd>, run<TokenLogpBwd>, run<RowReductionsFwd>,
+                                       run<RowReductionsBwd>};

@@ -1,4 +1,4 @@
-"""Generated from sspo_ext/heads/ by `python -m sspo_ext.backends.generate`. Do not edit."""
+"""Generated from sspo_ext/formulas/ by `python -m tools.generate_formulas`. Do not edit."""
 # ruff: noqa
 import triton
 import triton.language as tl

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ...formulas import formula_id
+from ...formulas.registry import formula_id
+from ..arguments import StepLossArguments
 from .formulas_generated import _pair_head
 from .rows import arrival_counters, jit, on_device
 
@@ -131,26 +132,13 @@ def _step_loss_fwd_kernel(
         tl.store(arrived_ptr, 0)
 
 
-def step_loss_fwd(
-    logps: torch.Tensor,  # (N,) float32
-    weights: torch.Tensor | None,  # (N,)
-    step_offsets: torch.Tensor,  # (S + 1,) int32, CSR over all N rows
-    ref: torch.Tensor | None,  # (S,)
-    pair_index: torch.Tensor,  # (P, 2) int32: winner step, loser step
-    adj_offsets: torch.Tensor,  # (S + 1,) int32
-    adj_pairs: torch.Tensor,  # (2 * P,) int32: 2 * pair + side, ascending within a step; side 1 is the loser's
-    pair_weights: torch.Tensor | None,  # (P,)
-    pair_margins: torch.Tensor | None,  # (P,)
-    pair_labels: torch.Tensor | None,  # (P,)
-    scale: torch.Tensor,  # () 1 / num_items
-    head: str,  # a name in heads.PAIR_FORMULAS
-    options: list[float],
-    label: float,  # of every pair, if pair_labels is None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def step_loss_fwd(given: StepLossArguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss (), sums (S,), pair_loss (P,) unweighted, coef (N,) = dloss/dlogp; all float32.
 
     A pair with an empty step has loss 0 and gives no gradient.
     """
+    logps, weights, step_offsets, ref, pair_index, adj_offsets, adj_pairs, *per_pair = given[:10]
+    pair_weights, pair_margins, pair_labels = per_pair
     S, P = step_offsets.shape[0] - 1, pair_index.shape[0]
     device = logps.device
     sums = torch.empty(S, dtype=torch.float32, device=device)
@@ -159,7 +147,7 @@ def step_loss_fwd(
         return torch.zeros((), dtype=torch.float32, device=device), sums, pair_loss, torch.zeros_like(logps)
     loss = torch.empty((), dtype=torch.float32, device=device)
     coef = torch.empty_like(logps)
-    o0, o1, o2, o3 = [*options, 0.0, 0.0, 0.0, 0.0][:4]
+    o0, o1, o2, o3 = [*given.options, 0.0, 0.0, 0.0, 0.0][:4]
     absent = sums  # a valid address for what the kernel is compiled not to read
     with on_device(logps):
         _step_loss_fwd_kernel[(S,)](
@@ -167,8 +155,8 @@ def step_loss_fwd(
             pair_index, adj_offsets, adj_pairs,
             absent if pair_weights is None else pair_weights, absent if pair_margins is None else pair_margins,
             absent if pair_labels is None else pair_labels,
-            scale, loss, sums, pair_loss, coef, arrival_counters(device), P, label, o0, o1, o2, o3,
-            HEAD=formula_id(head), HAS_WEIGHTS=weights is not None, HAS_REF=ref is not None,
+            given.scale, loss, sums, pair_loss, coef, arrival_counters(device), P, given.label, o0, o1, o2, o3,
+            HEAD=formula_id(given.formula), HAS_WEIGHTS=weights is not None, HAS_REF=ref is not None,
             HAS_PAIR_WEIGHTS=pair_weights is not None, HAS_MARGINS=pair_margins is not None,
             HAS_LABELS=pair_labels is not None, BLOCK=BLOCK, num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip

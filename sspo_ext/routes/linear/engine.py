@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
+from ...backends.arguments import StepLossArguments
 from ...objective.pair import LossTerm, evaluate_terms
 from .gradients import Gradients
 from .head import Head
@@ -66,6 +67,7 @@ class PairProblem:
         self, plan: LinearPlan, host_step_offsets: np.ndarray, host_pair_index: np.ndarray, device: torch.device
     ) -> None:
         """Renumbers each group's steps and pairs from 0; all tables go to the device in one copy."""
+        self.num_steps, self.num_pairs = len(host_step_offsets) - 1, len(host_pair_index)
         tables = [_group_tables(group, host_step_offsets, host_pair_index) for group in plan.groups]
         flat = [table.reshape(-1) for group in tables for table in group]
         packed = np.concatenate([np.zeros(0, np.int32), *flat]).astype(np.int32)
@@ -79,22 +81,14 @@ class PairProblem:
         def pick(values: Tensor | None, which: Tensor) -> Tensor | None:
             return None if values is None else values.index_select(0, which)
 
-        return evaluate_terms(
-            backends.load(self.backend).step_loss_fwd,
-            self.terms,
-            logps,
-            None if self.weights is None else self.weights[group.start : group.end],
-            offsets,
-            pick(self.ref, steps),
-            index.view(-1, 2),
-            adj_offsets,
-            adj_pairs,
-            pick(self.pair_weights, pairs),
-            pick(self.token_pair_weights, pairs),
-            pick(self.pair_margins, pairs),
-            pick(self.pair_labels, pairs),
-            self.scale,
-        )
+        weights = None if self.weights is None else self.weights[group.start : group.end]
+        given = StepLossArguments(
+            logps, weights, offsets, pick(self.ref, steps), index.view(-1, 2), adj_offsets, adj_pairs,
+            pick(self.pair_weights, pairs), pick(self.pair_margins, pairs), pick(self.pair_labels, pairs), self.scale,
+            "", [], 1.0,
+        )  # fmt: skip
+        step_loss_fwd = backends.load(self.backend).step_loss_fwd
+        return evaluate_terms(step_loss_fwd, self.terms, given, pick(self.token_pair_weights, pairs))
 
 
 def _group_tables(group: Group, offsets: np.ndarray, index: np.ndarray) -> list[np.ndarray]:
@@ -111,14 +105,15 @@ def _group_tables(group: Group, offsets: np.ndarray, index: np.ndarray) -> list[
 
 
 def run_pref(
-    head: Head, rows: Rows, plan: LinearPlan, problem: PairProblem, gradients: Gradients, num_steps: int, num_pairs: int
+    head: Head, rows: Rows, plan: LinearPlan, problem: PairProblem, gradients: Gradients
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss (), sums (S,), pair losses (C, P), and coef (N,) = d loss/d logp, in the layout's row order."""
     device, dtype = rows.labels.device, head.acc_dtype
     tokens, coef = (torch.zeros(plan.num_rows, dtype=dtype, device=device) for _ in range(2))
     lse = torch.empty(plan.num_rows, dtype=torch.float64, device=device)
     sums, pair_losses = (
-        torch.zeros(size, dtype=dtype, device=device) for size in (num_steps, (len(problem.terms), num_pairs))
+        torch.zeros(size, dtype=dtype, device=device)
+        for size in (problem.num_steps, (len(problem.terms), problem.num_pairs))
     )
     loss = torch.zeros((), dtype=dtype, device=device)
     head.allocate(plan)

@@ -12,7 +12,7 @@ from .head import Head
 from .plan import LinearPlan
 
 
-def _scale_rows(directions: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
+def scale_rows(directions: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
     """(N0, H): directions[rows] times scale (N,); rows that are not scored are zeros already."""
     everywhere = scale.new_zeros(directions.shape[0]).index_copy_(0, rows, scale)
     return scale_kept(directions, everywhere[:, None])
@@ -33,7 +33,7 @@ class WeightGradient:
             self.total.zero_()
         self.first = True
         self.straight = weight.dtype == head.acc_dtype
-        # oneDNN multiplies a transposed 16-bit operand at half its speed; turning a block of it round is cheaper
+        # oneDNN multiplies a transposed 16-bit operand at half its speed; transposing a block of it is cheaper
         self.transposed = head.kernels.transposed if head.backend == "cpu" and not self.straight else None
         widest = max(1, weight.shape[1], min(plan.chunk_rows, plan.num_rows))
         self.block = max(1, min(_BLOCK_BYTES, plan.buffer_bytes) // (widest * weight.itemsize))

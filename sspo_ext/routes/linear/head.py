@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 
 from ... import backends
+from ...backends.addresses import accumulator
 from .plan import LinearPlan
 from .shards import VocabShard
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass

@@ -1,4 +1,7 @@
-"""Token log-probs from hidden states: the autograd.Function whose gradients are known only in backward."""
+"""Log-probs from hidden states: by the autograd.Function whose gradients are known only in backward, or by the reference.
+
+The choice between the two is made here and nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,26 @@ import torch
 from torch import Tensor
 
 from ...layout.steps import StepLayout
+from ...objective.sums import step_sums
 from ..shared import refuse_double_backward
 from . import ops as linear_ops
-from .gradients import _scale_rows
-from .settings import LinearSettings
+from .gradients import scale_rows
+from .reference import reference_tokens
+from .settings import LinearCall, LinearSettings
+
+
+def logps(call: LinearCall) -> tuple[Tensor, Tensor]:
+    """Token log-probs (N,), step sums (S,)."""
+    if call.settings.backend == "reference":
+        tokens = reference_tokens(call)
+    else:
+        tokens = token_logps(call)
+    return tokens, step_sums(tokens, call.layout, call.settings.backend)
+
+
+def token_logps(call: LinearCall) -> Tensor:
+    """(N,) token log-probs by the kernels."""
+    return LinearLogpsRoute.apply(call.hidden, call.weight, call.bias, call.layout, call.settings)
 
 
 class LinearLogpsRoute(torch.autograd.Function):
@@ -24,8 +43,7 @@ class LinearLogpsRoute(torch.autograd.Function):
         needs = settings.needs(ctx)
         in_forward = [linear_ops.is_frozen(needs), False, False]
         tokens, lse, directions = linear_ops.linear_logps_fwd(
-            hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, in_forward,
-            *settings.op_args(weight),
+            *settings.op_args(hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, in_forward)
         )  # fmt: skip
         if in_forward[0]:
             ctx.save_for_backward(layout.rows, directions)
@@ -41,10 +59,10 @@ class LinearLogpsRoute(torch.autograd.Function):
         needs, settings, (dtype, bias_dtype) = ctx.needs, ctx.settings, ctx.dtypes
         if linear_ops.is_frozen(needs):
             rows, directions = ctx.saved_tensors
-            return _scale_rows(directions, rows, d_tokens).to(dtype), None, None, None, None
+            return scale_rows(directions, rows, d_tokens).to(dtype), None, None, None, None
         rows, hidden, weight, bias, labels, offsets, lse = ctx.saved_tensors
         d_hidden, d_weight, d_bias = linear_ops.linear_logps_bwd(
-            hidden, weight, bias, rows, labels, offsets, needs, *settings.op_args(weight), lse, d_tokens.contiguous()
+            *settings.op_args(hidden, weight, bias, rows, labels, offsets, needs), lse, d_tokens.contiguous()
         )
         return (
             d_hidden if needs[0] else None,

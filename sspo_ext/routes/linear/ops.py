@@ -7,46 +7,140 @@ is the size of the largest vocabulary shard, so that all ranks cut the same chun
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
 import torch
 from torch import Tensor
 
+from ...backends.addresses import accumulator
 from ...backends.ops import register
 from ...objective.pair import unpack_terms
 from . import engine
 from .gradients import Gradients, start_gradients
-from .head import Head, accumulator
+from .head import Head
 from .plan import LinearPlan, make_plan, rows_per_chunk
 from .shards import VocabShard
 
-_HEAD = (
+
+@dataclass(frozen=True, eq=False)
+class HeadCall:
+    """What every op of the route begins with, in the order of SCHEMA: the scored rows, the LM head, and how to apply it."""
+
+    hidden: Tensor  # (N0, H)
+    weight: Tensor  # (V, H), or this rank's rows of it
+    bias: Tensor | None  # (V,)
+    rows: Tensor  # (N,) int64
+    labels: Tensor  # (N,) int64
+    host_step_offsets: Tensor  # (S + 1,) int64
+    needs: list[bool]
+    a: float
+    c: float
+    dtype: torch.dtype
+    accum_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    chunk_bytes: int  # 0: the device's default
+    tp_group: str  # "": the whole vocabulary is here
+    vocab_start: int
+    vocab_rows: int
+    backend: str
+
+    @property
+    def acc_dtype(self) -> torch.dtype:
+        return accumulator(self.dtype)
+
+    @property
+    def hidden_gradient_dtype(self) -> torch.dtype:
+        """A frozen plan keeps directions, still to be scaled, in the GEMMs' dtype; otherwise rows are final."""
+        return self.dtype if is_frozen(self.needs) else self.hidden.dtype
+
+    def head(self) -> Head:
+        """The LM head in the GEMMs' dtype; a weight of another dtype is copied once a call."""
+        shard = VocabShard(self.tp_group, self.vocab_start, self.weight.shape[0]) if self.tp_group else None
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        return Head(self.weight.to(self.dtype), bias, self.a, self.c, self.backend, shard)
+
+    def chunk_rows(self, buffers: int = 1) -> int:
+        """Rows of a chunk, when so many buffers share the budget."""
+        return rows_per_chunk(self.vocab_rows * buffers, self.dtype, self.chunk_bytes or None, self.weight.device.type)
+
+    def gathered(self, plan: LinearPlan, token_weights: Tensor | None = None) -> engine.Rows:
+        return engine.Rows(self.hidden, self.rows, self.labels, token_weights, plan, self.dtype)
+
+    def results(self, head: Head, gradients: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+        """(N0, H), (V, H), (V,), each empty when not asked for."""
+        d_weight = head.weight.new_empty(0, dtype=self.grad_dtype)
+        if gradients.weight is not None:
+            d_weight = gradients.weight.total.to(self.grad_dtype)
+        return (
+            head.weight.new_empty(0) if gradients.hidden is None else gradients.hidden,
+            d_weight,
+            head.weight.new_empty(0, dtype=head.acc_dtype) if gradients.bias is None else gradients.bias,
+        )
+
+    def fake_results(self, hidden_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What `results` gives, without values."""
+        hidden, weight, needs = self.hidden, self.weight, self.needs
+        kept = self.hidden_gradient_dtype if hidden_dtype is None else hidden_dtype
+        return (
+            hidden.new_empty(hidden.shape, dtype=kept) if needs[0] else weight.new_empty(0, dtype=self.dtype),
+            weight.new_empty(weight.shape if needs[1] else 0, dtype=self.grad_dtype),
+            weight.new_empty(weight.shape[:1] if needs[2] else 0, dtype=self.acc_dtype),
+        )
+
+
+SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor labels, Tensor host_step_offsets, bool[] needs, "
     "float a, float c, ScalarType dtype, ScalarType accum_dtype, ScalarType grad_dtype, int chunk_bytes, "
     "str tp_group, int vocab_start, int vocab_rows, str backend"
 )
+_LEADING = len(fields(HeadCall))
 
 
-def _setup(
-    hidden, weight, bias, rows, labels, offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes, tp_group,
-    vocab_start, vocab_rows, backend, token_weights, pair_index, buffers=0,
-) -> tuple[Head, LinearPlan, engine.Rows, Gradients]:  # fmt: skip
-    # buffers: how many share the budget, where entropy and the like are asked for; 0 where they are not
-    shard = VocabShard(tp_group, vocab_start, weight.shape[0]) if tp_group else None
-    # a weight of another dtype is copied once a call
-    head = Head(weight.to(dtype), None if bias is None else bias.to(dtype), a, c, backend, shard)
+def register_head_op(name: str, more: str, returns: str, fn: Callable, fake: Callable):
+    """Registers an op whose arguments are a HeadCall's fields and then those of the schema `more`; `fn` and `fake` are
+    given the HeadCall as one."""
+
+    def split(function: Callable) -> Callable:
+        return lambda *args: function(HeadCall(*args[:_LEADING]), *args[_LEADING:])
+
+    schema = f"({SCHEMA}{', ' if more else ''}{more}) -> {returns}"
+    return register(name, schema, split(fn), split(fake))
+
+
+@dataclass
+class Work:
+    """What an op works with: the head, the plan, the rows in the plan's order, and where gradients add up."""
+
+    head: Head
+    plan: LinearPlan
+    rows: engine.Rows
+    gradients: Gradients
+
+
+def set_up(
+    call: HeadCall, token_weights: Tensor | None = None, pair_index: Tensor | None = None, buffers: int = 0
+) -> Work:
+    """Head, plan, rows and gradients of a call.
+
+    `buffers` is how many logits buffers share the budget where entropy and the like are asked for, and 0 where they are
+    not.
+    """
+    head = call.head()
     plan = make_plan(
-        offsets.numpy(),
+        call.host_step_offsets.numpy(),
         None if pair_index is None else pair_index.numpy(),
         vocab=head.vocab,
-        hidden=weight.shape[1],
-        dtype=dtype,
-        chunk_rows=rows_per_chunk(vocab_rows * max(buffers, 1), dtype, chunk_bytes or None, weight.device.type),
-        hidden_gradient=needs[0],
-        weight_gradient=needs[1],
-        bias_gradient=needs[2],
+        hidden=call.weight.shape[1],
+        dtype=call.dtype,
+        chunk_rows=call.chunk_rows(max(buffers, 1)),
+        hidden_gradient=call.needs[0],
+        weight_gradient=call.needs[1],
+        bias_gradient=call.needs[2],
         reductions=buffers > 0,
     )
-    gradients = start_gradients(head, plan, hidden, hidden_gradient_dtype(hidden, needs, dtype), accum_dtype)
-    return head, plan, engine.Rows(hidden, rows, labels, token_weights, plan, dtype), gradients
+    gradients = start_gradients(head, plan, call.hidden, call.hidden_gradient_dtype, call.accum_dtype)
+    return Work(head, plan, call.gathered(plan, token_weights), gradients)
 
 
 def is_frozen(needs: list[bool]) -> bool:
@@ -54,117 +148,63 @@ def is_frozen(needs: list[bool]) -> bool:
     return needs[0] and not needs[1] and not needs[2]
 
 
-def hidden_gradient_dtype(hidden: Tensor, needs: list[bool], dtype: torch.dtype) -> torch.dtype:
-    """A frozen plan keeps directions, still to be scaled, in the GEMMs' dtype; otherwise rows are final."""
-    return dtype if is_frozen(needs) else hidden.dtype
-
-
-def _gradients(head: Head, gradients: Gradients, grad_dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """(N0, H), (V, H), (V,), each empty when not asked for."""
-    d_weight = head.weight.new_empty(0, dtype=grad_dtype)
-    if gradients.weight is not None:
-        d_weight = gradients.weight.total.to(grad_dtype)
-    return (
-        head.weight.new_empty(0) if gradients.hidden is None else gradients.hidden,
-        d_weight,
-        head.weight.new_empty(0, dtype=head.acc_dtype) if gradients.bias is None else gradients.bias,
-    )
-
-
-def _fake_gradients(hidden, weight, needs, dtype, grad_dtype) -> tuple[Tensor, ...]:
-    kept = hidden_gradient_dtype(hidden, needs, dtype)
-    return (
-        hidden.new_empty(hidden.shape, dtype=kept) if needs[0] else weight.new_empty(0, dtype=dtype),
-        weight.new_empty(weight.shape if needs[1] else 0, dtype=grad_dtype),
-        weight.new_empty(weight.shape[:1] if needs[2] else 0, dtype=accumulator(dtype)),
-    )
-
-
 def _linear_pref_fwd(
-    hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
-    tp_group, vocab_start, vocab_rows, backend, token_weights, ref, host_pair_index, pair_weights, pair_margins,
-    pair_labels, token_pair_weights, scale, formulas, term_numbers, term_flags,
+    call: HeadCall, token_weights, ref, host_pair_index, pair_weights, pair_margins, pair_labels, token_pair_weights,
+    scale, formulas, term_numbers, term_flags,
 ):  # fmt: skip
-    head, plan, scored, gradients = _setup(
-        hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
-        tp_group, vocab_start, vocab_rows, backend, token_weights, host_pair_index,
-    )  # fmt: skip
+    work = set_up(call, token_weights, host_pair_index)
     problem = engine.PairProblem(
-        scored.weights, ref, pair_weights, pair_margins, pair_labels, token_pair_weights, scale,
-        unpack_terms(formulas, term_numbers, term_flags), backend,
+        work.rows.weights, ref, pair_weights, pair_margins, pair_labels, token_pair_weights, scale,
+        unpack_terms(formulas, term_numbers, term_flags), call.backend,
     )  # fmt: skip
-    problem.prepare(plan, host_step_offsets.numpy(), host_pair_index.numpy(), labels.device)
-    num_steps, num_pairs = host_step_offsets.shape[0] - 1, host_pair_index.shape[0]
-    results = engine.run_pref(head, scored, plan, problem, gradients, num_steps, num_pairs)
-    return *results, *_gradients(head, gradients, grad_dtype)
+    problem.prepare(work.plan, call.host_step_offsets.numpy(), host_pair_index.numpy(), call.labels.device)
+    results = engine.run_pref(work.head, work.rows, work.plan, problem, work.gradients)
+    return *results, *call.results(work.head, work.gradients)
 
 
-def _linear_pref_fwd_fake(
-    hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
-    tp_group, vocab_start, vocab_rows, backend, token_weights, ref, host_pair_index, pair_weights, pair_margins,
-    pair_labels, token_pair_weights, scale, formulas, term_numbers, term_flags,
-):  # fmt: skip
-    acc = accumulator(dtype)
-    sizes = ((), host_step_offsets.shape[0] - 1, (len(term_flags), host_pair_index.shape[0]), rows.shape[0])
-    results = (weight.new_empty(size, dtype=acc) for size in sizes)
-    return *results, *_fake_gradients(hidden, weight, needs, dtype, grad_dtype)
+def _linear_pref_fwd_fake(call: HeadCall, token_weights, ref, host_pair_index, *more):
+    num_terms = len(more[-1])
+    steps, pairs, rows = call.host_step_offsets.shape[0] - 1, host_pair_index.shape[0], call.rows.shape[0]
+    sizes = ((), steps, (num_terms, pairs), rows)
+    results = (call.weight.new_empty(size, dtype=call.acc_dtype) for size in sizes)
+    return *results, *call.fake_results()
 
 
-def _linear_logps_fwd(
-    hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
-    tp_group, vocab_start, vocab_rows, backend,
-):  # fmt: skip
-    head, plan, scored, gradients = _setup(
-        hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
-        tp_group, vocab_start, vocab_rows, backend, None, None,
-    )  # fmt: skip
-    tokens, lse = engine.run_logps(head, scored, plan, gradients)
-    return tokens, lse, _gradients(head, gradients, grad_dtype)[0]
+def _linear_logps_fwd(call: HeadCall):
+    work = set_up(call)
+    tokens, lse = engine.run_logps(work.head, work.rows, work.plan, work.gradients)
+    return tokens, lse, call.results(work.head, work.gradients)[0]
 
 
-def _linear_logps_fwd_fake(
-    hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, *args
-):
-    tokens = weight.new_empty(rows.shape, dtype=accumulator(dtype))
-    directions = _fake_gradients(hidden, weight, needs, dtype, grad_dtype)[0]
-    return tokens, torch.empty_like(tokens, dtype=torch.float64), directions
+def _linear_logps_fwd_fake(call: HeadCall):
+    tokens = call.weight.new_empty(call.rows.shape, dtype=call.acc_dtype)
+    return tokens, torch.empty_like(tokens, dtype=torch.float64), call.fake_results()[0]
 
 
-def _linear_logps_bwd(
-    hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
-    tp_group, vocab_start, vocab_rows, backend, lse, coef,
-):  # fmt: skip
-    head, plan, scored, gradients = _setup(
-        hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
-        tp_group, vocab_start, vocab_rows, backend, None, None,
-    )  # fmt: skip
-    engine.run_backward(head, scored, plan, lse, coef, gradients)
-    return _gradients(head, gradients, grad_dtype)
+def _linear_logps_bwd(call: HeadCall, lse, coef):
+    work = set_up(call)
+    engine.run_backward(work.head, work.rows, work.plan, lse, coef, work.gradients)
+    return call.results(work.head, work.gradients)
 
 
-def _linear_logps_bwd_fake(
-    hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, *args
-):
-    return _fake_gradients(hidden, weight, needs, dtype, grad_dtype)
-
-
-linear_pref_fwd = register(
+linear_pref_fwd = register_head_op(
     "linear_pref_fwd",
-    f"({_HEAD}, Tensor? token_weights, Tensor? ref, Tensor host_pair_index, Tensor? pair_weights, "
-    "Tensor? pair_margins, Tensor? pair_labels, Tensor? token_pair_weights, Tensor scale, str formulas, "
-    "float[] term_numbers, int[] term_flags) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? token_weights, Tensor? ref, Tensor host_pair_index, Tensor? pair_weights, Tensor? pair_margins, "
+    "Tensor? pair_labels, Tensor? token_pair_weights, Tensor scale, str formulas, float[] term_numbers, "
+    "int[] term_flags",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_pref_fwd,
     _linear_pref_fwd_fake,
 )
 
-linear_logps_fwd = register(
-    "linear_logps_fwd", f"({_HEAD}) -> (Tensor, Tensor, Tensor)", _linear_logps_fwd, _linear_logps_fwd_fake
+linear_logps_fwd = register_head_op(
+    "linear_logps_fwd", "", "(Tensor, Tensor, Tensor)", _linear_logps_fwd, _linear_logps_fwd_fake
 )
 
-linear_logps_bwd = register(
+linear_logps_bwd = register_head_op(
     "linear_logps_bwd",
-    f"({_HEAD}, Tensor lse, Tensor coef) -> (Tensor, Tensor, Tensor)",
+    "Tensor lse, Tensor coef",
+    "(Tensor, Tensor, Tensor)",
     _linear_logps_bwd,
-    _linear_logps_bwd_fake,
+    lambda call, lse, coef: call.fake_results(),
 )

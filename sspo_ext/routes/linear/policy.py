@@ -1,7 +1,8 @@
-"""linear_step_policy_loss: the policy losses from hidden states and the LM head, without ever storing the logits.
+"""The policy losses from hidden states and the LM head, without ever storing the logits.
 
-What couples tokens is at most a ratio's segment: normalisers are constants of the layout. So the rows of whole segments
-share a chunk, the loss's derivative is known while the chunk's logits are there, and a trained head costs three GEMMs.
+Tokens interact only through the ratio of their step or sequence; normalisers are constants of the layout. So the rows
+of whole steps or sequences share a chunk. The loss's derivative is known while the chunk's logits are there, and a
+trained head costs three GEMMs. The choice between kernels and reference is made here and nowhere else.
 """
 
 from __future__ import annotations
@@ -9,68 +10,54 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends.ops import register
+from ... import backends
 from ...formulas.dual import Dual
 from ...layout.steps import StepLayout
-from ...objective.policy import PolicyProblem, Segments
+from ...objective.policy import POLICY_SCHEMA, PolicyProblem, pack_problem, unpack_problem
+from ...objective.sums import StepLogps, segment_sums
 from ..shared import gradient_coefs, refuse_double_backward, scale_kept
 from . import engine
 from .gradients import Gradients, start_gradients
-from .head import Head, accumulator
-from .ops import _HEAD, _gradients
-from .plan import LinearPlan, make_policy_plan, rows_per_chunk
-from .settings import LinearSettings
-from .shards import VocabShard
+from .head import Head
+from .logps import logps
+from .ops import HeadCall, is_frozen, register_head_op
+from .plan import LinearPlan, make_policy_plan
+from .reductions import logps_with_reductions
+from .settings import LinearCall, LinearSettings
 
 
-def _linear_policy_fwd(
-    hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
-    tp_group, vocab_start, vocab_rows, backend, unit_offsets, unit_of_row, host_unit_offsets, step_offsets, advantage,
-    old, ref, scale, formula, options, length_normalize, kl_estimator, kl_coef, entropy_coef,
-):  # fmt: skip
-    shard = VocabShard(tp_group, vocab_start, weight.shape[0]) if tp_group else None
-    head = Head(weight.to(dtype), None if bias is None else bias.to(dtype), a, c, backend, shard)
+def _linear_policy_fwd(call: HeadCall, *packed):
+    head, problem = call.head(), unpack_problem(packed, call.backend)
+    units = problem.segments
     plan = make_policy_plan(
-        None if host_unit_offsets is None else host_unit_offsets.numpy(),
-        num_rows=rows.shape[0],
+        None if units is None else units.host_offsets.numpy(),
+        num_rows=call.rows.shape[0],
         vocab=head.vocab,
-        hidden=weight.shape[1],
-        dtype=dtype,
-        chunk_rows=rows_per_chunk(vocab_rows, dtype, chunk_bytes or None, weight.device.type),
-        hidden_gradient=needs[0],
-        weight_gradient=needs[1],
-        bias_gradient=needs[2],
+        hidden=call.weight.shape[1],
+        dtype=call.dtype,
+        chunk_rows=call.chunk_rows(),
+        hidden_gradient=call.needs[0],
+        weight_gradient=call.needs[1],
+        bias_gradient=call.needs[2],
     )
-    gradients = start_gradients(head, plan, hidden, hidden.dtype, accum_dtype)
-    scored = engine.Rows(hidden, rows, labels, None, plan, dtype)
-    segments = None if unit_offsets is None else Segments(unit_offsets, unit_of_row, host_unit_offsets)
-    problem = PolicyProblem(
-        formula, tuple(options), kl_estimator, kl_coef, entropy_coef, length_normalize, advantage, old, ref, scale,
-        scale.new_ones(()), segments, step_offsets, backend,
-    )  # fmt: skip
-    tokens, entropy = run_policy(head, scored, plan, problem, gradients)
-    return tokens, entropy, *_gradients(head, gradients, grad_dtype)
+    gradients = start_gradients(head, plan, call.hidden, call.hidden.dtype, call.accum_dtype)
+    tokens, entropy = run_policy(head, call.gathered(plan), plan, problem, gradients)
+    return tokens, entropy, *call.results(head, gradients)
 
 
-def _linear_policy_fwd_fake(
-    hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
-    tp_group, vocab_start, vocab_rows, backend, *args,
-):  # fmt: skip
-    acc = accumulator(dtype)
+def _linear_policy_fwd_fake(call: HeadCall, *packed):
+    entropy_coef = packed[-1]
     return (
-        weight.new_empty(rows.shape, dtype=acc),
-        weight.new_empty(rows.shape if args[-1] else 0, dtype=acc),
-        hidden.new_empty(hidden.shape) if needs[0] else weight.new_empty(0),
-        weight.new_empty(weight.shape if needs[1] else 0, dtype=grad_dtype),
-        weight.new_empty(weight.shape[:1] if needs[2] else 0, dtype=acc),
+        call.weight.new_empty(call.rows.shape, dtype=call.acc_dtype),
+        call.weight.new_empty(call.rows.shape if entropy_coef else 0, dtype=call.acc_dtype),
+        *call.fake_results(call.hidden.dtype),
     )
 
 
-linear_policy_fwd = register(
+linear_policy_fwd = register_head_op(
     "linear_policy_fwd",
-    f"({_HEAD}, Tensor? unit_offsets, Tensor? unit_of_row, Tensor? host_unit_offsets, Tensor step_offsets, "
-    "Tensor advantage, Tensor? old, Tensor? ref, Tensor scale, str formula, float[] options, bool length_normalize, "
-    "str kl_estimator, float kl_coef, float entropy_coef) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    POLICY_SCHEMA,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_policy_fwd,
     _linear_policy_fwd_fake,
 )
@@ -121,6 +108,27 @@ def run_policy(
     return tokens, entropy
 
 
+def policy(call: LinearCall, problem: PolicyProblem) -> tuple[Tensor, StepLogps]:
+    """loss () and the step log-probs it is of; with an entropy bonus, their entropy too."""
+    layout, settings, wants_entropy = call.layout, call.settings, problem.entropy_coef != 0
+    # float16 waits for the loss scale, which is known in backward
+    needs = call.needs
+    in_forward = any(needs) and (wants_entropy or not is_frozen(needs)) and settings.dtype != torch.float16
+    name = backends.with_reductions(settings.requested, settings.backend) if wants_entropy else settings.backend
+    if name == "reference" or not in_forward:
+        if wants_entropy:
+            scored = logps_with_reductions(call, (None, None, None), entropy=True, sum_p2=False)
+        else:
+            tokens, sums = logps(call)
+            scored = StepLogps(sums, layout.counts, tokens)
+        return problem.loss(scored.tokens, scored.entropy), scored
+    loss, tokens, entropy = LinearPolicyRoute.apply(call.hidden, call.weight, call.bias, layout, problem, settings)
+    with torch.no_grad():
+        weighted = tokens if layout.weights is None else tokens * layout.weights.to(tokens.dtype)
+        sums = segment_sums(weighted, layout.step_offsets, layout.step_of_row, settings.backend)
+    return loss, StepLogps(sums, layout.counts, tokens, entropy if wants_entropy else None)
+
+
 class LinearPolicyRoute(torch.autograd.Function):
     """(N0, H) hidden, (V, H) weight, (V,) bias -> loss (), tokens (N,), entropy (N,), with gradients from forward."""
 
@@ -135,15 +143,10 @@ class LinearPolicyRoute(torch.autograd.Function):
         settings: LinearSettings,
     ):
         needs = settings.needs(ctx)
-        scale = problem.scale * problem.norm
-        units = problem.segments
         tokens, entropy, d_hidden, d_weight, d_bias = linear_policy_fwd(
-            hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, needs,
-            *settings.op_args(weight), *((None,) * 3 if units is None else (units.offsets, units.of_row,
-            units.host_offsets)), layout.step_offsets, problem.advantage, problem.old, problem.ref, scale, problem.formula,
-            list(problem.options), problem.length_normalize, problem.kl_estimator, problem.kl_coef,
-            problem.entropy_coef,
-        )  # fmt: skip
+            *settings.op_args(hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, needs),
+            *pack_problem(problem),
+        )
         if any(needs):
             ctx.save_for_backward(d_hidden, d_weight, d_bias)
             ctx.needs, ctx.settings = needs, settings

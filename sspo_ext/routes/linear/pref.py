@@ -1,17 +1,33 @@
-"""The pair loss from hidden states: the autograd.Function whose gradients are made in forward."""
+"""The pair loss from hidden states: by the autograd.Function whose gradients are made in forward, or by the reference.
+
+The choice between the two is made here and nowhere else.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ...backends.addresses import accumulator
 from ...layout.steps import StepLayout
-from ...objective.pair import PairLossSpec, pack_terms, step_loss
+from ...objective.pair import PairLossSpec, pack_terms, reference_loss, step_loss
+from ...objective.sums import row_weights
 from ..shared import refuse_double_backward, scale_kept
 from . import ops as linear_ops
-from .gradients import _scale_rows
-from .head import accumulator
-from .settings import LinearSettings
+from .gradients import scale_rows
+from .logps import token_logps
+from .reference import reference_tokens
+from .settings import LinearCall, LinearSettings
+
+
+def pref(call: LinearCall, spec: PairLossSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """loss (), step sums (S,), pair losses of each term (C, P)."""
+    layout, settings = call.layout, call.settings
+    if settings.backend == "reference":
+        return reference_loss(reference_tokens(call), layout, spec)
+    if settings.waits_for_loss_scale(call.weight, call.bias):
+        return TokensLoss.apply(token_logps(call), layout, spec, settings.backend)
+    return LinearPrefRoute.apply(call.hidden, call.weight, call.bias, layout, spec, settings)
 
 
 class LinearPrefRoute(torch.autograd.Function):
@@ -34,8 +50,8 @@ class LinearPrefRoute(torch.autograd.Function):
             return None if value is None else value.to(acc).contiguous()
 
         loss, sums, pair_losses, coef, d_hidden, d_weight, d_bias = linear_ops.linear_pref_fwd(
-            hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, needs,
-            *settings.op_args(weight), cast(layout.weights), cast(spec.ref), pairs.host_index, cast(pairs.weights),
+            *settings.op_args(hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, needs),
+            cast(layout.weights), cast(spec.ref), pairs.host_index, cast(pairs.weights),
             cast(pairs.margins), cast(pairs.soft_labels), cast(spec.token_pair_weights),
             spec.scale.to(acc), *pack_terms(spec.terms),
         )  # fmt: skip
@@ -55,7 +71,7 @@ class LinearPrefRoute(torch.autograd.Function):
         rows, coef, d_hidden, d_weight, d_bias = ctx.saved_tensors
         needs, settings, (dtype, bias_dtype) = ctx.needs, ctx.settings, ctx.dtypes
         if linear_ops.is_frozen(needs):
-            d_hidden = _scale_rows(d_hidden, rows, coef * d_loss).to(dtype)
+            d_hidden = scale_rows(d_hidden, rows, coef * d_loss).to(dtype)
         elif needs[0]:
             d_hidden = scale_kept(d_hidden, d_loss)
         return (
@@ -73,7 +89,7 @@ class TokensLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tokens: Tensor, layout: StepLayout, spec: PairLossSpec, backend: str):
-        weights = None if layout.weights is None else layout.weights.to(tokens.dtype).contiguous()
+        weights = row_weights(layout, tokens.dtype)
         loss, sums, pair_losses, coef = step_loss(tokens, weights, layout, spec, backend)
         ctx.save_for_backward(coef)
         ctx.mark_non_differentiable(sums, pair_losses)

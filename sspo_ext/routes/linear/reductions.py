@@ -13,135 +13,101 @@ from torch import Tensor
 from ... import backends
 from ..._checks import check_device, check_float, check_shape
 from ...backends import reference
-from ...backends.ops import register
 from ...layout.steps import StepLayout
-from ...objective.sums import StepLogps, StepSums
+from ...objective.sums import StepLogps, step_sums, with_reductions
 from ..shared import gradient_coefs, refuse_double_backward
 from . import engine
-from .head import Head, accumulator
-from .ops import _HEAD, _fake_gradients, _gradients, _setup
+from .head import Head
+from .ops import HeadCall, Work, register_head_op, set_up
 from .reference import reference_logits
-from .settings import LinearSettings
+from .settings import LinearCall, LinearSettings
 from .shards import local_part
 
 _REFERENCE = "Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias"
 
 
-def _setup_both(
-    hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
-    tp_group, vocab_start, vocab_rows, backend, ref_hidden, ref_weight, ref_bias,
-):  # fmt: skip
-    head, plan, scored, gradients = _setup(
-        hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
-        tp_group, vocab_start, vocab_rows, backend, None, None, 1 if ref_hidden is None else 2,
-    )  # fmt: skip
-    ref = None
-    if ref_hidden is not None:
-        ref_bias = None if ref_bias is None else ref_bias.to(dtype)
-        ref_head = Head(ref_weight.to(dtype), ref_bias, a, c, backend, None)
-        ref = engine.Reference(ref_head, engine.Rows(ref_hidden, rows, labels, None, plan, dtype))
-    return head, scored, plan, ref, gradients
+def _set_up_both(
+    call: HeadCall, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None
+) -> tuple[Work, engine.Reference | None]:
+    if ref_hidden is None:
+        return set_up(call, buffers=1), None
+    work = set_up(call, buffers=2)
+    bias = None if ref_bias is None else ref_bias.to(call.dtype)
+    head = Head(ref_weight.to(call.dtype), bias, call.a, call.c, call.backend, None)
+    rows = engine.Rows(ref_hidden, call.rows, call.labels, None, work.plan, call.dtype)
+    return work, engine.Reference(head, rows)
 
 
-def _linear_reductions_fwd(*args):
-    head, scored, plan, ref, _ = _setup_both(*args)
-    return engine.run_reductions(head, scored, plan, ref)
+def _linear_reductions_fwd(call: HeadCall, *reference):
+    work, ref = _set_up_both(call, *reference)
+    return engine.run_reductions(work.head, work.rows, work.plan, ref)
 
 
-def _linear_reductions_fwd_fake(
-    hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, chunk_bytes,
-    tp_group, vocab_start, vocab_rows, backend, ref_hidden, *args,
-):  # fmt: skip
-    acc, N = accumulator(dtype), rows.shape[0]
+def _linear_reductions_fwd_fake(call: HeadCall, ref_hidden, *reference):
+    acc, N = call.acc_dtype, call.rows.shape[0]
     M = 0 if ref_hidden is None else N
     sizes = ((N, acc), (N, torch.float64), (N, acc), (N, acc), (M, acc), (M, torch.float64))
-    return tuple(weight.new_empty(size, dtype=d) for size, d in sizes)
+    return tuple(call.weight.new_empty(size, dtype=d) for size, d in sizes)
 
 
-def _linear_reductions_bwd(*args):
-    *args, lse, ref_lse, coefs = args
-    head, scored, plan, ref, gradients = _setup_both(*args)
-    engine.run_reductions_backward(head, scored, plan, ref, lse, ref_lse, coefs, gradients)
-    grad_dtype = args[11]
-    return _gradients(head, gradients, grad_dtype)
+def _linear_reductions_bwd(call: HeadCall, ref_hidden, ref_weight, ref_bias, lse, ref_lse, coefs):
+    work, ref = _set_up_both(call, ref_hidden, ref_weight, ref_bias)
+    engine.run_reductions_backward(work.head, work.rows, work.plan, ref, lse, ref_lse, coefs, work.gradients)
+    return call.results(work.head, work.gradients)
 
 
-def _linear_reductions_bwd_fake(
-    hidden, weight, bias, rows, labels, host_step_offsets, needs, a, c, dtype, accum_dtype, grad_dtype, *args
-):
-    return _fake_gradients(hidden, weight, needs, dtype, grad_dtype)
-
-
-linear_reductions_fwd = register(
+linear_reductions_fwd = register_head_op(
     "linear_reductions_fwd",
-    f"({_HEAD}, {_REFERENCE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _REFERENCE,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_reductions_fwd,
     _linear_reductions_fwd_fake,
 )
 
-linear_reductions_bwd = register(
+linear_reductions_bwd = register_head_op(
     "linear_reductions_bwd",
-    f"({_HEAD}, {_REFERENCE}, Tensor lse, Tensor ref_lse, Tensor coefs) -> (Tensor, Tensor, Tensor)",
+    f"{_REFERENCE}, Tensor lse, Tensor ref_lse, Tensor coefs",
+    "(Tensor, Tensor, Tensor)",
     _linear_reductions_bwd,
-    _linear_reductions_bwd_fake,
+    lambda call, *args: call.fake_results(),
 )
 
 
-class LinearReductionsRoute(torch.autograd.Function):
-    """(N0, H) hidden, (V, H) weight, (V,) bias -> tokens, entropy, sum_p2, kl, (N,) each; kl is empty without a
-    reference, whose hidden states (N0, H'), weight (V, H') and bias are constants."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ref: tuple[Tensor | None, Tensor | None, Tensor | None],
-        layout: StepLayout,
-        settings: LinearSettings,
-    ):
-        needs = settings.needs(ctx)
-        args = (hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets)
-        tokens, lse, entropy, sum_p2, kl, ref_lse = linear_reductions_fwd(
-            *args, [False] * 3, *settings.op_args(weight), *ref
-        )
-        if any(needs):
-            ctx.save_for_backward(*args, *ref, lse, ref_lse, entropy, sum_p2)
-        ctx.needs, ctx.settings, ctx.dtypes = needs, settings, (hidden.dtype, None if bias is None else bias.dtype)
-        if ref[0] is None:
-            ctx.mark_non_differentiable(kl)
-        ctx.set_materialize_grads(False)
-        return tokens, entropy, sum_p2, kl
-
-    @staticmethod
-    def backward(ctx, d_tokens, d_entropy, d_sum_p2, d_kl):
-        upstream = (d_tokens, d_entropy, d_sum_p2, d_kl)
-        if all(d is None for d in upstream):
-            return (None,) * 6
-        refuse_double_backward()
-        needs, settings, (dtype, bias_dtype) = ctx.needs, ctx.settings, ctx.dtypes
-        *args, lse, ref_lse, entropy, sum_p2 = ctx.saved_tensors
-        if args[6] is None:
-            d_kl = None  # compiled, the empty output gets an empty gradient
-        args, ref = args[:6], args[6:] if d_kl is not None else (None, None, None)
-        coefs = gradient_coefs(entropy, sum_p2, d_tokens, d_entropy, d_sum_p2, d_kl)
-        d_hidden, d_weight, d_bias = linear_reductions_bwd(
-            *args, needs, *settings.op_args(args[1]), *ref, lse, ref_lse, coefs
-        )
-        return (
-            d_hidden.to(dtype) if needs[0] else None,
-            settings.deliver_weight(d_weight, coefs.new_ones(())) if needs[1] else None,
-            d_bias.to(bias_dtype) if needs[2] else None,
-            None,
-            None,
-            None,
-        )
+KlReference = tuple[Tensor | None, Tensor | None, Tensor | None]  # hidden (N0, H'), weight (V, H'), bias (V,)
 
 
-def kl_reference(ref_hidden, ref_weight, ref_bias, weight, bias, layout) -> tuple[Tensor | None, ...]:
+def logps_with_reductions(call: LinearCall, ref: KlReference, *, entropy: bool, sum_p2: bool) -> StepLogps:
+    """Step log-probs with the reductions that are asked for; kl where there is a reference."""
+    layout, settings = call.layout, call.settings
+    name = backends.with_reductions(settings.requested, settings.backend)
+    for argument, given in (("tp_group", settings.tp_group != ""), ("weight_grad", settings.weight_grad is not None)):
+        if name != settings.backend and given:
+            raise ValueError(
+                f"{argument}: {settings.backend!r} has no entropy, sum_p2 or kl, and 'reference' no {argument}"
+            )
+    if name == "reference":
+        logits = reference_logits(call.hidden, call.weight, call.bias, layout, settings)
+        ref_logits = None if ref[0] is None else reference_logits(*ref, layout, settings)
+        rows = torch.arange(layout.num_rows, device=call.hidden.device)
+        tokens = reference.token_logps(logits, rows, layout.labels, settings.a, settings.c)
+        values = reference.row_reductions(logits, rows, ref_logits, settings.a, settings.c)
+    else:
+        tokens, *values = LinearReductionsRoute.apply(call.hidden, call.weight, call.bias, ref, layout, settings)
+    return with_reductions(
+        tokens, step_sums(tokens, layout, name), layout, values, (entropy, sum_p2, ref[0] is not None)
+    )
+
+
+def kl_reference(
+    call: LinearCall, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None
+) -> KlReference:
     """(N0, H') hidden states, (V, H') weight and (V,) bias of the reference; all None without one."""
+    weight, bias, layout = call.weight, call.bias, call.layout
     if ref_hidden is None:
+        if ref_weight is not None or ref_bias is not None:
+            raise ValueError(
+                "kl_ref_hidden: expected the reference's hidden states beside its weight or bias, got None"
+            )
         return None, None, None
     if ref_weight is None and ref_bias is None:
         ref_weight, ref_bias = weight, bias
@@ -163,26 +129,49 @@ def kl_reference(ref_hidden, ref_weight, ref_bias, weight, bias, layout) -> tupl
     return ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(), ref_bias
 
 
-def linear_reductions(
-    hidden, weight, bias, ref, layout, entropy: bool, sum_p2: bool, settings: LinearSettings, requested: str, tp_group
-) -> StepLogps:
-    name = backends.with_reductions(requested, settings.backend)
-    for argument, value in (("tp_group", tp_group), ("weight_grad", settings.weight_grad)):
-        if name != settings.backend and value is not None:
-            raise ValueError(
-                f"{argument}: {settings.backend!r} has no entropy, sum_p2 or kl, and 'reference' no {argument}"
-            )
-    if name == "reference":
-        logits = reference_logits(hidden, weight, bias, layout, settings)
-        ref_logits = None if ref[0] is None else reference_logits(*ref, layout, settings)
-        rows = torch.arange(layout.num_rows, device=hidden.device)
-        tokens = reference.token_logps(logits, rows, layout.labels, settings.a, settings.c)
-        values = reference.row_reductions(logits, rows, ref_logits, settings.a, settings.c)
-        sums = reference.step_sums(tokens, layout.weights, layout.step_of_row, layout.num_steps)
-    else:
-        tokens, *values = LinearReductionsRoute.apply(hidden, weight, bias, ref, layout, settings)
-        sums = StepSums.apply(tokens, layout, name)
-    return StepLogps(
-        sums, layout.counts, tokens, values[0] if entropy else None, values[1] if sum_p2 else None,
-        None if ref[0] is None else values[2],
-    )  # fmt: skip
+class LinearReductionsRoute(torch.autograd.Function):
+    """(N0, H) hidden, (V, H) weight, (V,) bias -> tokens, entropy, sum_p2, kl, (N,) each; kl is empty without a
+    reference, whose hidden states (N0, H'), weight (V, H') and bias are constants."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ref: tuple[Tensor | None, Tensor | None, Tensor | None],
+        layout: StepLayout,
+        settings: LinearSettings,
+    ):
+        needs = settings.needs(ctx)
+        args = (hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets)
+        tokens, lse, entropy, sum_p2, kl, ref_lse = linear_reductions_fwd(*settings.op_args(*args, [False] * 3), *ref)
+        if any(needs):
+            ctx.save_for_backward(*args, *ref, lse, ref_lse, entropy, sum_p2)
+        ctx.needs, ctx.settings, ctx.dtypes = needs, settings, (hidden.dtype, None if bias is None else bias.dtype)
+        if ref[0] is None:
+            ctx.mark_non_differentiable(kl)
+        ctx.set_materialize_grads(False)
+        return tokens, entropy, sum_p2, kl
+
+    @staticmethod
+    def backward(ctx, d_tokens, d_entropy, d_sum_p2, d_kl):
+        upstream = (d_tokens, d_entropy, d_sum_p2, d_kl)
+        if all(d is None for d in upstream):
+            return (None,) * 6
+        refuse_double_backward()
+        needs, settings, (dtype, bias_dtype) = ctx.needs, ctx.settings, ctx.dtypes
+        *args, lse, ref_lse, entropy, sum_p2 = ctx.saved_tensors
+        if args[6] is None:
+            d_kl = None  # compiled, the empty output gets an empty gradient
+        args, ref = args[:6], args[6:] if d_kl is not None else (None, None, None)
+        coefs = gradient_coefs(entropy, sum_p2, d_tokens, d_entropy, d_sum_p2, d_kl)
+        d_hidden, d_weight, d_bias = linear_reductions_bwd(*settings.op_args(*args, needs), *ref, lse, ref_lse, coefs)
+        return (
+            d_hidden.to(dtype) if needs[0] else None,
+            settings.deliver_weight(d_weight, coefs.new_ones(())) if needs[1] else None,
+            d_bias.to(bias_dtype) if needs[2] else None,
+            None,
+            None,
+            None,
+        )

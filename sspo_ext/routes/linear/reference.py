@@ -7,18 +7,20 @@ from torch import Tensor
 
 from ...backends import reference
 from ...layout.steps import StepLayout
-from .settings import LinearSettings
+from .settings import LinearCall, LinearSettings
 
 
-def _reference_tokens(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, layout: StepLayout, settings: LinearSettings
-) -> Tensor:
-    rows = torch.arange(layout.num_rows, device=hidden.device)
-    logits = reference_logits(hidden, weight, bias, layout, settings)
+def reference_tokens(call: LinearCall) -> Tensor:
+    """(N,) token log-probs."""
+    layout, settings = call.layout, call.settings
+    rows = torch.arange(layout.num_rows, device=call.hidden.device)
+    logits = reference_logits(call.hidden, call.weight, call.bias, layout, settings)
     return reference.token_logps(logits, rows, layout.labels, settings.a, settings.c)
 
 
-def reference_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, layout: StepLayout, settings) -> Tensor:
+def reference_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, layout: StepLayout, settings: LinearSettings
+) -> Tensor:
     """(1, N, V) logits of the scored rows."""
     dtype = settings.dtype
     bias = None if bias is None else bias.to(dtype)

@@ -1,4 +1,4 @@
-"""The linear route: step log-probs and losses from hidden states and the LM head, without ever storing the logits."""
+"""What every call of the linear route is given, checked: hidden states, LM head, layout and settings."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ... import backends
 from ..._checks import check_device, check_float, check_shape
+from ...backends.addresses import accumulator
 from ...layout.steps import StepLayout
 from ..shared import logit_map, scale_kept
-from .head import accumulator
 from .shards import local_part, shard_of
 
 
@@ -27,7 +27,8 @@ class LinearSettings:
     tp_group: str  # "": the whole vocabulary is here
     vocab_start: int
     vocab_rows: int  # of the largest shard
-    backend: str
+    requested: str  # the backend that was asked for
+    backend: str  # the one that runs
     weight_grad: Tensor | None
     record: bool  # whether autograd was on; inside an autograd.Function it never is
 
@@ -40,10 +41,14 @@ class LinearSettings:
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         return self.dtype == torch.float16 and self.record and trained
 
-    def op_args(self, weight: Tensor) -> tuple:
+    def op_args(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor, offsets: Tensor,
+        needs: list[bool],
+    ) -> tuple:  # fmt: skip
+        """What every op of the route begins with: the fields of `ops.HeadCall`."""
         grad_dtype = weight.dtype if self.weight_grad is None else self.weight_grad.dtype
         return (
-            self.a, self.c, self.dtype, self.accum_dtype, grad_dtype, self.chunk_bytes, self.tp_group, self.vocab_start,
+            hidden, weight, bias, rows, labels, offsets, needs, self.a, self.c, self.dtype, self.accum_dtype, grad_dtype, self.chunk_bytes, self.tp_group, self.vocab_start,
             self.vocab_rows, self.backend,
         )  # fmt: skip
 
@@ -55,11 +60,32 @@ class LinearSettings:
         return None
 
 
-def _prepare(
+@dataclass(frozen=True, eq=False)
+class LinearCall:
+    """The checked arguments of one call; each function of the route is one choice of what to make of them."""
+
+    hidden: Tensor  # (N0, H)
+    weight: Tensor  # (V, H), or this rank's rows of it
+    bias: Tensor | None  # (V,)
+    layout: StepLayout
+    settings: LinearSettings
+
+    @property
+    def acc_dtype(self) -> torch.dtype:
+        return accumulator(self.settings.dtype)
+
+    @property
+    def needs(self) -> list[bool]:
+        """Which of hidden, weight and bias want a gradient."""
+        tensors = (self.hidden, self.weight, self.bias)
+        return [self.settings.record and t is not None and t.requires_grad for t in tensors]
+
+
+def prepare(
     hidden, weight, bias, layout, temperature, logit_softcap, logit_scale, chunk_bytes, accum_dtype, weight_grad,
     tp_group, backend,
-) -> tuple[Tensor, Tensor, Tensor | None, LinearSettings]:  # fmt: skip
-    """Checks; returns (N0, H) hidden states, the local (V, H) weight and (V,) bias, and the call's settings."""
+) -> LinearCall:  # fmt: skip
+    """Checks what every function of the linear route takes; DTensors become their local part."""
     if not isinstance(layout, StepLayout):
         raise TypeError(
             f"layout: expected a StepLayout, got {type(layout).__name__}; StepLayout.from_step_ids(labels, step_ids) "
@@ -106,7 +132,7 @@ def _prepare(
         raise ValueError("backend: 'reference' has neither tp_group nor weight_grad; use another backend")
     a, c = logit_map(temperature, logit_softcap, logit_scale)
     settings = LinearSettings(
-        a, c, dtype, accum_dtype, chunk_bytes or 0, shard.group_name, shard.start, shard.largest, name, weight_grad,
-        torch.is_grad_enabled(),
+        a, c, dtype, accum_dtype, chunk_bytes or 0, shard.group_name, shard.start, shard.largest, backend, name,
+        weight_grad, torch.is_grad_enabled(),
     )  # fmt: skip
-    return hidden.reshape(-1, hidden.shape[-1]), weight, bias, settings
+    return LinearCall(hidden.reshape(-1, hidden.shape[-1]), weight, bias, layout, settings)

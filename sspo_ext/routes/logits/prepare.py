@@ -1,11 +1,15 @@
-"""Step log-probabilities from logits, and the autograd.Function that every loss on the logits route goes through."""
+"""What every call of the logits route is given, checked: logits, layout, logit map, backend."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 from ... import backends
 from ..._checks import check_float, check_tensor
+from ...backends.addresses import accumulator
 from ...layout.steps import StepLayout
 from ..shared import logit_map
 
@@ -29,29 +33,45 @@ def layout_of(
     return built.to(logits.device)
 
 
+@dataclass(frozen=True, eq=False)
+class LogitsCall:
+    """The checked arguments of one call; each function of the route is one choice of what to make of them."""
+
+    logits: Tensor  # (B, T, V), last dimension contiguous
+    layout: StepLayout
+    a: float  # the logit map, see `shared.logit_map`
+    c: float
+    requested: str  # the backend that was asked for
+    backend: str  # the one that runs
+    inplace_backward: bool
+
+    @property
+    def acc_dtype(self) -> torch.dtype:
+        return accumulator(self.logits.dtype)
+
+
 def prepare(
     logits: Tensor, layout: StepLayout, temperature: float, logit_softcap: float | None, logit_scale: float,
     backend: str, inplace_backward: bool,
-) -> tuple[Tensor, tuple[float, float], str]:  # fmt: skip
-    """Checks what every function of the logits route takes; returns (B, T, V) logits, the logit map and the backend's
-    name."""
+) -> LogitsCall:  # fmt: skip
+    """Checks what every function of the logits route takes."""
     check_float("logits", logits)
     if logits.device != layout.device:
         raise ValueError(
             f"layout: expected it on {logits.device}, where logits is (layout.to(...)), got {layout.device}"
         )
-    mapped = logit_map(temperature, logit_softcap, logit_scale)
+    a, c = logit_map(temperature, logit_softcap, logit_scale)
     name = backends.select(backend, logits.device.type, logits.dtype)
     if inplace_backward and name == "reference":
-        raise ValueError(_no_inplace(logits, "no other runs here"))
+        raise ValueError(no_inplace(logits, "no other runs here"))
     if inplace_backward and _may_overlap(logits):
         raise ValueError(
             f"inplace_backward: expected logits whose elements do not share memory, got strides {logits.stride()}"
         )
-    return layout.check_logits(logits), mapped, name
+    return LogitsCall(layout.check_logits(logits), layout, a, c, backend, name, inplace_backward)
 
 
-def _no_inplace(logits: Tensor, others: str) -> str:
+def no_inplace(logits: Tensor, others: str) -> str:
     reasons = backends.reasons(logits.device, logits.dtype)
     return f"inplace_backward: the reference backend cannot write over the logits, and {others} ({reasons})"
 

@@ -11,9 +11,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends import ops
+from ... import backends
+from ..._checks import check_device, check_float, check_shape
+from ...backends import ops, reference
 from ...layout.steps import StepLayout
+from ...objective.sums import StepLogps, step_sums, with_reductions
 from ..shared import gradient_coefs, refuse_double_backward
+from .prepare import LogitsCall, no_inplace
+
+
+def logps_with_reductions(call: LogitsCall, ref_logits: Tensor | None, *, entropy: bool, sum_p2: bool) -> StepLogps:
+    """Step log-probs with the reductions that are asked for; kl where there are logits of a reference."""
+    logits, layout = call.logits, call.layout
+    if ref_logits is not None:
+        ref_logits = _checked_reference(ref_logits, call)
+    name = backends.with_reductions(call.requested, call.backend)
+    if call.inplace_backward and name == "reference":
+        raise ValueError(no_inplace(logits, "no other has entropy, sum_p2 and kl here"))
+    if name == "reference":
+        tokens = reference.token_logps(logits, layout.rows, layout.labels, call.a, call.c)
+        values = reference.row_reductions(logits, layout.rows, ref_logits, call.a, call.c)
+    else:
+        tokens, *values = ReductionsRoute.apply(
+            logits, ref_logits, layout, call.a, call.c, (entropy, sum_p2), name, call.inplace_backward
+        )
+    return with_reductions(
+        tokens, step_sums(tokens, layout, name), layout, values, (entropy, sum_p2, ref_logits is not None)
+    )
+
+
+def _checked_reference(ref_logits: Tensor, call: LogitsCall) -> Tensor:
+    check_float("kl_ref_logits", ref_logits, ndim=(2, 3))
+    check_device("kl_ref_logits", ref_logits, call.logits.device, "logits")
+    check_shape("kl_ref_logits", ref_logits, tuple(call.logits.shape[3 - ref_logits.ndim :]))
+    ref_logits = call.layout.check_logits(ref_logits.detach(), "kl_ref_logits")
+    if ref_logits.dtype != call.logits.dtype:
+        raise TypeError(f"kl_ref_logits: expected {call.logits.dtype}, as the logits are, got {ref_logits.dtype}")
+    return ref_logits
 
 
 class ReductionsRoute(torch.autograd.Function):

@@ -1,14 +1,45 @@
-"""The autograd.Function of the logits route."""
+"""The logits route: log-probs and losses of a batch of logits, by one autograd.Function or by the reference.
+
+The choice between the two is made here and nowhere else.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ...backends import ops
+from ...backends import ops, reference
 from ...layout.steps import StepLayout
-from ...objective.pair import PairLossSpec, step_loss
+from ...objective.pair import PairLossSpec, reference_loss, step_loss
+from ...objective.sums import row_weights, step_sums
 from ..shared import refuse_double_backward
+from .prepare import LogitsCall
+
+
+def pref(call: LogitsCall, spec: PairLossSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """loss (), step sums (S,), pair losses of each term (C, P)."""
+    if call.backend == "reference":
+        return reference_loss(reference_tokens(call), call.layout, spec)
+    loss, sums, _, losses = _apply(call, spec)
+    return loss, sums, losses
+
+
+def logps(call: LogitsCall) -> tuple[Tensor, Tensor]:
+    """Token log-probs (N,), step sums (S,)."""
+    if call.backend == "reference":
+        tokens = reference_tokens(call)
+        return tokens, step_sums(tokens, call.layout, call.backend)
+    _, sums, tokens, _ = _apply(call, None)
+    return tokens, sums
+
+
+def reference_tokens(call: LogitsCall) -> Tensor:
+    """(N,) token log-probs by plain torch."""
+    return reference.token_logps(call.logits, call.layout.rows, call.layout.labels, call.a, call.c)
+
+
+def _apply(call: LogitsCall, spec: PairLossSpec | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return LogitsRoute.apply(call.logits, call.layout, spec, call.a, call.c, call.backend, call.inplace_backward)
 
 
 class LogitsRoute(torch.autograd.Function):
@@ -30,7 +61,7 @@ class LogitsRoute(torch.autograd.Function):
         inplace_backward: bool,
     ):
         tokens, lse = ops.token_logp_fwd(logits, layout.rows, layout.labels, a, c, backend)
-        weights = None if layout.weights is None else layout.weights.to(tokens.dtype).contiguous()
+        weights = row_weights(layout, tokens.dtype)
         loss, sums, pair_losses, coef = step_loss(tokens, weights, layout, spec, backend)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(logits, lse, coef, weights, layout.labels, layout.row_of, layout.step_of_row)
