@@ -9,7 +9,14 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from ..layout.steps import StepLayout
+from ..losses.policy import StepPolicyOutput
 from ..losses.pref import StepPrefOutput
+
+_POLICY_METRICS = (
+    "kl", "entropy", "ratio/mean", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
+    "steps/logps", "steps/tokens",
+)  # fmt: skip
 
 _COUNTS = ("pairs/count", "pairs/dropped", "steps/count", "steps/empty")
 
@@ -58,6 +65,13 @@ class Sums:
         """Adds the sum of `count` values."""
         entry = self.sums[name]
         entry[0], entry[1] = entry[0] + total, entry[1] + count
+
+    def add_loss(self, out: StepPolicyOutput, layout: StepLayout) -> None:
+        """Adds the metrics of a policy loss, each times the number of tokens or steps it is a mean of."""
+        for name, value in out.metrics.items():
+            if name in _POLICY_METRICS:
+                count = layout.num_steps if name.startswith("steps/") else layout.num_rows
+                self.add(name, value.detach().float() * count, count)
 
     @contextlib.contextmanager
     def phase(self, name: str):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -95,16 +96,35 @@ def check_processes(args) -> None:
         )
 
 
+class ModelCall(NamedTuple):
+    """A model's forward, ready for a loss function of its route.
+
+    Attributes:
+        inputs: The function's first arguments: hidden states and the LM head's weight, or logits.
+        options: The options that the route needs.
+        outputs: What the model returned.
+    """
+
+    inputs: tuple[Tensor, ...]
+    options: dict[str, Any]
+    outputs: Any
+
+
+def call_model(model: nn.Module, batch: dict, route: str, chunk_bytes: int | None) -> ModelCall:
+    """Runs the model on a batch, up to its hidden states or its logits."""
+    if route == "linear":
+        hidden, outputs = forward_hidden(model, **model_inputs(batch))
+        head = model_head(model)
+        return ModelCall((hidden, head.weight), {**head.options, "chunk_bytes": chunk_bytes}, outputs)
+    outputs = model(**model_inputs(batch), use_cache=False)
+    return ModelCall((text_logits(outputs, batch["layout"]),), {}, outputs)
+
+
 def batch_logps(model: nn.Module, batch: dict, route: str, *, chunk_bytes: int | None = None, **options) -> StepLogps:
     """Runs the model and returns the log-probs of the batch's layout, as the loss of the same route sees them."""
-    if route == "linear":
-        hidden, _ = forward_hidden(model, **model_inputs(batch))
-        head = model_head(model)
-        return linear_step_logps(
-            hidden, head.weight, batch["layout"], **options, **head.options, chunk_bytes=chunk_bytes
-        )
-    outputs, layout = model(**model_inputs(batch), use_cache=False), batch["layout"]
-    return step_logps(text_logits(outputs, layout), layout, **options)
+    call = call_model(model, batch, route, chunk_bytes)
+    logps: Callable[..., StepLogps] = linear_step_logps if route == "linear" else step_logps
+    return logps(*call.inputs, batch["layout"], **options, **call.options)
 
 
 def text_logits(outputs, layout: StepLayout) -> Tensor:

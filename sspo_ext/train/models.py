@@ -7,8 +7,10 @@ import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -58,6 +60,23 @@ def load_model(
     with _named(name_or_path):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     return (rebuild_gguf(model) if gguf else model), tokenizer
+
+
+def model_and_tokenizer(model, tokenizer) -> tuple[Any, Any]:
+    """Loads `model` and its tokenizer if it is a name or a path. A tokenizer that is given stays."""
+    if not isinstance(model, (str, os.PathLike)):
+        return model, tokenizer
+    loaded, its_tokenizer = load_model(model)
+    return loaded, tokenizer or its_tokenizer
+
+
+def with_adapter(model: nn.Module, peft_config) -> Any:
+    """Wraps the model in a new adapter."""
+    from peft import PeftModel, get_peft_model
+
+    if isinstance(model, PeftModel):
+        raise ValueError("peft_config: expected None for a PeftModel, which has an adapter; or merge that")
+    return get_peft_model(cast(PreTrainedModel, model), peft_config)
 
 
 def load_tokenizer(name_or_path: str | os.PathLike, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

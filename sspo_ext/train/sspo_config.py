@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -172,9 +172,7 @@ class SSPOConfig(TrainingArguments):
     def _check_signals(self) -> None:
         split_text("", self.split_by)
         if self.split_by == "numbered":
-            raise ValueError(
-                "split_by: expected newline, blank_line or a regex, got 'numbered', which no single token shows"
-            )
+            raise ValueError("split_by: 'numbered' shows in no single token; expected newline, blank_line or a regex")
         as_probe(self.probe)
         given = dictionary(self.probe_options)
         known = [name for name in inspect.signature(check_probe_options).parameters if name != "grader"]
@@ -249,6 +247,15 @@ class SSPOConfig(TrainingArguments):
         given |= {"turn": True} if self.probe_turn else {}
         given |= {"chat_template_kwargs": self.chat_template_kwargs} if self.chat_template_kwargs else {}
         return replace(as_probe(self.probe), **given)
+
+    @property
+    def loss_arguments(self) -> dict[str, Any]:
+        """The arguments of `step_policy_loss` that are settings: the same for every batch."""
+        return {
+            "loss_type": self.loss_type, "kl_coef": self.beta, "kl_estimator": self.kl_estimator,
+            "entropy_coef": self.entropy_coef, "aggregation": self.aggregation, "temperature": self.temperature,
+            "backend": self.backend, **dictionary(self.loss_options), **self.formula_options,
+        }  # fmt: skip
 
     @property
     def formula_options(self) -> dict[str, float]:
