@@ -1,5 +1,7 @@
-"""Thin trainers on transformers.Trainer. Names are imported when they are first asked for: the command line's help must
-not wait for transformers."""
+"""Thin trainers on `transformers.Trainer`, and what they need.
+
+Names are imported when they are first used, so that the command line's help does not wait for transformers.
+"""
 
 from importlib import import_module
 

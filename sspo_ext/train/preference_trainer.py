@@ -31,7 +31,7 @@ from .whole_batches import whole_batches
 
 
 class StepPreferenceTrainer(StepTrainer):
-    """Trains a causal LM on preference rows, with a loss on the log-probs of steps.
+    r"""Trains a causal LM on preference rows, with a loss on the log-probs of steps.
 
     The reference's step log-probs are computed once, before training, and cached on disk. The loss then needs no
     reference model.
@@ -57,7 +57,7 @@ class StepPreferenceTrainer(StepTrainer):
     Example:
         >>> import tempfile
         >>> from sspo_ext.train import StepPreferenceConfig, StepPreferenceTrainer, load_preference_rows, tokenize_rows
-        >>> pair = {"prompt": "2 + 3 = ? \\n", "chosen": "2 + 3 = 5 \\n #### 5", "rejected": "2 + 3 = 6 \\n #### 6"}
+        >>> pair = {"prompt": "2 + 3 = ? \n", "chosen": "2 + 3 = 5 \n #### 5", "rejected": "2 + 3 = 6 \n #### 6"}
         >>> rows = tokenize_rows(load_preference_rows([pair]), tokenizer)
         >>> args = StepPreferenceConfig(
         ...     tempfile.mkdtemp(), beta=0.1, max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True

@@ -50,7 +50,7 @@ from .sspo_inputs import check_batch, check_datasets, check_given, frozen_copy, 
 
 
 class SSPOTrainer(StepTrainer):
-    """Trains a causal LM on prompts with answers, by self-traced step-wise policy optimisation (SSPO).
+    r"""Trains a causal LM on prompts with answers, by self-traced step-wise policy optimisation (SSPO).
 
     One update completes prompts with the policy, grades the answers, asks the policy itself what every prefix is worth,
     turns these values into step advantages by GAE over steps, and takes one policy-gradient step. The rewards see no
@@ -84,7 +84,7 @@ class SSPOTrainer(StepTrainer):
     Example:
         >>> import tempfile
         >>> from sspo_ext.train import SSPOConfig, SSPOTrainer
-        >>> rows = [{"prompt": f"{a} + {a} = ? \\n", "answer": str(2 * a)} for a in range(2, 10)]
+        >>> rows = [{"prompt": f"{a} + {a} = ? \n", "answer": str(2 * a)} for a in range(2, 10)]
         >>> args = SSPOConfig(
         ...     tempfile.mkdtemp(), per_device_train_batch_size=8, num_generations=4, max_completion_length=8,
         ...     max_steps=1, probe="####", use_cpu=True, report_to="none", disable_tqdm=True,
