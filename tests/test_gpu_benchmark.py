@@ -9,7 +9,6 @@ swapped -> test_checks_are_those_of_the_device.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
 gpu = pytest.importorskip("benchmarks.kernels.gpu", reason="not a checkout of the repository")
+from benchmarks import records  # noqa: E402
 from benchmarks.speed import peers  # noqa: E402
 from sspo_ext import backends  # noqa: E402
 
@@ -37,7 +37,8 @@ def test_it_runs_on_the_cpu(tmp_path, capsys):
     gpu.main([*QUICK, "--no-tests", "--out", str(tmp_path)])
     said = capsys.readouterr().out
     assert "NO GPU times" in said and said.count("torch.compile of it was not run: left out by --without") == 2
-    kernels = json.loads((tmp_path / "kernels.json").read_text())
+    tables = {row["name"]: row for row in records.read(tmp_path / "tables.jsonl")}
+    kernels = tables["kernels"]
     assert {(row[0], row[2], row[3]) for row in kernels["rows"]} == {
         (kernel, V, dtype)
         for kernel in ("token_logp_fwd", "token_logp_bwd")
@@ -45,7 +46,7 @@ def test_it_runs_on_the_cpu(tmp_path, capsys):
         for dtype in ("bf16", "fp32")
     }
     assert all(row[5] > 0 and row[-1] == "-" for row in kernels["rows"]), "a CPU has no prediction"
-    losses = json.loads((tmp_path / "loss-bf16-2003.json").read_text())
+    losses = tables["loss-bf16-2003"]
     names = [row[0] for row in losses["rows"]]
     assert names[:2] == ["sspo_ext cpu, in place", "sspo_ext cpu, new buffer"] and "F.cross_entropy" in names
     assert "one copy of the logits" in names and (tmp_path / "RESULTS.md").exists()
@@ -83,12 +84,11 @@ def test_predictions_are_those_of_the_gpu(tmp_path, monkeypatch):
             "predicted": {m: {"bound": "memory", "share_of_bandwidth": share} for m, share in machines.items()},
         }  # fmt: skip
 
-    path = tmp_path / "machine-code.json"
-    path.write_text(
-        json.dumps(
-            [report("Triton", {"H100": 1.0, "H200": 0.9}), report("CUDA C++", {"A100": 0.8}),
-             report("Triton, softcap", {"H100": 0.1}), report("Triton", {}) | {"predicted": None}]
-        )
+    path = tmp_path / "machine-code.jsonl"
+    records.write(
+        path,
+        [{"versions": ""}, report("Triton", {"H100": 1.0, "H200": 0.9}), report("CUDA C++", {"A100": 0.8}),
+         report("Triton, softcap", {"H100": 0.1}), report("Triton", {}) | {"predicted": None}],
     )  # fmt: skip
     monkeypatch.setattr(gpu, "PREDICTIONS", path)
     found = gpu.predictions("NVIDIA H100 80GB HBM3")

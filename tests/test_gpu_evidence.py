@@ -22,7 +22,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 pytest.importorskip("benchmarks.kernels.torch_traffic", reason="not a checkout of the repository")
-from benchmarks.kernels import disassembly  # noqa: E402
+from benchmarks import records  # noqa: E402
+from benchmarks.kernels import disassembly, record  # noqa: E402
 from benchmarks.kernels.bounds import bounds, bounds_table  # noqa: E402
 from benchmarks.kernels.torch_traffic import count_torch  # noqa: E402
 
@@ -67,15 +68,14 @@ def test_bytes_in_flight_amd():
 
 
 def a_report(**changes):
-    machine_code = pytest.importorskip("benchmarks.kernels.machine_code")
-    report = machine_code.Report(
+    report = record.Report(
         "token_logp_fwd", "bfloat16", "Triton", "90", num_warps=4, registers=64, shared_bytes=0, spills=0,
         loads={16: 4}, stores={}, elements=32, loop_instructions=32 * 7, loop_special=33, loop_loads={16: 4},
         loop_stores={}, loop_bytes_in_flight=64,
     )  # fmt: skip
     for name, value in changes.items():
         setattr(report, name, value)
-    report.predicted = {m.name: machine_code.predict(report, m) for m in machine_code.MACHINES if m.arch == "90"}
+    report.predicted = {m.name: record.predict(report, m) for m in record.MACHINES if m.arch == "90"}
     return report
 
 
@@ -129,15 +129,8 @@ def test_torch_traffic_by_hand():
 # ---- the numbers that docs/gpu.md quotes
 
 
-def committed(name: str):
-    path = RESULTS / name
-    if not path.exists():
-        pytest.skip(f"{name} was not made")
-    return json.loads(path.read_text())
-
-
 def test_committed_traffic_is_the_minimum():
-    rows = [row for row in committed("traffic.json") if row["method"].startswith("sspo_ext")]
+    rows = [row for row in records.read(RESULTS / "traffic.jsonl")[1:] if row["method"].startswith("sspo_ext")]
     assert {row["V"] for row in rows} == {32000, 50257, 128256, 151936, 256000}
     assert {row["dtype"] for row in rows} == {"bfloat16", "float32"} and len(rows) == 2 * 2 * 5
     assert all(row["launches"] == 3 and 1 <= row["of_minimum"] <= 1.02 for row in rows)
@@ -145,12 +138,8 @@ def test_committed_traffic_is_the_minimum():
 
 def test_committed_machine_code_meets_every_bound():
     machine_code = pytest.importorskip("benchmarks.kernels.machine_code")
-    rows = committed("machine-code.json")
-    for row in rows:
-        del row["instructions_per_element"]
-        for name in ("loads", "stores", "loop_loads", "loop_stores"):
-            row[name] = {int(width): count for width, count in (row[name] or {}).items()}
-    ours = [machine_code.Report(**row) for row in rows if row["facts"].startswith(("Triton", "CUDA C++"))]
+    reports = machine_code.load(RESULTS / "machine-code.jsonl")[1]
+    ours = [report for report in reports if report.facts.startswith(("Triton", "CUDA C++"))]
     assert {r.arch for r in ours} == {"80", "90", "100", "gfx942"}
     missed = [(b.demand, b.report.kernel, b.report.arch, b.report.facts, b.got) for b in bounds(ours) if not b.met]
     assert not missed
@@ -181,7 +170,7 @@ def test_peers_compile_by_their_own_launch_code(tmp_path):
     pytest.importorskip("triton")
     pytest.importorskip("trl.kernels")
     script = (
-        "import json; from dataclasses import asdict; from benchmarks import peer_code\n"
+        "import json; from dataclasses import asdict; from benchmarks.kernels import peer_code\n"
         "peer_code.PEERS = {k: v for k, v in peer_code.PEERS.items() if k.startswith('TRL')}\n"
         "print(json.dumps([asdict(r) for r in peer_code.reports(['90'], ['bfloat16'])]))"
     )

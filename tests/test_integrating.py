@@ -1,6 +1,8 @@
 """docs/integrating.md, as written: its snippets run, and do what the page says of them.
 
 Mutations of the page, each caught by the test named:
+  no reference, in either call; another beta; an import left out       test_plain_loop
+  an import left out                                                    test_trainer
   loss_is_scaled_for_ga = False; sequences counted in place of pairs; no num_items; no reference
                                                           test_trainer_of_your_own
   a span moved by one; spans counted from a sequence's start            test_packed_spans
@@ -9,13 +11,13 @@ Mutations of the page, each caught by the test named:
 The Trainer was also run on two processes, micro-batches of unequal numbers of pairs: 1e-7 from one big batch.
 """
 
-import re
+import json
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
 from helpers_tokenizer import byte_tokenizer
+from test_docs import DOCS, blocks
 from test_trainer import batch_loss, make_features, make_model
 
 from sspo_ext.data.collator import StepPreferenceCollator
@@ -24,12 +26,18 @@ from sspo_ext.losses.policy import step_policy_loss
 from sspo_ext.losses.pref import step_pref_loss
 
 transformers = pytest.importorskip("transformers")
-PAGE = (Path(__file__).parents[1] / "docs" / "integrating.md").read_text(encoding="utf-8")
+PYTHON = [block.text for block in blocks(DOCS / "integrating.md") if block.language == "python"]
+MARKS = ("rows: [chosen_0", "delimiter_mask(tokenizer, by", "from sspo_ext.hf", "AutoTokenizer", "class StepTrainer",
+         "class StepDPOTrainer", "step_spans")  # fmt: skip
 
 
 def snippet(mark: str) -> str:
-    (found,) = [text for text in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if mark in text]
+    (found,) = [text for text in PYTHON if mark in text]
     return found
+
+
+def test_every_snippet_has_a_test():
+    assert len(PYTHON) == len(MARKS) and {snippet(mark) for mark in MARKS} == set(PYTHON)
 
 
 def parameters(model):
@@ -69,6 +77,67 @@ def test_mean_of_shards_times_world_size_is_one_batch(loss):
     assert total == sum(counts)
     mean = sum(gradient(*one, num_items=total, factor=2)[0] for one in shards) / 2
     torch.testing.assert_close(mean, want, rtol=1e-12, atol=1e-14)
+
+
+ROWS = [
+    {"prompt": "1+1=\n", "chosen": "1 and 1\nis 2\n", "rejected": "1 or 1\nis 3\n"},
+    {"prompt": "2+3=\n", "chosen": "2 and 3\nis 5\n", "rejected": "it is 4\n"},
+]
+
+
+def byte_model(tokenizer, seed=0):
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=128, eos_token_id=0, pad_token_id=0, bos_token_id=None, initializer_range=0.3,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def test_plain_loop():
+    """Steps from token ids, the loss from logits and the same loss from hidden states."""
+    tokenizer = byte_tokenizer()
+    texts = [row["prompt"] + row[side] for side in ("chosen", "rejected") for row in ROWS]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    ids, mask = batch.input_ids, batch.attention_mask
+    prompt = len(ROWS[0]["prompt"])
+    response = mask.bool() & (torch.arange(ids.shape[1]) >= prompt)
+    logged = {}
+    scope = {
+        "model": byte_model(tokenizer), "ref_model": byte_model(tokenizer, seed=1), "tokenizer": tokenizer,
+        "input_ids": ids, "attention_mask": mask, "response_mask": response, "labels": ids.where(response, -100),
+        "device": "cpu", "log": logged.update,
+    }  # fmt: skip
+    exec(snippet("delimiter_mask(tokenizer, by"), scope)
+    assert scope["step_ids"].amax(1).tolist() == [1, 1, 1, 0]
+    exec(snippet("rows: [chosen_0"), scope)
+    gradient = [p.grad.clone() for p in scope["model"].parameters()]
+    assert logged["pairs/count"] == 3 and logged["rewards/margins"] != 0
+    from_logits = scope["out"].loss
+    exec(snippet("from sspo_ext.hf"), scope)
+    torch.testing.assert_close(scope["out"].loss.detach(), from_logits.detach(), rtol=1e-4, atol=1e-5)
+    want = step_pref_loss(
+        scope["model"](ids).logits, scope["labels"], scope["step_ids"], beta=0.1, backend="reference",
+        ref=scope["ref"],
+    )  # fmt: skip
+    torch.testing.assert_close(from_logits.detach(), want.loss.detach(), rtol=1e-4, atol=1e-5)
+    want = torch.autograd.grad(want.loss, list(scope["model"].parameters()))
+    for got, true in zip(gradient, want, strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-4, atol=1e-5)
+
+
+def test_trainer(tmp_path, monkeypatch):
+    """The five lines of StepPreferenceTrainer."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    tokenizer = byte_tokenizer()
+    byte_model(tokenizer).save_pretrained("name")
+    tokenizer.save_pretrained("name")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    scope = {"name": "name"}
+    exec(snippet("AutoTokenizer"), scope)
+    assert [len(row["pairs"]) for row in scope["rows"]] == [2, 1]
+    assert any((tmp_path / "out").glob("checkpoint-*"))
 
 
 def test_trainer_of_your_own(tmp_path):
@@ -114,12 +183,6 @@ def test_packed_spans():
     torch.testing.assert_close(got.loss, want.loss)
 
 
-ROWS = [
-    {"prompt": "1+1=\n", "chosen": "1 and 1\nis 2\n", "rejected": "1 or 1\nis 3\n"},
-    {"prompt": "2+3=\n", "chosen": "2 and 3\nis 5\n", "rejected": "it is 4\n"},
-]
-
-
 @pytest.mark.parametrize("by", ["sequence", "newline"])
 def test_trl(tmp_path, by):
     """TRL's own update and metrics with one step a sequence; with steps, metrics of steps, and evaluation."""
@@ -127,12 +190,7 @@ def test_trl(tmp_path, by):
     from datasets import Dataset
 
     tokenizer = byte_tokenizer()
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=128, eos_token_id=0, pad_token_id=0, bos_token_id=None, initializer_range=0.3,
-    )  # fmt: skip
-    start, data = transformers.LlamaForCausalLM(config), Dataset.from_list(ROWS)
+    start, data = byte_model(tokenizer), Dataset.from_list(ROWS)
     args = trl.DPOConfig(
         str(tmp_path), per_device_train_batch_size=2, max_steps=3, learning_rate=0.5, optim="sgd", max_grad_norm=0.0,
         lr_scheduler_type="constant", save_strategy="no", report_to="none", use_cpu=True, bf16=False, beta=0.5,

@@ -18,8 +18,8 @@ from sspo_ext.layout.steps import StepLayout
 from sspo_ext.losses import pref_plan
 from sspo_ext.losses.logps import linear_step_logps
 from sspo_ext.losses.pref import linear_step_pref_loss
-from sspo_ext.routes import shared as autograd
-from sspo_ext.routes.linear import engine as linear_engine
+from sspo_ext.routes import shared
+from sspo_ext.routes.linear import gradients
 
 V, H, ROWS = 3000, 96, 256
 NEEDS = {
@@ -36,8 +36,8 @@ NEEDS = {
 def small_blocks(monkeypatch):
     """Work on a matrix in blocks of a few MiB is no part of the budget; at these sizes a block would be the whole
     matrix. One thread, because oneDNN packs an operand for each."""
-    monkeypatch.setattr(linear_engine, "_BLOCK_BYTES", 1 << 15)
-    monkeypatch.setattr(autograd, "_BLOCK_ELEMENTS", 1 << 13)
+    monkeypatch.setattr(gradients, "_BLOCK_BYTES", 1 << 15)
+    monkeypatch.setattr(shared, "_BLOCK_ELEMENTS", 1 << 13)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

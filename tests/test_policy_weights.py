@@ -79,7 +79,12 @@ def test_tied_weights_come_once():
 def test_what_cannot_be_merged(kind):
     model = make_model()
     if kind == "LORA":
-        model.add_adapter(KINDS["dora"]())  # transformers' own, which cannot merge
+        try:
+            model.add_adapter(KINDS["dora"]())  # transformers' own, which cannot merge
+        except ValueError as error:  # this transformers asks for a newer peft
+            if "version of PEFT" not in str(error):
+                raise
+            pytest.skip(str(error))
     else:
         config = {"PROMPT_TUNING": peft.PromptTuningConfig, "PREFIX_TUNING": peft.PrefixTuningConfig}[kind]
         model = peft.get_peft_model(model, config(num_virtual_tokens=2, **TASK))

@@ -1,4 +1,6 @@
-"""What the Triton kernels read and write, against the least that the work needs. benchmarks/traffic.py counts it.
+"""What the Triton kernels read and write, against the least that the work needs.
+
+benchmarks/kernels/traffic.py counts it.
 
 Meant to fail here: unscored rows read in the backward; the masked pass of a row loading all its lanes; a row read again
 for the label's gradient; a fourth launch.

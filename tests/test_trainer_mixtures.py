@@ -146,7 +146,7 @@ def test_config_through_json_and_arguments(tmp_path):
         (
             {"loss_type": ["sigmoid", "aot"]},
             ValueError,
-            "loss_type: 'aot' needs more than a pair.*batch_losses.aot_loss",
+            "loss_type: 'aot' needs more than a pair.*losses.aot_loss",
         ),
         ({"loss_type": ["sigmoid", "oreo"]}, ValueError, "loss_type: expected one of .*got 'oreo'"),
         ({"loss_type": ["sft", "nca_pair"], "reference_free": True}, ValueError, "reference_free: .*'nca_pair'"),

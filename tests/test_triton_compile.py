@@ -1,9 +1,9 @@
 """The Triton kernels compile ahead of time, without a GPU, to the machine code that they were written for.
 
-benchmarks/machine_code.py reads it. The bounds on instructions are above what Triton 3.9 gives (forward 5.7, backward
-5.4 an element on sm_90): versions differ by a few per cent, and what the bounds are for costs far more. Shown to fail:
-rows without `tl.multiple_of` (2-byte accesses, barriers). Meant to: max and sum over the block in each pass (barriers,
-shuffles), the label tested in the loop (instructions).
+benchmarks/kernels/machine_code.py reads it. The bounds on instructions are above what Triton 3.9 gives (forward 5.7,
+backward 5.4 an element on sm_90): versions differ by a few per cent, and what the bounds are for costs far more. Shown
+to fail: rows without `tl.multiple_of` (2-byte accesses, barriers). Meant to: max and sum over the block in each pass
+(barriers, shuffles), the label tested in the loop (instructions).
 """
 
 import json
@@ -32,7 +32,7 @@ LONGEST_HEADS = ("orpo", "sigmoid_js_divergence", "nca_pair", "sigmoid_alpha_div
 COMPILE = """
 import json, sys
 from dataclasses import asdict
-from benchmarks.machine_code import read, specialisations
+from benchmarks.kernels.machine_code import read, specialisations
 
 reports = []
 for kernel, dtype, arch, *heads in json.loads(sys.argv[1]):

@@ -3,11 +3,13 @@
     python -m benchmarks compression            # sums in English, the decisive arms, two seeds: 13 minutes
     python -m benchmarks compression --full     # three families, two languages, every arm, three seeds: hours
 
-The first was measured on two Xeon cores with other jobs beside it; the second is the sum in results/compression.
+The first time was measured on two Xeon cores beside other jobs. The second is the sum in results/compression.
 
 Tiny models first imitate a wordy teacher (`sspo_ext.demo.tasks`), then every arm trains from the same start, on as many
 updates of as many samples. The reward is whether the answer is right; only the arms called "length penalty" see length.
-Every run is a process with one thread and leaves a JSON file: the same command goes on where it was stopped.
+Every run is a process with one thread and leaves a JSON file in OUTPUT/runs. They are moved into the table
+OUTPUT/runs.parquet, from which the report is made. What is in either is not run again: the same command goes on where
+it was stopped.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from benchmarks import records
 from sspo_ext._help import DefaultsFormatter
 from sspo_ext.demo.tasks import FAMILIES, LANGUAGES
 
 from .arms import ARMS, DECISIVE
-from .report import write_report
+from .report import KEY, TABLE, write_report
 from .worker import start_folder
 
 
@@ -55,24 +58,27 @@ def main(argv: list[str] | None = None) -> None:
     output, work = Path(options.output), Path(options.work)
     (output / "runs").mkdir(parents=True, exist_ok=True)
     (work / "logs").mkdir(parents=True, exist_ok=True)
+    records.collect(output / TABLE, output / "runs", KEY)
+    done = set() if options.redo else {Run(*(row[name] for name in KEY)) for row in records.read(output / TABLE)}
+    todo = [run for run in runs if run not in done]
+    if len(todo) < len(runs):
+        print(f"{len(runs) - len(todo)} of {len(runs)} runs are recorded already")
     starts = {
-        Run(r.family, r.language, "make-start") for r in runs if not start_folder(work, r.family, r.language).is_dir()
+        Run(r.family, r.language, "make-start") for r in todo if not start_folder(work, r.family, r.language).is_dir()
     }
     execute(sorted(starts, key=lambda r: r.name), options, "start models", lambda run: 2200)
-    todo = [run for run in runs if not (output / "runs" / f"{run.name}.json").exists()]
-    if len(todo) < len(runs):
-        print(f"{len(runs) - len(todo)} of {len(runs)} runs are there already")
 
     def length(run: Run) -> int:
         arm = ARMS[run.arm]
         return arm.pair_form.rounds if arm.pair_form else options.updates * arm.trains
 
     execute(todo, options, "runs", length)
+    records.collect(output / TABLE, output / "runs", KEY)
     print(write_report(output))
 
 
 def execute(runs: list[Run], options: argparse.Namespace, title: str, length) -> None:
-    """The runs, `--jobs` at a time, each a process; stops at the first that fails."""
+    """Runs them, `--jobs` at a time, each in its own process. Stops at the first that fails."""
     waiting, going = list(runs), {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tqdm(total=sum(map(length, runs)), desc=title, unit="update", disable=not runs) as bar:
@@ -115,7 +121,7 @@ def command(run: Run, options: argparse.Namespace) -> list[str]:
 
 
 def _last_line(log: Path) -> tuple[int, str]:
-    """(updates done, what to say) from a worker's log; imitation's bar counts too."""
+    """(updates done, what to show) from a worker's log. The progress bar of imitation is read too."""
     text = log.read_text(errors="replace").replace("\r", "\n").strip().rpartition("\n")[2]
     words = text.split()
     if len(words) == 3 and words[0].isdigit():
@@ -139,7 +145,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--updates", type=int, default=40, help="of 24 problems x 8 samples")
     add("--held-out", type=int, default=400, help="problems that no arm trains on")
     add("--jobs", type=int, default=2, help="processes side by side, one thread each")
-    add("--output", default="benchmarks/results/compression", help="one JSON a run, RESULTS.md, pictures")
+    add("--redo", action="store_true", help="run again what is recorded already")
+    add("--output", default="benchmarks/results/compression", help="table of runs, RESULTS.md, pictures")
     add("--work", default="build/compression", help="start models and logs")
     options = parser.parse_args(argv)
     every = (FAMILIES, LANGUAGES, tuple(ARMS), 3)

@@ -15,14 +15,14 @@ from .pairs import PairArm
 
 
 class ZeroValues(SSPOTrainer):
-    """V = 0: what the discount does alone."""
+    """V = 0: shows what the discount alone does."""
 
     def step_values(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         return [[0.0] * (len(r.steps) + 1) for r in rollouts]
 
 
 class ShuffledValues(SSPOTrainer):
-    """The probe's values, shuffled over all states of the batch: their level without their content."""
+    """The probe's values, shuffled over all states of the batch. Their level stays, their content is lost."""
 
     def step_values(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         values = super().step_values(rollouts)

@@ -1,10 +1,11 @@
 """The pair form: step preferences between next steps of the same state, and its two controls.
 
-A round: one sampled solution to each of some new problems; at two random states of each, candidates for the next step
-(`sspo_ext.signals.trace_candidates`), ranked by what their greedy continuation earns, discounted by its steps. Every
-two candidates of one state that differ in rank are a pair; only the first token in which they differ is scored. Beside
-the pairs, the likelihood of the best candidate and its continuation. The reference is the policy at the round's start.
-The controls: the likelihood alone on the same search, and pairs of whole solutions (DPO).
+A round samples one solution to each of some new problems. At two random states of each solution it samples candidates
+for the next step (`sspo_ext.signals.trace_candidates`). A candidate's value is the reward of its greedy continuation,
+discounted by the number of steps. Every two candidates of one state with different values are a pair, of which only the
+first token that differs is scored. The likelihood of the best candidate and its continuation is added to the loss. The
+reference is the policy at the round's start. The controls are the likelihood alone, on the same search, and pairs of
+whole solutions (DPO).
 """
 
 from __future__ import annotations
@@ -49,15 +50,18 @@ class PairArm:
 
 @dataclass
 class Unit:
-    """What is shuffled and never split: the pairs of one state (or problem), and the solutions to imitate."""
+    """The pairs of one state (or problem) and the solutions to imitate. Shuffling keeps them together."""
 
     pairs: list[tuple[Scored, Scored]]  # (winner, loser)
     best: list[Scored]
 
 
 def train_pairs(trainer: SSPOTrainer, task: Task, arm: PairArm, seed: int) -> tuple[dict, int]:
-    """Trains the trainer's model; returns curves over rounds (accuracy and tokens of the sampled solutions) and the
-    number of tokens that were sampled, candidates and continuations included."""
+    """Trains the trainer's model.
+
+    Returns the curves over rounds (accuracy and tokens of the sampled solutions) and the number of sampled tokens,
+    with those of candidates and continuations.
+    """
     model, rng = trainer.model, random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arm.lr, betas=(0.9, 0.95), weight_decay=0.0)
     train = task.problems(arm.rounds * arm.problems, 1000 + seed, held_out=False)
@@ -97,7 +101,7 @@ def train_pairs(trainer: SSPOTrainer, task: Task, arm: PairArm, seed: int) -> tu
 def _of_states(
     trainer: SSPOTrainer, task: Task, rollouts: Sequence[Rollout], arm: PairArm, rng: random.Random
 ) -> tuple[list[Unit], int]:
-    """Two random states of every solution, each with its candidates; and the tokens sampled for them."""
+    """Two random states of every solution with their candidates, and the number of tokens sampled for them."""
     kept = [r for r in rollouts if r.steps]
     batch = StepBatch([r.prompt_ids for r in kept], [r.steps for r in kept])
     states = [(b, k) for b, r in enumerate(kept) for k in sorted(rng.sample(range(len(r.steps)), min(2, len(r.steps))))]
@@ -126,7 +130,7 @@ def _of_states(
 
 
 def _best(node: Node, rest: Sequence[Sequence[int]]) -> int | None:
-    """The shortest of the candidates that come out right; None if none does, and there is nothing to learn."""
+    """The shortest candidate that leads to the right answer; None if none does."""
     right = [i for i, c in enumerate(node.candidates) if c.value > 0]
     return min(right, key=lambda i: len(node.candidates[i].ids) + len(rest[i]), default=None)
 
@@ -181,7 +185,7 @@ def _reference(model, units: Sequence[Unit], pad: int) -> dict[Scored, float]:
 
 
 def _forward(model, rows: Sequence[Scored], pad: int):
-    """Hidden states, head and layout: one step a row, from its first scored token to its end."""
+    """Hidden states, LM head and layout. A row is one step, from its first scored token to its end."""
     length = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row, _ in rows])
     where = torch.arange(length)

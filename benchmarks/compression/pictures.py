@@ -22,8 +22,8 @@ GAP = 0.1
 def draw(arms: dict[str, list[dict]], path: Path, title: str) -> None:
     """Writes a PNG; nothing without matplotlib.
 
-    A mark is an arm's mean over its seeds with 1.96 standard errors over problems; a small pale one is a seed. The axis
-    of accuracy ends above what is far below the rest (`lowest_shown`), which stands with its number in a grey strip.
+    A mark is an arm's mean over its seeds with 1.96 standard errors over problems. A small pale mark is a seed. Arms
+    far below the rest (`lowest_shown`) stand in a grey strip below the axis of accuracy, with their numbers.
     """
     try:
         import matplotlib
@@ -51,8 +51,11 @@ def draw(arms: dict[str, list[dict]], path: Path, title: str) -> None:
 
 
 def lowest_shown(means: Sequence[float]) -> float:
-    """The least of these accuracies that an axis need reach to: above the widest gap between two neighbours, where that
-    is over 0.1 and at least half of them lie above it; else the least of all."""
+    """The lowest accuracy on the axis.
+
+    It is the one above the widest gap between two neighbours, if that gap is over 0.1 and at least half of the
+    accuracies lie above it; else the lowest of all.
+    """
     ordered = sorted(means)
     gap, upper = max(((b - a, b) for a, b in zip(ordered, ordered[1:], strict=False)), default=(0.0, ordered[0]))
     return upper if gap > GAP and sum(m >= upper for m in means) * 2 >= len(means) else ordered[0]

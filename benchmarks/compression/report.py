@@ -1,19 +1,19 @@
-"""From the runs' JSON files to RESULTS.md and a picture for each task."""
+"""From the table of runs to RESULTS.md and a picture for each task."""
 
 from __future__ import annotations
 
-import json
-import platform
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
+from benchmarks import records
 
 from .arms import ARMS
 from .pictures import draw
 from .verdicts import accuracy, over_seeds, pair_verdicts, total, verdicts
 
+TABLE = "runs.parquet"
+KEY = ("family", "language", "arm", "seed")
 _PENALTIES = [name for name in ARMS if name.startswith("penalty")]
 
 HEADER = (
@@ -22,12 +22,25 @@ HEADER = (
 )
 
 
-def write_report(folder: Path) -> str:
-    """Writes RESULTS.md and the pictures; returns the report."""
+def read_runs(folder: Path) -> dict[tuple[str, str], dict[str, list[dict]]]:
+    """The runs of each task and arm, by seed."""
     tasks: dict[tuple[str, str], dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
-    for file in sorted((folder / "runs").glob("*.json")):
-        run = json.loads(file.read_text())
+    for run in records.read(folder / TABLE):
         tasks[run["family"], run["language"]][run["arm"]].append(run)
+    return tasks
+
+
+def write_report(folder: Path) -> str:
+    """Writes RESULTS.md and the pictures from the folder's table of runs; returns the report."""
+    tasks = read_runs(folder)
+    text = report(tasks)
+    for (family, language), arms in sorted(tasks.items()):
+        draw(arms, folder / f"{family}-{language}.png", f"{family}, {language}")
+    (folder / "RESULTS.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def report(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> str:
     some = next((r for arms in tasks.values() for runs in arms.values() for r in runs if r["updates"]), None)
     parts = [
         "# Compression",
@@ -44,7 +57,7 @@ def write_report(folder: Path) -> str:
         "shuffled: values at their level without their content. What SSPO does and these two do not is due to the "
         "values. At lambda 0.9 the discount reaches back from the outcome by itself, so there V = 0 is the arm to "
         "compare with before anything is said of the values.",
-        f"{_cpu()}, torch {torch.__version__}. {spent(tasks)}",
+        f"{machines(tasks)}. {spent(tasks)}",
     ]
     parts += ["## What SSPO adds", verdicts(tasks), "## Over seeds", over_seeds(tasks)]
     if pairs := pair_verdicts(tasks):
@@ -59,14 +72,17 @@ def write_report(folder: Path) -> str:
         ]
     for (family, language), arms in sorted(tasks.items()):
         parts += [f"## {family}, {language}", _table(arms), f"![{family}, {language}]({family}-{language}.png)"]
-        draw(arms, folder / f"{family}-{language}.png", f"{family}, {language}")
-    text = "\n\n".join(parts) + "\n"
-    (folder / "RESULTS.md").write_text(text)
-    return text
+    return "\n\n".join(parts) + "\n"
+
+
+def machines(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> str:
+    """Where the runs were made, whichever machine makes the report."""
+    runs = (run for arms in tasks.values() for some in arms.values() for run in some)
+    return "; ".join(sorted({run.get("machine") or "A machine that was not recorded" for run in runs}))
 
 
 def spent(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> str:
-    """What all of it took."""
+    """The hours that training took."""
     runs = [run for arms in tasks.values() for some in arms.values() for run in some]
     hours = sum(run["seconds"] for run in runs) / 3600
     return (
@@ -76,8 +92,8 @@ def spent(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> str:
 
 
 def commands(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> list[str]:
-    """What makes all these runs, and no others."""
-    # by arm: the families, languages and seeds it was run for, languages with the same families and seeds together
+    """The commands that make these runs and no others."""
+    # Of each arm the families, languages and seeds. Languages with the same families and seeds share a command.
     arms: dict[tuple, list[str]] = defaultdict(list)
     for arm in ARMS:
         families = defaultdict(lambda: defaultdict(list))
@@ -119,7 +135,7 @@ def _table(arms: dict[str, list[dict]]) -> str:
 
 
 def best_penalty(arms: dict[str, list[dict]]) -> str | None:
-    """The weight with the highest greedy accuracy, chosen on the very problems that are reported: in its favour."""
+    """The weight with the highest greedy accuracy. It is chosen on the reported problems, which favours it."""
     there = [name for name in _PENALTIES if name in arms]
     return max(there, key=lambda name: total(arms[name], "greedy", "correct"), default=None)
 
@@ -129,9 +145,3 @@ def _accuracy(runs: list[dict], how: str) -> str:
     each = [accuracy([run], how)[0] for run in runs]
     spread = f" [{', '.join(f'{x:.3f}' for x in each)}]" if len(runs) > 1 else ""
     return f"{mean:.3f} ± {error:.3f}{spread}"
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

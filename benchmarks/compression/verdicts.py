@@ -1,4 +1,4 @@
-"""What the table is asked, answered by differences on the same held-out problems."""
+"""The questions to the table, answered by differences on the same held-out problems."""
 
 from __future__ import annotations
 
@@ -49,8 +49,10 @@ PAIRS_HEADER = (
 
 
 def pair_verdicts(tasks: dict[tuple[str, str], dict[str, list[dict]]]) -> str:
-    """What step pairs add to the likelihood of the same search, to pairs of whole solutions, and to SSPO's updates;
-    empty where no pairs were run."""
+    """What step pairs add to the likelihood of the same search, to pairs of whole solutions, and to SSPO's updates.
+
+    Empty where no pairs were run.
+    """
     lines = []
     for (family, language), arms in sorted(tasks.items()):
         for other in ("pairs-likelihood", "whole-pairs", "sspo-0"):
@@ -107,8 +109,10 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t. Beyond 6 degrees of freedom by its expansion (Abramowitz and Stegun 26.7.5),
-    to three decimals."""
+    """The 97.5 % quantile of Student's t.
+
+    Beyond 6 degrees of freedom its expansion (Abramowitz and Stegun 26.7.5), right to three decimals.
+    """
     exact = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469)
     if freedom <= len(exact):
         return exact[freedom - 1]
@@ -143,13 +147,13 @@ def difference(runs: list[dict], others: list[dict], how: str, key: str) -> tupl
 
 
 def of_seeds(runs: list[dict], others: list[dict], how: str, key: str) -> list[float]:
-    """The difference of each seed's means; where the others lack it, from their first."""
+    """Each seed's difference of means. Where the others lack the seed, their first run is taken."""
     of_seed = {run["seed"]: run for run in others}
     return [_tie(total([r], how, key) - total([of_seed.get(r["seed"], others[0])], how, key)) for r in runs]
 
 
 def _tie(value: float) -> float:
-    """Without the last digits, by which one number, found in two ways, would be rounded to either side."""
+    """Drops the last digits: the same number, summed in two orders, would otherwise be rounded up or down."""
     return round(value, 9)
 
 
@@ -184,7 +188,7 @@ def _marked(text: str, mean: float, error: float, sign: int) -> str:
 
 
 def _skips(runs: list[dict]) -> str:
-    """Share of the solutions that leave out a needed step, and how many of these are right all the same."""
+    """Share of the solutions that leave out a needed step, and the share of these with a right answer."""
     pairs = [pair for run in runs for pair in zip(run["greedy"]["skipped"], run["greedy"]["correct"], strict=True)]
     right = [correct for skipped, correct in pairs if skipped]
     return f"{len(right) / len(pairs):.3f} ({sum(right) / len(right):.0%})" if right else "0"

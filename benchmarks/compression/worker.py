@@ -1,17 +1,17 @@
-"""One run: one arm of one task with one seed, on one thread. Writes its JSON when it is whole."""
+"""One run: one arm of one task with one seed, on one thread. Writes its JSON file at the end, all of it or none."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
+import platform
 import time
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
 
+from benchmarks import records
 from sspo_ext.demo.arms import START, load_start, make_trainer, measure
 from sspo_ext.demo.imitate import make_start_model
 from sspo_ext.demo.tasks import Task
@@ -24,6 +24,13 @@ from .pairs import train_pairs
 def start_folder(work: Path, family: str, language: str) -> Path:
     """The package's own start model, or one made in `work`."""
     return START if (family, language) == ("sums", "en") else work / "start" / f"{family}-{language}"
+
+
+def machine() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(names, platform.machine())}, torch {torch.__version__}"
 
 
 class _Lines(TrainerCallback):
@@ -57,6 +64,7 @@ def run(options: argparse.Namespace) -> dict:
     phases = {name: sum(row.get(name, 0.0) for row in log) for name in ("time/rollout", "time/probe", "time/update")}
     return {
         **{name: getattr(options, name) for name in ("family", "language", "arm", "seed")},
+        "machine": machine(),
         "updates": updates if arm.trains and not arm.pair_form else 0,
         "held_out": options.held_out,
         "seconds": round(seconds, 1),
@@ -87,10 +95,7 @@ def main() -> None:
         folder = start_folder(Path(options.work), options.family, options.language)
         make_start_model(folder, Task(options.family, options.language))
         return
-    result = run(options)
-    temporary = f"{options.output}.part"
-    Path(temporary).write_text(json.dumps(result) + "\n")
-    os.replace(temporary, options.output)
+    records.write(Path(options.output), [run(options)])
 
 
 if __name__ == "__main__":

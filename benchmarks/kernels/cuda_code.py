@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels in the table of benchmarks/machine_code.py: compiled by nvcc for one architecture at a time with
+"""The CUDA C++ kernels in the table of machine_code.py: compiled by nvcc for one architecture at a time with
 the flags of the package's build, and read the same way.
 
     python -m benchmarks.kernels.cuda_code [--arch 80 90 100] [--kernel bwd]
@@ -18,7 +18,7 @@ import triton
 from . import disassembly
 from .record import Report, add_loop, tables
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

@@ -1,4 +1,4 @@
-"""Machine code as a list of instructions, and the main loop in it: what benchmarks/machine_code.py reads, for NVIDIA
+"""Machine code as a list of instructions, and the main loop in it: what machine_code.py reads, for NVIDIA
 and AMD.
 """
 

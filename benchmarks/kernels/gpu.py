@@ -6,7 +6,7 @@
 1. `pytest -m gpu`: every backend against float64 at real sizes. On red nothing is timed.
 2. The bandwidth of a copy of 1 GiB, which the kernels are measured against.
 3. Each row kernel alone: time by CUDA events, share of that bandwidth for the least bytes its work needs, and beside it
-   what benchmarks/results/gpu/machine-code.json predicted for this GPU.
+   what benchmarks/results/gpu/machine-code.jsonl predicted for this GPU.
 4. Loss and gradient from logits, beside the peers, in the same rounds.
 
 Contestants run once a round in shuffled order, on another copy of the logits each time, so that none finds its rows in
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import random
 import re
@@ -31,6 +30,7 @@ from pathlib import Path
 import torch
 
 import sspo_ext
+from benchmarks import records
 from sspo_ext import backends
 
 from ..speed import measure, peers, plots
@@ -38,9 +38,9 @@ from ..speed.logits import check as check_agreement
 from ..speed.problems import BETA, LogitsProblem, LogitsSpec
 from ..speed.tables import RESULTS, Table, ms, short
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
-PREDICTIONS = RESULTS / "gpu" / "machine-code.json"
+PREDICTIONS = RESULTS / "gpu" / "machine-code.jsonl"
 
 VOCABULARIES = (32000, 50257, 128256, 151936, 256000)
 
@@ -137,10 +137,8 @@ def our_backends(device: str, dtype: torch.dtype) -> list[str]:
 
 def predictions(device_name: str) -> dict[tuple[str, str, str], dict]:
     """(kernel, backend, dtype) -> what was predicted for the GPU of this name; empty for one that was not."""
-    if not PREDICTIONS.exists():
-        return {}
     found = {}
-    for report in json.loads(PREDICTIONS.read_text()):
+    for report in records.read(PREDICTIONS)[1:]:  # the first line is about the file
         backend = {"Triton": "triton", "CUDA C++": "cuda"}.get(report["facts"])
         for machine, predicted in (report["predicted"] or {}).items():
             if backend and re.search(rf"\b{machine}\b", device_name):
@@ -269,7 +267,7 @@ def tests_pass(device: str) -> bool:
 
 
 def report(folder: Path | None, device: str, bandwidth: float, found: list[Table], command: str) -> str:
-    """Markdown of everything; with a folder also JSON, CSV and pictures there."""
+    """Markdown of everything; with a folder also the tables and pictures there."""
     kind = torch.cuda.get_device_name() if device == "cuda" else "a CPU: these are NO GPU times"
     parts = [f"# Measured on {kind}", "\n".join(f"* {k}: {v}" for k, v in measure.machine().items())]
     parts += [f"`{command}`", f"A copy moves {bandwidth / 1e9:.0f} GB/s, read and written."]

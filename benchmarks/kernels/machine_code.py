@@ -13,13 +13,14 @@ PREDICTED share of peak bandwidth: an upper bound from counting instructions, no
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+
+from benchmarks import records
 
 from . import disassembly
 from .bounds import bounds, bounds_table
@@ -140,22 +141,35 @@ def read(spec: Specialisation, arch: str) -> Report:
     return report
 
 
-def _json(reports: list[Report]) -> str:
-    rows = [asdict(r) | {"instructions_per_element": r.instructions_per_element} for r in reports]
-    return json.dumps(rows, indent=1) + "\n"
+def load(path: Path) -> tuple[dict, list[Report]]:
+    """(what the first line tells: command and versions; the reports)."""
+    about, *rows = records.read(path)
+    for row in rows:
+        for name in ("loads", "stores", "loop_loads", "loop_stores"):
+            # JSON has texts for keys
+            row[name] = row[name] and {int(width): count for width, count in row[name].items()}
+    return about, [Report(**row) for row in rows]
 
 
 def write(folder: Path, ours: list[Report], cuda: list[Report], others: list[Report], command: str) -> None:
-    """machine-code.json and machine-code.md."""
+    """machine-code.jsonl and machine-code.md."""
     from ..speed.measure import versions
 
-    folder.mkdir(parents=True, exist_ok=True)
     named = [replace(r, facts=", ".join(filter(None, ("Triton", r.facts)))) for r in ours]
-    (folder / "machine-code.json").write_text(_json([*named, *cuda, *others]))
+    about, reports = {"command": command, "versions": versions()}, [*named, *cuda, *others]
+    records.write(folder / "machine-code.jsonl", [about, *map(asdict, reports)])
+    (folder / "machine-code.md").write_text(markdown(about, reports))
+
+
+def markdown(about: dict, reports: list[Report]) -> str:
+    named = [r for r in reports if r.facts.startswith("Triton")]
+    ours = [replace(r, facts=r.facts.removeprefix("Triton").removeprefix(", ")) for r in named]
+    cuda = [r for r in reports if r.facts.startswith("CUDA C++")]
+    others = [r for r in reports if r not in named and r not in cuda]
     parts = [
         "# Machine code of the kernels, and what it predicts",
-        f"`{command}`",
-        f"Compiled ahead of time on a machine without a GPU ({versions()}). Nothing here was measured on a GPU.",
+        f"`{about['command']}`",
+        f"Compiled ahead of time on a machine without a GPU ({about['versions']}). Nothing here was measured on a GPU.",
         "## Bounds",
         bounds_table(bounds([*named, *cuda])),
         "## Ours, Triton: what the code is",
@@ -173,7 +187,7 @@ def write(folder: Path, ours: list[Report], cuda: list[Report], others: list[Rep
             code_table(others),
         ]
     parts += ["## Predictions, all kernels", PREDICTED, prediction_table([*named, *cuda, *others])]
-    (folder / "machine-code.md").write_text("\n\n".join(parts) + "\n")
+    return "\n\n".join(parts) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -184,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--all", action="store_true", help="every specialisation, not one for each main loop")
     parser.add_argument("--peers", action="store_true", help="the kernels of Liger and TRL too, where installed")
     parser.add_argument("--cuda", action="store_true", help="the CUDA C++ kernels too, where nvcc is found")
-    parser.add_argument("--out", type=Path, help="folder for machine-code.json and .md")
+    parser.add_argument("--out", type=Path, help="folder for machine-code.jsonl and .md")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     ours, cuda, others = [], [], []
@@ -203,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
         others = peer_code.reports(args.arch, args.dtype)
     print(tables([*ours, *cuda, *others]))
     if args.json:
-        args.json.write_text(_json([*ours, *cuda, *others]))
+        records.write(args.json, list(map(asdict, [*ours, *cuda, *others])))
     if args.out:
         flags = "".join(f" --{name}" for name in ("all", "peers", "cuda") if getattr(args, name))
         command = (

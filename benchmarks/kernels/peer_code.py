@@ -1,4 +1,4 @@
-"""The peers' Triton kernels in the table of benchmarks/machine_code.py: compiled ahead of time by their own launch
+"""The peers' Triton kernels in the table of machine_code.py: compiled ahead of time by their own launch
 code, with their own block sizes, warps and specialisation on what divides by 16, and read the same way.
 
 A stand-in for Triton's driver names the architecture, and what would launch compiles instead. What comes back is

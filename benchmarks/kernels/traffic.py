@@ -6,7 +6,7 @@ The work: a batch half of whose positions are scored, log-probabilities forward,
 The minimum forward is one read of the scored rows; backward, one read of them and one write of the whole gradient.
 What is counted are the bytes of unmasked lanes: what the program asks for, not what caches and sectors make of it.
 Launches are those of Triton kernels; torch operations around a peer's kernels are not counted, which favours the
-peer. A method that is torch operations has each operand counted once (benchmarks/torch_traffic.py): a lower bound. No
+peer. A method that is torch operations has each operand counted once (torch_traffic.py): a lower bound. No
 GPU is needed, and no time is measured.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import records
+
+from ..speed.measure import versions
 from .torch_traffic import TorchTraffic, count_torch
 
 if __name__ == "__main__":
@@ -227,8 +229,8 @@ def _launches(traffic: Traffic | TorchTraffic) -> int:
 
 
 def table(rows: list[Row]) -> str:
-    head = "| method | V | dtype | launches | fwd read | fwd written | bwd read | bwd written | of minimum |"
-    lines = [head, "| --- " * 9 + "|"]
+    header = "| method | V | dtype | launches | fwd read | fwd written | bwd read | bwd written | of minimum |"
+    lines = [header, "| --- " * 9 + "|"]
     for r in rows:
         parts = (r.read_forward, r.written_forward, r.read_backward, r.written_backward, r.of_minimum)
         lines.append(
@@ -240,26 +242,33 @@ def table(rows: list[Row]) -> str:
 UNITS = "read: in bytes of the scored rows. written: in bytes of the whole gradient. The minimum is 1, 0, 1, 1."
 
 
-def write(folder: Path, rows: list[Row], missing: dict[str, str]) -> None:
-    """traffic.json and traffic.md."""
-    from ..speed.measure import versions
+def load(path: Path) -> tuple[dict, list[Row]]:
+    """(what the first line tells: versions, and the methods that were not counted; the rows)."""
+    about, *rows = records.read(path) or [{"versions": versions(), "missing": {}}]
+    return about, [Row(**row) for row in rows]
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "traffic.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+def write(folder: Path, about: dict, rows: list[Row]) -> None:
+    """traffic.jsonl and traffic.md."""
+    records.write(folder / "traffic.jsonl", [about, *map(asdict, rows)])
+    (folder / "traffic.md").write_text(markdown(about, rows))
+
+
+def markdown(about: dict, rows: list[Row]) -> str:
     parts = [
         "# Bytes that the kernels ask for",
         "`python -m benchmarks traffic --dtype bfloat16 float32 --out FOLDER`",
-        f"Counted in Triton's interpreter on a machine without a GPU ({versions()}): no time is in these tables. "
-        "The batch has 8 positions of which 4 are scored: so few rows that ours shares each row's vocabulary among "
-        "programs, whose partial results and labels are the third decimal. " + UNITS,
+        f"Counted in Triton's interpreter on a machine without a GPU ({about['versions']}): no time is in these "
+        "tables. The batch has 8 positions of which 4 are scored: so few rows that ours shares each row's vocabulary "
+        "among programs, whose partial results and labels are the third decimal. " + UNITS,
         '"in place" writes the gradient over the logits. With an upstream gradient that is not 1, Liger multiplies '
         "its finished gradient in a launch of its own. `selective_log_softmax` of Liger has no backward. Lines that "
         'begin with "torch" are torch operations, each operand counted once: at least so much, and launches are '
         "operations.",
-        *(f"* {method} was not counted: {reason}." for method, reason in missing.items()),
+        *(f"* {method} was not counted: {reason}." for method, reason in about["missing"].items()),
         table(rows),
     ]
-    (folder / "traffic.md").write_text("\n\n".join(parts) + "\n")
+    return "\n\n".join(parts) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -267,12 +276,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vocab", type=int, nargs="+", default=VOCABULARIES)
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--method", nargs="+", default=list(METHODS), help="substrings of method names")
-    parser.add_argument("--out", type=Path, help="folder for traffic.json and .md; what is there already is kept")
+    parser.add_argument("--out", type=Path, help="folder for traffic.jsonl and .md; what is there already is kept")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    rows, missing = [], {}
-    if args.out and (args.out / "traffic.json").exists():
-        rows = [Row(**row) for row in json.loads((args.out / "traffic.json").read_text())]
+    about, rows = load(args.out / "traffic.jsonl") if args.out else ({"missing": {}}, [])
     done = {(row.method, row.V, row.dtype) for row in rows}
     for V in args.vocab:
         for dtype in args.dtype:
@@ -280,18 +287,20 @@ def main(argv: list[str] | None = None) -> None:
                 if any(part in method for part in args.method) and (method, V, dtype) not in done:
                     try:
                         rows.append(measure(method, V, getattr(torch, dtype)))
+                        about["versions"] = versions()
+                        about["missing"].pop(method, None)
                     except ImportError as error:
-                        missing[method] = str(error)
+                        about["missing"][method] = str(error)
             if args.out:  # interpreted kernels take minutes: keep what there is
                 order = list(METHODS)
                 rows.sort(key=lambda row: (row.V, row.dtype, order.index(row.method)))
-                write(args.out, rows, missing)
+                write(args.out, about, rows)
     print(table(rows))
-    for method, reason in missing.items():
+    for method, reason in about["missing"].items():
         print(f"{method} was not counted: {reason}")
     print(f"\n{UNITS}")
     if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        records.write(args.json, [asdict(row) for row in rows])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Ten families and more: does the linear route equal the logits route on real model classes? Writes docs/families.md.
 
-    python -m benchmarks.models.families             # the table (seconds)
-    python -m benchmarks.models.families --sweep     # and every causal LM class that builds from a default config made small
+    python -m benchmarks families             # the table (seconds)
+    python -m benchmarks families --sweep     # and every causal LM class that builds from a default config made small
 
 Every model is tiny, with random weights large enough that softcaps and scales show. No weights are downloaded.
 """
@@ -261,7 +261,7 @@ def sweep() -> list[str]:
 
 _TEXT = """# Model families
 
-Written by `python -m benchmarks.models.families{sweep_flag}`; change that file, not this one.
+Written by `python -m benchmarks families{sweep_flag}`; change that file, not this one.
 torch {torch}, transformers {transformers}, peft {peft}, CPU.
 
 Tiny random models, one batch of two pairs of sequences ({rows} scored tokens, V = 97). The linear route (`forward_hidden`,
@@ -300,7 +300,7 @@ Tensor parallelism (`tp_plan="auto"`) leaves a DTensor weight; `head.options` th
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="also every class of transformers' causal LM mapping")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "families.md")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "docs" / "families.md")
     args = parser.parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore")

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks import records
 from sspo_ext._help import DefaultsFormatter
 from sspo_ext.signals.branches.branch import Branch
 from sspo_ext.signals.branches.score import branch_logps
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "probe.json").write_text(json.dumps(result) + "\n")
+    records.write(output / "probe.jsonl", [result])
     (output / "RESULTS.md").write_text(with_notes(report(result), output))
     draw(result, output / "probe.png")
     print(report(result))

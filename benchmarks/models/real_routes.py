@@ -10,7 +10,6 @@ disturb least; memory is the process's peak. Every trained model is judged by th
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
+from benchmarks import records
 from sspo_ext.data.tokenize import tokenize_rows
 from sspo_ext.train.models import load_model
 from sspo_ext.train.preference_config import StepPreferenceConfig
@@ -29,6 +29,7 @@ from sspo_ext.train.preference_trainer import StepPreferenceTrainer
 from . import real_run
 from .gsm8k import load_gsm8k_solutions
 
+FILE = "real_routes.jsonl"
 # name: (who trains, route, which steps are compared)
 CONTESTANTS = {
     "linear, steps": ("sspo_ext", "linear", "index"),
@@ -49,32 +50,28 @@ def main(argv: list[str]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     if options.only:
         torch.set_num_threads(1)
-        save(run(options.only, options), file_of(output, options.only))
+        records.add(output / FILE, [{"name": options.only, **run(options.only, options)}], ("name",))
         return
     for name in CONTESTANTS:
-        if not file_of(output, name).exists():
-            command = [sys.executable, "-m", "benchmarks.models.real_routes", *argv, "--only", name]
+        if name not in load(output):
+            command = [sys.executable, "-m", "benchmarks", "real-routes", *argv, "--only", name]
             subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    results = {name: json.loads(file_of(output, name).read_text()) for name in CONTESTANTS}
+    results = load(output)
     (output / "RESULTS.md").write_text(report(results, real_run.shown(argv)))
     print(report(results, real_run.shown(argv)))
 
 
-def file_of(output: Path, name: str) -> Path:
-    return output / (name.lower().replace(",", "").replace(" ", "_") + ".json")
-
-
-def save(result: dict, file: Path) -> None:
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(temporary, file)
+def load(output: Path) -> dict[str, dict]:
+    """What the contestants found, in their order."""
+    found = {row["name"]: row for row in records.read(output / FILE)}
+    return {name: found[name] for name in CONTESTANTS if name in found}
 
 
 def run(name: str, options) -> dict:
     """One contestant: its table of held-out judgements, processor seconds and peak memory."""
     who, options.route, options.pairing = CONTESTANTS[name]
     options.save_steps = 1_000_000  # none: a checkpoint is no part of what is timed
-    work = Path(options.work) / file_of(Path(), name).stem
+    work = Path(options.work) / name.lower().replace(",", "").replace(" ", "_")
     work.mkdir(parents=True, exist_ok=True)
     train_rows, held_rows = load_gsm8k_solutions(options.data)
     model, tokenizer = load_model(real_run.model_folder(options.model))

@@ -1,9 +1,9 @@
 """A real run, one command: SmolLM2-135M learns to prefer correct to wrong solutions of grade-school questions, on CPU.
 
-    python -m benchmarks.models.real_run --data ../shared/data/gsm8k/example_model_solutions.jsonl
+    python -m benchmarks real-run --data ../shared/data/gsm8k/example_model_solutions.jsonl
 
 Pairs are a correct and a wrong solution of one question, as language models wrote them, compared step by step.
-Questions are split into train and held-out by their hash. Writes RESULTS.md, real_run.json and real_run.png to
+Questions are split into train and held-out by their hash. Writes RESULTS.md, real_run.jsonl and real_run.png to
 --output, and keeps checkpoints, reference log-probs and scores in --work: the same command again goes on where it
 was stopped.
 
@@ -29,6 +29,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, set_seed
 
+from benchmarks import records
 from sspo_ext import __version__, backends
 from sspo_ext._help import DefaultsFormatter
 from sspo_ext.data.collator import StepPreferenceCollator
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
     log = [e for e in trainer.state.log_history if "loss" in e]
     result = {
-        "command": " ".join(["python -m benchmarks.models.real_run", *shown(argv)]),
+        "command": " ".join(["python -m benchmarks real-run", *shown(argv)]),
         "options": {k: v for k, v in vars(options).items() if k not in ("data", "work", "output")},
         "hardware": hardware(),
         "train": describe(train),
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
             for name, scores in (("before", before), ("after", after))
         },
     }
-    (output / "real_run.json").write_text(json.dumps(result) + "\n")
+    records.write(output / "real_run.jsonl", [result])
     (output / "RESULTS.md").write_text(report(result))
     draw(result, output / "real_run.png")
     print(report(result))
@@ -342,6 +343,8 @@ def report(result: dict) -> str:
         f"backend {hardware['backend']} |",
         "",
         *([options["note"], ""] if options["note"] else []),
+        "![training loss, held-out margins and accuracies](real_run.png)",
+        "",
     ]
     return "\n".join(lines)
 

@@ -4,7 +4,7 @@
 
 SmolLM2-135M probes solutions of grade-school questions that other language models wrote: of each question one correct
 and one wrong. Values are likelihoods of the gold answer (our reconstruction of SSPO's probe); the model is not trained.
-Writes RESULTS.md, trace_run.json and pictures to --output, and a page of all chains to --work, which keeps the values:
+Writes RESULTS.md, trace_run.jsonl and pictures to --output, and a page of all chains to --work, which keeps the values:
 the same command again goes on.
 
 The gold answer is part of the probe, so this is no verifier: it asks whether the signal that training would use is
@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks import records
 from sspo_ext._help import DefaultsFormatter
 from sspo_ext.signals.branches.branch import Branch
 from sspo_ext.signals.branches.score import branch_logps
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         "seconds": seconds,
         **judge(traced, own, truths),
     }
-    (output / "trace_run.json").write_text(json.dumps(result) + "\n")
+    records.write(output / "trace_run.jsonl", [result])
     (output / "RESULTS.md").write_text(with_notes(report(result), output))
     draw(result, traced, output, Path(options.work))
     print(report(result))

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
+from benchmarks import records
 from sspo_ext.data.rows import load_preference_rows
 from sspo_ext.data.tokenize import tokenize_rows
 from sspo_ext.tracing.chains import load_chains
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         f"solution, reward {by}": paired(*(gains[name][by] for name in ("sequence", "traced")))
         for by in ("sum", "mean")
     }
-    (output / "trace_train.json").write_text(json.dumps(result) + "\n")
+    records.write(output / "trace_train.jsonl", [result])
     text = with_notes(report(result), output)
     (output / "RESULTS.md").write_text(text)
     print(text)

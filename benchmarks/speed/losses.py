@@ -1,6 +1,6 @@
-"""Any loss against the sigmoid loss on the same logits, interleaved: which head it is must not show.
+"""Any loss against the sigmoid loss on the same logits, interleaved. All losses should take the same time.
 
-    python -m benchmarks heads [--rows 1024] [--vocab 128256] [--dtype bfloat16] [--rounds 7] [--only NAME,NAME]
+    python -m benchmarks losses [--rows 1024] [--vocab 128256] [--dtype bfloat16] [--rounds 7] [--only NAME,NAME]
 
 Forward and backward of `step_pref_loss` on the logits route. Each round runs the sigmoid loss directly before the
 other one; the ratio is the median over rounds of their quotients, and its spread the quartiles.

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sspo_ext
+from sspo_ext.routes.linear.plan import pref_plan
 
 from .problems import BETA, LinearProblem, LinearSpec, LogitsProblem, LogitsSpec
 
@@ -268,7 +269,12 @@ class BareGemms:
         spec, self.problem = problem.spec, problem
         trained = spec.head == "trained"
         plan = functools.partial(
-            problem.layout.plan, vocab=spec.vocab, hidden=spec.hidden, dtype=spec.dtype, chunk_bytes=spec.chunk_bytes
+            pref_plan,
+            problem.layout,
+            vocab=spec.vocab,
+            hidden=spec.hidden,
+            dtype=spec.dtype,
+            chunk_bytes=spec.chunk_bytes,
         )
         self.plan = plan(problem.pairs, weight_gradient=trained)
         self.ref_plan = (

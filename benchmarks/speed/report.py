@@ -1,8 +1,8 @@
-"""Every table that is not measured yet, then benchmarks/results/: RESULTS.md, CSV and plots.
+"""Every table that is not measured yet, then benchmarks/results/: RESULTS.md and plots.
 
     python -m benchmarks report [--only TABLE ...] [--redo] [--quick] [--wait 600]
 
-Each table is kept as JSON and taken from there next time, so a run that was cut off goes on where it stopped.
+Each table is a line of tables.jsonl and is taken from there next time: a run that was cut off goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ rise of a fresh process's resident set. Before a clock starts, gradients are com
 def write(folder: Path) -> None:
     """RESULTS.md, from whatever tables are in the folder, in this module's order."""
     known = [label for name in (*logits.TABLES, *linear.TABLES) for label in (name, f"{name}-cpu")]
-    found = [Table.load_from(folder / f"{name}.json") for name in known if (folder / f"{name}.json").exists()]
+    stored = Table.load_all(folder)
+    found = [stored[name] for name in known if name in stored]
     machines = []
     for table in found:
         if table.machine not in machines:

@@ -1,10 +1,8 @@
-"""A measured table: its rows, how they came about, and its forms on disk (JSON to resume from, CSV, Markdown)."""
+"""A measured table: its rows, how they came about, its record on disk and its Markdown."""
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import os
 import sys
 import time
@@ -14,10 +12,13 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import records
+
 from . import measure, peers
 from .measure import Spread
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
+FILE = "tables.jsonl"  # all tables of a folder, one a line
 
 
 @dataclass
@@ -42,14 +43,11 @@ class Table:
             self.notes.append(f"* One run only, for its length: {', '.join(single)}.")
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.name}.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
-        with open(folder / f"{self.name}.csv", "w", newline="") as file:
-            csv.writer(file).writerows([self.columns, *self.rows])
+        records.add(folder / FILE, [asdict(self)], ("name",))
 
     @classmethod
-    def load_from(cls, path: Path) -> Table:
-        return cls(**json.loads(path.read_text()))
+    def load_all(cls, folder: Path) -> dict[str, Table]:
+        return {row["name"]: cls(**row) for row in records.read(folder / FILE)}
 
     def markdown(self) -> str:
         lines = [f"## {self.title}", "", f"`{self.command}`", ""]
@@ -121,8 +119,7 @@ def run(
     settings = Settings(options.quick, options.rounds, options.limit)
     for name in options.only or tables:
         label = f"{name}-cpu" if options.clock == "cpu" else name
-        path = options.out / f"{label}.json"
-        if path.exists() and not options.redo:
+        if label in Table.load_all(options.out) and not options.redo:
             continue
         load, started = measure.settle(wait_s=options.wait), time.perf_counter()
         print(f"{name}: measuring, load {load:.1f}", file=sys.stderr, flush=True)

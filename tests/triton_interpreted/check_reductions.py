@@ -127,9 +127,9 @@ def test_not_finite():
 
 def test_in_place_and_shares(monkeypatch):
     case = ReductionRows(2601, torch.bfloat16, 1.0, 0.0, offset=3)
-    monkeypatch.setattr("sspo_ext.backends.triton.token_logp_bwd._column_shares", lambda *args: 1)
+    monkeypatch.setattr("sspo_ext.backends.triton.row_reductions_bwd._column_shares", lambda *args: 1)
     _, grad = case.run(backend, UPSTREAMS["all"])
-    monkeypatch.setattr("sspo_ext.backends.triton.token_logp_bwd._column_shares", lambda *args: 3)
+    monkeypatch.setattr("sspo_ext.backends.triton.row_reductions_bwd._column_shares", lambda *args: 3)
     assert torch.equal(case.run(backend, UPSTREAMS["all"])[1], grad)
     case.run(backend, UPSTREAMS["all"], out=case.logits)
     assert torch.equal(case.logits, grad)

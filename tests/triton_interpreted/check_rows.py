@@ -348,7 +348,7 @@ def test_programs_of_a_row_do_not_show(V, programs, monkeypatch):
     case.logits.view(3, V)[2, : V // 2] = float("-inf")
     case.labels = torch.tensor([V - 1, 0])
     counters = torch.zeros(2, dtype=torch.int32)
-    monkeypatch.setattr("sspo_ext.backends.triton.rows.arrival_counters", lambda device: counters)
+    monkeypatch.setattr("sspo_ext.backends.triton.token_logp_fwd.arrival_counters", lambda device: counters)
     monkeypatch.setattr("sspo_ext.backends.triton.token_logp_fwd._programs_per_row", lambda *args: 1)
     expected = case.forward()
     monkeypatch.setattr("sspo_ext.backends.triton.token_logp_fwd._programs_per_row", lambda *args: programs)
