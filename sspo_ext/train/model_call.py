@@ -24,11 +24,6 @@ logger = logging.getLogger(__name__)
 
 ROUTES = ("linear", "logits", "auto")
 
-ROUTE_HELP = (
-    "linear: from hidden states, without storing the logits; raises for a model whose LM head it cannot use. "
-    "logits: from the model's own logits. auto: linear, or logits with a warning."
-)
-
 
 def choose_route(model: nn.Module, route: str, device: torch.device) -> str:
     """Decides the route by the linear route's self-check, which runs the model itself on the device where it is.

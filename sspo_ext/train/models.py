@@ -46,7 +46,7 @@ def load_model(
         >>> from sspo_ext.train import load_model
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     model.save_pretrained(folder)
-        ...     tokenizer.save_pretrained(folder)
+        ...     files = tokenizer.save_pretrained(folder)
         ...     loaded, loaded_tokenizer = load_model(folder, dtype="auto")
     """
     if tokenizer is None:

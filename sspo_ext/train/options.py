@@ -1,16 +1,25 @@
-"""How the two configs declare and read their options."""
+"""How the two configs document and read their options."""
 
 from __future__ import annotations
 
-from dataclasses import field
-from typing import Any, cast
+import inspect
+import re
+from dataclasses import fields
+from types import MappingProxyType
+from typing import TypeVar, cast
+
+_Config = TypeVar("_Config")
 
 
-def option(default: Any, text: str) -> Any:
-    """A dataclass field with a help text, which `HfArgumentParser` shows. A default that is a list is copied."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+def documented(config: type[_Config]) -> type[_Config]:
+    """Makes the `Attributes:` of a dataclass's docstring the help texts that `HfArgumentParser` shows."""
+    section = inspect.cleandoc(config.__doc__ or "").partition("\nAttributes:\n")[2]
+    section = re.split(r"^\S", section, maxsplit=1, flags=re.MULTILINE)[0]
+    texts = dict(re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", section, re.MULTILINE))
+    for field in fields(config):  # pyright: ignore[reportArgumentType]  # a decorator cannot ask for a dataclass
+        if field.name in texts:
+            field.metadata = MappingProxyType({**field.metadata, "help": " ".join(texts[field.name].split())})
+    return config
 
 
 def check_dictionary(name: str, value: object) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .model_call import ROUTE_HELP
-from .options import check_dictionary, option
+from .options import check_dictionary, documented
 
 
+@documented
 @dataclass
 class StepPreferenceConfig(TrainingArguments):
     """TrainingArguments and the options of the loss.
@@ -20,7 +20,7 @@ class StepPreferenceConfig(TrainingArguments):
     Attributes:
         remove_unused_columns: False: the collator needs columns that the model does not.
         logging_nan_inf_filter: False: a NaN loss is logged as NaN.
-        logging_steps: Updates between two log lines, 10.
+        logging_steps: Updates between two log lines.
         loss_type: A pair loss of docs/losses.md, or several, which are added up.
         loss_weights: The weight of each loss type; None means 1 for each.
         beta: The scale of the rewards; None means the loss type's own default.
@@ -44,35 +44,30 @@ class StepPreferenceConfig(TrainingArguments):
         TypeError: For `loss_options` that are no dictionary.
 
     Example:
-        >>> import tempfile
         >>> from sspo_ext.train import StepPreferenceConfig
-        >>> args = StepPreferenceConfig(tempfile.mkdtemp(), loss_type="simpo", loss_options={"simpo_gamma": 0.5})
+        >>> args = StepPreferenceConfig("out", loss_type="simpo", loss_options={"simpo_gamma": 0.5})
         >>> args.loss_type
         ['simpo']
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "loss_options"]
 
-    remove_unused_columns: bool = option(False, "The collator needs columns that the model does not.")
-    logging_nan_inf_filter: bool = option(False, "True hides a NaN loss from the log.")
-    logging_steps: float = option(10, "Updates between two log lines.")
-    loss_type: str | list[str] = option(["sigmoid"], "A pair loss of docs/losses.md, or several, which are added up.")
-    loss_weights: list[float] | None = option(None, "The weight of each loss type; None: 1 for each.")
-    beta: float | None = option(None, "The scale of the rewards; None: the loss type's own default.")
-    label_smoothing: float = option(0.0, "The probability that a pair is labelled the wrong way round.")
-    loss_options: dict | str | None = option(None, "Other options of the loss types: {'simpo_gamma': 0.5}.")
-    temperature: float = option(1.0, "Divides the logits.")
-    reference_free: bool = option(False, "Train without a reference model: a reward is beta * log pi.")
-    reference_cache: str | None = option(
-        None, "The folder of cached reference log-probs; None: OUTPUT_DIR/reference_cache."
-    )
-    packing: bool = option(False, "Padding-free batches: all sequences end to end in one row.")
-    backend: str = option("auto", "Who computes the loss: auto, cpu, triton, cuda or reference.")
-    route: str = option("linear", ROUTE_HELP)
-    chunk_bytes: int | None = option(None, "The size of the linear route's logits buffer in bytes.")
-    inplace_backward: bool | None = option(
-        None, "Logits route: write the gradient over the logits; None: wherever the backend can."
-    )
+    remove_unused_columns: bool = False
+    logging_nan_inf_filter: bool = False
+    logging_steps: float = 10
+    loss_type: str | list[str] = field(default_factory=lambda: ["sigmoid"])
+    loss_weights: list[float] | None = None
+    beta: float | None = None
+    label_smoothing: float = 0.0
+    loss_options: dict | str | None = None
+    temperature: float = 1.0
+    reference_free: bool = False
+    reference_cache: str | None = None
+    packing: bool = False
+    backend: str = "auto"
+    route: str = "linear"
+    chunk_bytes: int | None = None
+    inplace_backward: bool | None = None
 
     def __post_init__(self):
         super().__post_init__()

@@ -16,8 +16,7 @@ from ..signals.credit.baselines import BASELINES, UNGROUPED
 from ..signals.probing.probe import check_probe_options
 from ..signals.probing.texts import Probe, as_probe
 from ..signals.split import split_text
-from .model_call import ROUTE_HELP
-from .options import check_dictionary, dictionary, option
+from .options import check_dictionary, dictionary, documented
 from .rollout import ENGINES
 
 COMBINE = ("add", "replace", "outcome")
@@ -25,6 +24,7 @@ COMBINE = ("add", "replace", "outcome")
 _DICTIONARIES = ("rollout_options", "chat_template_kwargs", "probe_options", "loss_options")
 
 
+@documented
 @dataclass
 class SSPOConfig(TrainingArguments):
     """TrainingArguments and the options of SSPO.
@@ -35,8 +35,8 @@ class SSPOConfig(TrainingArguments):
     Attributes:
         remove_unused_columns: False: the grader needs columns that the model does not.
         logging_nan_inf_filter: False: a NaN loss is logged as NaN.
-        logging_steps: Updates between two log lines, 1.
-        learning_rate: The peak learning rate, 1e-6.
+        logging_steps: Updates between two log lines.
+        learning_rate: The peak learning rate.
         num_generations: Completions of each prompt, which form the group of the baseline.
         max_completion_length: The most tokens of a completion. One that is cut off here is not graded: its reward is
             0, or the lowest of the update if that is below 0.
@@ -87,70 +87,54 @@ class SSPOConfig(TrainingArguments):
         TypeError: For an option of the wrong type.
 
     Example:
-        >>> import tempfile
         >>> from sspo_ext.train import SSPOConfig
-        >>> args = SSPOConfig(tempfile.mkdtemp(), num_generations=4, gamma=0.95, probe_options={"reduce": "mean"})
+        >>> args = SSPOConfig("out", num_generations=4, gamma=0.95, probe_options={"reduce": "mean"})
         >>> args.gamma
         0.95
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *_DICTIONARIES]
 
-    remove_unused_columns: bool = option(False, "The grader needs columns that the model does not.")
-    logging_nan_inf_filter: bool = option(False, "True hides a NaN loss from the log.")
-    logging_steps: float = option(1, "Updates between two log lines.")
-    learning_rate: float = option(1e-6, "The peak learning rate.")
+    remove_unused_columns: bool = False
+    logging_nan_inf_filter: bool = False
+    logging_steps: float = 1
+    learning_rate: float = 1e-6
 
-    num_generations: int = option(8, "Completions of each prompt, which form the group of the baseline.")
-    max_completion_length: int = option(
-        256, "The most tokens of a completion; one that is cut off earns 0, or the update's lowest reward if below."
-    )
-    temperature: float = option(1.0, "Divides the logits, in sampling and in the loss.")
-    top_p: float = option(1.0, "Nucleus sampling; below 1 the loss is no longer that of the sampled distribution.")
-    top_k: int = option(0, "Sample from the k most probable tokens; 0: from all. Unknown to the loss, as top_p.")
-    rollout_engine: str = option("generate", "generate, compact or vllm (sspo_ext.train.rollout).")
-    rollout_batch_size: int | None = option(None, "Rows completed at once on a device; None: all. Not for vllm.")
-    rollout_options: dict | str | None = option(None, "Arguments of vllm.LLM.")
-    chat_template_kwargs: dict | str | None = option(
-        None, "Arguments of the chat template: {'enable_thinking': false}."
-    )
+    num_generations: int = 8
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    rollout_engine: str = "generate"
+    rollout_batch_size: int | None = None
+    rollout_options: dict | str | None = None
+    chat_template_kwargs: dict | str | None = None
 
-    split_by: str = option("newline", "newline, blank_line or a regular expression (sspo_ext.signals.split).")
-    probe: str = option("en", "A language of sspo_ext.signals.PROBES, or the text that asks for the answer.")
-    probe_end: str | list[str] = option(
-        "", "What must follow the answer for it to count, such as the end of sequence; any of several."
-    )
-    probe_turn: bool = option(False, "Ask in a new turn of the user, by the chat template.")
-    probe_options: dict | str | None = option(
-        None, "Arguments of sspo_ext.signals.probe_step_values: mode, reduce, engine, ..."
-    )
-    gamma: float = option(0.9, "Discount for each step. Below 1 a step has a cost, which makes reasoning short.")
-    lam: float = option(0.9, "Lambda of GAE over steps; 0: the progress of the step alone.")
-    baseline: str = option("rloo", "rloo, grpo, dr_grpo, reinforce, reinforce++ or reinforce++_baseline.")
-    combine: str = option(
-        "add", "add the step advantages to the outcome's, or replace it; outcome: the outcome's alone, no probe."
-    )
+    split_by: str = "newline"
+    probe: str = "en"
+    probe_end: str | list[str] = ""
+    probe_turn: bool = False
+    probe_options: dict | str | None = None
+    gamma: float = 0.9
+    lam: float = 0.9
+    baseline: str = "rloo"
+    combine: str = "add"
 
-    step_scale: float = option(1.0, "The weight of the step advantages beside the outcome's.")
-    scale_advantages: bool = option(
-        True, "Divide the outcome's advantages and the step advantages each by their standard deviation over the "
-        "update; False: as the baseline and GAE define them (plain RLOO, or Dr. GRPO)."
-    )  # fmt: skip
+    step_scale: float = 1.0
+    scale_advantages: bool = True
 
-    loss_type: str = option("reinforce", "reinforce, ppo or cispo.")
-    loss_options: dict | str | None = option(
-        None, "Other options of the loss type and of step_policy_loss: {'importance_sampling_level': 'sequence'}."
-    )
-    epsilon: float | None = option(None, "Clipping below, for a loss that clips; None: its own default.")
-    epsilon_high: float | None = option(None, "Clipping above; None: the loss's own default.")
-    beta: float = option(0.0, "Weight of the KL from the model as given (a PeftModel: with its adapter); 0: none.")
-    kl_estimator: str = option("k3", "k1, k2 or k3.")
-    entropy_coef: float = option(0.0, "The weight of the entropy bonus.")
-    aggregation: str = option("token", "What the loss is a mean over: token, step or sequence; or sum.")
-    num_iterations: int = option(1, "Updates on each batch of rollouts.")
-    route: str = option("linear", ROUTE_HELP)
-    backend: str = option("auto", "Who computes the loss: auto, cpu, triton, cuda or reference.")
-    chunk_bytes: int | None = option(None, "The size of the linear route's logits buffer in bytes.")
+    loss_type: str = "reinforce"
+    loss_options: dict | str | None = None
+    epsilon: float | None = None
+    epsilon_high: float | None = None
+    beta: float = 0.0
+    kl_estimator: str = "k3"
+    entropy_coef: float = 0.0
+    aggregation: str = "token"
+    num_iterations: int = 1
+    route: str = "linear"
+    backend: str = "auto"
+    chunk_bytes: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
