@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 from transformers import TrainingArguments
@@ -13,7 +12,7 @@ from .._checks import check_choice, check_count, check_not_negative, check_posit
 from ..formulas.policy import KL_ESTIMATORS, LEVELS, get_policy_formula
 from ..objective.policy_arguments import AGGREGATIONS
 from ..signals.credit.baselines import BASELINES, UNGROUPED
-from ..signals.probing.probe import check_probe_options
+from ..signals.probing.options import ProbeOptions
 from ..signals.probing.texts import Probe, as_probe
 from ..signals.split import split_text
 from .options import check_dictionary, dictionary, documented
@@ -159,14 +158,14 @@ class SSPOConfig(TrainingArguments):
             raise ValueError("split_by: 'numbered' shows in no single token; expected newline, blank_line or a regex")
         as_probe(self.probe)
         given = dictionary(self.probe_options)
-        known = [name for name in inspect.signature(check_probe_options).parameters if name != "grader"]
+        known = [field.name for field in fields(ProbeOptions) if field.name != "grader"]
         for name in given:
             if name in ("grader", "tokenizer"):
                 raise ValueError(f"probe_options: expected no {name!r}, which is the trainer's own")
             if name not in known:
                 raise ValueError(f"probe_options: expected some of {', '.join(known)}, got {name!r}")
         try:
-            check_probe_options(**given)
+            ProbeOptions(**given)
         except (TypeError, ValueError) as error:
             raise type(error)(f"probe_options: {error}") from None
 
