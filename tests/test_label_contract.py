@@ -19,7 +19,7 @@ import math
 import pytest
 import torch
 from helpers_reductions import UPSTREAMS
-from sspo_ext.reductions import gradient_coefs
+from sspo_ext.routes.shared import gradient_coefs
 
 from sspo_ext import backends
 from sspo_ext.backends import reference
