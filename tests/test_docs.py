@@ -73,7 +73,7 @@ def run_shell(block: Block) -> str:
         if program == "sspo-ext":
             with contextlib.redirect_stdout(printed), mock.patch.object(sys, "argv", ["sspo-ext", *arguments]):
                 with pytest.raises(SystemExit) as end:
-                    runpy.run_module("sspo_ext.cli.main", run_name="__main__", alter_sys=True)
+                    runpy.run_module("sspo_ext.cli", run_name="__main__", alter_sys=True)
             assert not end.value.code, line
         elif program in ("python", "torchrun"):
             launcher = ["-m", "torch.distributed.run"] if program == "torchrun" else []
