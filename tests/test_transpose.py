@@ -1,4 +1,4 @@
-"""The 16-bit transpose of the CPU module, which turns a block of gradients round for the weight's GEMM."""
+"""The CPU module's transpose of 16-bit matrices: the linear route needs a block of gradients in this form for a GEMM."""
 
 import pytest
 import torch
