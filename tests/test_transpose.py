@@ -1,4 +1,4 @@
-"""The CPU module's transpose of 16-bit matrices: the linear route needs a block of gradients in this form for a GEMM."""
+"""The CPU module's transpose of 16-bit matrices, which the linear route needs for a GEMM with a block of gradients."""
 
 import pytest
 import torch
