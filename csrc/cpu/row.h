@@ -31,7 +31,7 @@ constexpr int kUnroll = 2;               // pairs of vectors per iteration
 constexpr int kPrefetch = 4096;          // bytes ahead; the hardware prefetcher stops at the end of a 4 KiB page
 
 // Degrees of the exponential's polynomial. Log-probs are float32 for 16-bit logits too. A 16-bit gradient is rounded
-// so coarsely that degree 4, with a hundredth of that error, is enough.
+// so coarsely that degree 4, with less than a hundredth of that error, is enough.
 #if defined(SSPO_AVX512)
 constexpr int kDegree = 5;
 #else
