@@ -144,9 +144,13 @@ def _over_groups(
 
 
 @triton.jit
-def _with_edges(top, e, et, ee, top_ref, s, srt, u, y, scale, HAS_REF: tl.constexpr):
-    """Maxima and sums of the groups, with those of the edges u and y (2 * VEC,), made relative to the whole row's
-    maxima."""
+def _with_edges(
+    top, e, et, ee, top_ref, s, srt, row_ptr, ref_row_ptr, lead, groups, V, a, scale,
+    SOFTCAP: tl.constexpr, HAS_REF: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Adds the row's edges to the maxima and sums of its groups, all relative to the whole row's maxima."""
+    columns, at_edge = edge_columns(lead, groups, V, VEC)
+    u = mapped_edges(row_ptr, columns, at_edge, a, SOFTCAP, VEC)
     top_all = tl.maximum(top, tl.max(u, axis=0))
     e, et, ee, srt = _moved(top, top_all, e, et, ee, srt, s, scale)
     t = tl.fma(u, scale, -(top_all * scale))
@@ -155,6 +159,7 @@ def _with_edges(top, e, et, ee, top_ref, s, srt, u, y, scale, HAS_REF: tl.conste
     et += tl.sum(_et(t, power, 0.0), axis=0)
     ee += tl.sum(power * power, axis=0)
     if HAS_REF:
+        y = mapped_edges(ref_row_ptr, columns, at_edge, a, SOFTCAP, VEC)
         top_ref_all = tl.maximum(top_ref, tl.max(y, axis=0))
         s, srt = _moved_reference(top_ref, top_ref_all, s, srt, scale)
         top_ref = top_ref_all
@@ -248,14 +253,10 @@ def _row_reductions_fwd_kernel(
     top, total, total_et, total_ee, top_ref, total_s, total_srt = _over_groups(
         body_ptr, ref_body_ptr, groups, a, scale, SOFTCAP, HAS_REF, REF_ALIGNED, LANES, VEC
     )
-    columns, at_edge = edge_columns(lead, groups, V, VEC)
-    u = mapped_edges(row_ptr, columns, at_edge, a, SOFTCAP, VEC)
-    y = u
-    if HAS_REF:
-        y = mapped_edges(ref_row_ptr, columns, at_edge, a, SOFTCAP, VEC)
     top, total, total_et, total_ee, top_ref, total_s, total_srt = _with_edges(
-        top, total, total_et, total_ee, top_ref, total_s, total_srt, u, y, scale, HAS_REF
-    )
+        top, total, total_et, total_ee, top_ref, total_s, total_srt, row_ptr, ref_row_ptr, lead, groups, V, a, scale,
+        SOFTCAP, HAS_REF, VEC,
+    )  # fmt: skip
     ordinary = (total > 0.0) & (total < float("inf"))
     if HAS_REF:
         ordinary = ordinary & (total_s > 0.0) & (total_s < float("inf")) & (total_srt < float("inf"))
