@@ -7,8 +7,8 @@
 OLD and NEW are folders with a `sspo_ext` in them, whose C++ module is built. `record` runs the cases of
 record_kernels.py and record_text.py and stores every tensor, number and text that comes out, each under a readable key.
 `compare` asks for the same keys and the same bits; a NaN equals a NaN of the same bits. Its exit status is 1 on any
-difference. Both records must be made on one machine, with the same libraries and the same cases: other vector instructions or another
-matrix library round otherwise.
+difference. Both records must be made on one machine, with the same libraries and the same cases: other vector
+instructions or another matrix library round otherwise.
 
 Where OLD or NEW has a folder `tools` of its own, `python FOLDER/tools/record_outputs.py` says whose cases are run; the
 first line that `record` prints tells both.
@@ -117,7 +117,7 @@ def chapters() -> dict:
 def catalogue_digest() -> str:
     """Of the files that say what is recorded. Records of different catalogues have other keys, or inputs."""
     digest = hashlib.sha256()
-    for name in ("record_outputs.py", "record_kernels.py", "record_text.py"):
+    for name in ("record_kernels.py", "record_text.py"):
         digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()
 
