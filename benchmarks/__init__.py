@@ -1,3 +1,3 @@
-"""Measurements of sspo_ext beside its peers. `python -m benchmarks report` makes every table."""
+"""Measurements of sspo_ext next to its peers. `python -m benchmarks` lists the commands."""
 
 from __future__ import annotations

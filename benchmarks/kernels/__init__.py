@@ -1,1 +1,1 @@
-"""What the kernels read, write and compile to, counted without a GPU."""
+"""The kernels: bytes they move and machine code, counted without a GPU; times, measured on one."""

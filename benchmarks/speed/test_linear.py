@@ -1,4 +1,4 @@
-"""`pytest benchmarks/`: the linear route under pytest-benchmark, small unless SSPO_BENCH_FULL=1."""
+"""`pytest benchmarks/`: the linear route under pytest-benchmark. SSPO_BENCH_FULL=1 takes real sizes."""
 
 from __future__ import annotations
 
