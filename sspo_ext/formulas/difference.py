@@ -1,4 +1,4 @@
-"""Heads of the difference of the two scores (and the first four of the table, whose numbers stay)."""
+"""Formulas of the difference of the two scores (and the first four of the table, whose numbers stay)."""
 
 from __future__ import annotations
 

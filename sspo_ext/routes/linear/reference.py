@@ -1,4 +1,4 @@
-"""The linear route in plain torch: logits of the scored rows, differentiable by autograd."""
+"""The linear route in plain torch: the scored rows' logits, differentiable by autograd."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The logits route: one read forward; one read and one write backward."""
+"""The logits route: one read of the scored rows forward, one read and one write backward."""
