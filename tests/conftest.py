@@ -12,7 +12,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.pop("SSPO_BACKEND", None)  # a developer's shell must not choose what the tests test
-sys.path.insert(0, str(Path(__file__).parent))  # the helpers_*.py beside the tests
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS))  # for helpers/
+sys.path.append(str(TESTS.parent))  # for benchmarks/ and tools/; last: the installed package is what is tested
 
 
 def _quicken_triton_interpreter():
@@ -71,7 +73,7 @@ def pytest_generate_tests(metafunc):
     it.
     """
     if "backend" in metafunc.fixturenames:
-        from helpers_batch import fused_backends
+        from helpers.batch import fused_backends
 
         names = fused_backends()
         if metafunc.definition.get_closest_marker("interpreted") is None:
@@ -92,6 +94,6 @@ def _precision_of_its_own(monkeypatch):
 
 @pytest.fixture
 def batch():
-    from helpers_batch import random_batch
+    from helpers.batch import random_batch
 
     return random_batch(seed=0)

@@ -34,9 +34,9 @@ label_smoothing, or a soft label), sg stop-gradient. An option that a loss does 
 `sspo_ext.losses.catalogue()` gives the same table to a program.
 
 The parity column names independent implementations and the largest absolute differences of the loss and of its gradient
-found by `pytest tests/test_parity_losses.py tests/test_parity_policy.py` in float64 (where the peer has no float64, in
-float32, whose differences grow with the size of the loss and of the gradient), both rounded up to a power of ten. Where
-it is empty, the golden values worked out by hand and the float64 gradient checks stand alone.
+found by `pytest tests/losses -k parity` in float64 (where the peer has no float64, in float32, whose differences grow
+with the size of the loss and of the gradient), both rounded up to a power of ten. Where it is empty, the golden values
+worked out by hand and the float64 gradient checks stand alone.
 """
 
 _SECTIONS = {
