@@ -1,6 +1,8 @@
-"""Error messages of the public layer: the argument, what was expected, what came."""
+"""Checks of public arguments. A message names the argument, what was expected, and what came."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -11,46 +13,50 @@ _INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int
 
 
 def describe(value: object) -> str:
-    """What came, in a few words."""
+    """A value in a few words, for an error message."""
     if isinstance(value, Tensor):
         return f"{value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
     text = repr(value)
     return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
 
 
-def check_tensor(name: str, value: object, *, ndim: tuple[int, ...] | int | None = None) -> None:
+def check_tensor(name: str, value: object, *, ndim: tuple[int, ...] | int | None = None) -> Tensor:
+    """`value`, if it is a tensor with one of these numbers of dimensions; else TypeError or ValueError."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {describe(value)}")
     dims = (ndim,) if isinstance(ndim, int) else ndim
     if dims is not None and value.ndim not in dims:
         raise ValueError(f"{name}: expected {' or '.join(map(str, dims))} dimensions, got {describe(value)}")
+    return value
 
 
 def check_shape(name: str, value: object, shape: tuple[int, ...]) -> None:
-    check_tensor(name, value)
-    if tuple(value.shape) != tuple(shape):
+    """TypeError or ValueError unless `value` is a tensor of this shape."""
+    if tuple(check_tensor(name, value).shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {describe(value)}")
 
 
-def check_integer(name: str, value: object, **kw) -> None:
-    check_tensor(name, value, **kw)
-    if value.dtype not in _INTEGER_DTYPES:
+def check_integer(name: str, value: object, *, ndim: tuple[int, ...] | int | None = None) -> None:
+    """TypeError or ValueError unless `value` is a tensor of integers."""
+    if check_tensor(name, value, ndim=ndim).dtype not in _INTEGER_DTYPES:
         raise TypeError(f"{name}: expected an integer tensor, got {describe(value)}")
 
 
-def check_float(name: str, value: object, **kw) -> None:
-    check_tensor(name, value, **kw)
-    if value.dtype not in FLOAT_DTYPES:
+def check_float(name: str, value: object, *, ndim: tuple[int, ...] | int | None = None) -> None:
+    """TypeError or ValueError unless `value` is a tensor of a dtype in FLOAT_DTYPES."""
+    if check_tensor(name, value, ndim=ndim).dtype not in FLOAT_DTYPES:
         expected = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
         raise TypeError(f"{name}: expected a tensor of {expected}, got {describe(value)}")
 
 
-def check_choice(name: str, value: object, choices) -> None:
+def check_choice(name: str, value: object, choices: Collection) -> None:
+    """ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_positive(name: str, value: object) -> None:
+    """TypeError or ValueError unless `value` is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     if not 0 < value < float("inf"):
@@ -58,6 +64,7 @@ def check_positive(name: str, value: object) -> None:
 
 
 def check_not_negative(name: str, value: object) -> None:
+    """TypeError or ValueError unless `value` is a finite number, 0 or above."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     if not 0 <= value < float("inf"):
@@ -65,6 +72,7 @@ def check_not_negative(name: str, value: object) -> None:
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
+    """TypeError or ValueError unless `value` is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected a whole number, got {describe(value)}")
     if value < least:
@@ -72,7 +80,7 @@ def check_count(name: str, value: object, least: int = 1) -> None:
 
 
 def check_num_items(value: object) -> None:
-    """A number or a 0-dim tensor; one on a device is not waited for."""
+    """TypeError or ValueError unless `value` is a number or a 0-dim tensor. The value of a GPU tensor is not read."""
     if isinstance(value, Tensor):
         check_shape("num_items", value, ())
         if value.device.type != "cpu" or torch.compiler.is_compiling():
@@ -82,5 +90,6 @@ def check_num_items(value: object) -> None:
 
 
 def check_device(name: str, value: Tensor, device: torch.device, of: str) -> None:
+    """ValueError unless `value` is on `device`, where the argument `of` is."""
     if value.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, where {of} is, got {describe(value)}")

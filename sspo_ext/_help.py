@@ -1,4 +1,4 @@
-"""How every command line of this package shows defaults."""
+"""The help format of every command line of this package."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import argparse
 
 
 class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """ArgumentDefaultsHelpFormatter, silent where there is nothing to add: a default of None, False or nothing in it,
-    and a help text that names the default itself."""
+    """Shows each default once.
+
+    A default of None, False, "" or [] is not shown, nor one that the help text names itself.
+    """
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         empty = action.default is None or action.default is False or action.default in ("", [])

@@ -24,7 +24,8 @@ from sspo_ext.layout.pairs import StepPairs
 from sspo_ext.layout.steps import StepLayout
 from sspo_ext.losses.logps import linear_step_logps
 from sspo_ext.losses.pref import linear_step_pref_loss
-from sspo_ext.signals.pairing.candidates import Node, trace_candidates
+from sspo_ext.signals.pairing.candidates import trace_candidates
+from sspo_ext.signals.pairing.node import Node
 from sspo_ext.signals.pairing.pairs import divergence_index, pair_candidates
 from sspo_ext.signals.values import StepBatch
 from sspo_ext.train.experience import Rollout

@@ -7,7 +7,7 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 
-from sspo_ext.data.rows import _check_text, _normal_row, logger, raise_bad_rows, read_rows
+from sspo_ext.data.rows import check_text, logger, normal_row, raise_bad_rows, read_rows
 
 
 def load_gsm8k_solutions(
@@ -39,7 +39,7 @@ def load_gsm8k_solutions(
         try:
             if reason:
                 raise ValueError(reason)
-            question = _check_text("question", row.get("question"))
+            question = check_text("question", row.get("question"))
             solutions: dict[bool, list[str]] = {True: [], False: []}
             entries = {name: e for name, e in row.items() if isinstance(e, Mapping) and "solution" in e}
             if not entries:
@@ -50,7 +50,7 @@ def load_gsm8k_solutions(
                 if entry is not None:
                     if not isinstance(entry.get("is_correct"), bool):
                         raise ValueError(f"{name}: expected is_correct to be true or false")
-                    text = _check_text(f"{name}: solution", entry["solution"])
+                    text = check_text(f"{name}: solution", entry["solution"])
                     if text not in solutions[entry["is_correct"]]:
                         solutions[entry["is_correct"]].append(text)
         except ValueError as error:
@@ -62,7 +62,7 @@ def load_gsm8k_solutions(
         for chosen, rejected in itertools.islice(pairs, max_pairs):
             prompt = prompt_template.format(question=question)
             pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-            side.append({**_normal_row(pair, ""), "source": where})
+            side.append({**normal_row(pair, ""), "source": where})
     raise_bad_rows(bad, total)
     if unknown := sorted(set(models or ()) - seen):
         raise ValueError(f"models: expected some of {sorted(seen)}, got {unknown}")

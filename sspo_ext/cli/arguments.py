@@ -4,43 +4,127 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
+
+REPEATED = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
 
 
-def checkpoint_of(options: argparse.Namespace) -> str | None:
-    folder = Path(options.output_dir)
-    checkpoints = sorted(
-        folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]) if p.name.split("-")[1].isdigit() else -1
-    )
-    if not options.resume and checkpoints:
-        raise ValueError(
-            f"--output-dir: {str(folder)!r} has checkpoints of another run; give --resume or another folder"
-        )
-    if options.resume and not checkpoints:
-        raise ValueError(f"--resume: no checkpoint in {str(folder)!r}")
-    return str(checkpoints[-1]) if checkpoints else None
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """--model."""
+    parser.add_argument(
+        "--model", required=True,
+        help="name on the Hugging Face hub, folder of a model, folder with one .gguf file, or .gguf file",
+    )  # fmt: skip
 
 
-def lora_of(options: argparse.Namespace):
-    if not options.lora_r:
-        return None
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ValueError(f"--lora-r: {error}; install it with: pip install peft") from error
-    alpha = 2 * options.lora_r if options.lora_alpha is None else options.lora_alpha
-    return LoraConfig(r=options.lora_r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+def add_loading(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """How the model is loaded."""
+    group = parser.add_argument_group("loading the model")
+    add = group.add_argument
+    add(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16", "auto"),
+        help="data type of the weights; auto: the checkpoint's own",
+    )  # fmt: skip
+    add("--attn-implementation", help="eager, sdpa, flash_attention_2, ... (default: the model's own)")
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    return group
+
+
+def add_chat_template_option(group: argparse._ActionsContainer) -> None:
+    """--chat-template-option."""
+    text = "option of the chat template, such as enable_thinking=false; repeatable"
+    group.add_argument("--chat-template-option", type=setting, **REPEATED, help=text)
+
+
+def add_probe(group: argparse._ActionsContainer) -> None:
+    """The probe that makes the model answer after each step."""
+    add = group.add_argument
+    add("--probe", default="en", help="a language (en, zh, ...), or a text that makes the model answer at once")
+    add(
+        "--probe-end", action="append", metavar="TEXT",
+        help="text that must follow the answer, or one of several; repeatable (default: anything may follow)",
+    )  # fmt: skip
+    add("--probe-turn", action="store_true", help="ask in a new turn of the user, written by the chat template")
+
+
+def add_route(group: argparse._ActionsContainer) -> None:
+    """How log-probs are computed."""
+    add = group.add_argument
+    add(
+        "--route", default="linear", choices=("linear", "logits", "auto"),
+        help="linear: log-probs from the hidden states, without storing the logits; logits: from the model's logits; "
+        "auto: linear if the model's LM head allows it",
+    )  # fmt: skip
+    add("--chunk-bytes", type=positive, help="linear route: bytes of the logits buffer (default: sspo_ext chooses)")
+    add(
+        "--backend", default="auto", choices=("auto", "cpu", "triton", "cuda", "reference"),
+        help="what runs the kernels; sspo-ext info shows what auto takes",
+    )  # fmt: skip
+
+
+def add_optimisation(
+    parser: argparse.ArgumentParser,
+    *,
+    unit: str,
+    lr: float,
+    lr_scheduler: str,
+    batch_size: int,
+    eval_batch_size: int,
+    eval_batch: str,
+) -> argparse._ArgumentGroup:
+    """The optimiser, its batches and the adapter, with this command's defaults. `unit`: what a batch consists of."""
+    group = parser.add_argument_group("optimisation")
+    add = group.add_argument
+    add("--lr", type=float, default=lr, help="peak learning rate")
+    add("--lr-scheduler", default=lr_scheduler, help="name of the learning-rate schedule in transformers")
+    add("--warmup-steps", type=int, default=0, help="updates of linear warm-up")
+    add("--optim", default="adamw_torch_fused", help="name of the optimiser in transformers")
+    add("--epochs", type=float, default=1.0, help="passes over the training rows")
+    add("--max-steps", type=int, default=-1, help="number of updates, instead of --epochs; -1: by --epochs")
+    add("--batch-size", type=positive, default=batch_size, help=f"{unit} in a micro-batch, on each device")
+    add("--gradient-accumulation", type=positive, default=1, help="micro-batches in an update")
+    add("--eval-batch-size", type=positive, default=eval_batch_size, help=eval_batch)
+    add("--lora-r", type=int, default=0, help="rank of a LoRA adapter; 0: train all weights")
+    add("--lora-alpha", type=int, help="scale of the LoRA adapter (default: twice the rank)")
+    add("--gradient-checkpointing", action="store_true", help="use less memory and more time")
+    add("--bf16", action="store_true", help="run the forward pass in bfloat16 (autocast)")
+    add("--seed", type=int, default=0, help="seed of everything random")
+    return group
+
+
+def add_running(parser: argparse.ArgumentParser, *, logging_steps: int) -> None:
+    """How often a training logs, saves and evaluates."""
+    add = parser.add_argument_group("logging and saving").add_argument
+    add("--logging-steps", type=positive, default=logging_steps, help="updates between two log lines")
+    add("--save-steps", type=positive, default=200, help="updates between two checkpoints")
+    add(
+        "--eval-steps", type=positive,
+        help="updates between two evaluations (default: evaluate only before and after training)",
+    )  # fmt: skip
+    add("--report-to", default="none", help="where transformers logs, such as tensorboard or wandb")
 
 
 def positive(text: str) -> int:
-    value = int(text)
+    """A whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return value
 
 
+def assignment(text: str) -> tuple[str, float]:
+    """NAME=NUMBER."""
+    name, _, value = text.partition("=")
+    try:
+        return name.strip(), float(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected NAME=NUMBER, got {text!r}") from error
+
+
 def setting(text: str) -> tuple[str, object]:
-    """NAME=VALUE: the value is a number, true, false, null, or else a text."""
+    """NAME=VALUE, where the value is a number, true, false, null, or else a text."""
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")

@@ -1,4 +1,4 @@
-"""What runs where on this machine, and why not: the text of `sspo-ext info`."""
+"""The text of `sspo-ext info`: what runs on this machine, and why something does not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SETTINGS = ("SSPO_BACKEND", "SSPO_CPU_ISA", "TRITON_INTERPRET")
 
 
 def report() -> str:
-    """Versions, devices, each backend with the reason it cannot run, and which one `backend="auto"` takes."""
+    """Versions, devices, each backend with the reason why it cannot run, and which one `backend="auto"` takes."""
     lines = [
         f"sspo_ext {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
         f"{platform.machine()} {platform.system()}",

@@ -1,23 +1,34 @@
-"""The console script `sspo-ext`. What is wrong with its input is one message, and exit code 2."""
+"""The console script `sspo-ext`. A mistake in its input gives one message and exit code 2."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from .._help import DefaultsFormatter
 from . import rl, trace, train
-from .arguments import checkpoint_of, lora_of, positive
+from .arguments import positive
 
-# What is not in the command's own extra.
+# Modules that are in another extra than the command's own.
 _EXTRAS = {"math_verify": "graders", "reasoning_gym": "graders", "vllm": "vllm"}
 
 
+class _CommandFormatter(DefaultsFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of description and example."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 when the arguments, a file or the installation do not allow what was asked."""
-    parser = build_parser()
-    options = parser.parse_args(argv)
+    """Run a command.
+
+    Args:
+        argv: the arguments; None: those of the process.
+
+    Returns:
+        Exit code: 0, or 2 if the arguments, a file or the installation do not allow what was asked.
+    """
+    options = build_parser().parse_args(argv)
     try:
         options.run(options)
         return 0
@@ -35,32 +46,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     parser = argparse.ArgumentParser(
-        prog="sspo-ext", description="Step-wise preference optimisation for causal language models."
+        prog="sspo-ext",
+        description="Step-wise preference optimisation for causal language models.",
+        epilog="sspo-ext COMMAND --help shows the options of a command.",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
 
-    def command(name: str, run, extra: str | None, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name,
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            formatter_class=DefaultsFormatter,
-        )
+    def command(name: str, run: Callable[[argparse.Namespace], None], extra: str | None, text: str, **more: Any):
+        more = {"description": text[0].upper() + text[1:] + ".", "usage": f"sspo-ext {name} [options]", **more}
+        sub = commands.add_parser(name, help=text, formatter_class=_CommandFormatter, **more)
         sub.add_argument("--traceback", action="store_true", help="show where an error came from")
         sub.set_defaults(run=run, extra=extra)
         return sub
 
-    command("info", _info, None, "versions, backends, and why a backend cannot run")
-    train.add_arguments(command("train", train.run, "train", "train a causal LM on preference rows"))
-    rl.add_arguments(command("rl", _rl, "train", "train a causal LM by SSPO on prompts with answers"), positive)
-    trace.add_arguments(
-        command("trace", trace.run, "train", "values, advantages and step preferences of given chains"), positive
-    )
-    demo = command("demo", _demo, "demo", "a small model learns to reason right and short, offline, in three minutes")
-    demo.add_argument("--output-dir", default="sspo-demo", help="picture, numbers and model go here")
-    demo.add_argument("--seed", type=int, default=0, help="of the problems and the samples")
-    demo.add_argument("--updates", type=positive, default=40, help="of each arm")
+    command("info", _info, None, "show versions and backends, and why a backend cannot run")
+    for module, name, text in (
+        (train, "train", "train a causal LM on preference rows"),
+        (rl, "rl", "train a causal LM by SSPO on prompts with answers"),
+        (trace, "trace", "compute values, advantages and step preferences of given chains"),
+    ):
+        more = {"description": module.DESCRIPTION, "epilog": f"example:\n  {module.EXAMPLE}"}
+        more["usage"] = f"sspo-ext {name} --model MODEL --data JSONL [JSONL ...] --output-dir DIR [options]"
+        module.add_arguments(command(name, module.run, "train", text, **more))
+    text = "train a small model to reason correctly and briefly: offline, in three minutes"
+    demo = command("demo", _demo, "demo", text)
+    demo.add_argument("--output-dir", default="sspo-demo", help="folder for the picture, the numbers and the model")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the problems and of the samples")
+    demo.add_argument("--updates", type=positive, default=40, help="updates of each of the two trainings")
     return parser
 
 
@@ -74,11 +88,6 @@ def _demo(options: argparse.Namespace) -> None:
     from ..demo import DemoConfig, run
 
     run(options.output_dir, DemoConfig(seed=options.seed, updates=options.updates))
-
-
-def _rl(options: argparse.Namespace) -> None:
-    checkpoint = checkpoint_of(options)
-    rl.run(options, checkpoint, lora_of(options))
 
 
 if __name__ == "__main__":

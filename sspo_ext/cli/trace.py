@@ -1,5 +1,4 @@
-"""`sspo-ext trace`: what the steps of given chains are worth to a model, file to file. Imports nothing heavy until it
-runs."""
+"""`sspo-ext trace`: what the steps of given chains are worth to a model. Imports nothing heavy until it runs."""
 
 from __future__ import annotations
 
@@ -8,104 +7,221 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .arguments import setting
+from .arguments import add_chat_template_option, add_loading, add_model, add_probe, positive
+from .training import load
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..data.graders import Grader
     from ..signals.probing.texts import Probe
+    from ..tracing.chains import Chain
+
+DESCRIPTION = """\
+Compute what the steps of given chains of reasoning are worth to a model.
+A probe asks the model for the answer after each step. The values and advantages
+are written to values.jsonl. With --pairs, step preferences for sspo-ext train
+are written to pairs.jsonl."""
+
+EXAMPLE = "sspo-ext trace --model MODEL --data chains.jsonl --output-dir out --pairs sampled --plot 20"
 
 
-def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `sspo-ext trace`."""
+    add_model(parser)
     add = parser.add_argument
-    add("--model", required=True, help="hub name, folder, folder with one .gguf file, or .gguf file")
     add(
         "--data", required=True, nargs="+", metavar="JSONL",
-        help="rows: prompt, response (a text or a list of steps), answer (one or several), reward or is_correct",
+        help="rows with prompt, response (a text or a list of steps), answer (one, or a list of accepted ones), and "
+        "reward or is_correct",
     )  # fmt: skip
-    add("--output-dir", required=True, help="values.jsonl, pairs.jsonl, pictures")
-    add("--resume", action="store_true", help="go on where a killed run was")
-    add("--split-by", default="newline", help="newline, blank_line, numbered, or a regular expression")
-    add("--max-length", type=positive, default=2048, help="tokens of prompt and response; longer rows are left out")
-    add("--grader", default="exact", help="of rows without a reward: exact, exact:MARKER, math-verify, module:function")
+    add("--output-dir", required=True, metavar="DIR", help="folder for values.jsonl, pairs.jsonl and pictures")
+    add("--resume", action="store_true", help="continue a run that was killed")
     add(
-        "--chat-template-option", type=setting, action="append", default=[], metavar="NAME=VALUE",
-        help="as enable_thinking=false",
+        "--split-by", default="newline",
+        help="where a response is split into steps: newline, blank_line, numbered, or a regular expression",
     )  # fmt: skip
+    add(
+        "--max-length", type=positive, default=2048,
+        help="most tokens of prompt and response; longer rows are left out",
+    )  # fmt: skip
+    add(
+        "--grader", default="exact",
+        help="what rewards a row without a reward: exact, exact:MARKER, math-verify or module:function",
+    )  # fmt: skip
+    add_chat_template_option(parser)
+    _add_values(parser)
+    _add_pairs(parser)
+    add = parser.add_argument_group("pictures").add_argument
+    add("--plot", type=positive, metavar="N", help="draw each of the first N chains, and write one page of all chains")
+    _add_running(parser)
+    add_loading(parser)
 
-    add = parser.add_argument_group("values and advantages").add_argument
-    add("--probe", default="en", help="a language (en, zh, ...) or the text that asks for the answer")
-    add("--probe-end", action="append", metavar="TEXT", help="may follow the answer (default: anything); repeatable")
-    add("--probe-turn", action="store_true", help="ask in a turn of the user's, by the chat template")
-    add("--mode", default="likelihood", choices=("likelihood", "graded"), help="of the gold answer, or sampled answers")
-    add("--reduce", default="joint", choices=("joint", "mean"), help="likelihood of an answer of several tokens")
-    add("--num-samples", type=positive, default=5, help="graded: answers after each step")
+
+def _add_values(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("values and advantages")
+    add_probe(group)
+    add = group.add_argument
+    add(
+        "--mode", default="likelihood", choices=("likelihood", "graded"),
+        help="a step's value. likelihood: the probability of the right answer after it; graded: the share of sampled "
+        "answers that the grader accepts",
+    )  # fmt: skip
+    add(
+        "--reduce", default="joint", choices=("joint", "mean"),
+        help="likelihood of an answer of several tokens. joint: of the whole answer; mean: the geometric mean over its "
+        "tokens",
+    )  # fmt: skip
+    add("--num-samples", type=positive, default=5, help="graded: answers sampled after each step")
     add("--gamma", type=float, default=0.9, help="discount per step, of advantages and of continuations")
-    add("--lam", type=float, default=0.0, help="lambda of GAE over steps; 0 is a step's own progress")
+    add("--lam", type=float, default=0.0, help="lambda of GAE over steps; 0: a step's advantage is its own progress")
 
+
+def _add_pairs(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("step preferences").add_argument
     add(
         "--pairs", default="none", choices=("none", "sampled", "chains"),
-        help="sampled: next steps that the model itself would take; chains: where chains of one prompt part",
+        help="which steps are compared. sampled: next steps sampled from the model; chains: the steps where chains of "
+        "one prompt part",
     )  # fmt: skip
     add(
         "--value", default="continuation", choices=("continuation", "probe", "both"),
-        help="sampled: what ranks a step: the model's greedy continuation, the probe, or both",
+        help="sampled: what ranks a step. continuation: the reward of the model's greedy continuation; probe: the "
+        "probe's value; both: a mean of the two",
     )  # fmt: skip
-    add("--num-candidates", type=positive, default=12, help="sampled: at each state")
+    add("--num-candidates", type=positive, default=12, help="sampled: steps sampled at each state")
     add("--states", type=positive, default=2, help="sampled: random states of each chain")
-    add("--temperature", type=float, default=1.0, help="sampled: of candidates")
+    add("--temperature", type=float, default=1.0, help="sampled: temperature of the candidates")
     add("--max-step-tokens", type=positive, default=96, help="sampled: a longer step is dropped")
-    add("--max-continuation-tokens", type=positive, default=256, help="sampled: a longer continuation is worth nothing")
-    add("--final", metavar="REGEX", help="sampled: a response that matches is complete without an end of sequence")
-    add("--min-gap", type=float, default=0.02, help="two steps are compared if their values are further apart")
-    add("--max-pairs", type=positive, help="of one state: those with the largest gaps (default: all)")
-    add("--weight", default="one", choices=("one", "gap"), help="of a pair in the loss")
-    add("--margin", default="none", choices=("none", "gap"), help="that a pair asks for")
+    add(
+        "--max-continuation-tokens", type=positive, default=256,
+        help="sampled: a longer continuation is worth nothing",
+    )  # fmt: skip
+    add(
+        "--final", metavar="REGEX",
+        help="sampled: a response that matches is complete, also without an end of sequence",
+    )  # fmt: skip
+    add("--min-gap", type=float, default=0.02, help="compare two steps only if their values differ by more")
+    add("--max-pairs", type=positive, help="most pairs of a state, the largest gaps first (default: all)")
+    add("--weight", default="one", choices=("one", "gap"), help="weight of a pair: 1, or the gap of its values")
+    add("--margin", default="none", choices=("none", "gap"), help="margin of a pair: 0, or the gap of its values")
 
-    add = parser.add_argument_group("pictures").add_argument
-    add("--plot", type=positive, metavar="N", help="a picture of each of the first N chains, and a page of all")
 
+def _add_running(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("running").add_argument
-    add("--engine", default="auto", choices=("auto", "packed", "cached", "separate"), help="how states are probed")
-    add("--max-tokens", type=positive, default=4096, help="in one forward")
-    add("--batch-size", type=positive, default=16, help="chains between two writes")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "auto"), help="of the weights")
+    add(
+        "--engine", default="auto", choices=("auto", "packed", "cached", "separate"),
+        help="how the states of a chain share their beginning in a forward pass",
+    )  # fmt: skip
+    add("--max-tokens", type=positive, default=4096, help="most tokens in one forward pass")
+    add("--batch-size", type=positive, default=16, help="chains between two writes to values.jsonl")
     add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-    add("--seed", type=int, default=0, help="of what is sampled")
-    add("--attn-implementation", help="eager, sdpa, flash_attention_2, ... (default: the model's)")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add("--seed", type=int, default=0, help="seed of everything sampled")
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """What is traced, and by what."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    chains: list[Chain]
+    probe: Probe
+    grader: Grader
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..data.graders import answer_grader, load_grader
-    from ..tracing.lines import check_free
+    """Write the values, and on request the pairs and pictures; print a summary."""
+    from ..data.graders import load_grader
 
-    # What can be wrong is looked at in the order of what it costs: arguments, files, rows, then the model.
+    # Cheap checks come first: arguments, files, rows, then the model.
     probe = _checked(options)
     grader = load_grader(options.grader)
+    output = _checked_files(options)
+    tokenizer, chains = _load_chains(options, probe, grader)
+
+    import torch
+
+    model, _ = load(options, tokenizer)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)  # pyright: ignore[reportArgumentType]  # a decorator of transformers hides the signature
+    traced = _Traced(model, tokenizer, chains, probe, grader)
+    values = _values(options, traced, output)
+    pairs = _pairs(options, traced, values, output)
+    if options.plot:
+        _draw(options, values, output)
+    print(summary(values, pairs))
+    print(f"\nwritten to {output}")
+
+
+def _checked(options: argparse.Namespace) -> Probe:
+    """The probe. ValueError for an option that a later stage would refuse."""
+    from ..signals.pairing.candidates import CandidateOptions
+    from ..signals.pairing.pairs import PairOptions
+    from ..signals.probing.options import ProbeOptions
+    from ..signals.probing.texts import as_probe
+    from ..signals.split import split_text
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            f"trace: expected one process, got {os.environ['WORLD_SIZE']} (WORLD_SIZE); all would write the same files"
+        )
+    split_text("", options.split_by)
+    ProbeOptions(
+        mode=options.mode, reduce=options.reduce, engine=options.engine, max_tokens=options.max_tokens,
+        num_samples=options.num_samples, seed=options.seed,
+    )  # fmt: skip
+    for name in ("gamma", "lam"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise ValueError(f"--{name}: expected a number in [0, 1], got {getattr(options, name)}")
+    PairOptions(**_pairing(options))
+    if options.pairs == "sampled":
+        CandidateOptions(
+            value=options.value, num_candidates=options.num_candidates, gamma=options.gamma,
+            split_by=options.split_by, final=options.final, max_step_tokens=options.max_step_tokens,
+            max_continuation_tokens=options.max_continuation_tokens, temperature=options.temperature,
+        )  # fmt: skip
+    given: dict[str, Any] = {"ends": tuple(options.probe_end)} if options.probe_end else {}
+    given |= {"turn": True} if options.probe_turn else {}
+    given |= {"chat_template_kwargs": dict(options.chat_template_option)} if options.chat_template_option else {}
+    return replace(as_probe(options.probe), **given)
+
+
+def _pairing(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `pair_candidates`."""
+    names = ("min_gap", "weight", "margin", "max_pairs")
+    return {name: getattr(options, name) for name in names}
+
+
+def _checked_files(options: argparse.Namespace) -> Path:
+    """The output folder. ValueError for a missing input or files of another run."""
+    from ..tracing.lines import check_free
+
     missing = [name for name in options.data if not Path(name).is_file()]
     if missing:
         raise ValueError(f"--data: {missing[0]!r} is not there")
     output = Path(options.output_dir)
     for name in ("values.jsonl", "pairs.jsonl.nodes"):
         check_free(output / name, resume=options.resume)
+    return output
 
-    import torch
 
+def _load_chains(
+    options: argparse.Namespace, probe: Probe, grader: Grader
+) -> tuple[PreTrainedTokenizerBase, list[Chain]]:
     from ..tracing.chains import load_chains
-    from ..tracing.values import rollout_pairs, trace_pairs, trace_values
-    from ..train.models import load_model, load_tokenizer
+    from ..train.models import load_tokenizer
 
-    template = dict(options.chat_template_option)
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     if probe.turn and getattr(tokenizer, "chat_template", None) is None:
         raise ValueError("--probe-turn: the tokenizer has no chat template, which writes the user's turn")
     chains, long = load_chains(
         options.data, tokenizer, split_by=options.split_by, max_length=options.max_length, grader=grader,
-        chat_template_kwargs=template,
+        chat_template_kwargs=dict(options.chat_template_option),
     )  # fmt: skip
     if not chains and not long:
         raise ValueError(f"--data: expected at least one chain, found none in {', '.join(options.data)}")
@@ -114,85 +230,63 @@ def run(options: argparse.Namespace) -> None:
             f"--data: no chain of at most {options.max_length} tokens, {len(long)} are longer; give a larger "
             "--max-length"
         )
-    model, _ = load_model(
-        options.model, dtype=options.dtype, attn_implementation=options.attn_implementation,
-        trust_remote_code=options.trust_remote_code, tokenizer=tokenizer,
-    )  # fmt: skip
-    model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     note = f"; {len(long)} over {options.max_length} tokens are left out" if long else ""
     print(f"{len(chains)} chains, {sum(len(c.steps) for c in chains)} steps{note}")
-    running = {"max_tokens": options.max_tokens, "engine": options.engine, "resume": options.resume}
+    return tokenizer, chains
+
+
+def _running(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that `trace_values` and `trace_pairs` share."""
     settings = {"model": options.model, "dtype": options.dtype, "split_by": options.split_by, "grader": options.grader}
-    settings |= {"chat_template_kwargs": template} if template else {}
-    by_probe = answer_grader(grader, probe)
-    graded = {"grader": by_probe, "num_samples": options.num_samples, "seed": options.seed}
-    traced = trace_values(
-        model, tokenizer, chains, output / "values.jsonl", probe=probe, gamma=options.gamma, lam=options.lam,
-        mode=options.mode, reduce=options.reduce, batch_size=options.batch_size, progress=_progress("values"),
-        settings=settings, **running, **(graded if options.mode == "graded" else {}),
+    if options.chat_template_option:
+        settings["chat_template_kwargs"] = dict(options.chat_template_option)
+    running = {"max_tokens": options.max_tokens, "engine": options.engine, "resume": options.resume}
+    return {**running, "settings": settings}
+
+
+def _values(options: argparse.Namespace, traced: _Traced, output: Path) -> list[dict]:
+    from ..data.graders import answer_grader
+    from ..tracing.values import trace_values
+
+    graded = {}
+    if options.mode == "graded":
+        by_probe = answer_grader(traced.grader, traced.probe)
+        graded = {"grader": by_probe, "num_samples": options.num_samples, "seed": options.seed}
+    return trace_values(
+        traced.model, traced.tokenizer, traced.chains, output / "values.jsonl", probe=traced.probe,
+        gamma=options.gamma, lam=options.lam, mode=options.mode, reduce=options.reduce, batch_size=options.batch_size,
+        progress=_progress("values"), **_running(options), **graded,
     )  # fmt: skip
-    rows = None
-    pairing = _pairing(options)
+
+
+def _pairs(options: argparse.Namespace, traced: _Traced, values: list[dict], output: Path) -> list[dict] | None:
+    from ..data.graders import answer_grader
+    from ..tracing.values import rollout_pairs, trace_pairs
+
     if options.pairs == "chains":
-        rows = rollout_pairs(chains, traced, tokenizer, output / "pairs.jsonl", **pairing)
-    elif options.pairs == "sampled":
-        rows = trace_pairs(
-            model, tokenizer, chains, output / "pairs.jsonl", states_per_chain=options.states, pairing=pairing,
-            num_candidates=options.num_candidates, value=options.value, gamma=options.gamma,
-            grader=answer_grader(grader), probe=probe, split_by=options.split_by, final=options.final,
-            max_step_tokens=options.max_step_tokens,
-            max_continuation_tokens=options.max_continuation_tokens, temperature=options.temperature,
-            seed=options.seed, progress=_progress("pairs"), settings=settings, **running,
-        )  # fmt: skip
-    if options.plot:
-        from ..tracing.page import write_page
-        from ..tracing.picture import draw_chain
-
-        for number, row in enumerate(traced[: options.plot], 1):
-            draw_chain(row, output / f"chain_{number:03}.png")
-        write_page(traced, output / "chains.html", title=f"Steps as {Path(options.model).name} values them")
-    print(summary(traced, rows))
-    print(f"\nwritten to {output}")
-
-
-def _checked(options: argparse.Namespace) -> Probe:
-    """The probe; ValueError for an option that none of what follows would take."""
-    from ..signals.pairing.candidates import check_candidate_options
-    from ..signals.pairing.pairs import check_pair_options
-    from ..signals.probing.probe import check_probe_options
-    from ..signals.probing.texts import as_probe
-    from ..signals.split import split_text
-
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"trace: expected one process, got {os.environ['WORLD_SIZE']} (WORLD_SIZE), all for one file")
-    split_text("", options.split_by)
-    check_probe_options(
-        mode=options.mode, reduce=options.reduce, engine=options.engine, max_tokens=options.max_tokens,
-        num_samples=options.num_samples, seed=options.seed,
-    )  # fmt: skip
-    for name in ("gamma", "lam"):
-        if not 0 <= getattr(options, name) <= 1:
-            raise ValueError(f"--{name}: expected a number in [0, 1], got {getattr(options, name)}")
-    check_pair_options(**_pairing(options))
+        return rollout_pairs(traced.chains, values, traced.tokenizer, output / "pairs.jsonl", **_pairing(options))
     if options.pairs == "sampled":
-        check_candidate_options(
-            value=options.value, num_candidates=options.num_candidates, gamma=options.gamma,
-            split_by=options.split_by, final=options.final, max_step_tokens=options.max_step_tokens,
-            max_continuation_tokens=options.max_continuation_tokens, temperature=options.temperature,
+        return trace_pairs(
+            traced.model, traced.tokenizer, traced.chains, output / "pairs.jsonl", states_per_chain=options.states,
+            pairing=_pairing(options), num_candidates=options.num_candidates, value=options.value, gamma=options.gamma,
+            grader=answer_grader(traced.grader), probe=traced.probe, split_by=options.split_by, final=options.final,
+            max_step_tokens=options.max_step_tokens, max_continuation_tokens=options.max_continuation_tokens,
+            temperature=options.temperature, seed=options.seed, progress=_progress("pairs"), **_running(options),
         )  # fmt: skip
-    found = {"ends": tuple(options.probe_end)} if options.probe_end else {}
-    found |= {"turn": True} if options.probe_turn else {}
-    found |= {"chat_template_kwargs": dict(options.chat_template_option)} if options.chat_template_option else {}
-    return replace(as_probe(options.probe), **found)
+    return None
 
 
-def _pairing(options: argparse.Namespace) -> dict:
-    names = ("min_gap", "weight", "margin", "max_pairs")
-    return {name: getattr(options, name) for name in names}
+def _draw(options: argparse.Namespace, values: list[dict], output: Path) -> None:
+    from ..tracing.page import write_page
+    from ..tracing.picture import draw_chain
+
+    for number, row in enumerate(values[: options.plot], 1):
+        draw_chain(row, output / f"chain_{number:03}.png")
+    write_page(values, output / "chains.html", title=f"Steps as {Path(options.model).name} values them")
 
 
 def summary(traced: list[dict], pairs: list[dict] | None) -> str:
-    """A few lines on what was found."""
+    """A few lines about the values and pairs that were found."""
     lines = [f"{'':24}{'chains':>8}{'V of the question':>20}{'V before the last step':>24}"]
     for name, wanted in (("reward above 0", True), ("reward 0 or less", False)):
         some = [row for row in traced if (row["reward"] > 0) == wanted and row["steps"]]
@@ -205,7 +299,7 @@ def summary(traced: list[dict], pairs: list[dict] | None) -> str:
 
 
 def _progress(title: str) -> Callable[[int, int], None]:
-    """A line on standard error, at most every two seconds."""
+    """Reports progress on standard error, at most every two seconds."""
     start = shown = time.monotonic()
     begun: int | None = None
 

@@ -1,4 +1,4 @@
-"""Batch tokenized preference rows, padded or packed, and build the step layout on the host."""
+"""Batches of tokenized preference rows, padded or packed, with their step layout. Runs on the host."""
 
 from __future__ import annotations
 
@@ -16,21 +16,42 @@ SIDES = ("chosen", "rejected")
 
 @dataclass
 class StepPreferenceCollator:
-    """From features of `tokenize_rows` to a batch, sequences in the order [chosen of every row, rejected of every row].
+    """Collate features of `tokenize_rows` into a batch.
 
-    pad_token_id        any id of the vocabulary; padding is neither attended to nor scored
-    packed              one row without padding: input_ids and position_ids (1, total), and no attention mask. Call the
-                        model with use_cache=False, or a Hugging Face model sees one long sequence
-    flash_attention     packed: the boundaries too, in the names that FlashAttention models of transformers take. Those
-                        find them from position_ids as well, but then each layer waits for the device
-    pad_to_multiple_of  round the padded length T up
-    vocab_size          check labels against it here, where the row can still be named
+    The sequences are the chosen responses of all rows, then the rejected ones. The batch holds no "labels": the layout
+    has them, and Trainer would scale the loss by token counts if it saw labels.
 
-    Returns input_ids and attention_mask (2n, T) int64, or input_ids and position_ids (1, total), and with
-    flash_attention cu_seq_lens_q and _k (2n + 1,) int32, max_length_q and _k int; "layout" (StepLayout)
-    and "pairs" (StepPairs, with weights and margins where a row has any); "ref" (S,) float32, reference sums of the
-    layout's steps, if the features hold "ref_chosen" and "ref_rejected". There is no "labels": the layout holds them,
-    and Trainer would take their presence as a wish to scale the loss by token counts.
+    Args:
+        pad_token_id: any id of the vocabulary. Padding is neither attended to nor scored.
+        packed: put all sequences into one row without padding. Call the model with `use_cache=False`; otherwise a
+            Hugging Face model sees one long sequence.
+        pad_to_multiple_of: round the padded length T up to a multiple.
+        vocab_size: check the labels against it here, where an error can still name the row.
+        flash_attention: with `packed`, also return the sequence boundaries under the names that FlashAttention models
+            of transformers take. Without it these models compute them from `position_ids`, and each layer then waits
+            for the device.
+
+    Returns:
+        A callable: features of n rows -> batch, a dict with
+
+            * "input_ids" and "attention_mask", (2n, T) int64; with `packed` instead "input_ids" and "position_ids",
+              (1, total) int64;
+            * with `flash_attention`, "cu_seq_lens_q" and "cu_seq_lens_k", (2n + 1,) int32, and "max_length_q" and
+              "max_length_k", int;
+            * "layout", a StepLayout, and "pairs", a StepPairs, with weights and margins where a row has any;
+            * "ref", (S,) float32, the reference sums of the layout's steps, if the features hold "ref_chosen" and
+              "ref_rejected".
+
+    Raises:
+        ValueError: there are no features, a label is outside the vocabulary, or reference sums do not match the steps.
+
+    Example:
+        >>> from sspo_ext.data.collator import StepPreferenceCollator
+        >>> from sspo_ext.data.tokenize import tokenize_rows
+        >>> rows = [{"prompt": "6 + 13 = ", "chosen": "19", "rejected": "18"}]
+        >>> batch = StepPreferenceCollator(pad_token_id=0)(tokenize_rows(rows, tokenizer, pair_by="sequence"))
+        >>> batch["layout"].num_steps
+        2
     """
 
     pad_token_id: int
@@ -40,6 +61,7 @@ class StepPreferenceCollator:
     flash_attention: bool = False
 
     def __call__(self, features: Sequence[dict]) -> dict:
+        """Collate the features of one or more rows."""
         if not features:
             raise ValueError("features: expected at least one row, got none")
         ids, labels, steps = (
@@ -47,7 +69,7 @@ class StepPreferenceCollator:
             for name in ("input_ids", "labels", "step_ids")
         )
         batch, layout = (self._pack if self.packed else self._pad)(ids, labels, steps)
-        counts = [int(s.max()) + 1 if len(s) else 0 for s in steps]
+        counts = [_num_steps(row) for row in steps]
         base = [0, *accumulate(counts)]
         n = len(features)
         index = [(base[i] + c, base[n + i] + r) for i, f in enumerate(features) for c, r in f["pairs"]]
@@ -83,7 +105,7 @@ class StepPreferenceCollator:
         spans = [
             (start + int(where[0]), start + int(where[-1]) + 1)
             for start, row in zip(starts[:-1], steps, strict=True)
-            for k in range(int(row.max()) + 1 if len(row) else 0)
+            for k in range(_num_steps(row))
             for where in [(row == k).nonzero()[:, 0]]
         ]
         cu_seqlens = torch.tensor(starts)
@@ -96,3 +118,7 @@ class StepPreferenceCollator:
             batch |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
             batch |= {"max_length_q": longest, "max_length_k": longest}
         return batch, layout
+
+
+def _num_steps(step_ids: torch.Tensor) -> int:
+    return int(step_ids.max()) + 1 if len(step_ids) else 0

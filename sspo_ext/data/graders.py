@@ -1,8 +1,12 @@
-"""Outcome rewards: what a completion is worth, by its answer alone.
+"""Graders: functions that reward a completion by its answer.
 
-A grader is any function `reward(prompt, completion, answer) -> float`, or one of TRL's,
-`reward(prompts, completions, **columns) -> list[float]`, known by a parameter `prompts`, `completions` or
-`completion_ids`. The ready-made ones import what they need when they are made.
+A grader has one of two forms:
+
+* ours, `reward(prompt, completion, answer) -> float`;
+* TRL's, `reward(prompts, completions, **columns) -> list[float]`, recognised by a parameter named `prompts`,
+  `completions` or `completion_ids`.
+
+The ready-made graders import their packages when `load_grader` makes them.
 """
 
 from __future__ import annotations
@@ -24,18 +28,34 @@ DEFAULT_MARKER = "####"
 
 
 def load_grader(name: str) -> Grader:
-    """A grader by name:
+    r"""Make a grader from its name.
 
-    * "exact" or "exact:MARKER": 1 if the text after the last MARKER (default "####", else the last line that is not
-      blank) is the answer, or one of several, white space aside;
-    * "math-verify": 1 if the two are the same mathematics (package math-verify, which needs the main thread). An answer
-      without $, \\(, \\[ or \\boxed is LaTeX as a whole, "\\sqrt{2}"; a completion is read as math-verify reads it:
-      numbers in plain text, all else between such delimiters. ValueError for an answer without mathematics;
-    * "reasoning-gym": the dataset's own score in [0, 1] of the text after the last "####"; the answer is the
-      dataset's entry, {"question", "answer", "metadata": {"source_dataset", ...}} (package reasoning-gym);
-    * "package.module:function": your own.
+    Args:
+        name: one of
 
-    Raises ValueError for anything else, ImportError for a package or module that is not there.
+            * "exact" or "exact:MARKER": 1 if the text after the last MARKER equals the answer, or one of several
+              answers, apart from white space. The default MARKER is "####". Without a MARKER in the completion, its
+              last line that is not blank counts.
+            * "math-verify": 1 if completion and answer are the same mathematics (package math-verify, which works in
+              the main thread only). An answer without $, \(, \[ or \boxed is LaTeX as a whole: "\sqrt{2}". A completion
+              is read as math-verify reads it: plain numbers anywhere, other mathematics only between delimiters. The
+              grader raises ValueError for an answer without mathematics.
+            * "reasoning-gym": the data set's own score, in [0, 1], of the text after the last "####" (package
+              reasoning-gym). The answer is the data set's entry, {"question", "answer", "metadata":
+              {"source_dataset", ...}}.
+            * "package.module:function": your own function.
+
+    Returns:
+        The grader.
+
+    Raises:
+        ValueError: the name is none of these, or the module has no such function.
+        ImportError: the package or module is not installed.
+
+    Example:
+        >>> from sspo_ext.data.graders import load_grader
+        >>> load_grader("exact")("6 + 13 = ", "6 + 13 = 19\n#### 19", 19)
+        1.0
     """
     if name == "exact" or name.startswith("exact:"):
         return exact_grader(name.partition(":")[2] or DEFAULT_MARKER)
@@ -56,6 +76,8 @@ def load_grader(name: str) -> Grader:
 
 
 def exact_grader(marker: str = DEFAULT_MARKER) -> Grader:
+    """The grader "exact:MARKER" of `load_grader`."""
+
     def exact(prompt: str, completion: str, answer: Any) -> float:
         words = final_text(completion, marker).split()
         return float(any(words == text.split() for text in answer_texts(answer)))
@@ -64,7 +86,7 @@ def exact_grader(marker: str = DEFAULT_MARKER) -> Grader:
 
 
 def final_text(completion: str, marker: str = DEFAULT_MARKER) -> str:
-    """What follows the last `marker`; without one, the last line that is not blank; "" if there is none."""
+    """The text after the last `marker`. Without a marker, the last line that is not blank, or ""."""
     _, found, text = completion.rpartition(marker)
     if found:
         return text.strip()
@@ -73,7 +95,7 @@ def final_text(completion: str, marker: str = DEFAULT_MARKER) -> str:
 
 
 def answer_text(answer: Any) -> str:
-    """The answer as the model should write it: a text, a number, or the "answer" of a mapping."""
+    """The answer as the model should write it, from a text, a number, or a mapping with an "answer"."""
     value = answer.get("answer") if isinstance(answer, dict) else answer
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise TypeError(f"answer: expected a text, a number or a mapping with an 'answer', got {answer!r}")
@@ -81,27 +103,44 @@ def answer_text(answer: Any) -> str:
 
 
 def answer_texts(answer: Any) -> list[str]:
-    """The accepted spellings: `answer_text` of the answer, or of each one of a list. ValueError for none, or a blank
-    one, which saying nothing would match."""
+    """The accepted answers: `answer_text` of the answer, or of each in a list.
+
+    Raises:
+        ValueError: there is none, or one is blank: an empty completion would match it.
+        TypeError: an answer is neither a text nor a number.
+    """
     value = answer.get("answer") if isinstance(answer, dict) else answer
     texts = [answer_text(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
     if not texts or not all(text.strip() for text in texts):
-        raise ValueError(f"answer: expected a text, a number or several, none of them blank, got {answer!r}")
+        raise ValueError(f"answer: expected a text, a number or a list of them, none blank, got {answer!r}")
     return texts
 
 
 def grade(grader: Grader, prompt: Any, completion: str, answer: Any, /, **columns: Any) -> float:
-    """The reward of one completion, checked to be one finite number."""
+    """The reward of one completion, as `grade_rows` gives it."""
     return grade_rows(grader, [{**columns, "prompt": prompt, "answer": answer}], [completion])[0]
 
 
 def grade_rows(
     grader: Grader, rows: Sequence[Mapping], completions: Sequence[str], *, unit: bool = False, **more: Any
 ) -> list[float]:
-    """The reward of every row's completion, each checked to be one finite number; with `unit` in [0, 1].
+    """The rewards of completions, one for each row.
 
-    A grader of TRL's form gets all rows in one call, their columns by name beside what `more` holds, and, where
-    prompts are chat messages, completions as messages too; its None, "does not apply", is 0.
+    Args:
+        grader: of our form, called for each row; or of TRL's form, called once with all rows, their columns by name,
+            and `more`. Where a prompt is chat messages, TRL's form gets the completion as messages too. A reward of
+            None, "does not apply" in TRL, counts as 0.
+        rows: with "prompt", and "answer" and other columns where the grader needs them.
+        completions: a text for each row.
+        unit: whether rewards must be in [0, 1].
+        **more: extra arguments for TRL's form.
+
+    Returns:
+        A finite number for each row.
+
+    Raises:
+        ValueError: a reward is not finite, is outside [0, 1] with `unit`, or the number of rewards is wrong.
+        TypeError: a reward is not a number.
     """
     if not rows:
         return []
@@ -109,13 +148,13 @@ def grade_rows(
         found = [grader(row["prompt"], text, row.get("answer")) for row, text in zip(rows, completions, strict=True)]
     else:
         prompts = [row["prompt"] for row in rows]
-        said = [
+        in_form = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, completions, strict=True)
         ]
         names = dict.fromkeys(name for row in rows for name in row if name != "prompt")
         columns = {name: [row.get(name) for row in rows] for name in names}
-        found = grader(**{**columns, "prompts": prompts, "completions": said, **more})
+        found = grader(**{**columns, "prompts": prompts, "completions": in_form, **more})
         if not hasattr(found, "__len__") or len(found) != len(rows):
             raise ValueError(f"grader: expected a reward for each of {len(rows)} completions, got {found!r}")
         found = [0.0 if reward is None else reward for reward in found]
@@ -139,27 +178,32 @@ def _checked(reward: Any, completion: str, unit: bool) -> float:
     if unit and not -1e-6 <= value <= 1 + 1e-6:
         raise ValueError(
             "reward_func: expected a reward in [0, 1], since values are probabilities of a right answer, "
-            f"got {value:g} for the completion {completion!r}; rescale it (-1 and +1: (reward + 1) / 2), or train on "
-            "the outcome alone (combine='outcome')"
+            f"got {value:g} for the completion {completion!r}; rescale it (from [-1, 1]: (reward + 1) / 2), or train "
+            "on the outcome alone (combine='outcome')"
         )
     return value
 
 
 def answer_grader(grader: Grader, probe: Probe | None = None) -> Callable[..., float]:
-    """A grader of completions as one of what `sspo_ext.signals` has: `grade(text, answer, prompt="", **columns)`.
+    """Adapt a completion grader to short answers, as the graded probe and `trace_candidates` give them.
 
-    For `trace_candidates`, whose texts are responses, and for the graded probe, whose texts are short answers after the
-    `probe`. Such an answer is graded as a completion that is the answer alone, and as one that says the probe's text
-    before it, "The final answer is 26"; the better grade counts. So "exact" accepts 26 whatever the probe says, and a
-    grader that looks for a mark of its own finds it in the probe.
+    The short answer is graded twice: alone, and behind the probe's text, as in "The final answer is 26". The better
+    grade counts. So "exact" accepts 26 whatever the probe says, and a grader that looks for a marker finds it in the
+    probe.
 
-    answer  as the grader takes it, or a list of accepted ones, of which the best grade counts
+    Args:
+        grader: of either form.
+        probe: that the short answer follows; None: the text is a whole response and is graded once.
+
+    Returns:
+        `grade(text, answer, prompt="", **columns) -> float`. The answer is what the grader takes, or a list of accepted
+        answers, of which the best grade counts.
     """
 
     def graded(text: str, answer: Any, /, prompt: Any = "", **columns: Any) -> float:
-        said = [] if probe is None else [f"{probe.text}{probe.separator}{text}"]
+        with_probe = [] if probe is None else [f"{probe.text}{probe.separator}{text}"]
         accepted = answer if isinstance(answer, (list, tuple)) else [answer]
-        return max(grade(grader, prompt, form, one, **columns) for one in accepted for form in (text, *said))
+        return max(grade(grader, prompt, form, one, **columns) for one in accepted for form in (text, *with_probe))
 
     return graded
 
@@ -176,7 +220,7 @@ def _math_verify() -> Grader:
         return found
 
     def same_mathematics(prompt: str, completion: str, answer: Any) -> float:
-        # "\$" is dollars to LaTeX, and to math-verify the beginning of a formula that never ends
+        # "\$" is a dollar sign to LaTeX; math-verify would read it as the start of a formula without an end
         given = parse(completion)
         return float(any(verify(gold(text.replace("\\$", "")), given) for text in answer_texts(answer)))
 
@@ -193,6 +237,6 @@ def _reasoning_gym() -> Grader:
             raise ValueError(
                 f"answer: expected reasoning-gym's entry with metadata.source_dataset, got {answer!r}"
             ) from error
-        return float(score(final_text(completion), answer))
+        return float(score(final_text(completion), answer))  # pyright: ignore[reportCallIssue]  # typed as Callable[[], ...]
 
     return dataset_score

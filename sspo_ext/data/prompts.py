@@ -1,29 +1,80 @@
-"""Rows of prompts for sampling: reading, checking, tokenising."""
+"""Rows of prompts for sampling: read, checked and tokenized."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from .graders import answer_texts
-from .rows import raise_bad_rows
+from .rows import Source, parse_rows, raise_bad_rows
 from .tokenize import prompt_text
+
+_KEYS = ("prompt", "answer")
+
+
+def load_prompt_rows(source: Source, texts: bool = False) -> list[dict]:
+    """Read and check rows of prompts and answers.
+
+    Args:
+        source: a path of a JSONL file, several paths, or mappings in memory. A row has "prompt", a text or chat
+            messages, and "answer". Other keys are kept.
+        texts: whether an answer must be a text, a number, or a list of accepted ones.
+
+    Returns:
+        The rows, as they are.
+
+    Raises:
+        ValueError: there is no row, or some rows cannot be used. The message names file, line and reason of each.
+        OSError: a file cannot be read.
+
+    Example:
+        >>> from sspo_ext.data.prompts import load_prompt_rows
+        >>> load_prompt_rows([{"prompt": "1 + 1 = ", "answer": 2}], texts=True)
+        [{'prompt': '1 + 1 = ', 'answer': 2}]
+    """
+
+    def parse(where: str, row: Mapping) -> dict:
+        missing = [key for key in _KEYS if key not in row]
+        if missing:
+            raise ValueError(f"expected an object with 'prompt' and 'answer', has no {missing[0]!r}")
+        if not isinstance(row["prompt"], str | list) or not row["prompt"]:
+            raise ValueError("prompt: expected a text or chat messages")
+        if texts:
+            answer_texts(row["answer"])
+        return dict(row)
+
+    rows, bad = parse_rows(source, parse)
+    raise_bad_rows(bad, len(rows) + len(bad))
+    if not rows:
+        raise ValueError(f"source: expected at least one row, found none in {source!r}")
+    return rows
 
 
 def check_rows(
-    name: str, dataset, *, chat: bool, answers: bool = False, texts: bool = False, required: bool = False
+    name: str, dataset: Any, *, chat: bool, answers: bool = False, texts: bool = False, required: bool = False
 ) -> None:
-    """Every row has a prompt, a text or, with `chat`, messages; with `answers` an answer, and with `texts` one that can
-    be written: what cannot be used is found before training. ValueError naming the rows."""
+    """Check a trainer's dataset of prompts before training starts.
+
+    Args:
+        name: of the argument, for the messages.
+        dataset: rows with a length, or None.
+        chat: whether a prompt may be chat messages.
+        answers: whether each row needs an answer.
+        texts: whether each answer must be a text, a number, or a list of accepted ones.
+        required: whether None is an error.
+
+    Raises:
+        ValueError: the dataset is not a sequence of rows, or some rows cannot be used. The message names them.
+    """
     if dataset is None and not required:
         return
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or isinstance(dataset, Mapping):
         raise ValueError(f"{name}: expected rows with a length (a list or a datasets.Dataset), got {type(dataset)}")
+    rows = cast("Sequence[Mapping]", dataset)
     bad = []
-    for i in range(len(dataset)):
-        row = dataset[i]
-        missing = [key for key in ("prompt", "answer")[: 1 + answers] if key not in row]
+    for i in range(len(rows)):
+        row = rows[i]
+        missing = [key for key in _KEYS[: 1 + answers] if key not in row]
         if missing:
             bad.append((f"row {i}", f"expected {missing[0]!r}, has {sorted(row)}"))
         elif not _is_prompt(row["prompt"], chat):
@@ -35,7 +86,7 @@ def check_rows(
             except (TypeError, ValueError) as error:
                 bad.append((f"row {i}", str(error)))
     try:
-        raise_bad_rows(bad, len(dataset))
+        raise_bad_rows(bad, len(rows))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
@@ -47,9 +98,21 @@ def _is_prompt(prompt: Any, chat: bool) -> bool:
     return messages and all(isinstance(message, Mapping) and "role" in message for message in prompt)
 
 
-def prompt_tokens(prompt: str | Sequence[dict], tokenizer, template_options: dict | None = None) -> list[int]:
-    """A text behind the tokenizer's special tokens (one that it puts at the end is left out), or chat messages by its
-    template and its options, ready to be completed."""
+def prompt_tokens(prompt: str | Sequence[dict], tokenizer, template_options: Mapping | None = None) -> list[int]:
+    """Tokenize a prompt so that a model can complete it.
+
+    Args:
+        prompt: a text, which follows the special tokens that the tokenizer puts first (one that it puts at the end is
+            left out); or chat messages, which the tokenizer's chat template writes.
+        tokenizer: of transformers.
+        template_options: extra options of the chat template.
+
+    Returns:
+        Token ids, at least one.
+
+    Raises:
+        ValueError: the prompt has no token.
+    """
     if isinstance(prompt, str):
         text, first = prompt_text(prompt, tokenizer)
         ids = [*first, *tokenizer(text, add_special_tokens=False).input_ids]
@@ -60,34 +123,3 @@ def prompt_tokens(prompt: str | Sequence[dict], tokenizer, template_options: dic
     if not ids:
         raise ValueError(f"prompt: expected at least one token, got none for {prompt!r}")
     return list(ids)
-
-
-def load_prompt_rows(paths: list[str], texts: bool = False) -> list[dict]:
-    """Rows with "prompt" and "answer" from JSONL files, other keys kept; with `texts`, answers are texts or numbers, or
-    lists of accepted ones. One ValueError names all bad lines."""
-    from .graders import answer_texts
-    from .rows import raise_bad_rows
-
-    rows, bad, total = [], [], 0
-    for path in paths:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                total += 1
-                try:
-                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                    missing = [key for key in ("prompt", "answer") if not isinstance(row, dict) or key not in row]
-                    if missing:
-                        raise ValueError(f"expected an object with 'prompt' and 'answer', has no {missing[0]!r}")
-                    if not isinstance(row["prompt"], (str, list)) or not row["prompt"]:
-                        raise ValueError("prompt: expected a text or chat messages")
-                    if texts:
-                        answer_texts(row["answer"])
-                    rows.append(row)
-                except (TypeError, ValueError) as error:
-                    bad.append((f"{path}:{number}", str(error)))
-    raise_bad_rows(bad, total)
-    if not rows:
-        raise ValueError(f"--data: expected at least one row, found none in {paths}")
-    return rows

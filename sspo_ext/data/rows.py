@@ -1,4 +1,4 @@
-"""Preference rows from local JSONL files: read, checked, and brought into one normal form. No tokenizer, no torch."""
+"""Preference rows from local JSONL files: read, checked, and brought into one form. No tokenizer, no torch."""
 
 from __future__ import annotations
 
@@ -7,66 +7,96 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
 
 Source = str | os.PathLike | Iterable[str | os.PathLike] | Iterable[Mapping]
 
-_LISTED = 20  # bad rows named one by one in an error; the rest are counted
+Parsed = TypeVar("Parsed")
+
+_LISTED = 20  # an error names this many bad rows one by one and counts the rest
 
 
 def load_preference_rows(source: Source, *, step_separator: str = "\n") -> list[dict]:
-    """Preference rows, ready for `tokenize_rows`, from JSONL files or from memory. Forms may be mixed.
+    r"""Read and check preference rows, ready for `tokenize_rows`.
 
-    source          a path, several paths, or an iterable of mappings
-    step_separator  is added to every step of a list, but the last, that does not end with white space
-
-    A row is one of
+    A row has one of these forms. Forms may be mixed.
 
     * `{"prompt", "chosen", "rejected"}`. A response is a text, which is split into steps later, or a list of steps,
-      which is taken as it is. `prompt` is a text, or a list of chat messages; then a response may also be a list with
-      one assistant message. Without `prompt`, both responses are conversations and the prompt is what they share.
-    * the same with `"branch": k`: the first k steps are shared, and only step k is compared (Step-DPO).
-    * `{"prompt", "initial_reason_steps", "chosen", "rejected"}`, as in Step-DPO's data: texts that follow each other
-      exactly; the last is the one step that is compared.
-    * `{"prompt", "completions": [text...], "labels": [bool...]}`, TRL's stepwise supervision. One such row has no
-      preference in it. Rows with the same prompt are laid over each other, and wherever some continue the same steps
-      with one labelled good and others with one labelled bad, those two continuations are compared (`branch`): each of
-      them at least once, max(good, bad) pairs in all. Rows that meet no other this way are counted in a warning.
+      which is taken as it is. `prompt` is a text or a list of chat messages; with messages, a response may also be a
+      list with one assistant message. Without `prompt`, both responses are conversations, and the prompt is the
+      messages that they share.
+    * The same with `"branch": k`: the first k steps are shared, and only step k is compared (Step-DPO).
+    * `{"prompt", "initial_reason_steps", "chosen", "rejected"}`, the form of Step-DPO's data: texts that follow each
+      other exactly. The last one is the step that is compared.
+    * `{"prompt", "completions": [text, ...], "labels": [bool, ...]}`, the form of TRL's stepwise supervision. One such
+      row holds no preference. Rows with the same prompt form a tree of steps. Where some rows continue the same steps
+      with a good step and others with a bad step, these are compared (`branch`). Each good and each bad step is
+      compared at least once, in max(good, bad) pairs. A warning counts the rows that are in no pair.
 
-    Optional keys: `weight` (>= 0, default 1), `margin` (default 0), `partial` (true: the response stops before its end,
-    so no end of sequence is added; the default for the last two forms). Other keys are ignored.
+    Optional keys: `weight` (at least 0, default 1), `margin` (default 0) and `partial` (true: the response stops before
+    its end, so it gets no end of sequence; the default of the last two forms). Other keys are ignored.
 
-    Returns dicts {"prompt": str | list of messages, "chosen": str | list[str], "rejected": str | list[str], "branch":
-    int | None, "partial": bool, "weight": float, "margin": float, "source": "file:line"}; lists of steps concatenate to
-    the response. Raises one ValueError that names file, line and reason of every bad row, before any work is done.
+    Args:
+        source: a path of a JSONL file, several paths, or mappings in memory.
+        step_separator: appended to each step of a list that does not end with white space, except the last step.
+
+    Returns:
+        One dict for each pair: {"prompt": str | list of messages, "chosen": str | list[str], "rejected": str |
+        list[str], "branch": int | None, "partial": bool, "weight": float, "margin": float, "source": "file:line"}.
+        The steps of a list concatenate to the response.
+
+    Raises:
+        ValueError: some rows cannot be used. The message names file, line and reason of each.
+        TypeError: `source` holds something other than paths and mappings.
+        OSError: a file cannot be read.
+
+    Example:
+        >>> from sspo_ext.data.rows import load_preference_rows
+        >>> rows = load_preference_rows([{"prompt": "1 + 1 = ", "chosen": "2", "rejected": "3"}])
+        >>> rows[0]["chosen"], rows[0]["weight"], rows[0]["source"]
+        ('2', 1.0, 'row 0')
     """
-    rows, bad, stepwise = [], [], []
-    total = 0
-    for where, row, reason in read_rows(source):
-        total += 1
-        try:
-            if reason:
-                raise ValueError(reason)
-            if "completions" in row:
-                stepwise.append((where, *_check_stepwise(row)))
-            else:
-                rows.append({**_normal_row(row, step_separator), "source": where})
-        except ValueError as error:
-            bad.append((where, str(error)))
-    if stepwise:
-        paired, conflicts = _pair_stepwise(stepwise, step_separator)
-        rows += paired
-        bad += conflicts
-    raise_bad_rows(bad, total)
+
+    def parse(where: str, row: Mapping) -> dict | _Stepwise:
+        return _stepwise(where, row) if "completions" in row else {**normal_row(row, step_separator), "source": where}
+
+    parsed, bad = parse_rows(source, parse)
+    total = len(parsed) + len(bad)
+    stepwise = [row for row in parsed if isinstance(row, _Stepwise)]
+    pairs, conflicts = _pair_stepwise(stepwise, step_separator)
+    raise_bad_rows([*bad, *conflicts], total)
     if not total:
         raise ValueError(f"source: expected at least one row, found none in {source!r}")
-    return rows
+    return [row for row in parsed if isinstance(row, dict)] + pairs
+
+
+def parse_rows(source: Source, parse: Callable[[str, Mapping], Parsed]) -> tuple[list[Parsed], list[tuple[str, str]]]:
+    """Apply `parse` to each row of JSONL files or of memory.
+
+    Args:
+        source: as for `load_preference_rows`.
+        parse: called with the row's "file:line" and the row; it refuses a row by a ValueError or a TypeError.
+
+    Returns:
+        What `parse` returned for each accepted row; (file:line, reason) for each refused row and each broken line.
+    """
+    parsed, bad = [], []
+    for where, row, reason in read_rows(source):
+        try:
+            if reason is not None:
+                raise ValueError(reason)
+            parsed.append(parse(where, row))
+        except (TypeError, ValueError) as error:
+            bad.append((where, str(error)))
+    return parsed, bad
 
 
 def raise_bad_rows(bad: Sequence[tuple[str, str]], total: int) -> None:
-    """One ValueError for all of `bad`, (source, reason) each; nothing if there are none."""
+    """Raise one ValueError that names each (source, reason) of `bad`; do nothing if `bad` is empty."""
     if bad:
         lines = [f"  {where}: {reason}" for where, reason in bad[:_LISTED]]
         if len(bad) > _LISTED:
@@ -74,8 +104,13 @@ def raise_bad_rows(bad: Sequence[tuple[str, str]], total: int) -> None:
         raise ValueError(f"{len(bad)} of {total} rows cannot be used:\n" + "\n".join(lines))
 
 
+def name_some(names: Sequence[str], limit: int = 5) -> str:
+    """The first names, separated by commas, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
 def read_rows(source: Source) -> Iterator[tuple[str, Mapping, str | None]]:
-    """(where, row, what is wrong with the line) of every row of every file, empty lines left out."""
+    """(where, row, what is wrong with the line or None) of each line that is not blank."""
     items = [source] if isinstance(source, str | os.PathLike) else source
     for number, item in enumerate(items):
         if isinstance(item, Mapping):
@@ -83,7 +118,7 @@ def read_rows(source: Source) -> Iterator[tuple[str, Mapping, str | None]]:
             continue
         if not isinstance(item, str | os.PathLike):
             raise TypeError(f"source: expected paths or mappings, got {type(item).__name__} at {number}")
-        with open(item, "rb") as file:  # in bytes, so that only "\n" ends a line and bad UTF-8 is one bad row
+        with open(item, "rb") as file:  # in bytes: only "\n" ends a line, and bad UTF-8 makes one bad row
             for line_number, line in enumerate(file, 1):
                 where = f"{os.fspath(item)}:{line_number}"
                 try:
@@ -96,7 +131,8 @@ def read_rows(source: Source) -> Iterator[tuple[str, Mapping, str | None]]:
                     yield where, {}, f"not a line of JSON: {error}"
 
 
-def _check_text(name: str, value) -> str:
+def check_text(name: str, value: Any) -> str:
+    """`value`, if it is a text that is not blank; else a ValueError."""
     if not isinstance(value, str):
         raise ValueError(f"{name}: expected a text, got {type(value).__name__}")
     if not value.strip():
@@ -104,7 +140,7 @@ def _check_text(name: str, value) -> str:
     return value
 
 
-def _check_number(row: Mapping, name: str, default: float) -> float:
+def _number(row: Mapping, name: str, default: float) -> float:
     value = row.get(name)
     if value is None:
         return default
@@ -113,7 +149,7 @@ def _check_number(row: Mapping, name: str, default: float) -> float:
     return float(value)
 
 
-def _is_messages(value) -> bool:
+def _is_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 
@@ -126,39 +162,24 @@ def _check_messages(name: str, value: list) -> list[dict]:
     return [dict(message) for message in value]
 
 
-def _join(steps: Sequence[str], separator: str) -> list[str]:
-    """The same steps, each but the last with its separator: they concatenate to the response."""
+def separate_steps(steps: Sequence[str], separator: str = "\n") -> list[str]:
+    """The steps with the separator after each that does not end with white space, except the last."""
     return [*(step if step[-1].isspace() else step + separator for step in steps[:-1]), steps[-1]]
 
 
-def _response(name: str, value, prompt, separator: str) -> str | list[str]:
-    if _is_messages(value):
-        message = _check_messages(name, value)
-        if not isinstance(prompt, list):
-            raise ValueError(f"{name}: a list of messages needs a prompt that is one too")
-        if len(message) != 1 or message[0]["role"] != "assistant":
-            raise ValueError(f"{name}: expected one assistant message, got roles {[m['role'] for m in message]}")
-        value = message[0]["content"]
-    if not isinstance(value, list):
-        return _check_text(name, value)
-    if not value:
-        raise ValueError(f"{name}: expected at least one step, got an empty list")
-    return _join([_check_text(f"{name}: step {k}", step) for k, step in enumerate(value)], separator)
+def check_branch(branch: int, chosen: Sequence[str] | None, rejected: Sequence[str] | None) -> None:
+    """ValueError unless both responses have a step `branch` after the same steps. None: steps not known yet."""
+    for name, steps in (("chosen", chosen), ("rejected", rejected)):
+        if steps is not None and len(steps) <= branch:
+            raise ValueError(f"branch: expected less than the {len(steps)} steps of {name}, got {branch}")
+    if chosen is not None and rejected is not None and chosen[:branch] != rejected[:branch]:
+        raise ValueError(f"branch: the first {branch} steps of chosen and rejected are not the same")
 
 
-def _normal_row(row: Mapping, separator: str) -> dict:
-    missing = [name for name in ("chosen", "rejected") if name not in row]
-    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
-    if prompt is None and _is_messages(chosen) and _is_messages(rejected):
-        shared = sum(
-            1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
-        )
-        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    elif prompt is None:
-        missing.insert(0, "prompt")
-    if missing:
-        raise ValueError(f"expected the keys prompt, chosen and rejected, got no {' and no '.join(missing)}")
-    prompt = _check_messages("prompt", prompt) if isinstance(prompt, list) and prompt else _check_text("prompt", prompt)
+def normal_row(row: Mapping, separator: str = "\n") -> dict:
+    """A row of the first three forms in the form that `load_preference_rows` returns, without "source"."""
+    prompt, chosen, rejected = _prompt_and_responses(row)
+    prompt = _check_messages("prompt", prompt) if isinstance(prompt, list) and prompt else check_text("prompt", prompt)
     branch, partial = row.get("branch"), row.get("partial")
     if partial is not None and not isinstance(partial, bool):
         raise ValueError(f"partial: expected true or false, got {partial!r}")
@@ -167,8 +188,8 @@ def _normal_row(row: Mapping, separator: str) -> dict:
         if not isinstance(before, str) or branch is not None:
             raise ValueError("initial_reason_steps: expected a text, and no branch beside it")
         before = [before] if before else []
-        chosen = [*before, _check_text("chosen", chosen)]
-        rejected = [*before, _check_text("rejected", rejected)]
+        chosen = [*before, check_text("chosen", chosen)]
+        rejected = [*before, check_text("rejected", rejected)]
         branch, partial = len(before), True if partial is None else partial
     else:
         chosen = _response("chosen", chosen, prompt, separator)
@@ -178,12 +199,8 @@ def _normal_row(row: Mapping, separator: str) -> dict:
     if branch is not None:
         if isinstance(branch, bool) or not isinstance(branch, int) or branch < 0:
             raise ValueError(f"branch: expected the number of shared steps, got {branch!r}")
-        for name, steps in (("chosen", chosen), ("rejected", rejected)):
-            if isinstance(steps, list) and len(steps) <= branch:
-                raise ValueError(f"branch: expected less than the {len(steps)} steps of {name}, got {branch}")
-        if isinstance(chosen, list) and isinstance(rejected, list) and chosen[:branch] != rejected[:branch]:
-            raise ValueError(f"branch: the first {branch} steps of chosen and rejected are not the same")
-    weight = _check_number(row, "weight", 1.0)
+        check_branch(branch, *(side if isinstance(side, list) else None for side in (chosen, rejected)))
+    weight = _number(row, "weight", 1.0)
     if weight < 0:
         raise ValueError(f"weight: expected at least 0, got {weight}")
     return {
@@ -193,45 +210,88 @@ def _normal_row(row: Mapping, separator: str) -> dict:
         "branch": branch,
         "partial": bool(partial),
         "weight": weight,
-        "margin": _check_number(row, "margin", 0.0),
+        "margin": _number(row, "margin", 0.0),
     }
 
 
-def _check_stepwise(row: Mapping) -> tuple[str, list[str], list[bool]]:
-    prompt = _check_text("prompt", row.get("prompt"))
+def _prompt_and_responses(row: Mapping) -> tuple[Any, Any, Any]:
+    missing = [name for name in ("chosen", "rejected") if name not in row]
+    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
+    if prompt is None and isinstance(chosen, list) and isinstance(rejected, list):
+        if _is_messages(chosen) and _is_messages(rejected):
+            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
+            shared = sum(1 for _ in same)
+            return chosen[:shared], chosen[shared:], rejected[shared:]
+    if prompt is None:
+        missing.insert(0, "prompt")
+    if missing:
+        raise ValueError(f"expected the keys prompt, chosen and rejected, got no {' and no '.join(missing)}")
+    return prompt, chosen, rejected
+
+
+def _response(name: str, value: Any, prompt: str | list[dict], separator: str) -> str | list[str]:
+    if _is_messages(value):
+        message = _check_messages(name, value)
+        if not isinstance(prompt, list):
+            raise ValueError(f"{name}: a list of messages needs a prompt that is one too")
+        if len(message) != 1 or message[0]["role"] != "assistant":
+            raise ValueError(f"{name}: expected one assistant message, got roles {[m['role'] for m in message]}")
+        value = message[0]["content"]
+    if not isinstance(value, list):
+        return check_text(name, value)
+    if not value:
+        raise ValueError(f"{name}: expected at least one step, got an empty list")
+    return separate_steps([check_text(f"{name}: step {k}", step) for k, step in enumerate(value)], separator)
+
+
+@dataclass(frozen=True)
+class _Stepwise:
+    """A row of stepwise supervision."""
+
+    where: str
+    prompt: str
+    steps: list[str]
+    labels: list[bool]
+
+    def state(self, step: int) -> tuple[str, ...]:
+        """The prompt and the steps before `step`."""
+        return (self.prompt, *self.steps[:step])
+
+
+def _stepwise(where: str, row: Mapping) -> _Stepwise:
+    prompt = check_text("prompt", row.get("prompt"))
     steps, labels = row["completions"], row.get("labels")
     if not isinstance(steps, list) or not steps:
         raise ValueError("completions: expected a list of steps with at least one")
-    steps = [_check_text(f"completions: step {k}", step) for k, step in enumerate(steps)]
+    steps = [check_text(f"completions: step {k}", step) for k, step in enumerate(steps)]
     if not isinstance(labels, list) or any(label not in (0, 1) for label in labels):
         raise ValueError("labels: expected a list of true and false")
     if len(labels) != len(steps):
         raise ValueError(f"labels: expected one for each of {len(steps)} steps, got {len(labels)}")
-    return prompt, steps, [bool(label) for label in labels]
+    return _Stepwise(where, prompt, steps, [bool(label) for label in labels])
 
 
-def _pair_stepwise(
-    rows: Sequence[tuple[str, str, list[str], list[bool]]], separator: str
-) -> tuple[list[dict], list[tuple[str, str]]]:
-    """(pairs, conflicts): one node for each prompt and prefix of steps, holding the good and the bad continuations."""
-    nodes: dict[tuple, dict[bool, dict[str, str]]] = {}
-    for where, prompt, steps, labels in rows:
-        for k, (step, label) in enumerate(zip(steps, labels, strict=True)):
-            node = nodes.setdefault((prompt, *steps[:k]), {True: {}, False: {}})
-            node[label].setdefault(step, where)
+def _pair_stepwise(rows: Sequence[_Stepwise], separator: str) -> tuple[list[dict], list[tuple[str, str]]]:
+    """(pairs, conflicts): at each state, the good steps that follow it against the bad ones."""
+    # state -> label -> step -> the row where it was first seen
+    states: dict[tuple[str, ...], dict[bool, dict[str, str]]] = {}
+    for row in rows:
+        for k, (step, label) in enumerate(zip(row.steps, row.labels, strict=True)):
+            state = states.setdefault(row.state(k), {True: {}, False: {}})
+            state[label].setdefault(step, row.where)
     pairs, conflicts = [], []
-    for (prompt, *prefix), node in nodes.items():
-        good, bad = node[True], node[False]
+    for (prompt, *prefix), state in states.items():
+        good, bad = state[True], state[False]
         for step in good.keys() & bad.keys():
-            reason = f"labels: step {len(prefix)} is labelled {{}} after the same steps in {{}}"
-            conflicts.append((bad[step], reason.format("true", good[step])))
+            reason = f"labels: step {len(prefix)} is labelled true after the same steps in {good[step]}"
+            conflicts.append((bad[step], reason))
         for i in range(max(len(good), len(bad)) if good and bad else 0):
             (better, in_good), (worse, in_bad) = (list(side.items())[i % len(side)] for side in (good, bad))
             pairs.append(
                 {
                     "prompt": prompt,
-                    "chosen": _join([*prefix, better], separator),
-                    "rejected": _join([*prefix, worse], separator),
+                    "chosen": separate_steps([*prefix, better], separator),
+                    "rejected": separate_steps([*prefix, worse], separator),
                     "branch": len(prefix),
                     "partial": True,
                     "weight": 1.0,
@@ -239,18 +299,11 @@ def _pair_stepwise(
                     "source": in_good if in_good == in_bad else f"{in_good} and {in_bad}",
                 }
             )
-    alone = [
-        where
-        for where, prompt, steps, _ in rows
-        if not any(all(nodes[(prompt, *steps[:k])].values()) for k in range(len(steps)))
-    ]
+    paired = {state for state, labels in states.items() if all(labels.values())}
+    alone = [row.where for row in rows if not any(row.state(k) in paired for k in range(len(row.steps)))]
     if alone:
         logger.warning(
-            "%d of %d stepwise rows give no pair (no good and bad continuation of the same steps): %s",
+            "%d of %d stepwise rows give no pair, since no good step and bad step follow the same steps: %s",
             len(alone), len(rows), name_some(alone),
         )  # fmt: skip
     return pairs, conflicts
-
-
-def name_some(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,4 +1,4 @@
-"""The self-check: does the head that was found give the logits that the model gives?"""
+"""The start-up check of an LM head: do its weight, scale and softcap give the model's own logits?"""
 
 from __future__ import annotations
 
@@ -8,42 +8,53 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .forward import _run
+from .forward import logits_of, run_with_head
 from .head import LMHead, model_head
-from .wrappers import _find_head, _unsupported, eval_mode
+from .wrappers import eval_mode, find_head, unsupported
 
-# Gains of the self-check: from the activations as they are to far above any softcap.
+# Factors of the activations: from 1, as they are, to far above any softcap.
 _GAINS = (1.0, 8.0, 64.0, 512.0, 4096.0, 32768.0)
 
 
 def check_head(model: nn.Module, sample_inputs: dict[str, Any]) -> LMHead:
-    """Start-up self-check: does `model_head` describe this model's logits? Returns it if so.
+    """Check once, at the start, that `model_head` describes the model's logits.
 
-    Runs the model once without gradient (in eval mode, so that no random number is drawn; modes are restored), gives
-    its head the first position at several magnitudes, and holds the model's own logits against ours. Catches a scale or
-    softcap that the config does not tell or the class does not apply, a vocabulary cut, and a head that is more than a
-    matrix. What a model does to the logits of later positions only is not seen.
+    The model runs once, in eval mode and without gradient, so no random number is drawn. Its head reads the first
+    position at several magnitudes, and the model's logits are compared with those of `model_head`.
+
+    This finds a scale or softcap that the config does not declare or the class does not apply, a vocabulary that is
+    cut, and a head that is more than a matrix. It does not see what a model does to the logits of later positions only.
 
     Args:
-        model: as for `forward_hidden`.
-        sample_inputs: keyword arguments of the model, on its device; one short row is enough.
+        model: the outermost module, as for `forward_hidden`. Its modes are restored.
+        sample_inputs: the model's keyword arguments, on its device. One short row is enough.
+
+    Returns:
+        The checked head.
 
     Raises:
-        UnsupportedHead: names the model class and the largest difference; and all that `model_head` and
-            `forward_hidden` raise.
+        UnsupportedHead: if the logits differ (the message names the model's class and the largest difference), or if
+            `model_head` or `forward_hidden` raises it.
+        TypeError: as `forward_hidden`.
+
+    Example:
+        >>> head = check_head(model, {"input_ids": input_ids[:1]})
+        >>> head.logit_scale, head.logit_softcap
+        (1.0, None)
     """
-    inner, _ = _find_head(model)
+    inner, _ = find_head(model)
     with torch.no_grad(), eval_mode(model):
-        outputs, tap = _run(model, sample_inputs, _ladder)
+        outputs, call = run_with_head(model, sample_inputs, _ladder)
         head = model_head(model)
-        theirs = outputs.logits if hasattr(outputs, "logits") else outputs[0]
-        with torch.autocast(tap.passed.device.type, dtype=tap.autocast[1], enabled=tap.autocast[0]):
-            raw = _linear(inner, tap.passed, head)
+        theirs = logits_of(outputs)
+        enabled, dtype = call.autocast
+        with torch.autocast(call.passed.device.type, dtype=dtype, enabled=enabled):
+            raw = _linear(inner, call.passed, head)
         if theirs.shape != raw.shape:
             shapes = f"{tuple(theirs.shape)}, its head's weight gives {tuple(raw.shape)}"
-            raise _unsupported(inner, f"returns logits of shape {shapes}")
+            raise unsupported(inner, f"returns logits of shape {shapes}")
         _compare(inner, head, raw, theirs)
-    # Again, since a weight that PEFT computes (trainable_token_indices) has no gradient when taken under no_grad.
+    # Taken again: a weight that PEFT computes (trainable_token_indices) has no gradient when it is taken under no_grad.
     return model_head(model)
 
 
@@ -53,32 +64,32 @@ def _ladder(hidden: Tensor) -> Tensor:
 
 
 def _linear(inner: nn.Module, hidden: Tensor, head: LMHead) -> Tensor:
-    weight = head.weight.full_tensor() if hasattr(head.weight, "full_tensor") else head.weight
+    full = getattr(head.weight, "full_tensor", None)
     try:
-        return F.linear(hidden, weight, head.bias)
+        return F.linear(hidden, head.weight if full is None else full(), head.bias)
     except RuntimeError as error:
-        raise _unsupported(inner, f"its output head is not one matrix product ({error})") from error
+        raise unsupported(inner, f"its output head is not one matrix product ({error})") from error
 
 
 def _compare(inner: nn.Module, head: LMHead, raw: Tensor, theirs: Tensor) -> None:
-    """Rows of the ladder one by one: the roundings of the model's own map are relative, so each row has a bound."""
+    """Compare the rows of the ladder one by one: roundings are relative, so each row has a bound of its own."""
     eps = max(torch.finfo(raw.dtype).eps, torch.finfo(theirs.dtype).eps)
     wide = torch.promote_types(raw.dtype, torch.float32)
     spread = 0.0
     for k in range(raw.shape[1]):
         ours, other = head.post(raw[:, k].to(wide)), theirs[:, k].to(wide)
         if not (torch.isfinite(ours).all() and torch.isfinite(raw[:, k]).all()):
-            # Half precision overflows up the ladder. The first row has the activations as they are.
+            # Half precision overflows at the larger factors. Factor 1 must not: it is the model's own activation.
             if k == 0:
-                raise _unsupported(inner, "gives non-finite logits on the sample inputs, so its head cannot be checked")
+                raise unsupported(inner, "gives non-finite logits on the sample inputs, so its head cannot be checked")
             break
         difference, size = (ours - other).abs().max().item(), other.abs().max().item()
         spread = max(spread, raw[:, k].abs().max().item())
         if not difference <= 4 * eps * max(size, ours.abs().max().item()):
-            raise _unsupported(
+            raise unsupported(
                 inner,
                 f"its logits differ from those of its head's weight with its config's scale {head.logit_scale:.6g} and "
                 f"softcap {head.logit_softcap} by {difference:.3g}, at logits up to {size:.3g}",
             )
     if spread < 1.0:
-        raise _unsupported(inner, f"its logits stay within {spread:.3g}, too small to check its head by")
+        raise unsupported(inner, f"its logits stay within {spread:.3g}, which is too small to check its head")

@@ -1,10 +1,4 @@
-"""Hidden states and the output head of any Hugging Face causal LM, without copying or patching a `forward`.
-
-The outer (PEFT, DDP, FSDP2) model runs as usual while a temporary pre-hook on its output embeddings keeps what the head
-was about to read and hands it one position instead. Everything around the head (router losses, casts, communication)
-stays the model's own; the logits of the other positions are never computed. `check_head` holds the logits that remain
-against our scale and softcap, once, at the start.
-"""
+"""The LM head of a causal LM: its own parameters, with the scale and softcap that the config declares."""
 
 from __future__ import annotations
 
@@ -17,113 +11,150 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .wrappers import _find_head, _unsupported
+from .wrappers import find_head, text_config, unsupported
 
 _SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 _SCALE_FIELDS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 
-# `logits_scaling` divides the logits (Granite and its relatives), except where it multiplies them. MiniCPM3 has used it
-# up before its head; MPT declares a scale that its forward ignores.
+# `logits_scaling` divides the logits (Granite and its relatives), except for these, which multiply by it.
 _MULTIPLY_BY_LOGITS_SCALING = ("hyperclovax",)
 
+# MiniCPM3 applies its scale before the head. MPT declares a scale that its forward ignores.
 _SCALE_NOT_AFTER_HEAD = ("minicpm3", "mpt")
 
 
 @dataclass(frozen=True, eq=False)
 class LMHead:
-    """logits = cap(logit_scale * (hidden @ weight.T + bias)), cap(x) = logit_softcap * tanh(x / logit_softcap) or x.
+    """The LM head of a causal LM: logits = cap(logit_scale * (hidden @ weight.T + bias)).
 
-    `weight` and `bias` are the model's own parameters, so gradients land where the optimizer looks and tied embeddings
-    stay tied. A model that divides its logits (Granite) has logit_scale 1/divisor: the same for powers of two, else
-    within one last bit of the quotient, less than another order of summation in the product changes.
+    cap(x) is logit_softcap * tanh(x / logit_softcap), or x without a softcap. `weight` and `bias` are the model's own
+    parameters, so gradients arrive where the optimizer looks, and tied embeddings stay tied.
+
+    A model that divides its logits (Granite) has logit_scale = 1 / divisor. For powers of two this is exact. Otherwise
+    it differs from the quotient by at most the last bit, which is less than another order of summation changes.
+
+    Attributes:
+        weight: (V, H) float. Under tensor parallelism a DTensor with placements (Shard(0),).
+        bias: (V,) float, or None.
+        logit_scale: the factor of the logits.
+        logit_softcap: the softcap of the logits, or None.
     """
 
-    weight: Tensor  # (V, H) float; under tensor parallelism a DTensor with placements (Shard(0),)
-    bias: Tensor | None = None  # (V,)
+    weight: Tensor
+    bias: Tensor | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keyword arguments beside the weight of `linear_step_pref_loss`, `linear_step_logps` and their like."""
+        """Keyword arguments for `linear_step_pref_loss` and the other `linear_` functions, beside the weight.
+
+        These are `bias`, `logit_scale`, `logit_softcap`, and under tensor parallelism `tp_group`.
+        """
         options = {"bias": self.bias, "logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
-        if hasattr(self.weight, "device_mesh"):
-            options["tp_group"] = self.weight.device_mesh.get_group()
+        mesh = getattr(self.weight, "device_mesh", None)
+        if mesh is not None:
+            options["tp_group"] = mesh.get_group()
         return options
 
     def post(self, raw: Tensor) -> Tensor:
-        """(..., V) what the head's matrix product gives -> the logits the model means; same dtype."""
+        """Apply scale and softcap to the matrix product.
+
+        Args:
+            raw: (..., V) float: hidden @ weight.T + bias.
+
+        Returns:
+            (..., V) logits in the dtype of `raw`.
+        """
         scaled = raw if self.logit_scale == 1.0 else raw * self.logit_scale
         return scaled if self.logit_softcap is None else self.logit_softcap * torch.tanh(scaled / self.logit_softcap)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., H) -> (..., V) in the weight's dtype: the reference expression, which stores all of the logits."""
+        """Compute all logits. This is the reference expression, which stores them.
+
+        Args:
+            hidden: (..., H) float; it is cast to the weight's dtype.
+
+        Returns:
+            (..., V) logits in the weight's dtype.
+        """
         return self.post(F.linear(hidden.to(self.weight.dtype), self.weight, self.bias))
 
 
 def model_head(model: nn.Module) -> LMHead:
-    """The output head of a causal LM, wrapped or not: its parameters as they are, scale and softcap from its config.
+    """Return the LM head of a causal LM, wrapped or not.
 
-    Call it each step, after `forward_hidden`: PEFT's modules_to_save resolve to the copy that is active now (the
-    original under `disable_adapter()`), and FSDP2 holds a plain weight only from a forward to its backward.
+    Call it at each step, after `forward_hidden`. PEFT's `modules_to_save` has its active copy only then (the original
+    under `disable_adapter()`), and FSDP2 holds a plain weight only from a forward to its backward.
+
+    Args:
+        model: a Hugging Face causal LM, as it is or inside PEFT, DDP or FSDP2.
+
+    Returns:
+        The head's own parameters, with the scale and softcap of the model's config.
 
     Raises:
-        UnsupportedHead: no output embeddings; an adapter on the head; virtual prompt tokens; a quantised, offloaded or
-            sharded weight.
+        UnsupportedHead: if the model has no output embeddings, an adapter on its head, virtual prompt tokens, or a
+            quantised, offloaded or sharded weight.
+
+    Example:
+        >>> head = model_head(model)
+        >>> head.weight is model.get_output_embeddings().weight
+        True
     """
-    inner, head = _find_head(model)
+    inner, head = find_head(model)
     if "peft" in sys.modules:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         if isinstance(head, BaseTunerLayer):
-            raise _unsupported(
+            raise unsupported(
                 inner,
                 f"has an adapter on its output head ({type(head).__name__}), which the head's weight alone leaves out",
                 "merge it, or train the head through modules_to_save",
             )
-    weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
-    _check_weight(inner, head, weight)
-    if bias is not None:
-        _check_weight(inner, head, bias, "bias", 1)
+    weight = _checked_parameter(inner, head, "weight", 2)
+    bias = None if getattr(head, "bias", None) is None else _checked_parameter(inner, head, "bias", 1)
     scale, softcap, vocabulary = _head_map(inner)
     if vocabulary is not None and vocabulary < weight.shape[0]:
         weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
     return LMHead(weight, bias, scale, softcap)
 
 
-def _check_weight(inner: nn.Module, head: nn.Module, weight: Any, name: str = "weight", ndim: int = 2) -> None:
+def _checked_parameter(inner: nn.Module, head: nn.Module, name: str, ndim: int) -> Tensor:
+    """The head's `name`, a whole float tensor of `ndim` dimensions."""
+    weight = getattr(head, name, None)
     what = f"its output head's {name} ({type(head).__name__})"
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         came = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise _unsupported(inner, f"{what} is {came}, expected a float tensor (quantised?)")
+        raise unsupported(inner, f"{what} is {came}, expected a float tensor (quantised?)")
     if weight.is_meta:
-        raise _unsupported(inner, f"{what} is offloaded (on the meta device)", "keep the head on one device")
-    if hasattr(weight, "placements"):
+        raise unsupported(inner, f"{what} is offloaded (on the meta device)", "keep the head on one device")
+    placements = getattr(weight, "placements", None)
+    if placements is not None:
         from torch.distributed.fsdp import FSDPModule
 
-        # FSDP2 and tensor parallelism leave the same type. Only the latter's ranks see the same tokens.
+        # FSDP2 and tensor parallelism both leave a DTensor, but only tensor parallel ranks see the same tokens.
         if any(isinstance(module, FSDPModule) for module in inner.modules()):
-            raise _unsupported(
+            raise unsupported(
                 inner,
                 f"{what} is sharded by FSDP2 here",
                 "take it after the forward, with reshard_after_forward=False at the head or after model.unshard()",
             )
-        if ndim != 2 or len(weight.placements) != 1 or not weight.placements[0].is_shard(0):
-            raise _unsupported(inner, f"{what} is a DTensor {weight.placements}, expected a weight with (Shard(0),)")
+        if ndim != 2 or len(placements) != 1 or not placements[0].is_shard(0):
+            raise unsupported(inner, f"{what} is a DTensor {placements}, expected a weight with (Shard(0),)")
     if weight.ndim != ndim or weight.numel() == 0:
-        raise _unsupported(
+        raise unsupported(
             inner,
             f"{what} has shape {tuple(weight.shape)} here (sharded by ZeRO-3?)",
             "gather it first (deepspeed.zero.GatheredParameters)",
         )
+    return weight
 
 
 def _head_map(inner: nn.Module) -> tuple[float, float | None, int | None]:
-    """(scale, softcap, number of vocabulary entries that logits keep) as the text config declares them."""
-    config = getattr(inner, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
+    """(scale, softcap, number of vocabulary entries that the logits keep), as the text config declares them."""
+    config = text_config(inner)
     kind = getattr(config, "model_type", None)
 
     def number(field: str) -> float | None:
@@ -131,7 +162,7 @@ def _head_map(inner: nn.Module) -> tuple[float, float | None, int | None]:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value == 0:
-            raise _unsupported(inner, f"has {field}={value!r} in its config, expected a finite number other than 0")
+            raise unsupported(inner, f"has {field}={value!r} in its config, expected a finite number other than 0")
         return float(value)
 
     softcap = next((v for v in map(number, _SOFTCAP_FIELDS) if v is not None), None)

@@ -1,46 +1,76 @@
-"""What stands around a model: wrappers to look through, heads to find, and models to refuse."""
+"""The wrappers around a model: how to look through them, where the LM head is, and which models are refused."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
-# Virtual tokens of these come before the text in the logits.
+# PEFT's kinds whose virtual tokens stand before the text in the logits.
 _PREPENDS_POSITIONS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "CPT")
 
 _WAY_OUT = "use route='logits'"
 
 
 class UnsupportedHead(ValueError):
-    """The logits are not softcap(scale * (hidden @ weight.T + bias)) of a plain weight; says why, and a way out."""
+    """The model's logits are not softcap(scale * (hidden @ weight.T + bias)) of one plain weight.
+
+    The message names the model's class, the reason and a way out.
+    """
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The Hugging Face or PEFT model inside DDP, FSDP1, DeepSpeed and torch.compile wrappers, or the model itself."""
+    """Return the Hugging Face or PEFT model inside DDP, FSDP1, DeepSpeed and torch.compile wrappers.
+
+    Args:
+        model: a model, wrapped any number of times or not at all.
+
+    Returns:
+        The innermost model that is not one of these wrappers. A PEFT model is returned as it is.
+
+    Example:
+        >>> unwrap(torch.nn.parallel.DataParallel(model)) is model
+        True
+    """
     while True:
         for name in ("_orig_mod", "_fsdp_wrapped_module", "module"):
-            if name in model._modules and not hasattr(type(model), "get_output_embeddings"):
-                model = model._modules[name]
+            wrapped = model._modules.get(name)
+            if wrapped is not None and not hasattr(type(model), "get_output_embeddings"):
+                model = wrapped
                 break
         else:
             return model
 
 
-def _find_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """(Hugging Face or PEFT model, its output embeddings), after the checks that need no weight."""
+def base_model(model: nn.Module) -> nn.Module:
+    """Return the Hugging Face model inside all wrappers, PEFT's too."""
+    inner = unwrap(model)
+    get = getattr(inner, "get_base_model", None)
+    return inner if get is None else get()
+
+
+def text_config(model: nn.Module) -> Any:
+    """Return the config of the model's decoder; None for a model without a config."""
+    config = getattr(unwrap(model), "config", None)
+    get = getattr(config, "get_text_config", None)
+    return config if get is None else get(decoder=True)
+
+
+def find_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return (Hugging Face or PEFT model, its output embeddings), after all checks that need no weight."""
     if isinstance(model, nn.DataParallel):
-        raise _unsupported(model, "runs replicas of the model in threads", "use DistributedDataParallel")
+        raise unsupported(model, "runs replicas of the model in threads", "use DistributedDataParallel")
     if isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph:
-        raise _unsupported(model, "with static_graph=True reduces gradients only through its own outputs", "unset it")
+        raise unsupported(model, "with static_graph=True reduces gradients only through its own outputs", "unset it")
     inner = unwrap(model)
     if "_fsdp_wrapped_module" in model._modules:
-        # Its options decide whether the weight is whole after a forward, and not on all ranks alike.
-        raise _unsupported(inner, "is wrapped in FSDP1", "use FSDP2 (fully_shard)")
+        # Whether the weight is whole after a forward depends on FSDP1's options, and can differ between ranks.
+        raise unsupported(inner, "is wrapped in FSDP1", "use FSDP2 (fully_shard)")
     for module in (model, inner):
         if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
-            raise _unsupported(
+            raise unsupported(
                 inner,
                 "is compiled as a whole, and a graph compiled earlier ignores a new hook",
                 "compile its decoder (model.model.compile()) or its layers instead",
@@ -48,17 +78,28 @@ def _find_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     for config in getattr(inner, "peft_config", {}).values():
         kind = getattr(config, "peft_type", None)
         if getattr(kind, "value", kind) in _PREPENDS_POSITIONS:
-            raise _unsupported(inner, f"prepends virtual tokens to the logits ({getattr(kind, 'value', kind)})")
+            raise unsupported(inner, f"prepends virtual tokens to the logits ({getattr(kind, 'value', kind)})")
     get = getattr(inner, "get_output_embeddings", None)
     head = None if get is None else get()
     if not isinstance(head, nn.Module):
-        raise _unsupported(inner, "has no output embeddings (get_output_embeddings() gives none)")
+        raise unsupported(inner, "has no output embeddings (get_output_embeddings() gives none)")
     return inner, head
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and afterwards each as it was."""
+    """Put every module of a model in eval mode, and restore each module's own mode at the end.
+
+    Args:
+        model: any module.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> with torch.no_grad(), eval_mode(model):
+        ...     logits = model(input_ids).logits
+    """
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -69,7 +110,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _unsupported(model: nn.Module, what: str, way_out: str | None = None) -> UnsupportedHead:
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return UnsupportedHead(f"{type(model).__name__}: {what}; {f'{way_out}, or ' if way_out else ''}{_WAY_OUT}")
+def unsupported(model: nn.Module, what: str, way_out: str | None = None) -> UnsupportedHead:
+    """Make the error for a model whose LM head cannot be used."""
+    get = getattr(model, "get_base_model", None)
+    name = type(model if get is None else get()).__name__
+    return UnsupportedHead(f"{name}: {what}; {f'{way_out}, or ' if way_out else ''}{_WAY_OUT}")

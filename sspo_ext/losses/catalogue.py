@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 
 from ..formulas.policy import POLICY_FORMULAS
 from ..formulas.registry import PAIR_FORMULAS, PairFormula
-from . import lists, targets, tokens, transport, unpaired  # noqa: F401, I001 (they fill LOSS_FUNCTIONS, in this order)
+from . import lists, targets, tokens, transport, unpaired
 from .common import LOSS_FUNCTIONS, LossFunction
 from .recipes import RECIPES
+
+
+_MODULES = (unpaired, transport, lists, targets, tokens)  # they fill LOSS_FUNCTIONS; the page has this order
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ def catalogue() -> list[Entry]:
     """Every loss of this package: pair formulas, functions of step log-probs, policy formulas, recipes, in this order."""
     return [
         *(_of_formula(definition) for definition in PAIR_FORMULAS.values()),
-        *(_of_function(function) for function in LOSS_FUNCTIONS.values()),
+        *(_of_function(f) for m in _MODULES for f in LOSS_FUNCTIONS.values() if f.fn.__module__ == m.__name__),
         *(
             Entry(
                 definition.name, "policy", f'step_policy_loss(..., loss_type="{definition.name}")', definition.formula, definition.source,

@@ -1,20 +1,10 @@
-"""Where the steps of a response are, two ways with the same answer.
+r"""Where the steps of a response begin and end, found in two ways with the same answer.
 
-At data time from text: `split_text` cuts the response into spans that tile it, `token_step_ids` carries them to
-tokens through a fast tokenizer's offsets. Inside a trainer from token ids alone: `delimiter_mask` once per tokenizer,
-`step_ids_from_tokens` per batch.
+From text, when data is prepared: `split_text` cuts the response into spans, and `token_step_ids` maps them to tokens by
+the offsets of a fast tokenizer. From token ids alone, inside a trainer: `delimiter_mask` once for each tokenizer, then
+`step_ids_from_tokens` for each batch.
 
-What a step is, by `by`:
-
-    "newline"      a step starts at every line that is not blank
-    "blank_line"   a step starts at every line that is not blank and follows a blank one (a paragraph)
-    "numbered"     a step starts at every line that begins with its number: `1.`, `2)`, `(3)`, `**Step 4:**`, `5、`
-    regex          a step ends where a match ends: r"(?<=[.!?])\\s+", or start it with a lookahead: r"(?=<step>)"
-
-A delimiter belongs to the step it ends, a line's indentation to the step it starts, and with the three named ways no
-step is only white space: leading blank lines go to the first step, trailing ones to the last. A line ends with "\\n"
-("\\r\\n" works, as its "\\r" is white space) and white space is ASCII's: a byte of a longer character is never taken
-for either, so tokens that hold part of a character need no care.
+`split_text` says what a step is.
 """
 
 from __future__ import annotations
@@ -38,17 +28,17 @@ _NUMBERED = re.compile(
 
 _NEWLINES_NEEDED = {"newline": 1, "blank_line": 2, "numbered": 1}
 
-# A token's class, one byte. `lead`, `trail`: newlines in its leading and trailing white space, scaled so that 2 is a
-# delimiter.
-_LEAD, _TRAIL = 0, 2  # bit positions of two-bit fields
+# The class of a token is one byte. Two fields of two bits count the newlines in its leading and in its trailing white
+# space, scaled so that 2 is a delimiter.
+_LEAD, _TRAIL = 0, 2  # positions of these fields
 
-_INNER = 1 << 4  # a delimiter with text on both sides, inside the token
+_INNER = 1 << 4  # the token has a delimiter inside, with text on both sides
 
-_SOLID = 1 << 5  # holds something other than white space
+_SOLID = 1 << 5  # the token has something other than white space
 
-_MATCH = 1 << 6  # a match of the regular expression ends inside the token or with it
+_MATCH = 1 << 6  # a match of the regular expression ends inside the token or at its end
 
-_TEXT = 1 << 7  # is part of the response's text: all but end-of-sequence and padding
+_TEXT = 1 << 7  # the token is part of the response's text: all but end of sequence and padding
 
 
 def _check_by(by: SplitBy) -> str | re.Pattern:
@@ -62,7 +52,7 @@ def _check_by(by: SplitBy) -> str | re.Pattern:
         )
     if by in _NEWLINES_NEEDED:
         return by
-    # A misspelt name would be a valid expression that never matches: one step, and nobody notices.
+    # A misspelt name is a valid expression that never matches: every response would silently be one step.
     if re.fullmatch(r"[\w \-]*", by):
         raise ValueError(
             f"by: {by!r} is none of {list(_NEWLINES_NEEDED)}; to split at this very text, pass re.compile({by!r})"
@@ -74,16 +64,38 @@ def _check_by(by: SplitBy) -> str | re.Pattern:
 
 
 def split_text(text: str, by: SplitBy = "newline") -> list[tuple[int, int]]:
-    """Character spans of the steps of `text`, in order: they tile it, and none is empty. An empty text has no steps.
+    r"""Cut a text into its steps.
 
-    `by` is "newline", "blank_line", "numbered", or a regular expression (`str` or compiled); the module's docstring
-    defines them. ValueError for a misspelt name or an invalid expression, TypeError for anything else.
+    What a step is depends on `by`:
 
-    Example::
+        "newline"      a step starts at every line that is not blank
+        "blank_line"   a step starts at every line that is not blank and follows a blank one (a paragraph)
+        "numbered"     a step starts at every line that begins with its number: `1.`, `2)`, `(3)`, `**Step 4:**`, `5、`
+        regex          a step ends where a match ends, r"(?<=[.!?])\s+"; with a lookahead it starts there, r"(?=<step>)"
 
-        >>> text = "2 + 3 = 5\\n\\n5 * 4 = 20\\nA: 20"
+    A delimiter belongs to the step that it ends. A line's indentation belongs to the step that it starts. With the
+    three named ways no step is only white space: leading blank lines belong to the first step, trailing ones to the
+    last.
+
+    A line ends with "\n"; "\r\n" works too, as "\r" is white space. White space means ASCII white space. So a byte of a
+    longer character is never taken for a delimiter, and tokens that hold a part of a character are safe.
+
+    Args:
+        text: the response.
+        by: "newline", "blank_line", "numbered", or a regular expression (`str` or compiled).
+
+    Returns:
+        The (start, end) characters of each step, in order. The spans tile the text and none is empty. An empty text has
+        no steps.
+
+    Raises:
+        ValueError: if `by` is a misspelt name or an invalid regular expression.
+        TypeError: if `by` is neither a `str` nor a pattern over `str`.
+
+    Example:
+        >>> text = "2 + 3 = 5\n\n5 * 4 = 20\nA: 20"
         >>> [text[a:b] for a, b in split_text(text)]
-        ['2 + 3 = 5\\n\\n', '5 * 4 = 20\\n', 'A: 20']
+        ['2 + 3 = 5\n\n', '5 * 4 = 20\n', 'A: 20']
     """
     by = _check_by(by)
     if not text:
@@ -110,18 +122,32 @@ def token_step_ids(
     *,
     dense: bool = True,
 ) -> list[int]:
-    """The step of every token: one int per entry of `offsets`, never decreasing.
+    r"""Give every token of a response the number of its step.
 
-    text     the response
-    offsets  (start, end) characters of each response token in `text`: a fast tokenizer's `return_offsets_mapping`
-    spans    from `split_text`, or any spans that tile `text`
-    dense    number the steps that own a token 0, 1, 2.. (what StepLayout wants). False: the index into `spans`; a step
-             so short that one token holds all of it and the end of the step before owns no token and is left out
+    A token belongs to the step in which it starts. Tokens that share a character (byte-level pieces of a Chinese
+    character or an emoji) share its start, so they stay together. A token without characters (end of sequence, another
+    special token, a space whose offset was trimmed) starts where the token before it ended; at the end of the text this
+    is the last step.
 
-    A token belongs to the step in which it starts, wherever it ends. Tokens that share a character (byte-level pieces
-    of a Chinese character or an emoji) share its start, so they stay together. A token without characters (end of
-    sequence, other specials, a space whose offset was trimmed away) counts as starting where the token before it
-    ended; at the end of the text that is the last step. ValueError if the spans do not tile the text.
+    Args:
+        text: the response.
+        offsets: the (start, end) characters of each response token in `text`, as a fast tokenizer gives them with
+            `return_offsets_mapping=True`.
+        spans: the steps, from `split_text` or elsewhere; they must tile `text`.
+        dense: whether to number the steps that own a token 0, 1, 2, ..., as `StepLayout` needs it. With False a step's
+            number is its index in `spans`; a step that lies inside one token of the step before owns no token, so its
+            number is missing.
+
+    Returns:
+        One step number for each entry of `offsets`; they never decrease.
+
+    Raises:
+        ValueError: if the spans do not tile the text.
+
+    Example:
+        >>> text = "a = 1\nb = 2"
+        >>> token_step_ids(text, [(0, 5), (5, 7), (7, 11)], split_text(text))
+        [0, 0, 1]
     """
     edge = 0
     for start, end in spans:
@@ -154,23 +180,37 @@ def delimiter_mask(
     vocab_size: int | None = None,
     eos_token_ids: Sequence[int] | None = None,
 ) -> Tensor:
-    """What every token of the vocabulary does to a step: (V,) uint8, for `step_ids_from_tokens`. One per tokenizer.
+    r"""Tell for every token of the vocabulary what it does to a step, for `step_ids_from_tokens`.
 
-    tokenizer      any Hugging Face tokenizer, fast or slow
-    by             "newline", "blank_line" or a regular expression; "numbered" shows in no single token: ValueError
-    vocab_size     V, if larger than len(tokenizer) (models pad their embeddings); the rest is like padding
-    eos_token_ids  tokens that are no part of the response's text and so start no step. None: the tokenizer's end of
-                   sequence and padding. Name the end of turn here if it is another token
+    Make it once for each tokenizer. It is more than a mask because lines depend on neighbours: "\n" "\n" is one
+    delimiter in two tokens, "\n" " " "\n" one in three, and a "\n" at the end of the response is none. A byte of the
+    result says where the token has newlines (leading, trailing, inside), whether it has anything else, and whether it
+    is text at all. For every tokenizer whose tokens' texts join to the whole text, this gives exactly the steps of
+    `split_text` and `token_step_ids`.
 
-    It is more than a mask because lines depend on neighbours: "\\n" "\\n" is one delimiter in two tokens, "\\n" " "
-    "\\n" in three, and "\\n" before the end none. Each byte says where the token has newlines (leading, trailing,
-    inside), whether it has anything else, and whether it is text at all; enough for exactly the answer of `split_text`
-    and `token_step_ids`, for every tokenizer whose tokens' texts concatenate to the text. ValueError for one without a
-    newline in any token (BERT's drops them): split the text instead.
+    A regular expression is searched in each token alone. Both ways agree where every match lies inside one token and
+    does not look outside it. A match over several tokens is not seen, and a repetition such as r"\n+" on the tokens
+    "\n" "\n" ends a step in each.
 
-    A regular expression is searched in each token alone. The two ways agree where every match lies inside one token
-    and does not look outside it; a match that spans tokens is not seen, and one greedy over tokens (r"\\n+"
-    on "\\n" "\\n") ends a step in each.
+    Args:
+        tokenizer: any Hugging Face tokenizer, fast or slow.
+        by: "newline", "blank_line", or a regular expression (`str` or compiled), as for `split_text`.
+        vocab_size: V, if it is larger than `len(tokenizer)`: models pad their embeddings. The added entries count as
+            padding.
+        eos_token_ids: tokens that are no part of the response's text, so they start no step. None means the tokenizer's
+            end of sequence and padding. If the end of turn is another token, name it here.
+
+    Returns:
+        (V,) uint8 on the CPU.
+
+    Raises:
+        ValueError: if `by` is "numbered", which needs the text of a line, or invalid; if `vocab_size` is below
+            `len(tokenizer)`; or if no token has a newline (BERT's tokenizer drops them): then split the text.
+        TypeError: if `by` is neither a `str` nor a pattern over `str`.
+
+    Example:
+        >>> delimiters = delimiter_mask(tokenizer, "newline")
+        >>> step_ids = step_ids_from_tokens(input_ids, attention_mask, delimiters)
     """
     by = _check_by(by)
     if by == "numbered":
@@ -194,17 +234,18 @@ def delimiter_mask(
 
 
 def _token_texts(tokenizer, size: int) -> list[str]:
-    """Every token's text as it reads inside a text: decoders change a text's first space, so each follows an anchor."""
+    """Return each token's text as it reads inside a text: after an anchor, as decoders change a text's first space."""
 
     def decode(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     anchor = (tokenizer.encode("a", add_special_tokens=False) or [0])[-1:]
-    head = len(decode(anchor))
-    return [decode([*anchor, i])[head:] for i in range(size)]
+    start = len(decode(anchor))
+    return [decode([*anchor, i])[start:] for i in range(size)]
 
 
 def _token_class(text: str, by: str | re.Pattern) -> int:
+    """Return the class of a token with this text, without the token's neighbours."""
     if not text:
         return 0
     if isinstance(by, re.Pattern):
@@ -223,18 +264,33 @@ def _token_class(text: str, by: str | re.Pattern) -> int:
     return _TEXT | _SOLID | lead << _LEAD | trail << _TRAIL | (_INNER if inner else 0)
 
 
-def step_ids_from_tokens(
-    input_ids: Tensor,  # (B, T) or (T,) int64
-    response_mask: Tensor,  # the same shape, bool or int: 1 where the model wrote the token
-    delimiters: Tensor,  # (V,) uint8 from delimiter_mask; or any (V,) bool: a True token ends its step
-) -> Tensor:  # the same shape, int64
-    """Step ids 0, 1, 2.. per sequence, -1 where `response_mask` is 0, from token ids alone.
+def step_ids_from_tokens(input_ids: Tensor, response_mask: Tensor, delimiters: Tensor) -> Tensor:
+    """Number the steps of each sequence from its token ids alone.
 
-    A few elementwise operations and scans along T, on the device: no text, no synchronisation, no Python loop, one
-    graph under `torch.compile(fullgraph=True)`. Tokens out of the mask (prompt, padding, a tool's output) are looked
-    through: a masked span inside a step leaves it one step, and newlines there end nothing. A token that holds a
-    delimiter ends its step, whatever else it holds. The end-of-sequence token joins the last step (with a bool mask it
-    is a token like any other). Whether white space ends a step depends on what follows, so pass whole responses.
+    This runs a few elementwise operations and scans along T on the tensors' device, without text, synchronisation or a
+    Python loop, and it is one graph under `torch.compile(fullgraph=True)`.
+
+    Tokens outside the mask (prompt, padding, a tool's output) are ignored: a masked span inside a step does not split
+    it, and newlines there end nothing. A token that has a delimiter ends its step, whatever else it has. The
+    end-of-sequence token belongs to the last step. Pass whole responses: whether white space ends a step depends on
+    what follows.
+
+    Args:
+        input_ids: (B, T) or (T,) int64.
+        response_mask: bool or int of the same shape: nonzero where the model wrote the token.
+        delimiters: (V,) uint8 from `delimiter_mask`. Or (V,) bool: every True token ends its step, and the end of
+            sequence is a token like any other.
+
+    Returns:
+        int64 of the same shape: step numbers 0, 1, 2, ... in each sequence, and -1 outside the mask.
+
+    Raises:
+        ValueError: if the shapes differ, or `delimiters` is not (V,) uint8 or bool.
+
+    Example:
+        >>> delimiters = torch.tensor([False, False, True])
+        >>> step_ids_from_tokens(torch.tensor([1, 0, 2, 1]), torch.tensor([0, 1, 1, 1]), delimiters)
+        tensor([-1,  0,  0,  1])
     """
     if input_ids.shape != response_mask.shape:
         raise ValueError(
@@ -249,13 +305,15 @@ def step_ids_from_tokens(
     lead, trail = token >> _LEAD & 3, token >> _TRAIL & 3
     solid, text = (token & _SOLID) != 0, (token & _TEXT) != 0
 
-    # Newlines in the white space open at the end of each token: a cumulative sum that every solid token starts anew.
+    # For each token, the newlines in the white space at the end of the text so far: a cumulative sum that starts anew
+    # at every solid token.
     total = trail.cumsum(-1)
     run = total - torch.where(solid, total - trail, 0).cummax(-1).values
     open_before = torch.nn.functional.pad(run[..., :-1], (1, 0))
     seen = (solid.cumsum(-1) - solid.to(torch.int64)) > 0
 
-    # Whether the next token that decides anything starts with text and not with more newlines: scanned from the right.
+    # For each token, whether the next one that is not just spaces starts with text (1) or with more newlines (0):
+    # scanned from the right.
     place = torch.arange(token.shape[-1], device=token.device) * 2
     never = 2 * token.shape[-1]
     decides = torch.where(solid | (lead > 0), place + (solid & (lead == 0)), never)

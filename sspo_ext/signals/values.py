@@ -1,4 +1,8 @@
-"""Values of the states between steps: what a probe measures and an advantage is made of."""
+"""Values of the states between steps, and the sequences that they belong to.
+
+A state is a question with the first k steps of an answer. A probe measures the value of each state
+(`probe_step_values`), and `step_gae` makes advantages from them.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +19,36 @@ from ..layout.bundle import TensorBundle
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StepValues(TensorBundle):
-    """V_0..V_K of B sequences: V_k estimates the outcome after the first k of a sequence's K steps.
+    """V_0, ..., V_K of B sequences: V_k estimates the outcome after the first k of a sequence's K steps.
 
-    `V_0` is the value of the question alone. Build it with `from_lists` or `from_tensor`; constants, never in a graph.
+    V_0 is the value of the question alone. Build an object with `from_lists` or `from_tensor`. Values are constants:
+    they are never part of an autograd graph.
+
+    Attributes:
+        values: (S + B,) float32, or float64 if they were given so: V_0, ..., V_K of sequence 0, then of sequence 1, ...
+        offsets: (B + 1,) int64. The values of sequence b are `values[offsets[b]:offsets[b + 1]]`, K_b + 1 of them.
+        host_offsets: (B + 1,) int64: the same on the host.
     """
 
-    values: Tensor  # (S + B,) float32 (float64 if it came so): V_0..V_K of sequence 0, then of sequence 1, ...
-    offsets: Tensor  # (B + 1,) int64: sequence b's values are [offsets[b], offsets[b + 1]), K_b + 1 of them
-    host_offsets: Tensor  # (B + 1,) int64 on the host
+    values: Tensor
+    offsets: Tensor
+    host_offsets: Tensor
 
     @classmethod
     def from_lists(cls, values: Sequence[Sequence[float]], *, device: torch.device | str = "cpu") -> StepValues:
-        """From one list [V_0, ..., V_K] a sequence; at least V_0 in each.
+        """Build values from lists.
 
-        Example::
+        Args:
+            values: B lists [V_0, ..., V_K], with at least V_0 in each.
+            device: where the values are put.
 
+        Returns:
+            Values in float32.
+
+        Raises:
+            ValueError: if a list is not flat or is empty, or a value on the host is not finite.
+
+        Example:
             >>> StepValues.from_lists([[0.2, 0.5, 0.9], [0.1]]).steps_per_sequence
             tensor([2, 0])
         """
@@ -44,15 +63,26 @@ class StepValues(TensorBundle):
         return cls.from_tensor(torch.from_numpy(flat).to(device), torch.from_numpy(offsets.astype(np.int64)))
 
     @classmethod
-    def from_tensor(
-        cls,
-        values: Tensor,  # (S + B,) float
-        offsets: Tensor,  # (B + 1,) int, on the host; on a device it is copied once (a sync)
-    ) -> StepValues:
-        """From values that lie one sequence after the other; the result is where `values` is.
+    def from_tensor(cls, values: Tensor, offsets: Tensor) -> StepValues:
+        """Build values from one flat tensor, one sequence after the other.
 
-        Raises ValueError for offsets that do not run from 0 to the number of values with at least V_0 for every
-        sequence, and, for values on the host, if one is not finite.
+        Args:
+            values: (S + B,) float. The result is on the same device.
+            offsets: (B + 1,) int, where each sequence begins and ends. On a device they are copied to the host once,
+                which is a synchronisation.
+
+        Returns:
+            Values in float32, or in float64 if `values` is float64.
+
+        Raises:
+            ValueError: if the offsets do not run from 0 to the number of values with at least V_0 for each sequence, or
+                a value on the host is not finite.
+            TypeError: if `values` is not float or `offsets` not int.
+
+        Example:
+            >>> values = StepValues.from_tensor(torch.tensor([0.25, 0.5, 1.0]), torch.tensor([0, 3]))
+            >>> values.to_lists()
+            [[0.25, 0.5, 1.0]]
         """
         check_float("values", values, ndim=1)
         check_integer("offsets", offsets, ndim=1)
@@ -71,29 +101,41 @@ class StepValues(TensorBundle):
 
     @property
     def num_sequences(self) -> int:
+        """B, the number of sequences."""
         return len(self.host_offsets) - 1
 
     @property
     def num_steps(self) -> int:
+        """S, the number of steps of all sequences."""
         return int(self.host_offsets[-1]) - self.num_sequences
 
     @property
     def steps_per_sequence(self) -> Tensor:
-        """(B,) int64 on the host: K_b."""
+        """(B,) int64 on the host: K_b, the number of steps of each sequence."""
         return self.host_offsets.diff() - 1
 
     @property
     def step_sequence(self) -> Tensor:
-        """(S,) int64, where the values are: the sequence each step is in."""
+        """(S,) int64 on the values' device: the sequence of each step."""
         return torch.repeat_interleave(self.steps_per_sequence).to(self.values.device, non_blocking=True)
 
     def with_values(self, values: Tensor) -> StepValues:
-        """The same sequences with other values (S + B,): zeroed or shuffled ones, for a control."""
+        """Return the same sequences with other values, such as zeroed or shuffled ones for a control experiment.
+
+        Args:
+            values: (S + B,) float.
+
+        Returns:
+            A new object.
+
+        Raises:
+            ValueError: if the shape differs, or a value on the host is not finite.
+        """
         check_shape("values", values, tuple(self.values.shape))
         return StepValues.from_tensor(values, self.host_offsets)
 
     def to_lists(self) -> list[list[float]]:
-        """[V_0, ..., V_K] of each sequence, on the host."""
+        """Return [V_0, ..., V_K] of each sequence, on the host."""
         return [v.tolist() for v in self.values.cpu().split(self.host_offsets.diff().tolist())]
 
     def __repr__(self) -> str:
@@ -102,15 +144,27 @@ class StepValues(TensorBundle):
 
 @dataclass(frozen=True)
 class StepBatch:
-    """B sequences of token ids: a prompt, and the steps of the response to it.
+    """B sequences of token ids: each a prompt and the steps of the response to it.
 
-    Steps follow each other without a gap, so prompt + steps is what the model read and wrote. A response without steps
-    is an empty list: its only state is the question. Empty steps and empty prompts raise ValueError: a model has
-    nothing to go by before the first token (give it the beginning of sequence).
+    The steps follow each other without a gap, so a prompt with its steps is what the model read and wrote. A response
+    without steps is an empty list; its only state is the question.
+
+    Attributes:
+        prompt_ids: B lists of token ids, none of them empty: a model predicts nothing before the first token. Where
+            there is no prompt, give the beginning of sequence.
+        step_ids: B lists of K_b steps, each a list of token ids that is not empty.
+
+    Raises:
+        ValueError: if the numbers of prompts and responses differ, or a prompt or a step is empty.
+
+    Example:
+        >>> batch = StepBatch(prompt_ids=[[5, 6]], step_ids=[[[7], [8, 9]]])
+        >>> batch.sequence(0), batch.boundaries(0)
+        ([5, 6, 7, 8, 9], [2, 3, 5])
     """
 
-    prompt_ids: Sequence[Sequence[int]]  # (B,) lists
-    step_ids: Sequence[Sequence[Sequence[int]]]  # (B,) lists of K_b steps, each a list of token ids
+    prompt_ids: Sequence[Sequence[int]]
+    step_ids: Sequence[Sequence[Sequence[int]]]
 
     def __post_init__(self) -> None:
         if len(self.prompt_ids) != len(self.step_ids):
@@ -125,14 +179,27 @@ class StepBatch:
                     raise ValueError(f"step_ids: expected at least one token, got none for step {k} of sequence {b}")
 
     @classmethod
-    def from_tensors(
-        cls,
-        input_ids: Tensor,  # (B, T) int
-        step_ids: Tensor,  # (B, T) int: 0, 1, 2.. never decreasing within a sequence; -1 before the first step: prompt
-        attention_mask: Tensor | None = None,  # (B, T): 0 is padding, on either side
-    ) -> StepBatch:
-        """From the tensors of a trainer. Tokens with step id -1 after the first step (a tool's output, padding) belong
-        to the step before them unless `attention_mask` is 0 there. One copy to the host."""
+    def from_tensors(cls, input_ids: Tensor, step_ids: Tensor, attention_mask: Tensor | None = None) -> StepBatch:
+        """Build a batch from a trainer's tensors. They are copied to the host.
+
+        Args:
+            input_ids: (B, T) int.
+            step_ids: (B, T) int: 0, 1, 2, ..., never decreasing in a sequence. -1 before the first step is the prompt.
+                -1 after it (a tool's output) belongs to the step before, unless `attention_mask` is 0 there.
+            attention_mask: (B, T); 0 is padding, on either side. None means no padding.
+
+        Returns:
+            The batch, without padding.
+
+        Raises:
+            ValueError: if shapes differ, step ids decrease, or a prompt is empty.
+            TypeError: if `input_ids` is not int.
+
+        Example:
+            >>> batch = StepBatch.from_tensors(torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[-1, -1, 0, 1, 1]]))
+            >>> batch.prompt_ids, batch.step_ids
+            ([[5, 6]], [[[7], [8, 9]]])
+        """
         check_integer("input_ids", input_ids, ndim=2)
         check_shape("step_ids", step_ids, tuple(input_ids.shape))
         ids, steps = input_ids.cpu().numpy(), step_ids.cpu().numpy()
@@ -156,10 +223,10 @@ class StepBatch:
         return len(self.prompt_ids)
 
     def sequence(self, b: int) -> list[int]:
-        """Prompt and steps of sequence b, end to end."""
+        """Return the prompt and the steps of sequence b, one after the other."""
         return [*self.prompt_ids[b], *(token for step in self.step_ids[b] for token in step)]
 
     def boundaries(self, b: int) -> list[int]:
-        """K_b + 1 lengths of prefixes: the prompt alone, prompt and first step, ..., the whole sequence."""
+        """Return the K_b + 1 lengths of prefixes: the prompt, prompt and first step, ..., the whole sequence."""
         lengths = [len(self.prompt_ids[b]), *(len(step) for step in self.step_ids[b])]
         return np.cumsum(lengths).tolist()

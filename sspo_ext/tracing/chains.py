@@ -1,13 +1,14 @@
-"""Chains of reasoning from JSONL: a prompt, a response in steps, the answer that is known to be right."""
+"""Chains of reasoning from JSONL: a prompt, a response in steps, and the right answer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from ..data.graders import Grader, answer_texts, grade
-from ..data.rows import Source, raise_bad_rows, read_rows
+from ..data.rows import Source, parse_rows, raise_bad_rows, separate_steps
 from ..data.tokenize import UnusableRow, encode_response, prompt_text, response_text
 from ..signals.split import SplitBy, token_step_ids
 from ..signals.values import StepBatch
@@ -15,7 +16,7 @@ from ..signals.values import StepBatch
 
 @dataclass(frozen=True)
 class Chain:
-    """One response, in text and in tokens. The steps' texts concatenate to the response."""
+    """A response, in text and in tokens. The texts of the steps concatenate to the response."""
 
     source: str  # the row's "id", or file:line
     prompt: str | list[dict]
@@ -24,6 +25,11 @@ class Chain:
     steps: list[str]
     prompt_ids: list[int]
     step_ids: list[list[int]]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt_ids) + sum(map(len, self.step_ids))
 
 
 def load_chains(
@@ -35,74 +41,87 @@ def load_chains(
     grader: Grader | None = None,
     chat_template_kwargs: Mapping | None = None,
 ) -> tuple[list[Chain], list[str]]:
-    """(chains, sources of rows over `max_length` tokens) of JSONL files or mappings.
+    """Read, check and tokenize chains.
 
-    A row is {"prompt": text or chat messages, "response": text or list of steps, "answer": text, number or several
-    accepted ones}, with optional "id", and "reward" (a number in [0, 1], the scale of values) or "is_correct" (a bool),
-    else (both absent or null) the `grader` gives the reward. A text is split by `split_by` (see `split_text`), a list
-    is taken as it is. A response of null or "" has no steps.
-    Tokens are those of `tokenize_row`, without an end of sequence. A step that owns no token belongs to the one before.
+    A row is {"prompt": text or chat messages, "response": text or list of steps, "answer": a text, a number or a list
+    of accepted ones}. Optional keys: "id"; "reward", a number in [0, 1], the scale of values, or "is_correct", a bool.
+    Without a reward the `grader` gives it. A response of null or "" has no steps.
 
-    Raises one ValueError that names all rows that are wrong.
+    Tokens are those of `tokenize_row`, without an end of sequence. A step that owns no token is joined to the step
+    before it.
+
+    Args:
+        source: a path of a JSONL file, several paths, or mappings in memory.
+        tokenizer: a fast tokenizer of transformers.
+        split_by: how a text becomes steps, see `split_text`. A list of steps is taken as it is.
+        max_length: most tokens of prompt and response; None: no limit.
+        grader: of `load_grader`, for rows without a reward.
+        chat_template_kwargs: extra options of the chat template.
+
+    Returns:
+        The chains; the ids of the rows over `max_length`, which are left out.
+
+    Raises:
+        ValueError: some rows cannot be used. The message names file, line and reason of each.
+        OSError: a file cannot be read.
     """
-    chains, long, bad = [], [], []
-    total = 0
-    for where, row, reason in read_rows(source):
-        total += 1
-        try:
-            if reason:
-                raise ValueError(reason)
-            chain = _chain(row, where, tokenizer, split_by, grader, chat_template_kwargs)
-        except (TypeError, ValueError) as error:
-            bad.append((where, str(error)))
-            continue
-        if max_length is not None and len(chain.prompt_ids) + sum(map(len, chain.step_ids)) > max_length:
-            long.append(chain.source)
-        else:
-            chains.append(chain)
-    raise_bad_rows(bad, total)
-    return chains, long
+    chains, bad = parse_rows(
+        source, lambda where, row: _chain(row, where, tokenizer, split_by, grader, chat_template_kwargs)
+    )
+    raise_bad_rows(bad, len(chains) + len(bad))
+    if max_length is None:
+        return chains, []
+    long = [chain.source for chain in chains if chain.num_tokens > max_length]
+    return [chain for chain in chains if chain.num_tokens <= max_length], long
 
 
 def step_batch(chains: Sequence[Chain]) -> StepBatch:
+    """The tokens of chains, for probing and sampling."""
     return StepBatch([c.prompt_ids for c in chains], [c.step_ids for c in chains])
 
 
 def _chain(
     row: Mapping, where: str, tokenizer, split_by: SplitBy, grader: Grader | None, template: Mapping | None
 ) -> Chain:
-    prompt, response, answer = row.get("prompt"), row.get("response"), row.get("answer")
-    if not prompt or not isinstance(prompt, (str, list)):
+    prompt, answer = row.get("prompt"), row.get("answer")
+    if not prompt or not isinstance(prompt, str | list):
         raise ValueError(f"prompt: expected a text or chat messages, got {prompt!r}")
     if isinstance(answer, Mapping):
-        raise ValueError(f"answer: expected a text, a number or several, got {answer!r}")
+        raise ValueError(f"answer: expected a text, a number or a list of them, got {answer!r}")
     texts = answer_texts(answer)
-    response = response or ""
-    if isinstance(response, list) and not all(isinstance(step, str) and step for step in response):
-        raise ValueError("response: expected a text, or a list of steps with text in each")
-    if isinstance(response, list):
-        response = [s if s[-1].isspace() else s + "\n" for s in response[:-1]] + response[-1:]
-    elif not isinstance(response, str):
-        raise ValueError(f"response: expected a text or a list of steps, got {type(response).__name__}")
+    response = _response(row.get("response"))
     text, first = prompt_text(prompt, tokenizer, template)
-    head = tokenizer(text, add_special_tokens=False)["input_ids"]
+    prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     steps, ids = [], []
     if "".join(response).strip():
         body, edges, _ = response_text(prompt, text, response, tokenizer, split_by, False, template)
         try:
-            tokens, offsets = encode_response(tokenizer, text, head, body)
+            tokens, offsets = encode_response(tokenizer, text, prompt_ids, body)
         except UnusableRow as error:
             raise ValueError(f"response: {error}") from error
         steps, ids = _by_step(body, list(pairwise(edges)), tokens, offsets)
-    head = head if head[: len(first)] == first else first + head
+    prompt_ids = prompt_ids if prompt_ids[: len(first)] == first else first + prompt_ids
     source = where if row.get("id") is None else str(row["id"])
-    answer = texts if isinstance(answer, (list, tuple)) else texts[0]
-    return Chain(source, prompt, answer, _reward(row, "".join(steps), texts, grader), steps, head, ids)
+    answer = texts if isinstance(answer, list | tuple) else texts[0]
+    return Chain(source, prompt, answer, _reward(row, "".join(steps), texts, grader), steps, prompt_ids, ids)
+
+
+def _response(response: Any) -> str | list[str]:
+    if not response:
+        return ""
+    if isinstance(response, list):
+        if not all(isinstance(step, str) and step for step in response):
+            raise ValueError("response: expected a text, or a list of steps with text in each")
+        return separate_steps(response)
+    if not isinstance(response, str):
+        raise ValueError(f"response: expected a text or a list of steps, got {type(response).__name__}")
+    return response
 
 
 def _by_step(
     text: str, spans: list[tuple[int, int]], tokens: list[int], offsets: Sequence[tuple[int, int]]
 ) -> tuple[list[str], list[list[int]]]:
+    """The text and the tokens of each step that owns a token."""
     owners = token_step_ids(text, offsets, spans, dense=False)
     starts = sorted(set(owners))
     edges = [0, *(spans[s][0] for s in starts[1:]), len(text)]
@@ -111,14 +130,14 @@ def _by_step(
 
 
 def _reward(row: Mapping, response: str, answers: list[str], grader: Grader | None) -> float:
-    # where rows of both kinds are mixed, data sets fill the other's column with nulls
+    # data sets that mix both kinds of rows fill the missing column with nulls
     given = row.get("is_correct") if row.get("reward") is None else row["reward"]
     if given is None and grader is not None:
         columns = {name: value for name, value in row.items() if name not in ("prompt", "response", "answer")}
         given = max(grade(grader, row["prompt"], response, answer, **columns) for answer in answers)
     if not isinstance(given, (bool, int, float)) or not 0 <= given <= 1:
         raise ValueError(
-            f"reward: expected a number in [0, 1], or is_correct, or a grader, got {given!r}; -1 and +1 are rescaled "
-            "by (reward + 1) / 2"
+            f"reward: expected a number in [0, 1], or is_correct, or a grader, got {given!r}; rescale rewards in "
+            "[-1, 1] by (reward + 1) / 2"
         )
     return float(given)

@@ -1,4 +1,4 @@
-"""A JSONL file that is written a line at a time, survives being killed, and is complete or not there."""
+"""JSONL files that appear only when complete, and whose writing can be resumed after a kill."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 
 def write_lines(path: str | os.PathLike, rows: Iterable[dict]) -> None:
-    """A JSONL file, all of it or none."""
+    """Write a JSONL file, all of it or nothing."""
     temporary = Path(f"{os.fspath(path)}.tmp")
     with open(temporary, "wb") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
@@ -20,13 +20,26 @@ def write_lines(path: str | os.PathLike, rows: Iterable[dict]) -> None:
 
 
 def check_free(path: str | os.PathLike, *, resume: bool) -> Path | None:
-    """What of a `LineStore` is there: its file, or PATH.part with a row in it. ValueError without `resume`."""
+    """Find what an earlier run left for a `LineStore`.
+
+    Args:
+        path: of the store.
+        resume: whether an earlier run may be resumed.
+
+    Returns:
+        `path` if it exists, PATH.part if that holds at least one row, else None.
+
+    Raises:
+        ValueError: something was found and `resume` is false.
+    """
     part = Path(f"{os.fspath(path)}.part")
     present = Path(path) if Path(path).exists() else None
     if present is None and part.exists() and len(_whole_lines(part)) > 1:
         present = part
     if present and not resume:
-        raise ValueError(f"{str(present)!r} is there from another run; resume it, or choose another folder")
+        raise ValueError(
+            f"{str(present)!r} is there from another run; resume it, or choose another folder"
+        )
     return present
 
 
@@ -35,12 +48,20 @@ def _whole_lines(path: Path) -> list[bytes]:
 
 
 class LineStore:
-    """Rows under keys. Until `finish`, they are in `PATH.part`, behind a line with the settings they were made with;
-    afterwards in `PATH`, and the settings in `PATH.settings`.
+    """Rows under keys, kept on the disk while they are made.
 
-    Opened again with `resume` and the same settings, it has the rows that were written whole; a last line that was not
-    is dropped. ValueError if the settings differ, or without `resume`. Nothing is written before the first row, and
-    what has none is as good as not there: a start that failed stands in nobody's way.
+    Until `finish`, the rows are in PATH.part, after a first line with the settings that made them. Afterwards they are
+    in PATH, and the settings in PATH.settings. No file exists before the first row, so a failed start leaves nothing
+    behind.
+
+    Args:
+        path: PATH.
+        settings: what the rows depend on, in JSON types.
+        resume: load the rows of an earlier run with the same settings. A last line that was not written whole is
+            dropped.
+
+    Raises:
+        ValueError: an earlier run had other settings, or is there without `resume`.
     """
 
     def __init__(self, path: str | os.PathLike, settings: dict, *, resume: bool):
@@ -53,7 +74,7 @@ class LineStore:
         self.complete = present == self.path
         if self.complete:
             self._check(json.loads(self._settings.read_bytes()) if self._settings.exists() else {})
-            # as bytes: lines of a text also end with U+2028, U+2029 and U+0085, which JSON leaves as they are
+            # as bytes: str.splitlines also splits at U+2028, U+2029 and U+0085, which JSON does not escape
             self.rows = {row["key"]: row for row in map(json.loads, self.path.read_bytes().splitlines())}
         elif present:
             header, *rows = _whole_lines(self.part)
@@ -76,13 +97,13 @@ class LineStore:
         os.fsync(self._file.fileno())
 
     def add(self, rows: Iterable[dict]) -> None:
-        """Rows, each with its "key"; on the disk when this returns."""
+        """Add rows, each with its "key". They are on the disk when this returns."""
         rows = list(rows)
         self._write(*rows)
         self.rows |= {row["key"]: row for row in rows}
 
     def finish(self, order: Iterable[str]) -> list[dict]:
-        """All rows in this order, and `path` holding them."""
+        """Write all rows to PATH in this order, and return them."""
         rows = [self.rows[key] for key in order]
         if not self.complete:
             self.path.parent.mkdir(parents=True, exist_ok=True)

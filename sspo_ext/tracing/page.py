@@ -1,4 +1,4 @@
-"""One HTML file of traced chains: no scripts or fonts from elsewhere, readable with any alphabet and any length."""
+"""One HTML page of traced chains. It loads no scripts or fonts, and shows any alphabet and any length."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .picture import answer_of, prompt_of, shade, signed
 
-_OPEN = 10  # chains that are unfolded from the start
+_OPEN = 10  # so many chains are unfolded at first
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -45,8 +45,15 @@ svg { display: block; }
 
 
 def write_page(rows: Sequence[dict], path: str | os.PathLike, *, title: str = "Traced chains") -> None:
-    """Writes rows of `trace_values` as one HTML page: a line with its curve for each chain, its steps unfolded on
-    demand, coloured by advantage. All text is escaped."""
+    """Write traced chains as one HTML page.
+
+    A chain is a line with its curve of values. It unfolds to its steps, coloured by advantage. All text is escaped.
+
+    Args:
+        rows: of `trace_values`.
+        path: of the page.
+        title: of the page.
+    """
     right = sum(row["reward"] > 0 for row in rows)
     page = f"""<!DOCTYPE html>
 <html lang="en">
@@ -58,8 +65,9 @@ def write_page(rows: Sequence[dict], path: str | os.PathLike, *, title: str = "T
 </head>
 <body>
 <h1>{escape(title)}</h1>
-<p class="quiet">{len(rows)} chains, {right} with a reward. A value is what the model's own answers after a step are
-worth, between 0 and 1; a step's colour and number are its advantage, the colour relative to the chain's largest.</p>
+<p class="quiet">{len(rows)} chains, {right} with a reward. A value, between 0 and 1, tells what the model's own answers
+after a step are worth. A step's colour and number show its advantage; its colour is relative to the chain's
+largest.</p>
 <p class="legend"><span style="background:{shade(-1)}">harmful</span><span style="background:{shade(-0.4)}">&nbsp;
 </span><span style="background:{shade(0)}">no change</span><span style="background:{shade(0.4)}">&nbsp;
 </span><span style="background:{shade(1)}">helpful</span></p>
@@ -99,7 +107,7 @@ def _value(value: float) -> str:
 
 
 def _curve(values: Sequence[float], width: int = 150, height: int = 30) -> str:
-    """The values from left to right, as a small drawing."""
+    """A small line chart of the values, as SVG."""
     across = (width - 6) / max(len(values) - 1, 1)
     points = [(3 + i * across, 3 + (height - 6) * (1 - v)) for i, v in enumerate(values)]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)

@@ -1,4 +1,4 @@
-"""A picture of one traced chain: its steps coloured by their advantages, the values beside them."""
+"""A picture of one traced chain: its steps coloured by advantage, and the values beside them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import logging
 import unicodedata
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from os import PathLike
 from typing import Any
 
@@ -19,7 +21,7 @@ LINE = 0.185  # inches
 
 MAX_STEPS, MAX_LINES = 60, 12
 
-# Whichever of these is installed draws what DejaVu Sans cannot.
+# The installed ones of these draw the characters that DejaVu Sans lacks.
 FONTS = (
     "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "Microsoft YaHei",
     "PingFang SC", "Hiragino Sans GB", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "SimHei", "Arial Unicode MS",
@@ -28,10 +30,15 @@ FONTS = (
 
 
 def draw_chain(row: dict, path: str | PathLike, *, title: str | None = None) -> None:
-    """Writes a PNG of a row of `trace_values`.
+    """Draw a traced chain as a PNG.
 
-    A step's colour is its advantage relative to the chain's largest (blue: good, red: harmful). Of a chain of more than
-    60 steps the middle is left out, and the curve goes straight over it; of a step of more than 12 lines the rest.
+    A step's colour is its advantage relative to the chain's largest: blue is good, red is harmful. A chain of more than
+    60 steps loses its middle, and the curve goes straight over the gap. A step of more than 12 lines loses the rest.
+
+    Args:
+        row: of `trace_values`.
+        path: of the PNG.
+        title: default: answer, reward and number of steps.
     """
     import matplotlib
 
@@ -42,89 +49,91 @@ def draw_chain(row: dict, path: str | PathLike, *, title: str | None = None) -> 
     installed = {font.name for font in font_manager.fontManager.ttflist}
     family = [name for name in FONTS if name in installed] or ["sans-serif"]
     blocks = _blocks(row)
-    head = wrap(prompt_of(row), WIDTH + 8)[:MAX_LINES]
-    height = sum(block["height"] for block in blocks)
-    inches = LINE * (height + len(head) + 5)
+    question = wrap(prompt_of(row), WIDTH + 8)[:MAX_LINES]
+    height = sum(block.height for block in blocks)
+    inches = LINE * (height + len(question) + 5)
     with (
         plt.rc_context({"font.family": family, "font.size": 9, "text.parse_math": False}),
         warnings.catch_warnings(record=True) as seen,
     ):
         warnings.simplefilter("always")
         figure = plt.figure(figsize=(11.5, inches), dpi=110)
-        top = 1 - LINE * (len(head) + 3.6) / inches
+        top = 1 - LINE * (len(question) + 3.6) / inches
         bottom = LINE * 1.0 / inches
         heading = title or f"answer {answer_of(row)}    reward {row['reward']:g}    {len(row['steps'])} steps"
         at = 1 - LINE * 1.3 / inches
         figure.text(0.02, at, heading, weight="bold", size=11, color=INK)
-        for i, line in enumerate(head):
+        for i, line in enumerate(question):
             figure.text(0.02, at - LINE * (i + 1.5) / inches, line, color=QUIET, va="center")
         texts = figure.add_axes((0.02, bottom, 0.66, top - bottom))
         curve = figure.add_axes((0.715, bottom, 0.255, top - bottom))
         _steps(texts, blocks, height)
-        _curve(curve, blocks, height, row["values"])
+        _curve(curve, blocks, height)
         figure.savefig(path)
         plt.close(figure)
     if any("missing from font" in str(w.message) for w in seen):
-        logger.warning("%s: no installed font draws all of its text; one of %s would", path, ", ".join(FONTS[1:5]))
+        logger.warning("%s: no installed font draws all of its text; install one of %s", path, ", ".join(FONTS[1:5]))
 
 
-def _blocks(row: dict) -> list[dict]:
-    """Boxes from top to bottom: the question's, each step's, and one for what is left out."""
+@dataclass(frozen=True)
+class _Block:
+    """A box of the picture, and the value at its lower edge."""
+
+    lines: list[str]
+    height: float  # in lines
+    value: float
+
+
+@dataclass(frozen=True)
+class _Step(_Block):
+    number: int
+    advantage: float
+    colour: str
+
+
+def _blocks(row: dict) -> list[_Block]:
+    """From top to bottom: the question, each step, and one block for the steps that are left out."""
     steps, advantages, values = row["steps"], row["advantages"], row["values"]
     scale = max([abs(a) for a in advantages] + [0.02])
-    blocks = [{"lines": ["the question alone"], "height": 1.5, "value": values[0], "kind": "question"}]
+    blocks = [_Block(["the question alone"], 1.5, values[0])]
     hidden = range(MAX_STEPS // 2, len(steps) - MAX_STEPS // 2) if len(steps) > MAX_STEPS else range(0)
     for k, (step, advantage) in enumerate(zip(steps, advantages, strict=True)):
         if k in hidden:
             if k == hidden[0]:
-                note = f"... {len(hidden)} steps are not shown ..."
-                blocks.append({"lines": [note], "height": 2.0, "value": values[hidden[-1] + 1], "kind": "gap"})
+                blocks.append(_Block([f"... {len(hidden)} steps are not shown ..."], 2.0, values[hidden[-1] + 1]))
             continue
         lines = wrap(step, WIDTH)
         if len(lines) > MAX_LINES:
             lines = [*lines[: MAX_LINES - 1], "..."]
-        blocks.append(
-            {
-                "lines": lines,
-                "height": len(lines) + 0.7,
-                "value": values[k + 1],
-                "advantage": advantage,
-                "colour": shade(advantage / scale),
-                "number": k + 1,
-                "kind": "step",
-            }
-        )
+        blocks.append(_Step(lines, len(lines) + 0.7, values[k + 1], k + 1, advantage, shade(advantage / scale)))
     return blocks
 
 
-def _steps(axis, blocks: Sequence[dict], height: float) -> None:
+def _steps(axis, blocks: Sequence[_Block], height: float) -> None:
     from matplotlib.patches import Rectangle
 
     axis.set(xlim=(0, 1), ylim=(height, 0))
     axis.axis("off")
     y = 0.0
     for block in blocks:
-        if block["kind"] == "step":
-            box = Rectangle((0.045, y + 0.08), 0.955, block["height"] - 0.16, color=block["colour"], lw=0)
-            axis.add_patch(box)
-            middle = y + block["height"] / 2
-            axis.text(0.035, middle, str(block["number"]), ha="right", va="center", color=QUIET, size=8)
-            axis.text(0.99, middle, signed(block["advantage"]), ha="right", va="center", color=INK, size=8.5)
-        for i, line in enumerate(block["lines"]):
-            colour = INK if block["kind"] == "step" else QUIET
-            axis.text(0.058, y + 0.85 + i - (0.0 if block["kind"] == "step" else 0.1), line, va="center", color=colour)
-        y += block["height"]
+        colour, raised = QUIET, 0.1
+        if isinstance(block, _Step):
+            colour, raised = INK, 0.0
+            axis.add_patch(Rectangle((0.045, y + 0.08), 0.955, block.height - 0.16, color=block.colour, lw=0))
+            middle = y + block.height / 2
+            axis.text(0.035, middle, str(block.number), ha="right", va="center", color=QUIET, size=8)
+            axis.text(0.99, middle, signed(block.advantage), ha="right", va="center", color=INK, size=8.5)
+        for i, line in enumerate(block.lines):
+            axis.text(0.058, y + 0.85 + i - raised, line, va="center", color=colour)
+        y += block.height
 
 
-def _curve(axis, blocks: Sequence[dict], height: float, values: Sequence[float]) -> None:
-    edges, y = [], 0.0
-    for block in blocks:
-        y += block["height"]
-        edges.append(y)
+def _curve(axis, blocks: Sequence[_Block], height: float) -> None:
+    edges = list(accumulate(block.height for block in blocks))
     axis.set(xlim=(-0.02, 1.02), ylim=(height, 0), yticks=[])
     for edge in edges:
         axis.axhline(edge, color="#e3dfd8", lw=0.6, zorder=0)
-    points = [block["value"] for block in blocks]
+    points = [block.value for block in blocks]
     axis.fill_betweenx(edges, 0, points, color="#1f6f8b", alpha=0.10, lw=0)
     axis.plot(points, edges, "-o", color="#1f6f8b", lw=1.6, ms=3.5, clip_on=False)
     top = max(range(len(points)), key=lambda i: points[i])
@@ -146,19 +155,19 @@ def _curve(axis, blocks: Sequence[dict], height: float, values: Sequence[float])
 
 
 def signed(value: float) -> str:
-    """Two decimals with their sign; nothing that reads as minus zero."""
+    """A number with its sign and two decimals; what rounds to zero has no sign."""
     return f"{value:+.2f}".replace("-", "\u2212") if abs(value) >= 0.005 else "0.00"
 
 
 def shade(share: float) -> str:
-    """From red by paper to blue; -1 .. 1."""
+    """A colour from red over paper to blue, for a share in [-1, 1]."""
     base = tuple(int(PAPER[i : i + 2], 16) for i in (1, 3, 5))
     towards, t = (GOOD if share > 0 else BAD), min(abs(share), 1.0) * 0.62
     return "#" + "".join(f"{round(b + (c - b) * t):02x}" for b, c in zip(base, towards, strict=True))
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width` columns, broken at spaces and between wide characters; blank lines are left out."""
+    """Lines of at most `width` columns, broken at spaces or between wide characters. Blank lines are left out."""
     lines = []
     for paragraph in text.replace("\t", "    ").splitlines():
         line, column, space = "", 0, -1
@@ -182,16 +191,18 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 def prompt_of(row: dict[str, Any]) -> str:
+    """The prompt as one text; each chat message is a paragraph."""
     prompt = row["prompt"]
-    return prompt if isinstance(prompt, str) else "\n".join(_said(message.get("content")) for message in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(_content_text(message.get("content")) for message in prompt)
 
 
-def _said(content: Any) -> str:
-    """A message's text; of one in parts all that are text, and the others' kinds."""
+def _content_text(content: Any) -> str:
+    """The text of a message. A content in parts gives the text of its parts, or their kinds in brackets."""
     if content is None or isinstance(content, str):
         return content or ""
     return " ".join(p["text"] if isinstance(p.get("text"), str) else f"[{p.get('type')}]" for p in content)
 
 
 def answer_of(row: dict[str, Any]) -> str:
+    """The accepted answers as one text."""
     return row["answer"] if isinstance(row["answer"], str) else " or ".join(row["answer"])

@@ -1,4 +1,4 @@
-"""What the steps of given chains are worth to a model, and step preferences from it, offline and file to file."""
+"""Values of the steps of given chains, and step preferences from them, offline and from file to file."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from ..signals.credit.gae import step_gae
-from ..signals.pairing.candidates import nodes_from_rollouts, trace_candidates
+from ..signals.pairing.candidates import trace_candidates
 from ..signals.pairing.pairs import pair_candidates, pair_rows
+from ..signals.pairing.rollouts import nodes_from_rollouts
 from ..signals.probing.probe import probe_step_values
 from ..signals.probing.texts import Probe
 from .chains import Chain, step_batch
@@ -37,17 +38,30 @@ def trace_values(
     settings: dict | None = None,
     **options: Any,
 ) -> list[dict]:
-    """Values and advantages of every chain's steps, as rows, which are also written to `path` (JSONL).
+    """Compute values and advantages of every chain's steps, and write them to a JSONL file.
 
-    A row is {"key": the chain's source, "prompt", "answer", "reward", "steps": [text] * K, "values": [V_0..V_K],
-    "advantages": [A_1..A_K]}. Killed and started again with `resume`, it goes on where it was; the file appears when it
-    is complete.
+    The file appears when it is complete. A run that was killed continues with `resume`.
 
-    probe, **options  of `probe_step_values`
-    gamma, lam        of `step_gae`, with the chain's reward at its end
-    batch_size        chains probed between two writes
-    progress          called with (chains done, chains in all)
-    settings          of the run, as the model's name; `resume` refuses rows that were made with other ones
+    Args:
+        model: any Hugging Face causal LM.
+        tokenizer: its tokenizer.
+        chains: of `load_chains`.
+        path: of the JSONL file.
+        probe: as for `probe_step_values`.
+        gamma: discount per step, as for `step_gae`. The chain's reward is at its end.
+        lam: lambda of `step_gae`.
+        resume: continue an earlier run with the same settings.
+        batch_size: chains probed between two writes.
+        progress: called with (chains done, chains in all).
+        settings: more settings of the run, such as the model's name. `resume` refuses rows made with other settings.
+        **options: of `probe_step_values`.
+
+    Returns:
+        A row for each chain: {"key": the chain's source, "prompt", "answer", "reward", "steps": [text] * K, "values":
+        [V_0, ..., V_K], "advantages": [A_1, ..., A_K]}.
+
+    Raises:
+        ValueError: two chains have the same id, or an earlier run does not fit.
     """
     keys = [chain.source for chain in chains]
     if len(set(keys)) < len(keys):
@@ -96,14 +110,29 @@ def trace_pairs(
     settings: dict | None = None,
     **options: Any,
 ) -> list[dict]:
-    """Step preferences at random states of every chain (the question alone among them), written to `path` (JSONL).
+    """Find step preferences at random states of every chain, and write them to a JSONL file.
 
-    The rows are those of `pair_rows`. On the way, what was found for each chain is kept in `path`.nodes, from which a
-    killed run goes on with `resume`.
+    The question alone is one of the states. PATH.nodes keeps what was found for each chain, so a run that was killed
+    continues with `resume`.
 
-    states_per_chain  random states of each chain, the same for the same chain and seed
-    pairing           options of `pair_candidates`
-    **options         of `trace_candidates`
+    Args:
+        model: any Hugging Face causal LM.
+        tokenizer: its tokenizer.
+        chains: of `load_chains`.
+        path: of the JSONL file.
+        states_per_chain: random states of each chain. They depend on the chain's id and the seed alone.
+        pairing: options of `pair_candidates`.
+        seed: of states and samples.
+        resume: continue an earlier run with the same settings.
+        progress: called with (chains done, chains in all).
+        settings: more settings of the run, such as the model's name.
+        **options: of `trace_candidates`.
+
+    Returns:
+        The rows of `pair_rows`, each with the chain's id as "source".
+
+    Raises:
+        ValueError: an earlier run does not fit.
     """
     made = {"states": states_per_chain, "seed": seed, "pairing": pairing, **options, **(settings or {})}
     store = LineStore(f"{os.fspath(path)}.nodes", _fingerprint(chains, made), resume=resume)
@@ -131,7 +160,18 @@ def trace_pairs(
 def rollout_pairs(
     chains: Sequence[Chain], traced: Sequence[dict], tokenizer, path: str | os.PathLike, **pairing: Any
 ) -> list[dict]:
-    """Step preferences among the chains themselves, where those of one prompt part; see `nodes_from_rollouts`."""
+    """Find step preferences among the chains themselves, where chains of one prompt part; write a JSONL file.
+
+    Args:
+        chains: of `load_chains`.
+        traced: the rows of `trace_values` for these chains.
+        tokenizer: of the chains.
+        path: of the JSONL file.
+        **pairing: options of `pair_candidates`.
+
+    Returns:
+        The rows of `pair_rows`, each with the chain's id as "source". See `nodes_from_rollouts`.
+    """
     advantages = torch.tensor([a for row in traced for a in row["advantages"]])
     nodes = nodes_from_rollouts(step_batch(chains), advantages, tokenizer)
     pairs = pair_candidates(nodes, **pairing)
@@ -142,7 +182,7 @@ def rollout_pairs(
 
 
 def _fingerprint(chains: Sequence[Chain], made: dict) -> dict:
-    """What rows depend on, in JSON: options as they are, functions by name, the chains by hash."""
+    """What the rows depend on, in JSON types: options as they are, functions by name, the chains by hash."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Probe):

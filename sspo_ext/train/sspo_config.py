@@ -11,7 +11,7 @@ from .._checks import check_choice, check_count, check_not_negative, check_posit
 from ..formulas.policy import KL_ESTIMATORS, LEVELS, get_policy_formula
 from ..objective.policy_arguments import AGGREGATIONS
 from ..signals.credit.baselines import BASELINES, UNGROUPED
-from ..signals.probing.probe import check_probe_options
+from ..signals.probing.options import ProbeOptions
 from ..signals.probing.texts import Probe, as_probe
 from ..signals.split import split_text
 from .model_call import ROUTE_HELP
@@ -156,14 +156,14 @@ class SSPOConfig(TrainingArguments):
             raise ValueError("split_by: 'numbered' shows in no single token; expected newline, blank_line or a regex")
         as_probe(self.probe)
         given = self.probe_options or {}
-        known = [name for name in inspect.signature(check_probe_options).parameters if name != "grader"]
+        known = [name for name in inspect.signature(ProbeOptions).parameters if name != "grader"]
         for name in given:
             if name in ("grader", "tokenizer"):
                 raise ValueError(f"probe_options: expected no {name!r}, which is the trainer's own")
             if name not in known:
                 raise ValueError(f"probe_options: expected some of {', '.join(known)}, got {name!r}")
         try:
-            check_probe_options(**given)
+            ProbeOptions(**given)
         except (TypeError, ValueError) as error:
             raise type(error)(f"probe_options: {error}") from None
 

@@ -270,8 +270,8 @@ class TestSupport:
     def test_a_trainers_bf16_autocast_does_not_count(self, tmp_path, monkeypatch, peft):
         """accelerate puts autocast into model.forward itself."""
         ran = []
-        name = "sspo_ext.signals.branches.engines.run_engine"
-        monkeypatch.setattr(name, lambda *a, run=support.run_engine: ran.append(a[3]) or run(*a))
+        name = "sspo_ext.signals.branches.score.run_engine"
+        monkeypatch.setattr(name, lambda *a, run=support.run_engine, **o: ran.append(a[3]) or run(*a, **o))
         options = {}
         if peft:
             options["peft_config"] = pytest.importorskip("peft").LoraConfig(r=2, target_modules=["q_proj"])

@@ -23,14 +23,10 @@ from sspo_ext.data.rows import load_preference_rows
 from sspo_ext.data.tokenize import UnusableRow, tokenize_row
 from sspo_ext.layout.steps import StepLayout
 from sspo_ext.losses.pref import step_pref_loss
-from sspo_ext.signals.pairing.candidates import (
-    Candidate,
-    Node,
-    nodes_from_rollouts,
-    step_end,
-    trace_candidates,
-)
+from sspo_ext.signals.pairing.candidates import step_end, trace_candidates
+from sspo_ext.signals.pairing.node import Candidate, Node
 from sspo_ext.signals.pairing.pairs import divergence_index, divergence_weights, pair_candidates, pair_rows
+from sspo_ext.signals.pairing.rollouts import nodes_from_rollouts
 from sspo_ext.signals.values import StepBatch
 
 TOKENIZER = byte_tokenizer()
@@ -131,6 +127,7 @@ class TestCandidates:
     def test_all_states_by_default(self):
         nodes = trace(states=None)
         assert [(n.sequence, n.step) for n in nodes] == [(0, 0), (0, 1)]
+        assert [[c.text for c in n.candidates] for n in nodes] == [["a", "detour", "x"], ["A: 7"]]
 
     def test_where_steps_end(self):
         assert [step_end("newline")(t) for t in ("\n", "a", "a\n", "\n a\n")] == [False, False, True, True]

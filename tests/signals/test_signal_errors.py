@@ -19,18 +19,10 @@ from helpers.tokenizer import byte_tokenizer
 from sspo_ext.signals.branches.branch import Branch
 from sspo_ext.signals.branches.sample import sample_branches
 from sspo_ext.signals.branches.score import branch_logps
-from sspo_ext.signals.pairing.candidates import (
-    check_candidate_options,
-    trace_candidates,
-)
-from sspo_ext.signals.pairing.pairs import (
-    check_pair_options,
-    pair_candidates,
-)
-from sspo_ext.signals.probing.probe import (
-    check_probe_options,
-    probe_step_values,
-)
+from sspo_ext.signals.pairing.candidates import CandidateOptions, trace_candidates
+from sspo_ext.signals.pairing.pairs import PairOptions, pair_candidates
+from sspo_ext.signals.probing.options import ProbeOptions
+from sspo_ext.signals.probing.probe import probe_step_values
 from sspo_ext.signals.values import StepBatch
 
 TOKENIZER = byte_tokenizer()
@@ -144,15 +136,11 @@ def test_a_grader_of_nan():
 
 
 @pytest.mark.parametrize(
-    "check, function",
-    [
-        (check_probe_options, probe_step_values),
-        (check_candidate_options, trace_candidates),
-        (check_pair_options, pair_candidates),
-    ],
+    "options, function",
+    [(ProbeOptions, probe_step_values), (CandidateOptions, trace_candidates), (PairOptions, pair_candidates)],
 )
-def test_checks_without_a_model_have_the_functions_defaults(check, function):
-    """An option that is not given counts as its default, which stands in both signatures."""
+def test_options_have_the_functions_defaults(options, function):
+    """The defaults are written in the public signature and in the options."""
     theirs = {name: p.default for name, p in inspect.signature(function).parameters.items()}
-    ours = {name: p.default for name, p in inspect.signature(check).parameters.items()}
+    ours = {name: p.default for name, p in inspect.signature(options).parameters.items()}
     assert ours and ours == {name: theirs[name] for name in ours}

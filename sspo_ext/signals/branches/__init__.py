@@ -1,1 +1,1 @@
-"""Many continuations of few sequences: scored or sampled with the shared part computed once."""
+"""Many continuations of few sequences, scored or sampled, with the shared context computed once."""

@@ -1,4 +1,7 @@
-"""Trunks and branches: the words, their checks, and how they are grouped into forwards."""
+"""Trunks and branches: the types, their checks, and how branches are grouped into forwards.
+
+A trunk is a sequence of token ids. A branch leaves it after some of its tokens and goes on with tokens of its own.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,17 @@ Trunks = Sequence[Sequence[int]]
 
 
 class Branch(NamedTuple):
-    """Tokens after the first `cut` of a trunk's; the first `start` of them are given, the others are scored."""
+    """Tokens that follow the first `cut` tokens of a trunk.
+
+    Attributes:
+        trunk: index of the trunk.
+        cut: how many of the trunk's tokens come before the branch.
+        ids: token ids of the branch.
+        start: the first `start` tokens of `ids` are only context; the others are scored.
+
+    Example:
+        >>> branch = Branch(trunk=0, cut=2, ids=[7, 8, 9], start=1)  # log p(8 and 9 | trunk[:2], 7)
+    """
 
     trunk: int
     cut: int
@@ -25,18 +38,23 @@ class Branch(NamedTuple):
 
 
 class BranchLogps(NamedTuple):
-    """Log-probs of the scored tokens, branch after branch in the order that was asked for."""
+    """Log-probs of the scored tokens, one branch after the other in the order of the call.
 
-    tokens: Tensor  # (N,) float32 (float64 for a float64 model), at most 0, no gradient
-    offsets: Tensor  # (R + 1,) int64 on the same device: branch r's tokens are [offsets[r], offsets[r + 1])
+    Attributes:
+        tokens: (N,) float32, or float64 for a float64 model; at most 0, without gradient.
+        offsets: (R + 1,) int64 on the same device. The tokens of branch r are `tokens[offsets[r]:offsets[r + 1]]`.
+    """
+
+    tokens: Tensor
+    offsets: Tensor
 
     def sums(self) -> Tensor:
-        """(R,) of each branch; 0 for one without scored tokens."""
+        """Return the (R,) sums over each branch; 0 for a branch without scored tokens."""
         return torch.segment_reduce(self.tokens, "sum", offsets=self.offsets, initial=0)
 
 
 def by_trunk(branches: Sequence[Branch], todo: Sequence[int], max_tokens: int | None) -> Iterator[list[int]]:
-    """Branches of one trunk, in groups that fit into the budget with it where that is possible."""
+    """Group branches of one trunk so that, where possible, the trunk and a group fit into the budget together."""
     trunks: dict[int, list[int]] = {}
     for r in todo:
         trunks.setdefault(branches[r].trunk, []).append(r)
@@ -55,7 +73,7 @@ def by_trunk(branches: Sequence[Branch], todo: Sequence[int], max_tokens: int | 
 
 
 def in_budget(sizes: Sequence[int], max_tokens: int) -> Iterator[range]:
-    """Runs of `sizes`, which never increase, such that longest x number is within the budget (or one item)."""
+    """Cut `sizes`, which never increase, into runs of one item or with longest x number within the budget."""
     start = 0
     while start < len(sizes):
         n = max(max_tokens // max(sizes[start], 1), 1)
@@ -64,10 +82,14 @@ def in_budget(sizes: Sequence[int], max_tokens: int) -> Iterator[range]:
 
 
 def check_branches(trunks: Trunks, branches: Sequence[Branch], max_tokens: int) -> None:
+    """Raise ValueError for a budget below 1, and for a branch outside its trunk or without a token before it."""
     if not isinstance(max_tokens, int) or max_tokens < 1:
         raise ValueError(f"max_tokens: expected a number of tokens of at least 1, got {max_tokens!r}")
     for r, (trunk, cut, ids, start) in enumerate(branches):
         if not 0 <= trunk < len(trunks) or not 0 <= cut <= len(trunks[trunk]):
-            raise ValueError(f"branches: branch {r} leaves trunk {trunk} after {cut} tokens, where there is none")
+            raise ValueError(f"branches: branch {r} leaves trunk {trunk} after {cut} tokens, which it does not have")
         if not 0 <= start <= len(ids) or cut + start < 1 and len(ids):
-            raise ValueError(f"branches: branch {r} starts with its token {start}, which is not there or comes first")
+            raise ValueError(
+                f"branches: branch {r} has its first scored token at {start}, which is past its end or has no token "
+                "before it"
+            )

@@ -7,21 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...hf.wrappers import unwrap
+from ...hf.wrappers import text_config
 from .model import model_dtype
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
-# A 4-D mask replaces what the model would build: these read a bool one (True: seen), those a float one that is added.
+# A 4-D mask replaces the model's own. BOOL_MASK take a bool mask (True: seen); FLOAT_MASK take a float mask and add it.
 BOOL_MASK, FLOAT_MASK = ("sdpa",), ("eager",)
 
 
 def four_d_mask(model: nn.Module, seen: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
-    """The attention_mask argument for a (B, T, T) bool mask and (B, T) positions, in the form this model reads.
+    """Make the model's `attention_mask` argument from a (B, T, T) bool mask and (B, T) positions.
 
-    A mask of our own replaces the model's sliding window too, so the window, counted in positions, is put into it.
+    A 4-D mask replaces the model's sliding window too. So the window, counted in positions, becomes part of the mask.
     """
-    config = config_of(model)
+    config = text_config(model)
     window = window_of(config)
     kinds = getattr(config, "layer_types", None)
 
@@ -38,16 +38,13 @@ def four_d_mask(model: nn.Module, seen: Tensor, positions: Tensor) -> Tensor | d
     return form(near) if kinds is None else {FULL: form(seen), SLIDING: form(near)}
 
 
-def config_of(model: nn.Module) -> Any:
-    config = getattr(unwrap(model), "config", None)
-    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-
-
 def attention_of(config: Any) -> str | None:
+    """Return the name of the attention implementation: "sdpa", "eager", ..."""
     return getattr(config, "_attn_implementation", None)
 
 
 def window_of(config: Any) -> int | None:
+    """Return the sliding window in tokens; None for a model without one."""
     if set(getattr(config, "layer_types", None) or ()) == {FULL}:
         return None
     found = (getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_chunk_size"))
@@ -55,5 +52,6 @@ def window_of(config: Any) -> int | None:
 
 
 def is_beyond(config: Any, longest: int) -> bool:
+    """Tell whether a path of `longest` tokens is longer than the model's sliding window."""
     window = window_of(config)
     return window is not None and longest > window

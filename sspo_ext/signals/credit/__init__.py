@@ -1,1 +1,1 @@
-"""From values and rewards to advantages: GAE over steps, and outcome baselines."""
+"""Advantages from values and rewards: GAE over steps, and outcome baselines."""

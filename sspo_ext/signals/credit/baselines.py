@@ -1,4 +1,4 @@
-"""Advantages of outcomes: what is subtracted from a sequence's reward, and what it is divided by."""
+"""Advantages from outcome rewards, and how they are combined with advantages of steps."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor
 
 from ..._checks import check_choice, check_device, check_float, check_integer, check_shape, describe
 
-EPSILON = 1e-4  # beside a standard deviation, as in TRL's GRPOTrainer
+EPSILON = 1e-4  # added to a standard deviation, as in TRL's GRPOTrainer
 
-_NOISE = 1e-6  # a deviation this small beside the largest value is rounding: the values do not differ
+_NOISE = 1e-6  # a deviation of at most this share of the largest value is rounding: the values do not differ
 
 
 def group_index(groups: Tensor) -> tuple[Tensor, int]:
-    """((B,) int64 in [0, G), G) from arbitrary ids. A sync for ids on a device."""
+    """Map arbitrary ids to ((B,) int64 in [0, G), G). On a device this is a synchronisation."""
     ids, index = torch.unique(groups, return_inverse=True)
     return index, ids.shape[0]
 
 
 def group_moments(values: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(G,) mean, standard deviation (n - 1 in the denominator; 0 where values do not differ) and size of each group."""
+    """Return (G,) mean, standard deviation (over n - 1; 0 where values do not differ) and size of each group."""
     wide = values.double()
     zeros = wide.new_zeros(count)
     size = zeros.index_add(0, index, torch.ones_like(wide))
@@ -29,7 +29,7 @@ def group_moments(values: Tensor, index: Tensor, count: int) -> tuple[Tensor, Te
     squares = zeros.index_add(0, index, (wide - mean[index]).square())
     largest = zeros.scatter_reduce(0, index, wide.abs(), "amax")
     std = (squares / (size - 1).clamp(min=1)).sqrt()
-    std = torch.where(std <= _NOISE * largest, 0.0, std)  # a NaN stays one
+    std = torch.where(std <= _NOISE * largest, 0.0, std)  # NaN stays NaN
     return mean.to(values.dtype), std.to(values.dtype), size.to(values.dtype)
 
 
@@ -39,13 +39,13 @@ def _reinforce(rewards: Tensor, index: Tensor, count: int) -> Tensor:
 
 
 def _centred(rewards: Tensor, index: Tensor, count: int) -> Tensor:
-    """R - mean of the group: GRPO without its standard deviation (Dr. GRPO, arXiv 2503.20783)."""
+    """R - mean of the group, as GRPO without its standard deviation (Dr. GRPO, arXiv 2503.20783)."""
     mean, std, _ = group_moments(rewards, index, count)
     return torch.where(std[index] == 0, 0.0, rewards - mean[index])
 
 
 def _rloo(rewards: Tensor, index: Tensor, count: int) -> Tensor:
-    """R - mean of the group's others = n / (n - 1) * (R - mean) (RLOO, arXiv 2402.14740)."""
+    """R - mean of the others in the group = n / (n - 1) * (R - mean) (RLOO, arXiv 2402.14740)."""
     _, _, size = group_moments(rewards, index, count)
     return _centred(rewards, index, count) * (size / (size - 1).clamp(min=1))[index]
 
@@ -78,29 +78,33 @@ BASELINES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 UNGROUPED = ("reinforce", "reinforce++")
 
 
-def outcome_advantages(
-    rewards: Tensor,  # (B,) float
-    name: str = "rloo",
-    *,
-    groups: Tensor | None = None,  # (B,) int: the question each sequence answers; any ids, in any order
-) -> Tensor:  # (B,) float32 (float64 for float64 rewards), detached
-    """Advantage of each sequence from its outcome reward and those of its group::
+def outcome_advantages(rewards: Tensor, name: str = "rloo", *, groups: Tensor | None = None) -> Tensor:
+    """Compute the advantage of each sequence from its outcome reward R and the rewards of its group.
 
-        reinforce             R
-        rloo                  R - mean of the group's others
-        grpo                  (R - mean) / (std + 1e-4)        within the group
-        dr_grpo               R - mean                         within the group
-        reinforce++           (R - mean) / (std + 1e-4)        over the batch
-        reinforce++_baseline  R - mean of the group, then as reinforce++
+        reinforce             R                                          Williams 1992
+        rloo                  R - mean of the others in the group        arXiv 2402.14740
+        grpo                  (R - mean) / (std + 1e-4) in the group     arXiv 2402.03300; the constant is TRL's
+        dr_grpo               R - mean of the group                      arXiv 2503.20783
+        reinforce++           (R - mean) / (std + 1e-4) in the batch     arXiv 2501.03262
+        reinforce++_baseline  R - mean of the group, then reinforce++    arXiv 2501.03262
 
-    std has n - 1 in its denominator. A group of one, and rewards that do not differ, have advantage 0 (but for
-    reinforce). A reward that is not finite leaves nothing finite in its group, or in the batch. Sources stand at the
-    functions. Ids on a device cost a sync.
+    The standard deviation has n - 1 in its denominator. A group of one, and rewards that do not differ, have advantage
+    0 (except for "reinforce"). A reward that is not finite makes its whole group, or the batch, not finite.
 
-    Raises ValueError or TypeError naming the argument.
+    Args:
+        rewards: (B,) float: the outcome of each sequence.
+        name: the baseline, one of `BASELINES`.
+        groups: (B,) int: the question that each sequence answers, any ids in any order. Needed except for "reinforce"
+            and "reinforce++", which ignore it. On a device this costs a synchronisation.
 
-    Example::
+    Returns:
+        (B,) advantages, detached, in float32, or in float64 if the rewards are float64.
 
+    Raises:
+        ValueError: if the name is unknown, or a shape or device does not fit.
+        TypeError: if an argument has the wrong type, or `groups` is missing.
+
+    Example:
         >>> outcome_advantages(torch.tensor([1.0, 0.0, 0.0]), "dr_grpo", groups=torch.tensor([7, 7, 3]))
         tensor([ 0.5000, -0.5000,  0.0000])
     """
@@ -121,28 +125,42 @@ COMBINE = ("add", "multiply", "replace")
 
 
 def combine_advantages(
-    step_advantages: Tensor,  # (S,) float
-    outcome_advantages: Tensor,  # (B,) float
-    step_sequence: Tensor,  # (S,) int: the sequence each step is in (StepLayout.step_sequence)
+    step_advantages: Tensor,
+    outcome_advantages: Tensor,
+    step_sequence: Tensor,
     how: str = "add",
     *,
     step_scale: float = 1.0,
     outcome_scale: float = 1.0,
-) -> Tensor:  # (S,), detached
-    """The step signal and the outcome's, as one advantage for each step::
+) -> Tensor:
+    """Combine the advantages of steps and of outcomes to one advantage for each step.
 
         add       outcome_scale * A_outcome + step_scale * A_step
-        multiply  outcome_scale * A_outcome * step_scale * A_step     for step signals that are weights, 0 and above:
-                                                                      two negative advantages would make a positive one
-        replace   step_scale * A_step                                 the step signal alone
+        multiply  outcome_scale * A_outcome * step_scale * A_step
+        replace   step_scale * A_step
 
-    How the SSPO paper combines them is not public: this is our reconstruction. Raises ValueError or TypeError naming
-    the argument.
+    "multiply" is for step signals that are weights, 0 and above: the product of two negative advantages would be
+    positive. How the SSPO paper combines them is not public: this is our reconstruction.
 
-    Example::
+    Args:
+        step_advantages: (S,) float.
+        outcome_advantages: (B,) float on the same device.
+        step_sequence: (S,) int on the same device: the sequence of each step (`StepLayout.step_sequence`).
+        how: "add", "multiply" or "replace".
+        step_scale: factor of the step advantages.
+        outcome_scale: factor of the outcome advantages.
 
-        >>> combine_advantages(torch.tensor([0.1, 0.2]), torch.tensor([1.0]), torch.tensor([0, 0]))
-        tensor([1.1000, 1.2000])
+    Returns:
+        (S,) advantages, detached.
+
+    Raises:
+        ValueError: if `how` is unknown, a shape or device does not fit, or (on the CPU) `step_sequence` names a
+            sequence that is not there.
+        TypeError: if an argument has the wrong type.
+
+    Example:
+        >>> combine_advantages(torch.tensor([0.5, 0.25]), torch.tensor([1.0]), torch.tensor([0, 0]))
+        tensor([1.5000, 1.2500])
     """
     check_choice("how", how, COMBINE)
     check_float("step_advantages", step_advantages, ndim=1)
@@ -155,7 +173,7 @@ def combine_advantages(
     device = step_advantages.device
     for name, tensor in (("outcome_advantages", outcome_advantages), ("step_sequence", step_sequence)):
         check_device(name, tensor, device, "step_advantages")
-    if device.type == "cpu" and len(step_sequence):  # on a device the indexing itself asserts, without a sync
+    if device.type == "cpu" and len(step_sequence):  # on a device the indexing asserts by itself
         low, high = step_sequence.aminmax()
         if low < 0 or high >= len(outcome_advantages):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Step preferences from candidates that were ranked, and the weights that leave of a step what a pair is about."""
+"""Step preferences from ranked candidates, and token weights for the place where two steps diverge."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import check_choice, check_count, check_integer, check_not_negative, check_shape
-from .candidates import Candidate, Node
+from .node import Candidate, Node
 
 WEIGHTS = ("one", "gap")
 
@@ -21,7 +21,15 @@ MARGINS = ("none", "gap")
 
 @dataclass(frozen=True)
 class TracedPair:
-    """Two steps after the same state, the better one first."""
+    """Two possible steps after the same state, one better than the other.
+
+    Attributes:
+        node: the state and all of its candidates.
+        winner: the better step.
+        loser: the other one.
+        weight: the pair's weight in a loss.
+        margin: the margin that a loss asks for.
+    """
 
     node: Node
     winner: Candidate
@@ -31,7 +39,28 @@ class TracedPair:
 
     @property
     def gap(self) -> float:
+        """The difference of the two values."""
         return self.winner.value - self.loser.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOptions:
+    """The options of `pair_candidates`, which documents them.
+
+    Making one raises ValueError or TypeError for a value that does not fit.
+    """
+
+    min_gap: float = 0.02
+    weight: str = "one"
+    margin: str = "none"
+    max_pairs: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("weight", self.weight, WEIGHTS)
+        check_choice("margin", self.margin, MARGINS)
+        check_not_negative("min_gap", self.min_gap)
+        if self.max_pairs is not None:
+            check_count("max_pairs", self.max_pairs)
 
 
 def pair_candidates(
@@ -42,13 +71,29 @@ def pair_candidates(
     margin: str = "none",
     max_pairs: int | None = None,
 ) -> list[TracedPair]:
-    """Every two candidates of one node whose values are more than `min_gap` apart; never across nodes.
+    """Pair the candidates of each node whose values differ; candidates of different nodes are never compared.
 
-    weight     of a pair in the loss: "one", or "gap", the difference of the values
-    margin     that the loss asks for: "none" (0), or "gap"
-    max_pairs  of one node: those with the largest gaps
+    Args:
+        nodes: from `trace_candidates` or `nodes_from_rollouts`.
+        min_gap: two candidates are paired if their values differ by more than this.
+        weight: the weight of a pair: "one", or "gap", the difference of the values.
+        margin: the margin of a pair: "none" (0), or "gap".
+        max_pairs: the largest number of pairs of one node, those with the largest gaps. None means all.
+
+    Returns:
+        The pairs, node after node, and for each node the largest gap first.
+
+    Raises:
+        ValueError: if an option does not fit, or a candidate's value is not finite.
+        TypeError: if a number has the wrong type.
+
+    Example:
+        >>> right, wrong = Candidate((5,), "19", 3, True, value=1.0), Candidate((6,), "20", 1, True, value=0.0)
+        >>> [pair] = pair_candidates([Node(0, 0, (right, wrong))])
+        >>> pair.winner.text, pair.gap
+        ('19', 1.0)
     """
-    check_pair_options(min_gap=min_gap, weight=weight, margin=margin, max_pairs=max_pairs)
+    PairOptions(min_gap=min_gap, weight=weight, margin=margin, max_pairs=max_pairs)
     pairs = []
     for node in nodes:
         for one in node.candidates:
@@ -63,25 +108,23 @@ def pair_candidates(
     return pairs
 
 
-def check_pair_options(
-    *, min_gap: float = 0.02, weight: str = "one", margin: str = "none", max_pairs: int | None = None
-) -> None:
-    """What `pair_candidates` can say of its options."""
-    check_choice("weight", weight, WEIGHTS)
-    check_choice("margin", margin, MARGINS)
-    check_not_negative("min_gap", min_gap)
-    if max_pairs is not None:
-        check_count("max_pairs", max_pairs)
+def pair_rows(pairs: Sequence[TracedPair], prompts: Sequence[Any], steps: Sequence[Sequence[str]]) -> list[dict]:
+    """Make dataset rows of step preferences from pairs.
 
+    Args:
+        pairs: from `pair_candidates`.
+        prompts: B prompts, texts or chat messages.
+        steps: B lists with the texts of each sequence's steps.
 
-def pair_rows(
-    pairs: Sequence[TracedPair],
-    prompts: Sequence[Any],  # (B,) texts or chat messages
-    steps: Sequence[Sequence[str]],  # (B,) the texts of each sequence's steps
-) -> list[dict]:
-    """Rows of step preferences for `sspo_ext.data.rows.load_preference_rows` (`branch`: only the last step counts).
+    Returns:
+        One row for each pair, as `sspo_ext.data.rows.load_preference_rows` reads them; "branch" means that only the
+        last step counts. A row also has "values" of the two steps, and their "logps" by the traced model if known.
 
-    Beside its keys: "values" of the two steps, and "logps", by the model that was traced, if they are known.
+    Example:
+        >>> right, wrong = Candidate((5,), "19", 3, True, value=1.0), Candidate((6,), "20", 1, True, value=0.0)
+        >>> [row] = pair_rows(pair_candidates([Node(0, 0, (right, wrong))]), ["6 + 13 = ?"], [[]])
+        >>> row["chosen"], row["rejected"]
+        (['19'], ['20'])
     """
     rows = []
     for pair in pairs:
@@ -97,32 +140,51 @@ def pair_rows(
             "margin": round(pair.margin, 6),
             "values": [float(f"{c.value:.6g}") for c in both],
         }
-        if all(c.logp is not None for c in both):
-            row["logps"] = [round(c.logp, 4) for c in both]
+        logps = [c.logp for c in both if c.logp is not None]
+        if len(logps) == len(both):
+            row["logps"] = [round(logp, 4) for logp in logps]
         rows.append(row)
     return rows
 
 
 def divergence_index(winner: Sequence[int], loser: Sequence[int]) -> int | None:
-    """The first place where two steps differ; None where one is the beginning of the other."""
+    """Find the first place where two steps differ.
+
+    Args:
+        winner: token ids of one step.
+        loser: token ids of the other.
+
+    Returns:
+        The index, or None if one step is the beginning of the other.
+
+    Example:
+        >>> divergence_index([4, 5, 6], [4, 7])
+        1
+    """
     return next((i for i, (a, b) in enumerate(zip(winner, loser, strict=False)) if a != b), None)
 
 
-def divergence_weights(
-    labels: Tensor,  # (B, T) int, as for StepLayout.from_step_ids
-    step_ids: Tensor,  # (B, T) int
-    pairs: Tensor,  # (P, 2) int: (winner, loser) among the batch's steps, sequence after sequence
-) -> Tensor:  # (B, T) float32: 1 where a pair's two steps first differ, else 0
-    """Token weights "divergence": of each step only the first token that its partner does not have counts.
+def divergence_weights(labels: Tensor, step_ids: Tensor, pairs: Tensor) -> Tensor:
+    """Compute token weights with which only the first differing token of each paired step counts.
 
-    Two steps after the same tokens are then compared by two logits of one position: what follows a wrong turn is no
-    longer pushed down with it. Pass the result to `StepLayout.from_step_ids(labels, step_ids, token_weights=...)`.
+    Two steps after the same tokens are then compared by two logits of one position. What follows a wrong token is no
+    longer pushed down with it. Pass the result as `StepLayout.from_step_ids(labels, step_ids, token_weights=...)`. The
+    method is ours.
 
-    ValueError for pairs of which one step is the beginning of the other, and for a step in two pairs that differ in
-    different places: give each pair steps of its own.
+    Args:
+        labels: (B, T) int, as for `StepLayout.from_step_ids`.
+        step_ids: (B, T) int, as for `StepLayout.from_step_ids`.
+        pairs: (P, 2) int: (winner, loser) as indices of the batch's steps, numbered sequence after sequence.
 
-    Example::
+    Returns:
+        (B, T) float32 on the labels' device: 1 where the two steps of a pair first differ, else 0.
 
+    Raises:
+        ValueError: if a shape or index does not fit, one step of a pair is the beginning of the other, or a step is in
+            two pairs that differ at different places; then give each pair steps of its own.
+        TypeError: if a tensor is not int.
+
+    Example:
         >>> labels, steps = torch.tensor([[9, 4, 5, 6], [9, 4, 7, 6]]), torch.tensor([[-1, 0, 0, 0]] * 2)
         >>> divergence_weights(labels, steps, torch.tensor([[0, 1]]))
         tensor([[0., 0., 1., 0.],

@@ -1,1 +1,1 @@
-"""Values of steps: how likely the model is to give the right answer if it must answer now."""
+"""Values by probing: the model is made to answer after each of its steps."""

@@ -1,9 +1,9 @@
-"""The graded probe: the model is made to answer a few times after each step, and a grader counts."""
+"""Values by grades: the model answers a few times after each step, and a grader judges the answers."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,24 +12,15 @@ from torch import nn
 from ..branches.branch import Branch
 from ..branches.model import model_device
 from ..branches.sample import sample_branches
+from .options import ProbeOptions
 from .states import States, special_ids
 
 
 def graded_values(
-    model: nn.Module,
-    states: States,
-    answers: Sequence[Any],
-    tokenizer,
-    grader: Callable[[str, Any], float] | None,
-    *,
-    num_samples: int,
-    max_answer_tokens: int,
-    temperature: float,
-    seed: int,
-    engine: str,
-    max_tokens: int,
+    model: nn.Module, states: States, answers: Sequence[Any], tokenizer, options: ProbeOptions
 ) -> torch.Tensor:  # (S + B,) float32
-    """The mean grade of every state's sampled answers; see `probe_step_values`."""
+    """Return the mean grade of every state's sampled answers; see `probe_step_values`."""
+    grader = options.grader
     if tokenizer is None:
         raise ValueError("tokenizer: expected one, since graded answers are texts")
     if not callable(grader):
@@ -44,9 +35,9 @@ def graded_values(
         return "\n" in tokenizer.decode(ids, clean_up_tokenization_spaces=False).lstrip()
 
     sampled = sample_branches(
-        model, states.trunks, branches, num_samples if temperature else 1, max_new_tokens=max_answer_tokens,
-        stop=ends_line, eos_token_ids=sorted(special), temperature=temperature, seed=seed, engine=engine,
-        max_tokens=max_tokens,
+        model, states.trunks, branches, options.num_samples if options.temperature else 1,
+        max_new_tokens=options.max_answer_tokens, stop=ends_line, eos_token_ids=sorted(special),
+        temperature=options.temperature, seed=options.seed, engine=options.engine, max_tokens=options.max_tokens,
     )  # fmt: skip
     values: list[float] = []
     for branch, some in zip(branches, sampled, strict=True):
@@ -58,8 +49,8 @@ def graded_values(
         values.append(sum(grades[t] for t in texts) / len(texts))
     if values and not any(values):
         warnings.warn(
-            "graded probe: the grader gave 0 to every answer of a whole batch. If that goes on, the values say nothing "
-            "and the discount alone is trained; look at what grader(text, answer) is given: a short answer by itself",
+            "graded probe: the grader gave 0 to every answer of a whole batch. If this continues, the values say "
+            "nothing and only the discount is trained. Check what grader(text, answer) gets: the short answer alone",
             stacklevel=2,
         )
     return torch.tensor(values, device=model_device(model))

@@ -1,4 +1,4 @@
-"""Values by likelihood: the probability of the gold answer after the probe text."""
+"""Values by likelihood: the probability of the gold answer after the probe."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .texts import Answer
 def likelihood_values(
     model: nn.Module, states: States, answers: Sequence[Answer], *, reduce: str, engine: str, max_tokens: int
 ) -> torch.Tensor:  # (states,) float32 in [0, 1]
+    """Return the likelihood of the gold answer at every state; see `probe_step_values`."""
     branches, counts = [], []
     for state in states.at:
         probe, spellings = states.encoded(state, answers[state.sequence])
@@ -34,7 +35,7 @@ def likelihood_values(
 
 
 def _distinct(spellings: list[list[int]], reduce: str) -> list[list[int]]:
-    """Events that exclude each other: no text twice, and for sums none that begins with another."""
+    """Drop repeated texts, and for sums every text that begins with another: the rest exclude each other."""
     kept: list[list[int]] = []
     for ids in sorted(spellings, key=len):
         if not any(ids[: len(other)] == other if reduce == "joint" else ids == other for other in kept):

@@ -1,4 +1,4 @@
-"""The states that are probed: a prompt, the steps so far, the probe text and an answer, as tokens."""
+"""The states that are probed, as tokens: a prompt, the steps so far, the probe and an answer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import nn
 
 from ..._checks import describe
 from ..values import StepBatch
-from .texts import Answer, Probe, as_probe
+from .texts import Probe, as_probe
 
 
 class State(NamedTuple):
-    """Where a probe is put: after the first `cut` tokens of a sequence and some more that are not in it."""
+    """Where a probe is put: after the first `cut` tokens of a sequence, and after `more` tokens that are not in it."""
 
     sequence: int
     cut: int
@@ -21,10 +21,10 @@ class State(NamedTuple):
 
 
 class States:
-    """The states of a batch, and the probe's tokens in each.
+    """The states of a batch, and the probe's tokens after each.
 
-    `at` are all of its prefixes in the order of StepValues, unless given as (sequence, number of steps, tokens after
-    them). Special tokens at a state's end are left out.
+    By default they are all prefixes of the batch, in the order of StepValues. `at` gives others, as (sequence, number
+    of steps, tokens after these steps). Special tokens at the end of a state are left out.
     """
 
     def __init__(
@@ -54,23 +54,23 @@ class States:
         self._encoded: dict[tuple, tuple[list[int], list[list[int]]]] = {}
 
     def probe_ids(self, state: State) -> list[int]:
+        """Return the probe's tokens after a state."""
         probe = self.probes[state.sequence]
         return list(probe) if not isinstance(probe, Probe) else _encode(self.tokenizer, *self._before(state))
 
-    def encoded(self, state: State, answer: Answer) -> tuple[list[int], list[list[int]]]:
-        """The probe's tokens and those of each accepted answer after it."""
+    def encoded(self, state: State, answer: Any) -> tuple[list[int], list[list[int]]]:
+        """Return the probe's tokens after a state, and the tokens of each accepted answer after the probe."""
         is_text = isinstance(self.probes[state.sequence], Probe)
         key = (state.sequence, self._before(state) if is_text else None)
         if key not in self._encoded:
             self._encoded[key] = self.probe_ids(state), self._spellings(state, answer)
         return self._encoded[key]
 
-    def _spellings(self, state: State, answer: Answer) -> list[list[int]]:
+    def _spellings(self, state: State, answer: Any) -> list[list[int]]:
         probe = self.probes[state.sequence]
         if isinstance(probe, Probe) and isinstance(answer, (int, float)) and not isinstance(answer, bool):
             answer = str(answer)
-        whole = isinstance(answer, str) or _is_ids(answer) or not isinstance(answer, Iterable)
-        many = [answer] if whole else list(answer)
+        many = _several(answer)
         if isinstance(probe, Probe) and all(isinstance(a, str) for a in many):
             if not many or not all(a.strip() for a in many):
                 raise ValueError(
@@ -89,8 +89,9 @@ class States:
         return [list(a) for a in many]
 
     def _before(self, state: State) -> tuple[str, str]:
-        """(a stand-in for the state's text, the probe's text after it)"""
+        """Return (a short text that stands for the state's, the probe's text after it)."""
         probe = self.probes[state.sequence]
+        assert isinstance(probe, Probe)
         if probe.turn:
             return "a", _asked(self.tokenizer, probe)
         last = state.more[-1] if state.more else self.trunks[state.sequence][state.cut - 1]
@@ -102,24 +103,27 @@ class States:
 
 
 def special_ids(model: nn.Module, tokenizer) -> set[int]:
-    """Tokens that end or pad a text: the tokenizer's, and the model's own ends of sequence."""
-    found = set(() if tokenizer is None else tokenizer.all_special_ids)
+    """Return the tokens that end or pad a text: the tokenizer's, and the model's own ends of sequence."""
+    found: set[int] = set() if tokenizer is None else set(tokenizer.all_special_ids)
     for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
         eos = getattr(config, "eos_token_id", None)
         found |= set(eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos])
     return found
 
 
-def _resolve(probe: Any, batch: int, tokenizer) -> list:
-    """One Probe, or list of token ids, for each sequence."""
-    many = not isinstance(probe, (str, Probe)) and not _is_ids(probe)
-    if many and (not isinstance(probe, Sequence) or len(probe) != batch):
+def _resolve(probe: Any, batch: int, tokenizer) -> list[Probe | Sequence[int]]:
+    """Return one Probe, or list of token ids, for each sequence."""
+    if isinstance(probe, (str, Probe)) or _is_ids(probe):
+        given: list[Any] = [probe] * batch
+    elif isinstance(probe, Sequence) and len(probe) == batch:
+        given = list(probe)
+    else:
         raise ValueError(
             f"probe: expected a text, a Probe, token ids, or a text or Probe for each of {batch} sequences, got "
             f"{describe(probe)}"
         )
     found = []
-    for one in probe if many else [probe] * batch:
+    for one in given:
         if isinstance(one, str):
             one = as_probe(one)
         if isinstance(one, Probe):
@@ -133,21 +137,28 @@ def _resolve(probe: Any, batch: int, tokenizer) -> list:
     return found
 
 
+def _several(answer: Any) -> list[Any]:
+    """Return one answer, or several, as a list."""
+    if isinstance(answer, str) or _is_ids(answer) or not isinstance(answer, Iterable):
+        return [answer]
+    return list(answer)
+
+
 def _is_ids(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(i, int) for i in value)
 
 
 def _encode(tokenizer, before: str, text: str) -> list[int]:
-    """Token ids of `text` as it reads after `before`, or by itself where a token would reach over both."""
-    head = tokenizer(before, add_special_tokens=False)["input_ids"]
+    """Return the tokens of `text` as it reads after `before`, or of `text` alone if a token would span both."""
+    first = tokenizer(before, add_special_tokens=False)["input_ids"]
     full = tokenizer(before + text, add_special_tokens=False)["input_ids"]
-    if full[: len(head)] == head and len(full) > len(head):
-        return full[len(head) :]
+    if full[: len(first)] == first and len(full) > len(first):
+        return full[len(first) :]
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _asked(tokenizer, probe: Probe) -> str:
-    """What the chat template writes after the model's text when the user asks for the answer."""
+    """Return what the chat template writes after the model's text when the user asks for the answer."""
     mark = "@@"
     messages = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
     text = tokenizer.apply_chat_template(

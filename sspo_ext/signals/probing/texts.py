@@ -1,4 +1,4 @@
-"""Probe texts: what is appended to a chain so that the model answers at once."""
+"""Probe texts: what is appended to a state so that the model answers at once."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from ..._checks import describe
 
 @dataclass(frozen=True)
 class Probe:
-    """A text that makes the model answer now.
+    r"""A text that makes the model answer now.
 
-    text       what is said for the model, or with `turn` asked by the user
-    lead       put before it where the state does not end a line
-    separator  between the text and the answer
-    ends       texts that may follow the answer, which is then scored with any of them. With the default, an answer
-               counts however it goes on, "4" also where the model would go on to "42"
-    turn       ask in a turn of the user's (the tokenizer's chat template closes the model's turn and opens its next)
-               instead of going on in the model's turn
-    chat_template_kwargs  with `turn`, the template's options: those the prompt was made with
+    Attributes:
+        text: what is written for the model, or with `turn` asked by the user.
+        lead: written before the text if the state does not end a line.
+        separator: written between the text and the answer.
+        ends: texts that may follow the answer; it is scored with each of them. By default an answer counts however the
+            text goes on, so "4" also counts where the model would write "42".
+        turn: ask in a turn of the user, instead of continuing the model's own turn. The tokenizer's chat template
+            closes the model's turn and opens its next.
+        chat_template_kwargs: with `turn`, the options of the chat template; they should be those of the prompt.
+
+    Example:
+        >>> Probe("####", ends=("\n", "."))  # an answer with an end after it
+        Probe(text='####', lead='\n', separator=' ', ends=('\n', '.'), turn=False, chat_template_kwargs=None)
     """
 
     text: str
@@ -55,15 +60,27 @@ _NAMES = {
     "russian": "ru",
 }
 
-_LIKE_A_LANGUAGE = re.compile(r"[A-Za-z]+([-_][A-Za-z]+)?")  # nothing around it: "\nAnswer" is a text
+_LIKE_A_LANGUAGE = re.compile(r"[A-Za-z]+([-_][A-Za-z]+)?")  # the whole text: "\nAnswer" is no language
 
 
 def as_probe(probe: str | Probe) -> Probe:
-    """A Probe as it is; a language of `PROBES`, or its English name, in any case; any other text, which then asks for
-    the answer.
+    """Return the Probe that a text or language stands for.
 
-    Raises ValueError for a word that reads like a language and is none, "jp" or "zh-cn": the model would be asked with
-    that word.
+    Args:
+        probe: a Probe, which is returned as it is; a language of `PROBES` or its English name, in any case; or another
+            text, which then asks for the answer.
+
+    Returns:
+        The Probe.
+
+    Raises:
+        ValueError: if the text is a single word that reads like a language but is not in `PROBES`, such as "jp" or
+            "zh-cn": the model would be asked with that word. To use the word itself, pass Probe("jp").
+        TypeError: if `probe` is neither a text nor a Probe.
+
+    Example:
+        >>> as_probe("German").text
+        'Die endgültige Antwort ist'
     """
     if isinstance(probe, Probe):
         return probe

@@ -1,0 +1,7 @@
+"""`python -m sspo_ext.cli`, the same as `sspo-ext`, for launchers such as torchrun."""
+
+import sys
+
+from .main import main
+
+sys.exit(main())
