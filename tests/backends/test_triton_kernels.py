@@ -1,5 +1,7 @@
-"""Triton kernels in Triton's interpreter. Its switch is read when kernels are defined, so they run in a process of
-their own: one for all of them, since importing torch and Triton is a good part of the time.
+"""The files of triton_interpreted/ on a machine with a GPU.
+
+Triton reads its switch when kernels are defined, so the interpreted ones need a process of their own beside a GPU's.
+Without a GPU every test process interprets (tests/conftest.py), and pytest collects the files themselves.
 """
 
 import os
@@ -9,23 +11,26 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="pytest collects the files themselves"
+)
 
 HERE = Path(__file__).parent
-CHECKS = sorted((HERE / "triton_interpreted").glob("check_*.py"))
+CHECKS = sorted((HERE / "triton_interpreted").glob("test_*.py"))
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(cases of all files, the finished process)"""
     report = tmp_path_factory.mktemp("interpreted") / "report.xml"
-    command = [sys.executable, "-m", "pytest", *map(str, CHECKS), "-q", "-p", "no:cacheprovider"]
-    # no plugins: what these tests need of pytest is its own
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "-m", "pytest", *map(str, CHECKS), "-q", "-p", "no:cacheprovider", "-n", "0"]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     env.pop("PYTEST_ADDOPTS", None)
     done = subprocess.run(
-        [*command, "--junitxml", str(report)], cwd=HERE.parent, env=env, capture_output=True, text=True, timeout=1800
+        [*command, "--junitxml", str(report)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800
     )
     assert report.exists(), f"pytest did not start:\n{done.stdout}\n{done.stderr}"
     # 1: some failed, which the tests of their files say; anything else is not a run

@@ -1,6 +1,6 @@
 """Entropy, sum of squares and KL from step_logps and linear_step_logps: closed forms, gradcheck, both routes against
 the specification in float64, torch.compile, and what is refused. The kernels: test_cpu_reductions.py and
-triton_interpreted/check_reductions.py.
+test_triton_reductions.py.
 
 Mutation of sspo_ext/reductions.py: the square's factor of 2 forgotten, seen by
 test_gradcheck_of_the_specification_and_of_the_fused_gradient.
