@@ -26,7 +26,7 @@ CHECKS = sorted((HERE / "triton_interpreted").glob("test_*.py"))
 def run(tmp_path_factory):
     """(cases of all files, the finished process)"""
     report = tmp_path_factory.mktemp("interpreted") / "report.xml"
-    command = [sys.executable, "-m", "pytest", *map(str, CHECKS), "-q", "-p", "no:cacheprovider", "-n", "0"]
+    command = [sys.executable, "-m", "pytest", *map(str, CHECKS), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     env.pop("PYTEST_ADDOPTS", None)
     done = subprocess.run(

@@ -94,7 +94,7 @@ def test_masks_of_another_kind(dtype):
 
 @pytest.mark.parametrize(("dtype", "V"), [(torch.float32, 9), (torch.bfloat16, 530)], ids=str)
 def test_rows_of_huge_numbers(V, dtype):
-    """As in test_triton_rows.py: uniform rows; of entropy, squares and KL the gradient is 0, and that of the log-prob is
+    """Uniform rows, as in test_triton_rows.py. The gradient of entropy, squares and KL is 0; that of the log-prob is
     right as long as lse holds log V."""
     for size in (1e8, -1e12, -1e30, torch.finfo(dtype).min, torch.finfo(dtype).max):
         for ref_size in (size, 1.0):

@@ -1,4 +1,4 @@
-"""Used by the preference trainer's tests, in their own process and under torchrun: one evaluation, one process or two."""
+"""The preference trainer's evaluation, on one process and, under torchrun, on two."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Used by SSPOTrainer's tests, in their own process and under torchrun: the same updates on one process and on two.
+"""SSPOTrainer's updates, on one process and, under torchrun, on two.
 
 The update's completions, and their order, are the same however many processes share them.
 """
