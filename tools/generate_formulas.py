@@ -308,14 +308,15 @@ def triton_source() -> str:
         body = "".join(f"    {name} = {_strip(text)}\n" for name, text in printer.lines)
         names = "".join(f", {name}" for name in definition.options)
         parts.append(
-            f"@triton.jit\ndef _{definition.name}_head({scores}{names}):\n"
+            f"@triton.jit\ndef _{definition.name}_formula({scores}{names}):\n"
             f"    # {definition.formula}\n{body}    return {', '.join(out)}\n"
         )
         args = "".join(f", {o}" for o in options[: len(definition.options)])
         keyword = "if" if i == 0 else "elif"
-        cases.append(f"    {keyword} HEAD == {i}:\n        loss, du_w, du_l = _{definition.name}_head({scores}{args})\n")
+        call = f"_{definition.name}_formula({scores}{args})"
+        cases.append(f"    {keyword} FORMULA == {i}:\n        loss, du_w, du_l = {call}\n")
     parts.append(
-        f"@triton.jit\ndef _pair_head(HEAD: tl.constexpr, {scores}, {', '.join(options)}):\n"
+        f"@triton.jit\ndef _pair_formula(FORMULA: tl.constexpr, {scores}, {', '.join(options)}):\n"
         f"{''.join(cases)}    return loss, du_w, du_l\n"
     )
     return "\n\n".join(parts)

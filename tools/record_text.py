@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from record_outputs import Record, find
 
 from sspo_ext import signals
 from sspo_ext.hf import check_head, forward_hidden, forward_logits_at, model_head
@@ -111,7 +112,7 @@ def dig(prompt, completion, answer=None) -> float:
 # ---- signals
 
 
-def splitting(rec) -> None:
+def splitting(rec: Record) -> None:
     quiet()
     tokenizer = make_tokenizer()
     for by in SPLITS:
@@ -136,7 +137,7 @@ def splitting(rec) -> None:
     rec.case("refused probe", signals.as_probe, "jp")
 
 
-def advantages(rec) -> None:
+def advantages(rec: Record) -> None:
     for dtype in (torch.float32, torch.float64):
         g = torch.Generator().manual_seed(3)
         offsets = torch.tensor([0, 4, 5, 12, 14, 17])
@@ -169,7 +170,7 @@ def make_batch(tokenizer) -> StepBatch:
     return StepBatch([tokenizer(p).input_ids for p in PROMPTS], ids)
 
 
-def probing(rec) -> None:
+def probing(rec: Record) -> None:
     quiet()
     tokenizer = make_tokenizer(chat=True)
     batch, answers = make_batch(tokenizer), ["5", ["5", "五"], 7]
@@ -190,7 +191,7 @@ def probing(rec) -> None:
                     for cut, start in ((3, 0), (9, 2), (len(trunks[t]), 1))]  # fmt: skip
         for engine in ("separate", "packed", "cached"):
             rec.case(f"{name}/branches/{engine}", signals.branch_logps, model, trunks, branches, engine=engine)
-        sample = rec.find("signals.sample:sample_branches", "signals.branches.sample:sample_branches")
+        sample = find("signals.sample:sample_branches", "signals.branches.sample:sample_branches")
         for engine, temperature in (("separate", 1.0), ("cached", 1.0), ("cached", 0.0)):
             rec.case(f"{name}/sampled/{engine}/{temperature}", sample, model, trunks, branches, 3, max_new_tokens=5,
                      eos_token_ids=[0], temperature=temperature, seed=4, engine=engine)  # fmt: skip
@@ -214,10 +215,12 @@ def windowed():
 
 
 def gpt2():
-    return make_family("GPT2LMHeadModel", "GPT2Config", {**GPT2, "vocab_size": 258, "n_positions": 256, "eos_token_id": 0})
+    return make_family(
+        "GPT2LMHeadModel", "GPT2Config", {**GPT2, "vocab_size": 258, "n_positions": 256, "eos_token_id": 0}
+    )
 
 
-def tracing(rec) -> None:
+def tracing(rec: Record) -> None:
     quiet()
     tokenizer, model = make_tokenizer(), make_model()
     batch, answers = make_batch(tokenizer), ["5", "五", "c"]
@@ -226,7 +229,8 @@ def tracing(rec) -> None:
     for value in ("probe", "continuation", "both"):
         for engine in ("auto", "separate", "cached"):
             grader = None if value == "probe" else (lambda text, answer: len(text) % 4 / 3)
-            nodes = rec.case(f"{value}/{engine}", signals.trace_candidates, model, tokenizer, batch, answers, value=value,
+            nodes = rec.case(f"{value}/{engine}", signals.trace_candidates, model, tokenizer, batch, answers,
+                value=value,
                              engine=engine, grader=grader, final=r"[0-9]$", **some)  # fmt: skip
             if nodes is None:
                 continue
@@ -246,7 +250,15 @@ SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
          "intermediate_size": 48, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 BYTES = {"vocab_size": 258, "eos_token_id": 0, "pad_token_id": 1, "bos_token_id": None}
-GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+GPT2 = {
+    "vocab_size": 97,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 FAMILIES = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {**GROUPED, "tie_word_embeddings": False}),
     "llama-tied": ("LlamaForCausalLM", "LlamaConfig", {**GROUPED, "tie_word_embeddings": True}),
@@ -269,7 +281,7 @@ def make_family(model_class: str, config_class: str, options: dict):
     return enlarged(getattr(transformers, model_class)(getattr(transformers, config_class)(**options)))
 
 
-def hidden_states(rec) -> None:
+def hidden_states(rec: Record) -> None:
     quiet()
     g = torch.Generator().manual_seed(2)
     ids = torch.randint(3, 97, (2, 9), generator=g)
@@ -304,7 +316,10 @@ ROWS = [
 ]
 CHAT_ROWS = [
     {"prompt": USER, "chosen": [{"role": "assistant", "content": "a\nb"}], "rejected": "c\nd"},
-    {"chosen": [*USER, {"role": "assistant", "content": "a"}], "rejected": [*USER, {"role": "assistant", "content": "b\n"}]},
+    {
+        "chosen": [*USER, {"role": "assistant", "content": "a"}],
+        "rejected": [*USER, {"role": "assistant", "content": "b\n"}],
+    },
 ]
 PRM_ROWS = [
     {"prompt": "2+3\n", "completions": ["two", "five"], "labels": [True, True]},
@@ -313,26 +328,33 @@ PRM_ROWS = [
 ]
 
 
-def rows(rec) -> None:
+def as_text(fn, *args, **kwargs) -> str:
+    return json.dumps(fn(*args, **kwargs), ensure_ascii=False)
+
+
+def rows(rec: Record) -> None:
     quiet()
     from sspo_ext.train import load_preference_rows, tokenize_rows
 
-    collator = rec.find("train.collator:StepPreferenceCollator", "data.collator:StepPreferenceCollator")
+    collator = find("train.collator:StepPreferenceCollator", "data.collator:StepPreferenceCollator")
     forms = {"plain": ROWS, "chat": CHAT_ROWS, "prm": PRM_ROWS}
     for form, given in forms.items():
         tokenizer = make_tokenizer(chat=form == "chat")
         for separator in ("\n", " "):
-            found = rec.case(f"{form}/rows/{separator!r}", lambda r, s: json.dumps(load_preference_rows(r, step_separator=s)),
-                             given, separator)  # fmt: skip
+            found = rec.case(
+                f"{form}/rows/{separator!r}", as_text, load_preference_rows, given, step_separator=separator
+            )
         found = json.loads(found)
         for name, options in {
-            "default": {}, "branch": {"pair_by": "branch"}, "sequence": {"pair_by": "sequence"}, "no eos": {"add_eos": False},
-            "shared": {"skip_shared": False}, "sentences": {"split_by": r"(?<=[.!?])\s+"}, "cut": {"max_length": 24, "overflow": "cut"},
+            "default": {}, "branch": {"pair_by": "branch"}, "sequence": {"pair_by": "sequence"},
+            "no eos": {"add_eos": False},
+            "shared": {"skip_shared": False}, "sentences": {"split_by": r"(?<=[.!?])\s+"}, "cut": {"max_length": 24,
+            "overflow": "cut"},
             "drop": {"max_length": 24}, "error": {"max_length": 9, "overflow": "error"},
             "divergence": {"pair_by": "branch", "token_weights": "divergence"}, "blank": {"split_by": "blank_line"},
         }.items():  # fmt: skip
-            features = rec.case(f"{form}/tokens/{name}", lambda o: json.loads(json.dumps(tokenize_rows(found, tokenizer, **o))),
-                                options)  # fmt: skip
+            features = rec.case(f"{form}/tokens/{name}", as_text, tokenize_rows, found, tokenizer, **options)
+            features = features and json.loads(features)
             for packing, more in {
                 "padded": {}, "packed": {"packed": True}, "flash": {"packed": True, "flash_attention": True},
                 "multiple": {"pad_to_multiple_of": 16, "vocab_size": 258},
@@ -346,20 +368,33 @@ def rows(rec) -> None:
         {"id": "none", "prompt": "Q: 1?\n", "response": None, "answer": 1},
         {"id": "wrong", "prompt": "Q\n", "response": "#### 6", "answer": "5", "is_correct": False},
     ]
-    load_chains = rec.find("train.chains:load_chains", "tracing.chains:load_chains")
+    load_chains = find("train.chains:load_chains", "tracing.chains:load_chains")
     from sspo_ext.train import load_grader
 
     for name, options in {"default": {}, "short": {"max_length": 20}, "blank": {"split_by": "blank_line"}}.items():
         rec.case(f"chains/{name}", load_chains, chains, make_tokenizer(), grader=load_grader("exact"), **options)
 
 
-def grading(rec) -> None:
+def grading(rec: Record) -> None:
     quiet()
     from sspo_ext.train import load_grader
 
-    places = {name: (f"train.grade:{name}", f"data.graders:{name}") for name in ("grade", "grade_rows", "answer_grader", "final_text")}
-    tools = {name: rec.find(*where) for name, where in places.items()}
-    said = ["so\n#### 5", "#### 5\n#### 6", "5", "  5  \n", "", "the answer is 5", "A: 5 ", r"$\frac{1}{2}$", "\\boxed{0.5}"]
+    places = {
+        name: (f"train.grade:{name}", f"data.graders:{name}")
+        for name in ("grade", "grade_rows", "answer_grader", "final_text")
+    }
+    tools = {name: find(*where) for name, where in places.items()}
+    said = [
+        "so\n#### 5",
+        "#### 5\n#### 6",
+        "5",
+        "  5  \n",
+        "",
+        "the answer is 5",
+        "A: 5 ",
+        r"$\frac{1}{2}$",
+        "\\boxed{0.5}",
+    ]
     for name in ("exact", "exact:A:", "math-verify", "reasoning-gym", "nothing", "record_text:dig"):
         grader = rec.case(f"{name}/load", lambda n: str(callable(load_grader(n))), name)
         if grader is None:
@@ -370,11 +405,18 @@ def grading(rec) -> None:
             for n, text in enumerate(said):
                 rec.case(f"{name}/{answer!r}/{n}", tools["grade"], grader, "p", text, answer)
                 if name == "exact":
-                    rec.case(f"{name}/{answer!r}/{n}/probe", tools["answer_grader"](grader, signals.PROBES["en"]), text, answer)
+                    rec.case(
+                        f"{name}/{answer!r}/{n}/probe",
+                        tools["answer_grader"](grader, signals.PROBES["en"]),
+                        text,
+                        answer,
+                    )
     rec.add("final", [tools["final_text"](text) for text in said])
 
     def trl(prompts, completions, answer, **columns):
-        return [None if a is None else float(len(c)) / len(p) for p, c, a in zip(prompts, completions, answer, strict=True)]
+        return [
+            None if a is None else float(len(c)) / len(p) for p, c, a in zip(prompts, completions, answer, strict=True)
+        ]
 
     batch = [{"prompt": "pp", "answer": 1}, {"prompt": "p", "answer": None}]
     rec.case("in batches", tools["grade_rows"], trl, batch, ["a", "b"])
@@ -384,7 +426,8 @@ def grading(rec) -> None:
 # ---- trainers
 
 
-COMMON = {"max_steps": 3, "learning_rate": 0.05, "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no",
+COMMON = {"max_steps": 3, "learning_rate": 0.05, "lr_scheduler_type": "constant", "logging_steps": 1,
+    "save_strategy": "no",
           "report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False,
           "per_device_train_batch_size": 2, "seed": 3}  # fmt: skip
 _TIMES = ("time", "runtime", "per_second", "total_flos", "memory")
@@ -429,14 +472,17 @@ def run_preference(peft: bool = False, evaluate: bool = False, **options) -> dic
         return of_trainer(trainer)
 
 
-def preference_trainer(rec) -> None:
+def preference_trainer(rec: Record) -> None:
     quiet()
     for name, options in {
-        "linear": {}, "logits": {"route": "logits"}, "packed": {"packing": True}, "logits, packed": {"route": "logits", "packing": True},
+        "linear": {}, "logits": {"route": "logits"}, "packed": {"packing": True}, "logits, packed": {"route": "logits",
+        "packing": True},
         "reference free": {"reference_free": True, "loss_type": "simpo", "loss_options": {"simpo_gamma": 0.3}},
         "mixture": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}, "bf16": {"bf16": True},
-        "accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}, "evaluated": {"evaluate": True},
-        "lora": {"peft": True}, "lora, packed": {"peft": True, "packing": True}, "reference backend": {"backend": "reference"},
+        "accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
+        "evaluated": {"evaluate": True},
+        "lora": {"peft": True}, "lora, packed": {"peft": True, "packing": True},
+        "reference backend": {"backend": "reference"},
         "chunks": {"chunk_bytes": 4000}, "adam": {"optim": "adamw_torch", "gradient_checkpointing": True},
     }.items():  # fmt: skip
         rec.case(name, run_preference, **options)
@@ -446,7 +492,8 @@ def run_sspo(peft: bool = False, sampled: bool = False, **options) -> dict:
     from sspo_ext.train import SSPOConfig, SSPOTrainer
 
     rows = [{"prompt": f"{a}+{b}=\n", "answer": str(a + b)} for a in range(1, 4) for b in range(1, 4)]
-    defaults = {**COMMON, "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 24, "probe": "#",
+    defaults = {**COMMON, "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 24,
+        "probe": "#",
                 "optim": "sgd", "max_steps": 2}  # fmt: skip
     tokenizer = small_tokenizer()
     more = {"peft_config": lora()} if peft else {}
@@ -460,14 +507,17 @@ def run_sspo(peft: bool = False, sampled: bool = False, **options) -> dict:
         return of_trainer(trainer)
 
 
-def sspo_trainer(rec) -> None:
+def sspo_trainer(rec: Record) -> None:
     quiet()
     for name, options in {
-        "linear": {}, "logits": {"route": "logits"}, "outcome": {"combine": "outcome"}, "lora": {"peft": True, "beta": 0.1},
-        "ppo": {"loss_type": "ppo", "epsilon": 0.1, "num_iterations": 2, "max_steps": 4}, "entropy": {"entropy_coef": 0.02},
+        "linear": {}, "logits": {"route": "logits"}, "outcome": {"combine": "outcome"}, "lora": {"peft": True,
+        "beta": 0.1},
+        "ppo": {"loss_type": "ppo", "epsilon": 0.1, "num_iterations": 2, "max_steps": 4},
+        "entropy": {"entropy_coef": 0.02},
         "reference": {"beta": 0.2, "gamma": 0.8, "lam": 0.5}, "step": {"aggregation": "step", "baseline": "grpo"},
         "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-        "graded": {"probe_options": {"mode": "graded", "num_samples": 2}}, "replace": {"combine": "replace", "lam": 0.0},
+        "graded": {"probe_options": {"mode": "graded", "num_samples": 2}}, "replace": {"combine": "replace",
+        "lam": 0.0},
         "sequence": {"loss_type": "cispo", "loss_options": {"importance_sampling_level": "sequence"}},
         "sampled": {"sampled": True}, "compact": {"sampled": True, "rollout_engine": "compact", "temperature": 0.8},
         "plain": {"scale_advantages": False, "aggregation": "sequence", "backend": "reference"},
@@ -477,28 +527,23 @@ def sspo_trainer(rec) -> None:
 
 
 def run_demo() -> dict:
-    arms = find_demo("arms")
-    model, tokenizer = arms.load_start()
-    task = find_demo("tasks").Task("sums")
+    from sspo_ext.demo import arms, tasks
+
+    (model, tokenizer), task = arms.load_start(), tasks.Task("sums")
     with tempfile.TemporaryDirectory() as folder:
-        trainer = arms.make_trainer(model, tokenizer, task, folder, updates=2, seed=0, prompts=4, num_generations=4, gamma=0.9,
+        trainer = arms.make_trainer(model, tokenizer, task, folder, updates=2, seed=0, prompts=4, num_generations=4,
+            gamma=0.9,
                                     lam=0.0)  # fmt: skip
         trainer.train()
         return {"problems": [p.prompt for p in task.problems(5, 1, held_out=True)], **of_trainer(trainer)}
 
 
-def find_demo(module: str):
-    import importlib
-
-    return importlib.import_module(f"sspo_ext.demo.{module}")
-
-
 # ---- command line
 
 
-def run_main(rec, folder: str, *arguments: str) -> dict:
+def run_main(folder: str, *arguments: str) -> dict:
     """The exit status, what is printed, and the files that are written, but for those that hold times or paths."""
-    main = rec.find("cli.main:main", "cli:main")
+    main = find("cli.main:main", "cli:main")
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -521,10 +566,12 @@ def run_main(rec, folder: str, *arguments: str) -> dict:
 def timeless(text: str) -> str:
     """Lines without those of progress, whose times differ."""
     lines = text.replace("\r", "\n").splitlines()
-    return "\n".join(line for line in lines if not any(word in line for word in ("it/s", "s/it", "second", " s left", "time/")))
+    return "\n".join(
+        line for line in lines if not any(word in line for word in ("it/s", "s/it", "second", " s left", "time/"))
+    )
 
 
-def command_line(rec) -> None:
+def command_line(rec: Record) -> None:
     quiet()
     before = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
@@ -550,10 +597,13 @@ def write(path: str, rows: list[dict]) -> None:
     Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def commands(rec) -> None:
-    train = ["train", "--model", "model", "--data", "pairs.jsonl", "--batch-size", "2", "--lr", "1e-2", "--max-steps", "2"]
-    rl = ["rl", "--model", "small", "--data", "problems.jsonl", "--batch-size", "4", "--num-generations", "4", "--lr", "1e-3",
-          "--max-completion-length", "30", "--probe", "#", "--max-steps", "2", "--grader", "record_text:dig"]  # fmt: skip
+def commands(rec: Record) -> None:
+    train = ["train", "--model", "model", "--data", "pairs.jsonl", "--batch-size", "2", "--lr", "1e-2", "--max-steps",
+             "2"]  # fmt: skip
+    rl = ["rl", "--model", "small", "--data", "problems.jsonl", "--batch-size", "4", "--num-generations", "4", "--lr",
+        "1e-3",
+          "--max-completion-length", "30", "--probe", "#", "--max-steps", "2", "--grader",
+          "record_text:dig"]  # fmt: skip
     trace = ["trace", "--model", "model", "--data", "chains.jsonl", "--device", "cpu"]
     sampled = ["--pairs", "sampled", "--num-candidates", "4", "--max-step-tokens", "30", "--min-gap", "0", "--split-by",
                r"(?<=[a-z0-9])", "--max-continuation-tokens", "8"]  # fmt: skip
@@ -561,21 +611,23 @@ def commands(rec) -> None:
         "train": [*train, "--eval-data", "pairs.jsonl"], "train, lora": [*train, "--lora-r", "2", "--packing"],
         "train, mixture": [*train, "--loss-type", "sigmoid", "sft", "--loss-weights", "1", "0.2", "--route", "logits"],
         "rl": [*rl, "--eval-data", "problems.jsonl"], "rl, ppo": [*rl, "--loss-type", "ppo", "--epsilon", "0.1"],
-        "trace": [*trace, "--gamma", "1", "--probe", "####", "--plot", "2"], "trace, chains": [*trace, "--pairs", "chains"],
+        "trace": [*trace, "--gamma", "1", "--probe", "####", "--plot", "2"], "trace, chains": [*trace, "--pairs",
+        "chains"],
         "trace, sampled": [*trace, *sampled, "--value", "probe"], "trace, both": [*trace, *sampled, "--value", "both"],
         "trace, graded": [*trace, "--mode", "graded", "--num-samples", "2", "--batch-size", "1"],
         "no file": [*train[:3], "--data", "nowhere.jsonl"], "loss type": [*train, "--loss-type", "dpo"],
         "option": [*train, "--loss-option", "gamma=1"], "mode": [*trace, "--gamma", "2"],
     }.items():  # fmt: skip
         folder = name.replace(", ", "-").replace(" ", "-")
-        rec.case(name, run_main, rec, folder, *arguments, "--output-dir", folder)
+        rec.case(name, run_main, folder, *arguments, "--output-dir", folder)
     for command in ("train", "rl", "trace", "demo"):
-        rec.case(f"help/{command}", run_main, rec, "", command, "--help")
-    rec.case("help", run_main, rec, "", "--help")
+        rec.case(f"help/{command}", run_main, "", command, "--help")
+    rec.case("help", run_main, "", "--help")
 
 
 CHAPTERS = {
-    "splitting": splitting, "advantages": advantages, "probing": probing, "tracing": tracing, "hidden states": hidden_states,
+    "splitting": splitting, "advantages": advantages, "probing": probing, "tracing": tracing,
+    "hidden states": hidden_states,
     "rows": rows, "grading": grading, "preference trainer": preference_trainer, "sspo trainer": sspo_trainer,
     "command line": command_line,
 }  # fmt: skip

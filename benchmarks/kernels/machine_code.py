@@ -73,7 +73,7 @@ def specialisations(warp: int = 32, every: bool = False) -> Iterator[Specialisat
         # of a head's 32 combinations of optional inputs, all and none
         for given in (True, False) if every else (True,):
             facts = f"{head}, {'all inputs' if given else 'no optional input'}"
-            constexprs = {"HEAD": formula_id(head), "BLOCK": BLOCK, **dict.fromkeys(flags, given)}
+            constexprs = {"FORMULA": formula_id(head), "BLOCK": BLOCK, **dict.fromkeys(flags, given)}
             yield Specialisation("step_loss_fwd", "float32", facts, _step_loss_fwd_kernel, constexprs, 1)
 
 

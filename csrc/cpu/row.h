@@ -21,7 +21,7 @@ namespace {
 using sspo::kNoLabel;
 using sspo::Logits;
 
-// GCC would leave a body with several callers out of line.
+// For bodies that GCC would leave out of line. Their loops would then load captured constants in every iteration.
 #define SSPO_INLINE __attribute__((always_inline))
 
 constexpr double kLog2e = 1.44269504088896340736;
@@ -170,8 +170,8 @@ using Accumulator = std::conditional_t<sizeof(T) == 8, double, float>;
 // Forward of rows [begin, end). result_of(x, position) reads the row at x and returns a RowLse, or what is derived from
 // one; store(n, result) writes what the result holds beyond lse. A row outside the logits gets the default result, NaN.
 template <class T, class Args, class Result, class Z, class Store>
-void forward_rows(const Args& args, int64_t begin, int64_t end, const Result& result_of, const Z& z_of,
-                  const Store& store) {
+SSPO_INLINE inline void forward_rows(const Args& args, int64_t begin, int64_t end, const Result& result_of,
+                                     const Z& z_of, const Store& store) {
     const Logits& l = args.logits;
     for (int64_t n = begin; n < end; ++n) {
         const int64_t position = args.rows[n];
@@ -208,7 +208,8 @@ struct RowGradient {
 // Backward of positions [begin, end). gradient_of(row) returns a RowGradient, or what is derived from one;
 // write(x, out, gradient, position) writes a dense row. Other rows are not read.
 template <class T, class Args, class Gradient, class Write>
-void backward_rows(const Args& args, int64_t begin, int64_t end, const Gradient& gradient_of, const Write& write) {
+SSPO_INLINE inline void backward_rows(const Args& args, int64_t begin, int64_t end, const Gradient& gradient_of,
+                                      const Write& write) {
     const Logits& l = args.logits;
     // From the last position to the first: the forward's last rows may still be in the cache.
     for (int64_t position = end - 1; position >= begin; --position) {

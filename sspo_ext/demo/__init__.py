@@ -1,9 +1,9 @@
 """`sspo-ext demo`: a small language model learns to reason right and short, offline, in under three minutes.
 
-The start model (two layers, shipped with the package; `sspo_ext.demo.imitate` made it) imitates a wordy teacher who
-re-checks, repeats, hesitates and slips. From it, twice: policy optimisation on the outcome alone (RLOO), and SSPO with
-the values that the model gives to its own steps. The reward of both is whether the answer is right; length is in none.
-Problems of the table are in no training.
+The start model has two layers and ships with the package; `sspo_ext.demo.imitate` made it. It imitates a wordy teacher
+who checks again, repeats, hesitates and slips. It is trained twice: by policy optimisation on the outcome alone (RLOO),
+and by SSPO with the values that the model gives to its own steps. In both the reward is whether the answer is right; it
+sees no length. The problems of the table are in no training.
 """
 
 from __future__ import annotations
@@ -32,20 +32,41 @@ from .tasks import Problem, Task
 
 @dataclass(frozen=True)
 class DemoConfig:
+    """The settings of the demo.
+
+    Attributes:
+        seed: Decides the problems and the rollouts.
+        updates: Updates of each of the two runs.
+        prompts: Prompts in an update.
+        num_generations: Completions of each prompt.
+        gamma: The discount for each step.
+        lam: Lambda of GAE. With 0 a step's advantage is its own progress, so its effect comes from the values alone.
+        lr: The learning rate.
+        held_out: Problems of the table.
+    """
+
     seed: int = 0
     updates: int = 40
     prompts: int = 24
     num_generations: int = 8
     gamma: float = 0.9
-    lam: float = 0.0  # a step's own progress: what it does depends on the values alone
+    lam: float = 0.0
     lr: float = 5e-4
     held_out: int = 200
 
 
 def run(output_dir: str | os.PathLike, config: DemoConfig | None = None) -> dict:
-    """Trains, prints the table, writes demo.png, demo.json and the model; returns what demo.json holds.
+    """Trains twice, prints the table, and writes demo.png, demo.json and the model that SSPO trained.
 
-    Runs on one thread: matrices this small gain nothing from a second, and the numbers depend on the seed alone.
+    It runs on one thread: matrices this small gain nothing from a second, and the numbers depend only on the seed.
+
+    Args:
+        output_dir: The folder to write into.
+        config: The settings; None means the defaults.
+
+    Returns:
+        What demo.json holds: "config", "seconds", and by stage ("start", "outcome", "sspo") the numbers of the held-out
+        problems ("stages"), the course of training ("curves") and some solutions step by step ("chains").
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -59,15 +80,15 @@ def _run(folder: Path, config: DemoConfig) -> dict:
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    disable_progress_bar()  # of loading and saving half a megabyte
+    disable_progress_bar()  # the model that is loaded and saved has half a megabyte
     task = Task("sums")
     held_out = task.problems(config.held_out, 1, held_out=True)
     start, tokenizer = load_start()
-    arms = {"outcome": {"combine": "outcome"}, "sspo": {"gamma": config.gamma, "lam": config.lam}}
-    stages, chains, runs = {}, {}, {}
+    arms: dict[str, dict] = {"outcome": {"combine": "outcome"}, "sspo": {"gamma": config.gamma, "lam": config.lam}}
+    stages, chains, runs, trainers = {}, {}, {}, {}
     with tqdm(total=len(arms) * config.updates, unit="update", desc="start model") as bar:
         for name, options in arms.items():
-            trainer = make_trainer(
+            trainers[name] = trainer = make_trainer(
                 copy.deepcopy(start), tokenizer, task, folder / "training", updates=config.updates, seed=config.seed,
                 prompts=config.prompts, num_generations=config.num_generations, learning_rate=config.lr,
                 callbacks=[Progress(bar)], **options,
@@ -78,7 +99,7 @@ def _run(folder: Path, config: DemoConfig) -> dict:
             trainer.train()
             runs[name] = curves(trainer.state.log_history)
             stages[name], chains[name] = _stage(trainer, task, held_out, config)
-    trainer.model.save_pretrained(folder / "model")
+    trainers["sspo"].model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     result = {
         "config": asdict(config), "seconds": round(time.monotonic() - began, 1), "stages": stages, "curves": runs,
@@ -96,15 +117,24 @@ def _run(folder: Path, config: DemoConfig) -> dict:
 def _stage(
     trainer: SSPOTrainer, task: Task, held_out: Sequence[Problem], config: DemoConfig
 ) -> tuple[dict, list[dict]]:
-    """Numbers of the held-out problems, greedy and sampled; and the greedy solutions of some, step by step."""
+    """The numbers of the held-out problems, greedy and sampled, and some greedy solutions step by step."""
     found, rollouts = measure(trainer, task, held_out)
     sampled, _ = measure(trainer, task, held_out, temperature=1.0, seed=config.seed)
     return {"greedy": means(found), "sampled": means(sampled)}, chains_of(trainer, rollouts[:24], config)
 
 
 def chains_of(trainer: SSPOTrainer, rollouts: Sequence[Rollout], config: DemoConfig) -> list[dict]:
-    """Whether the answer is right; and every step's text, the value after it as the model sees it, and its advantage
-    (before any scaling)."""
+    """Solutions step by step.
+
+    Args:
+        trainer: Its model gives the values.
+        rollouts: Graded rollouts.
+        config: Its `gamma` and `lam` make the advantages.
+
+    Returns:
+        For each rollout whether it is "right", and its "steps": the "text" of each, the "value" after it and its
+        "advantage", before any scaling.
+    """
     values = StepValues.from_lists(trainer.step_values(rollouts))
     rewards = torch.tensor([r.reward for r in rollouts])
     advantages = step_gae(values, rewards, gamma=config.gamma, lam=config.lam)
@@ -114,7 +144,7 @@ def chains_of(trainer: SSPOTrainer, rollouts: Sequence[Rollout], config: DemoCon
         {
             "right": bool(r.reward),
             "steps": [
-                {"text": decode(ids, skip_special_tokens=True).strip(), "value": v, "advantage": a}
+                {"text": str(decode(ids, skip_special_tokens=True)).strip(), "value": v, "advantage": a}
                 for ids, v, a in zip(r.steps, after[1:], advantage.tolist(), strict=True)
             ],
         }
@@ -123,7 +153,7 @@ def chains_of(trainer: SSPOTrainer, rollouts: Sequence[Rollout], config: DemoCon
 
 
 def table(stages: dict) -> str:
-    """The held-out problems in markdown: before, outcome only, SSPO."""
+    """The table of the held-out problems in markdown, one column for each stage."""
 
     def row(name: str, how: str, key: str, form: str) -> str:
         return f"| {name} | " + " | ".join(form.format(stage[how][key]) for stage in stages.values()) + " |"

@@ -1,4 +1,4 @@
-"""How a start model is made: a small Llama imitates the wordy teacher of `sspo_ext.demo.tasks`.
+"""Makes a start model: a small Llama imitates the wordy teacher of `sspo_ext.demo.tasks`.
 
     python -m sspo_ext.demo.imitate --output-dir sspo_ext/demo/start
 
@@ -23,7 +23,7 @@ from .tasks import FAMILIES, LANGUAGES, Task, solution_text
 
 
 def new_model(tokenizer, *, hidden_size: int = 96, seed: int = 0) -> LlamaForCausalLM:
-    """Two layers, four heads, random weights."""
+    """A Llama with two layers, four attention heads and random weights."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -37,7 +37,20 @@ def new_model(tokenizer, *, hidden_size: int = 96, seed: int = 0) -> LlamaForCau
 def imitate(
     model: LlamaForCausalLM, tokenizer, task: Task, *, steps: int, lr: float = 3e-3, batch_size: int = 32, seed: int = 0
 ) -> list[float]:
-    """Next-token training on the teacher's solutions, a fresh one at every look; returns the losses."""
+    """Trains the model to predict the teacher's solutions, which are new each time.
+
+    Args:
+        model: The model to train.
+        tokenizer: The task's tokenizer.
+        task: The task, with its teacher.
+        steps: Updates.
+        lr: The peak learning rate.
+        batch_size: Solutions in an update.
+        seed: Decides the problems and the solutions.
+
+    Returns:
+        The loss of every update.
+    """
     rng, losses = random.Random(seed), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -67,24 +80,25 @@ def imitate(
 
 
 def make_start_model(folder: str | os.PathLike, task: Task, *, steps: int = 2200, seed: int = 0) -> None:
-    """Trains and saves model (weights in bfloat16) and tokenizer; complete or not there at all."""
+    """Trains a model, and saves it (weights in bfloat16) with its tokenizer. The folder appears when all is written."""
     tokenizer = task.tokenizer()
     model = new_model(tokenizer, seed=seed)
     imitate(model, tokenizer, task, steps=steps, seed=seed)
     folder = Path(folder)
     part = folder.with_name(folder.name + ".part")
-    model.to(torch.bfloat16).save_pretrained(part)
+    model.bfloat16().save_pretrained(part)
     tokenizer.save_pretrained(part)
     part.rename(folder)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=DefaultsFormatter)
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], formatter_class=DefaultsFormatter)
     parser.add_argument("--output-dir", required=True, help="a new folder for model and tokenizer")
-    parser.add_argument("--family", choices=FAMILIES, default="sums", help="of tasks")
-    parser.add_argument("--language", choices=LANGUAGES, default="en", help="of prompts and steps")
+    parser.add_argument("--family", choices=FAMILIES, default="sums", help="family of tasks")
+    parser.add_argument("--language", choices=LANGUAGES, default="en", help="language of prompts and steps")
     parser.add_argument("--steps", type=int, default=2200, help="updates")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the problems")
+    parser.add_argument("--seed", type=int, default=0, help="decides the weights and the problems")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     task = Task(options.family, options.language)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
+from typing import Any
 
 from ..tracing.picture import signed
 from ..train.progress import draw_path, finish_path, smooth
@@ -14,20 +15,26 @@ _NAMES = {"outcome": ("outcome only (RLOO)", OUTCOME), "sspo": ("SSPO", SSPO)}
 
 
 def draw(result: dict, path: str | PathLike) -> None:
-    """Writes a PNG from what `run` returns."""
+    """Draws what `run` returns into a PNG file.
+
+    Args:
+        result: What `run` returns.
+        path: The file to write.
+    """
     import matplotlib
 
     matplotlib.use("Agg", force=False)
     import matplotlib.pyplot as plt
 
     stages = result["stages"]
-    style = {
+    style: dict[Any, Any] = {
         "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10,
         "axes.titleweight": "bold", "axes.titlelocation": "left", "text.color": INK, "axes.labelcolor": INK,
     }  # fmt: skip
     with plt.rc_context(style):
         figure = plt.figure(figsize=(13, 8.4), dpi=120, layout="constrained")
-        top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.25])
+        halves: Any = figure.subfigures(2, 1, height_ratios=[1, 1.25])
+        top, bottom = halves
         plane, tokens, bars = top.subplots(1, 3)
         for name, run in result["curves"].items():
             label, colour = _NAMES[name]
@@ -39,7 +46,7 @@ def draw(result: dict, path: str | PathLike) -> None:
         most = max(max(run["tokens"], default=1) for run in result["curves"].values())
         tokens.set(title="Tokens of a sampled solution", xlabel="update", ylim=(0, 1.05 * most))
         _bars(bars, stages)
-        _chains(bottom, result["chains"], result["problems"])
+        draw_chains(bottom, result["chains"], result["problems"])
         before, after = stages["start"]["greedy"], stages["sspo"]["greedy"]
         title = (
             f"SSPO on held-out sums, greedy: right answers {before['accuracy']:.0%} → {after['accuracy']:.0%}, "
@@ -51,6 +58,7 @@ def draw(result: dict, path: str | PathLike) -> None:
 
 
 def _bars(axis, stages: dict) -> None:
+    """Draws the share of right answers at each stage."""
     names = {"start": ("start", PALE), "outcome": ("outcome\nonly", OUTCOME), "sspo": ("SSPO", SSPO)}
     for x, (name, stage) in enumerate(stages.items()):
         for shift, how, alpha in ((-0.2, "greedy", 1.0), (0.2, "sampled", 0.55)):
@@ -62,8 +70,16 @@ def _bars(axis, stages: dict) -> None:
     axis.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
 
 
-def _chains(figure, chains: dict, problems: Sequence[str]) -> None:
-    """The problem, solved before and after, whose solution loses most steps; steps in the colour of their advantage."""
+def draw_chains(figure, chains: dict, problems: Sequence[str]) -> None:
+    """Draws the solutions before and after of the problem that loses most steps.
+
+    Each step has the colour of its advantage.
+
+    Args:
+        figure: A figure or subfigure of matplotlib.
+        chains: For "start" and "sspo" what `chains_of` returns.
+        problems: The prompts of the chains.
+    """
     import matplotlib.pyplot as plt
     from matplotlib.colors import SymLogNorm
 
@@ -76,7 +92,7 @@ def _chains(figure, chains: dict, problems: Sequence[str]) -> None:
     best = max(range(len(before)), key=telling)
     shown = (("before", before[best]["steps"]), ("after SSPO", after[best]["steps"]))
     problem = problems[best].strip().removesuffix("?").strip().removesuffix("=").strip()
-    # what a redundant step costs is a few hundredths, what the last needed one gains is near 1
+    # A redundant step costs a few hundredths, while the last needed one gains nearly 1.
     norm, colours = SymLogNorm(0.02, vmin=-1, vmax=1), plt.get_cmap("RdBu")
     rows = max(min(len(chain), 14) for _, chain in shown)
     axes = figure.subplots(1, 2)
@@ -100,6 +116,7 @@ def _chains(figure, chains: dict, problems: Sequence[str]) -> None:
 
 
 def _shortened(chain: Sequence[dict], most: int = 14) -> list[dict]:
+    """At most `most` steps: three dots stand for those left out before the last."""
     if len(chain) <= most:
         return list(chain)
     return [*chain[: most - 2], {"text": "...", "advantage": 0.0}, chain[-1]]

@@ -1,15 +1,15 @@
-"""Generated reasoning tasks with a wordy teacher: problems, solutions in steps, a verifier, and a tokenizer.
+"""Generated reasoning tasks: problems, a wordy teacher's solutions in steps, a verifier, and a tokenizer.
 
-A problem folds a state over operations, one line each, and ends with an answer line:
+A problem applies operations to a state, one line for each, and ends with an answer line:
 
     family   problem                    a needed line     answer
     sums     6 + 13 + 7                 6 + 13 = 19       the last sum, one token
     letters  d a c | rev | add b        rev : c a d       the letters at the end, several tokens
     sort     sort 7 3 12                3 : 3 7           the sorted numbers, several tokens
 
-in two languages, "en" and "zh". The teacher, whose solutions a model first imitates, has the habits that a reasoning
-model is said to have: he checks, repeats, sums up, hesitates; some of his slips he mends when he checks and some run
-on to a wrong answer. No length appears in any reward: a solution is right or it is not.
+There are two languages, "en" and "zh". A model first imitates the teacher's solutions. The teacher checks, repeats,
+sums up and hesitates, as reasoning models are said to do. He also slips: some slips he mends when he checks, others
+lead to a wrong answer. No reward sees a length: a solution is right or wrong.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ FAMILIES = ("sums", "letters", "sort")
 
 LANGUAGES = ("en", "zh")
 
-# The teacher's habits. Redundant lines after a needed one: how many, and which. The lines that sorting needs are long
-# themselves, so there he has to talk more to be as wordy.
+# The teacher's habits, with their probabilities: how many redundant lines follow a needed one, and of which kind.
+# The needed lines of sorting are long themselves, so there he adds more lines to be as wordy.
 _COUNTS = ((0, 0.2), (1, 0.35), (2, 0.3), (3, 0.15))
 
 REDUNDANT_COUNTS = {"sums": _COUNTS, "letters": _COUNTS, "sort": ((0, 0.1), (1, 0.45), (2, 0.3), (3, 0.15))}
@@ -52,7 +52,16 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Problem:
-    prompt: str  # ends with a newline
+    """A problem.
+
+    Attributes:
+        prompt: The question; it ends with a newline.
+        answer: The right answer as a text.
+        start: The state before the operations.
+        ops: The operations.
+    """
+
+    prompt: str
     answer: str
     start: Any = field(repr=False)
     ops: tuple = field(repr=False)
@@ -60,7 +69,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Review:
-    """What a solution does: the answer line's verdict, its lines, and the operations that no line applies."""
+    """What a solution does.
+
+    Attributes:
+        correct: Whether the answer is right.
+        steps: The number of its lines.
+        skipped: The number of operations that no line applies.
+    """
 
     correct: bool
     steps: int
@@ -68,7 +83,14 @@ class Review:
 
 
 class Task:
-    """One family in one language. `probe` is what an answer line begins with, hence the text that asks for a value."""
+    """A family of tasks in one language.
+
+    An answer line begins with `probe`, so this text also asks a model for its answer.
+
+    Args:
+        family: One of `FAMILIES`.
+        language: One of `LANGUAGES`.
+    """
 
     def __init__(self, family: str, language: str = "en"):
         if family not in FAMILIES or language not in LANGUAGES:
@@ -77,10 +99,13 @@ class Task:
         self.words = _WORDS[language]
         self.probe = self.words["answer"]
 
-    # ---- the fold
+    # ---- states and operations
 
     def problem(self, rng: random.Random) -> Problem:
+        """A random problem."""
         w = self.words
+        start: Any
+        ops: Any
         if self.family == "sums":
             first, *ops = (rng.randint(2, 15) for _ in range(rng.randint(3, 5)))
             start, text = first, f" {w['plus']} ".join(map(str, (first, *ops)))
@@ -99,7 +124,16 @@ class Task:
         return Problem(f"{text} {w['ask']} \n", self.state_text(self._fold(start, ops)), start, ops)
 
     def problems(self, size: int, seed: int, *, held_out: bool) -> list[Problem]:
-        """Distinct problems of one side of a split by the hash of the prompt: a fifth is held out."""
+        """Distinct problems. A hash of the prompt splits all problems in two sides: a fifth is held out.
+
+        Args:
+            size: How many.
+            seed: Decides which.
+            held_out: Which side they are from.
+
+        Returns:
+            `size` problems.
+        """
         rng, found = random.Random(seed), {}
         while len(found) < size:
             problem = self.problem(rng)
@@ -107,7 +141,8 @@ class Task:
                 found[problem.prompt] = problem
         return list(found.values())
 
-    def apply(self, state, op):
+    def apply(self, state: Any, op: Any) -> Any:
+        """The state after an operation."""
         if self.family == "sums":
             return state + op
         if self.family == "sort":
@@ -118,8 +153,8 @@ class Task:
             return (*state[1::-1], *state[2:])
         return state[1:] if op[0] == "drop" else (*state, op[1])
 
-    def slip(self, state, op, rng: random.Random):
-        """What the teacher writes where he errs: a habit where it applies, else, rarely, anything near."""
+    def slip(self, state: Any, op: Any, rng: random.Random) -> Any:
+        """The state that the teacher writes: right, or a habitual slip where one applies, or rarely a random one."""
         right = self.apply(state, op)
         habit = None
         if self.family == "sums" and op % 10 >= 7 and state % 10 + op % 10 >= 10:
@@ -139,7 +174,8 @@ class Task:
         at = rng.randrange(len(right))
         return (*right[:at], rng.choice(right), *right[at + 1 :])
 
-    def _fold(self, state, ops):
+    def _fold(self, state: Any, ops: Sequence[Any]) -> Any:
+        """The state after all operations."""
         for op in ops:
             state = self.apply(state, op)
         return state
@@ -149,17 +185,19 @@ class Task:
     def _op_text(self, op) -> str:
         return " ".join((self.words[op[0]], *op[1:]))
 
-    def state_text(self, state) -> str:
+    def state_text(self, state: Any) -> str:
+        """A state as a text."""
         return str(state) if self.family == "sums" else " ".join(map(str, state))
 
-    def line(self, state, op, new) -> str:
+    def line(self, state: Any, op: Any, new: Any) -> str:
+        """The line that applies an operation."""
         w = self.words
         if self.family == "sums":
             return f"{state} {w['plus']} {op} {w['equals']} {new}"
-        head = str(op) if self.family == "sort" else self._op_text(op)
-        return f"{head} {w['gives']} {self.state_text(new)}".rstrip()
+        return f"{self._op_key(op)} {w['gives']} {self.state_text(new)}".rstrip()
 
     def answer_line(self, text: str) -> str:
+        """The line that gives the answer."""
         return f"{self.probe} {text}".rstrip()
 
     def minimal(self, problem: Problem) -> list[str]:
@@ -172,8 +210,8 @@ class Task:
         return [*lines, self.answer_line(problem.answer)]
 
     def demonstration(self, problem: Problem, rng: random.Random) -> list[str]:
-        """The teacher's solution: verbose, sometimes early with the answer, sometimes wrong."""
-        w, state = self.words, problem.start
+        """A solution by the teacher: wordy, sometimes with an early answer, sometimes wrong."""
+        w, state, k = self.words, problem.start, -1
         lines = [w["opening"]] if rng.random() < OPENING[self.family] else []
         for k, op in enumerate(problem.ops):
             new = self.slip(state, op, rng)
@@ -199,20 +237,21 @@ class Task:
         return [*lines, self.answer_line(self.state_text(self._fold(state, problem.ops[k + 1 :])))]
 
     def final_answer(self, completion: str) -> str | None:
-        """What stands after the last answer word, spaces made one; None if there is none."""
+        """The text after the last answer word, with single spaces; None if there is no such word."""
         _, found, answer = completion.rpartition(self.probe)
         return " ".join(answer.split()) if found else None
 
     def reward(self, prompt: str, completion: str, answer: str) -> float:
-        """1 for the right answer, else 0. Length plays no part."""
+        """1 for the right answer, else 0."""
         return float(self.final_answer(completion) == answer)
 
     def review(self, problem: Problem, completion: str) -> Review:
+        """Reads a solution line by line."""
         lines = [" ".join(line.split()) for line in completion.split("\n")]
         lines = [line for line in lines if line]
-        applying = [line for line in lines if self._applies(line) is not None]
-        # a repeat stands right after its original, but for lines that apply nothing
-        written = [self._applies(b) for a, b in zip([None, *applying], applying, strict=False) if a != b]
+        applied = [(line, op) for line in lines if (op := self._applies(line)) is not None]
+        # A line equal to the applying line before it is a repeat; lines that apply nothing may stand between them.
+        written = [op for before, (line, op) in zip([None, *applied], applied, strict=False) if before != (line, op)]
         wanted = [self._op_key(op) for op in problem.ops]
         correct = bool(self.reward(problem.prompt, completion, problem.answer))
         return Review(correct, len(lines), len(wanted) - _common(wanted, written))
@@ -221,20 +260,20 @@ class Task:
         return str(op) if self.family != "letters" else self._op_text(op)
 
     def _applies(self, line: str) -> str | None:
-        """The operation that a line applies, None for one that applies none (a check, a summary)."""
+        """The operation that a line applies; None for a line that applies none, such as a check or a summary."""
         w = self.words
         if line.startswith((w["check"], w["so_far"], w["answer"])):
             return None
         if self.family == "sums":
             words = line.split()
             return words[2] if len(words) == 5 and words[1] == w["plus"] and words[3] == w["equals"] else None
-        head, found, _ = line.partition(w["gives"])
-        return head.strip() if found else None
+        op, found, _ = line.partition(w["gives"])
+        return op.strip() if found else None
 
     # ---- tokens
 
     def tokenizer(self):
-        """Every number, letter and word one token; spaces are separators, a newline is a token."""
+        """A tokenizer in which every number, letter, word and newline is one token, and spaces separate tokens."""
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
@@ -252,11 +291,12 @@ class Task:
 
 
 def solution_text(lines: Sequence[str]) -> str:
-    """Lines as the model should write them: each ends with a newline but the last, which ends the sequence."""
+    """The lines as a model should write them: each but the last ends with a newline."""
     return " \n ".join(lines)
 
 
 def _draw(table, rng: random.Random):
+    """A value drawn from a table of (value, probability)."""
     values, weights = zip(*table, strict=True)
     return rng.choices(values, weights)[0]
 

@@ -11,7 +11,6 @@ from . import lists, targets, tokens, transport, unpaired
 from .common import LOSS_FUNCTIONS, LossFunction
 from .recipes import RECIPES
 
-
 _MODULES = (unpaired, transport, lists, targets, tokens)  # they fill LOSS_FUNCTIONS; the page has this order
 
 

@@ -37,9 +37,7 @@ def check_free(path: str | os.PathLike, *, resume: bool) -> Path | None:
     if present is None and part.exists() and len(_whole_lines(part)) > 1:
         present = part
     if present and not resume:
-        raise ValueError(
-            f"{str(present)!r} is there from another run; resume it, or choose another folder"
-        )
+        raise ValueError(f"{str(present)!r} is there from another run; resume it, or choose another folder")
     return present
 
 

@@ -1,7 +1,20 @@
-"""Thin trainers on transformers.Trainer. Names are imported when they are first asked for: the command line's help must
-not wait for transformers."""
+"""Thin trainers on `transformers.Trainer`, and what they need.
+
+Names are imported when they are first used, so that the command line's help does not wait for transformers.
+"""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..data.graders import load_grader
+    from ..data.rows import load_preference_rows
+    from ..data.tokenize import tokenize_rows
+    from .models import load_model
+    from .preference_config import StepPreferenceConfig
+    from .preference_trainer import StepPreferenceTrainer
+    from .sspo_config import SSPOConfig
+    from .sspo_trainer import SSPOTrainer
 
 _MODULES = {
     "SSPOConfig": ".sspo_config",
@@ -13,7 +26,16 @@ _MODULES = {
     "load_preference_rows": "..data.rows",
     "tokenize_rows": "..data.tokenize",
 }
-__all__ = list(_MODULES)
+__all__ = [
+    "SSPOConfig",
+    "SSPOTrainer",
+    "StepPreferenceConfig",
+    "StepPreferenceTrainer",
+    "load_grader",
+    "load_model",
+    "load_preference_rows",
+    "tokenize_rows",
+]
 
 
 def __getattr__(name: str):

@@ -4,26 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from ..data.graders import Grader, answer_grader, answer_texts
+from ..data.prompts import prompt_tokens
 from ..layout.steps import StepLayout
+from ..signals.credit.baselines import combine_advantages, outcome_advantages
+from ..signals.credit.gae import step_gae
 from ..signals.split import step_ids_from_tokens
+from ..signals.values import StepValues
+from .options import dictionary
+
+if TYPE_CHECKING:
+    from .sspo_config import SSPOConfig
 
 
 @dataclass
 class Rollout:
-    """One completion. `values` are V_0 .. V_K for its K steps, V_K = 0 by definition (nothing follows the last step);
-    empty where nothing was probed."""
+    """One completion.
 
-    row: Any  # the dataset's: prompt, answer, ...
+    Attributes:
+        row: The row of the dataset: prompt, answer, ...
+        prompt_ids: The token ids of the prompt.
+        completion_ids: The token ids of the completion, up to and with the end of sequence.
+        text: The completion as a text.
+        ended: Whether it has an end of sequence. A completion that was cut off is not graded.
+        steps: The token ids of each step.
+        reward: What the grader gave.
+        values: V_0 .. V_K for K steps. V_K is 0 by definition, since nothing follows the last step. Empty if nothing
+            was probed.
+        advantages: One for each step.
+    """
+
+    row: Any
     prompt_ids: list[int]
     completion_ids: list[int]
     text: str
-    ended: bool  # by an end of sequence; a completion that was cut off earns nothing
+    ended: bool
     steps: list[list[int]] = field(default_factory=list)
     reward: float = 0.0
     values: list[float] = field(default_factory=list)
@@ -31,7 +52,7 @@ class Rollout:
 
 
 class Summary(NamedTuple):
-    """What all processes hear of a rollout. They sort by `place`, which is the row's in the whole update."""
+    """What a process tells the others of a rollout. `place` is the row's place in the whole update."""
 
     place: int
     reward: float
@@ -42,14 +63,18 @@ class Summary(NamedTuple):
 
     @classmethod
     def of(cls, place: int, rollout: Rollout) -> Summary:
+        """The summary of a rollout."""
         r = rollout
         return cls(place, r.reward, len(r.steps), r.values, len(r.completion_ids), r.ended)
 
 
 class PromptSampler(Sampler[int]):
-    """Row numbers in the order in which updates use them: each update's prompts, every prompt `num_generations` times
-    in a row, all of it `num_iterations` times. Every epoch is another permutation; prompts that do not fill an update
-    are left out of it. Which epoch it is follows from the number of updates done, so a resumed run draws the same."""
+    """Row numbers in the order in which the updates use them.
+
+    Each update takes `prompts_per_update` prompts, every prompt `num_generations` times in a row, and all of it
+    `num_iterations` times. Every epoch is another permutation; prompts that do not fill an update are left out of it.
+    The epoch follows from the number of updates done, so that a resumed run draws the same rows.
+    """
 
     def __init__(
         self,
@@ -81,8 +106,11 @@ class PromptSampler(Sampler[int]):
 
 
 def split_steps(completions: Sequence[Sequence[int]], delimiters: Tensor) -> list[list[list[int]]]:
-    """The token ids of every step of every completion. Steps tile the completion: the last has the end of sequence, a
-    completion without a delimiter is one step, an empty one has none."""
+    """The token ids of every step of every completion.
+
+    The steps cover the completion, and the last one has the end of sequence. A completion without a delimiter is one
+    step; an empty one has none.
+    """
     longest = max(map(len, completions), default=0)
     if not longest:
         return [[] for _ in completions]
@@ -99,6 +127,14 @@ def split_steps(completions: Sequence[Sequence[int]], delimiters: Tensor) -> lis
     return found
 
 
+def prompt_ids(prompts: Sequence[Any], tokenizer, template_options: dict) -> list[list[int]]:
+    """The token ids of the prompts. Equal prompts, which a group has, are tokenized once."""
+    keys = [(isinstance(prompt, str), str(prompt)) for prompt in prompts]
+    known = dict(zip(keys, prompts, strict=True))
+    ids = {key: prompt_tokens(prompt, tokenizer, template_options) for key, prompt in known.items()}
+    return [ids[key] for key in keys]
+
+
 def graded_rollouts(
     rows: Sequence[Mapping],
     prompts: Sequence[list[int]],
@@ -106,16 +142,19 @@ def graded_rollouts(
     tokenizer,
     eos_token_ids: Collection[int],
     delimiters: Tensor,
-    grader: Callable[..., list[float]],  # grade_rows with all that it needs beside rows, texts and token ids
+    grader: Callable[..., list[float]],
 ) -> list[Rollout]:
-    """Completions with their texts, steps and rewards. Only what has ended is graded; the rest has 0."""
+    """Completions with their texts, steps and rewards.
+
+    `grader(rows, texts, completion_ids=...)` grades the completions that have ended; the others get 0.
+    """
     ended = [bool(ids) and ids[-1] in eos_token_ids for ids in completions]
-    texts = [  # an end of sequence need not be among the special tokens
+    texts = [  # the end of sequence is cut off here, since it need not be a special token
         tokenizer.decode(ids[:-1] if whole else ids, skip_special_tokens=True)
         for ids, whole in zip(completions, ended, strict=True)
     ]
     whole = [i for i, ends in enumerate(ended) if ends]
-    names = dict.fromkeys(name for row in rows for name in row)  # the same columns whichever rows have ended
+    names = dict.fromkeys(name for row in rows for name in row)  # the columns do not depend on which rows have ended
     graded = [{name: rows[i].get(name) for name in names} for i in whole]
     found = grader(graded, [texts[i] for i in whole], completion_ids=[completions[i] for i in whole])
     rewards = dict(zip(whole, found, strict=True))
@@ -127,8 +166,12 @@ def graded_rollouts(
 
 
 def policy_batch(rollouts: Sequence[Rollout], pad_token_id: int) -> dict:
-    """input_ids and attention_mask (n, T) int64, right-padded; "layout" (every token of a completion is scored, in its
-    step) and "advantages" (S,) float32, one a step."""
+    """A micro-batch of rollouts, right-padded.
+
+    Returns:
+        "input_ids" and "attention_mask" (n, T) int64; "layout", in which every token of a completion is scored, in its
+        step; "advantages" (S,) float32, one for each step.
+    """
     length = max(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
     ids = torch.full((len(rollouts), length), pad_token_id)
     mask = torch.zeros_like(ids)
@@ -147,7 +190,7 @@ def policy_batch(rollouts: Sequence[Rollout], pad_token_id: int) -> dict:
 
 
 def rollout_metrics(rows: Iterable[Summary]) -> dict[str, float]:
-    """Means over rollouts."""
+    """Means over all rollouts: rewards, lengths, steps."""
     rows = list(rows)
     n = max(len(rows), 1)
     rewards = torch.tensor([row.reward for row in rows], dtype=torch.float64)
@@ -161,11 +204,12 @@ def rollout_metrics(rows: Iterable[Summary]) -> dict[str, float]:
     }
 
 
-def advantage_metrics(
+def update_metrics(
     rows: Iterable[Summary], advantages: Sequence[Sequence[float]]
 ) -> dict[str, tuple[float, int]]:  # name: (sum, count)
-    """Values before and after all steps but the last, and advantages over steps."""
-    found: dict[str, tuple[float, int]] = {}
+    """`rollout_metrics`, the values of the prompt and before the last step, and the advantages of all steps."""
+    rows = list(rows)
+    found: dict[str, tuple[float, int]] = {name: (value, 1) for name, value in rollout_metrics(rows).items()}
     probed = [row.values for row in rows if len(row.values) > 1]
     if probed:
         found["values/first"] = sum(v[0] for v in probed), len(probed)
@@ -177,26 +221,77 @@ def advantage_metrics(
     return found
 
 
+def probe_answers(
+    rollouts: Sequence[Rollout], args: SSPOConfig, reward_func: Grader
+) -> tuple[list[Any], dict[str, Any]]:
+    """The answers for `probe_step_values`, and with mode "graded" the grader of what the model answers."""
+    if dictionary(args.probe_options).get("mode") != "graded":
+        return [answer_texts(r.row["answer"]) for r in rollouts], {}
+    judge = answer_grader(reward_func, args.asked)
+
+    def grader(text: str, row: Mapping) -> float:
+        return judge(text, [row["answer"]], **{name: value for name, value in row.items() if name != "answer"})
+
+    return [r.row for r in rollouts], {"grader": grader}
+
+
+def lowest_reward(rows: Iterable[Summary]) -> float:
+    """The reward of completions that were cut off: 0, or the lowest of the update if that is below 0."""
+    return min([0.0, *(row.reward for row in rows)])
+
+
+def step_advantages(
+    args: SSPOConfig,
+    rewards: Tensor,
+    num_steps: Sequence[int],
+    values: Sequence[list[float]],
+    groups: Tensor,
+) -> list[list[float]]:
+    """See `SSPOTrainer.advantages`."""
+    outcome = outcome_advantages(rewards, args.baseline, groups=groups)
+    if args.scale_advantages:
+        outcome = over_std(outcome)
+    step_sequence = torch.repeat_interleave(torch.arange(len(rewards)), torch.tensor(num_steps))
+    if args.combine == "outcome":
+        found = outcome[step_sequence]
+    else:
+        traced = StepValues.from_lists(values)
+        normalize = "batch" if args.scale_advantages else "none"
+        steps = step_gae(traced, rewards, gamma=args.gamma, lam=args.lam, normalize=normalize)
+        found = combine_advantages(steps, outcome, step_sequence, how=args.combine, step_scale=args.step_scale)
+    return [part.tolist() for part in found.split(list(num_steps))]
+
+
 def over_std(values: Tensor) -> Tensor:
-    """Scaled, not centred; all equal stays as it is (a batch of zeros stays zeros)."""
+    """The values over their standard deviation. No mean is subtracted, and equal values stay as they are."""
     std = values.std() if len(values) > 1 else values.new_zeros(())
     return torch.where(std > 1e-6, values / std.clamp(min=1e-6), values)
 
 
-def num_items(aggregation: str, everyone: Sequence[Summary], longest: int) -> float:
-    """What the aggregation averages over, in the whole update; a constant for "sum" (Dr. GRPO)."""
-    count = {
-        "token": sum(row.tokens for row in everyone),
-        "step": sum(row.steps for row in everyone),
-        "sequence": sum(row.tokens > 0 for row in everyone),
-        "sum": len(everyone) * longest,
-    }[aggregation]
+def num_items(args: SSPOConfig, everyone: Sequence[Summary], batches: Iterable[dict], accelerator) -> float:
+    """The number of tokens, steps or sequences in the whole update; for "sum" a constant (Dr. GRPO).
+
+    With a `prob_threshold` those count that hold a token below it, in the micro-batches of all processes.
+    """
+    threshold = dictionary(args.loss_options).get("prob_threshold")
+    if threshold is not None and args.aggregation != "sum":
+        counted = torch.tensor(counted_items(args.aggregation, batches, threshold), device=args.device)
+        count = accelerator.reduce(counted, "sum").item()
+    else:
+        count = {
+            "token": sum(row.tokens for row in everyone),
+            "step": sum(row.steps for row in everyone),
+            "sequence": sum(row.tokens > 0 for row in everyone),
+            "sum": len(everyone) * args.max_completion_length,
+        }[args.aggregation]
     return float(max(count, 1))
 
 
 def counted_items(aggregation: str, batches: Iterable[dict], prob_threshold: float) -> int:
-    """Tokens, steps or sequences of these batches in which a token counts: its probability at sampling, exp(old), was
-    below the threshold."""
+    """The number of tokens, steps or sequences in which a token counts.
+
+    A token counts if its probability at sampling, exp(old), was below the threshold.
+    """
     total = 0
     for batch in batches:
         layout = batch["layout"]

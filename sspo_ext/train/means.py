@@ -1,4 +1,4 @@
-"""Metrics as means over what they count, whatever the sizes of the batches they came from."""
+"""Means of metrics over the pairs, steps or rows that they describe, whatever the sizes of the batches."""
 
 from __future__ import annotations
 
@@ -9,19 +9,27 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from ..layout.steps import StepLayout
+from ..losses.policy import StepPolicyOutput
 from ..losses.pref import StepPrefOutput
+
+_POLICY_METRICS = (
+    "kl", "entropy", "ratio/mean", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
+    "steps/logps", "steps/tokens",
+)  # fmt: skip
 
 _COUNTS = ("pairs/count", "pairs/dropped", "steps/count", "steps/empty")
 
 
 class Means:
-    """Sums of a loss's metrics and of their counts, kept on the device until `pop`. A NaN stays one."""
+    """Sums the metrics of a preference loss, on the device, until `pop`. A NaN stays a NaN."""
 
     def __init__(self):
-        self.sums: dict[str, Tensor] = defaultdict(float)
+        self.sums: dict[str, float | Tensor] = defaultdict(float)
 
     @torch.no_grad()
     def add(self, out: StepPrefOutput) -> None:
+        """Adds the metrics of one batch, each times the number of pairs or steps it is a mean of."""
         metrics = out.metrics
         for name, value in metrics.items():
             count = 1 if name in _COUNTS else metrics["steps/count" if name.startswith("steps/") else "pairs/count"]
@@ -30,10 +38,14 @@ class Means:
         self.sums["loss"] += (out.pair_losses if weights is None else out.pair_losses * weights).sum().float()
 
     def pop(self, accelerator) -> dict[str, float]:
-        """Means over what was added, on all processes, and totals of counts. The one host sync."""
+        """Returns means, and totals of counts, over all batches and processes, and starts again.
+
+        This is the only place that waits for the device.
+        """
         if not self.sums:
             return {}
-        total = accelerator.reduce(torch.stack(list(self.sums.values())), "sum").tolist()
+        stacked = torch.stack([torch.as_tensor(value) for value in self.sums.values()])
+        total = accelerator.reduce(stacked, "sum").tolist()
         sums = dict(zip(self.sums, total, strict=True))
         self.sums.clear()
 
@@ -44,28 +56,37 @@ class Means:
 
 
 class Sums:
-    """Sums of named values and of their counts, on the host or the device, until `pop`."""
+    """Sums named values and their counts, on the host or the device, until `pop`."""
 
     def __init__(self):
         self.sums: dict[str, list] = defaultdict(lambda: [0.0, 0])
 
     def add(self, name: str, total: float | Tensor, count: float = 1) -> None:
+        """Adds the sum of `count` values."""
         entry = self.sums[name]
         entry[0], entry[1] = entry[0] + total, entry[1] + count
 
+    def add_loss(self, out: StepPolicyOutput, layout: StepLayout) -> None:
+        """Adds the metrics of a policy loss, each times the number of tokens or steps it is a mean of."""
+        for name, value in out.metrics.items():
+            if name in _POLICY_METRICS:
+                count = layout.num_steps if name.startswith("steps/") else layout.num_rows
+                self.add(name, value.detach().float() * count, count)
+
     @contextlib.contextmanager
     def phase(self, name: str):
-        """Adds the seconds of the block as "time/name"."""
+        """Adds the seconds that the block takes as "time/name"."""
         began = time.perf_counter()
         yield
         self.add(f"time/{name}", time.perf_counter() - began)
 
     def forget(self, *names: str) -> None:
+        """Drops what was added under these names."""
         for name in names:
             self.sums.pop(name, None)
 
     def pop(self, accelerator, device: torch.device) -> dict[str, float]:
-        """Means over what was added, on all processes. The one host sync."""
+        """Returns means over all processes, and starts again. Only this waits for the device."""
         if not self.sums:
             return {}
         pairs = torch.stack(

@@ -1,9 +1,11 @@
-"""What the trainers share: which route a model takes to its log-probs, and what of a batch the model reads."""
+"""How the trainers call a model: the route to its log-probs, and the part of a batch that the model reads."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -22,19 +24,26 @@ logger = logging.getLogger(__name__)
 
 ROUTES = ("linear", "logits", "auto")
 
-ROUTE_HELP = (
-    "linear: from hidden states, the logits are never stored; raises for a model whose head it cannot take. "
-    "logits: from the model's own logits. auto: linear, or logits with a warning."
-)
-
 
 def choose_route(model: nn.Module, route: str, device: torch.device) -> str:
-    """ "linear" or "logits", after the linear route's self-check on the model itself, where it is. `device` is what the
-    hooks of a model with a device map read their inputs from. Every process has the first one's answer."""
+    """Decides the route by the linear route's self-check, which runs the model itself on the device where it is.
+
+    Args:
+        model: A causal LM.
+        route: One of `ROUTES`.
+        device: The device of the batches. A model with a device map takes its inputs there.
+
+    Returns:
+        "linear" or "logits": the answer of the first process, on every process.
+
+    Raises:
+        UnsupportedHead: With route "linear", for a model whose LM head it cannot use.
+        ValueError: For an unknown route.
+    """
     check_choice("route", route, ROUTES)
     if route == "logits":
         return route
-    # Under FSDP the first process alone may have the weights, and the others memory that nobody has written to.
+    # Under FSDP only the first process may hold the weights; the memory of the others is not initialised.
     (refusal,) = broadcast_object_list([_refusal(model, device)])
     if refusal is None:
         logger.info("linear route: the logits are never stored")
@@ -46,15 +55,15 @@ def choose_route(model: nn.Module, route: str, device: torch.device) -> str:
 
 
 def _refusal(model: nn.Module, device: torch.device) -> UnsupportedHead | None:
-    weight = model.get_input_embeddings().weight
+    weight: Tensor = hf_model(model).get_input_embeddings().weight
     if getattr(model, "hf_device_map", None) is None:
-        # Trainer has moved the model where it is to move it; what FSDP or DeepSpeed will split is whole here.
+        # Trainer has already moved the model, or leaves it where it is; FSDP and DeepSpeed have not split it yet.
         device = weight.device
     if device.type == "meta":
         logger.warning("linear route: not checked, since the weights are on the meta device")
         return None
     vocab = weight.shape[0]
-    # from the middle, where no padding row of zeros is
+    # Ids from the middle of the vocabulary: a padding token's embedding may be zero.
     ids = (vocab // 2 + torch.arange(8, device=device)[None]) % vocab
     try:
         check_head(model, {"input_ids": ids})
@@ -64,8 +73,11 @@ def _refusal(model: nn.Module, device: torch.device) -> UnsupportedHead | None:
 
 
 def check_processes(args) -> None:
-    """One GPU for each process: of several, Trainer would make DataParallel, which neither route runs in. And one job
-    of all processes: accelerate joins them on CPUs only if told so, and else each would train by itself, unnoticed."""
+    """Raises ValueError unless all started processes are one job and each has at most one GPU.
+
+    With several GPUs in a process, Trainer wraps the model in DataParallel, which neither route supports. On CPUs
+    accelerate joins the processes only if told to; otherwise each would train by itself, unnoticed.
+    """
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started > 1 and args.world_size != started:
         raise ValueError(
@@ -79,22 +91,41 @@ def check_processes(args) -> None:
         )
 
 
-def batch_logps(model: nn.Module, batch: dict, route: str, *, chunk_bytes: int | None = None, **options) -> StepLogps:
-    """The model's forward and the log-probs of the batch's layout, as the loss of the same route sees them."""
+class ModelCall(NamedTuple):
+    """A model's forward, ready for a loss function of its route.
+
+    Attributes:
+        inputs: The function's first arguments: hidden states and the LM head's weight, or logits.
+        options: The options that the route needs.
+        outputs: What the model returned.
+    """
+
+    inputs: tuple[Tensor, ...]
+    options: dict[str, Any]
+    outputs: Any
+
+
+def call_model(model: nn.Module, batch: dict, route: str, chunk_bytes: int | None) -> ModelCall:
+    """Runs the model on a batch, up to its hidden states or its logits."""
     if route == "linear":
-        hidden, _ = forward_hidden(model, **model_inputs(batch))
+        hidden, outputs = forward_hidden(model, **model_inputs(batch))
         head = model_head(model)
-        return linear_step_logps(
-            hidden, head.weight, batch["layout"], **options, **head.options, chunk_bytes=chunk_bytes
-        )
-    outputs, layout = model(**model_inputs(batch), use_cache=False), batch["layout"]
-    return step_logps(text_logits(outputs, layout), layout, **options)
+        return ModelCall((hidden, head.weight), {**head.options, "chunk_bytes": chunk_bytes}, outputs)
+    outputs = model(**model_inputs(batch), use_cache=False)
+    return ModelCall((text_logits(outputs, batch["layout"]),), {}, outputs)
+
+
+def batch_logps(model: nn.Module, batch: dict, route: str, *, chunk_bytes: int | None = None, **options) -> StepLogps:
+    """Runs the model and returns the log-probs of the batch's layout, as the loss of the same route sees them."""
+    call = call_model(model, batch, route, chunk_bytes)
+    logps: Callable[..., StepLogps] = linear_step_logps if route == "linear" else step_logps
+    return logps(*call.inputs, batch["layout"], **options, **call.options)
 
 
 def text_logits(outputs, layout: StepLayout) -> Tensor:
-    """(B, T, V): the logits without those of virtual tokens, which PEFT's prompts put before the text."""
+    """The logits of the text, (B, T, V): those of the virtual tokens that PEFT's prompts put before it are cut off."""
     logits, length = outputs.logits, layout.shape[1]
-    # a slice of the whole would cost its backward a copy
+    # The backward of a slice copies the gradient, even if the slice is the whole.
     return logits if logits.shape[1] == length else logits[:, -length:]
 
 
@@ -104,18 +135,30 @@ _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def model_inputs(batch: dict) -> dict[str, Tensor | int]:
-    """No labels, and no mask for packed sequences: with a mask of ones, or a cache, they would see each other."""
+    """The part of the batch that the model reads.
+
+    The labels are left out. Packed sequences have no mask in the batch: with a mask of ones they would see each other.
+    """
     return {k: batch[k] for k in (*_MODEL_INPUTS, *_BOUNDARIES) if k in batch}
 
 
 def uses_flash_attention(model: nn.Module) -> bool:
-    """FlashAttention's package or one of its kernels from the hub."""
-    return "flash" in str(getattr(model.config, "_attn_implementation", None))
+    """Whether the model runs FlashAttention: its package, or one of its kernels from the hub."""
+    return "flash" in str(getattr(hf_model(model).config, "_attn_implementation", None))
 
 
 def router_loss(model: nn.Module, outputs) -> Tensor | None:
-    """A mixture of experts' balance loss with its coefficient, which models add only to a loss of their own."""
+    """The balance loss of a mixture of experts, times its coefficient; None for other models.
+
+    Models add it only to a loss that they compute themselves.
+    """
     aux = getattr(outputs, "aux_loss", None)
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config = hf_model(model).config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     coefficient = getattr(config, "router_aux_loss_coef", None)
     return None if aux is None or not coefficient else coefficient * aux
+
+
+def hf_model(model: nn.Module) -> Any:
+    """The same model without a static type: torch's stubs call every attribute that they do not know a Tensor."""
+    return model

@@ -1,4 +1,4 @@
-"""Load any Hugging Face causal LM, by name or path, ready to be trained and saved."""
+"""Loads any Hugging Face causal LM, by name or path, ready to be trained and saved."""
 
 from __future__ import annotations
 
@@ -7,24 +7,47 @@ import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_model(
     name_or_path: str | os.PathLike,
     *,
-    dtype: torch.dtype | str = torch.float32,  # "auto" keeps the checkpoint's
+    dtype: torch.dtype | str = torch.float32,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
-    tokenizer: PreTrainedTokenizerBase | None = None,  # of `load_tokenizer`, where it is there already
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer from a hub name, a folder, a folder with one .gguf file, or a .gguf file.
+    """Loads a causal LM and its tokenizer.
 
-    GGUF weights are dequantised to `dtype` and put into an ordinary model (`rebuild_gguf`). A tokenizer without a
-    padding token pads with its end-of-sequence token. Raises ValueError naming `model` when there is nothing to load;
-    a hub name that cannot be reached is OSError.
+    GGUF weights are dequantised to `dtype` and put into an ordinary model.
+
+    Args:
+        name_or_path: A name on the hub, a folder, a folder with one .gguf file, or a .gguf file.
+        dtype: The dtype of the weights. "auto" keeps the checkpoint's; for GGUF it is float32.
+        attn_implementation: "eager", "sdpa", "flash_attention_2", ...; None is the model's default.
+        trust_remote_code: Whether to run code that comes with the model.
+        tokenizer: The tokenizer, if it is loaded already (`load_tokenizer`).
+
+    Returns:
+        The model in evaluation mode, and the tokenizer. A tokenizer without a padding token pads with its
+        end-of-sequence token.
+
+    Raises:
+        ValueError: If a path holds no model, or several .gguf files.
+        OSError: If a model on the hub cannot be reached, or a file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from sspo_ext.train import load_model
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     files = tokenizer.save_pretrained(folder)
+        ...     loaded, loaded_tokenizer = load_model(folder, dtype="auto")
     """
     if tokenizer is None:
         tokenizer = load_tokenizer(name_or_path, trust_remote_code=trust_remote_code)
@@ -39,8 +62,33 @@ def load_model(
     return (rebuild_gguf(model) if gguf else model), tokenizer
 
 
+def model_and_tokenizer(model, tokenizer) -> tuple[Any, Any]:
+    """Loads `model` and its tokenizer if it is a name or a path. A tokenizer that is given stays."""
+    if not isinstance(model, (str, os.PathLike)):
+        return model, tokenizer
+    loaded, its_tokenizer = load_model(model)
+    return loaded, tokenizer or its_tokenizer
+
+
+def with_adapter(model: nn.Module, peft_config) -> Any:
+    """Wraps the model in a new adapter."""
+    from peft import PeftModel, get_peft_model
+
+    if isinstance(model, PeftModel):
+        raise ValueError("peft_config: expected None for a PeftModel, which has an adapter; or merge that")
+    return get_peft_model(cast(PreTrainedModel, model), peft_config)
+
+
 def load_tokenizer(name_or_path: str | os.PathLike, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of `load_model` alone, with which rows can be looked at before a model is loaded."""
+    """Loads only the tokenizer of `load_model`, so that rows can be checked before a model is loaded.
+
+    Args:
+        name_or_path: As in `load_model`.
+        trust_remote_code: Whether to run code that comes with the tokenizer.
+
+    Returns:
+        The tokenizer, with a padding token.
+    """
     folder, gguf = _folder(name_or_path)
     with _named(name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
@@ -50,14 +98,14 @@ def load_tokenizer(name_or_path: str | os.PathLike, *, trust_remote_code: bool =
 
 
 def rebuild_gguf(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in an ordinary model.
+    """Puts the weights of a model loaded from GGUF into an ordinary model.
 
-    `from_pretrained(gguf_file=...)` marks its result as quantised although the weights are already dense, and then
-    neither Trainer nor `save_pretrained` accepts it.
+    `from_pretrained(gguf_file=...)` marks its result as quantised although the weights are dense. Neither Trainer nor
+    `save_pretrained` accepts such a model.
     """
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        delattr(config, "quantization_config")
     dense = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     dense.load_state_dict(model.state_dict())
     dense.tie_weights()
@@ -66,7 +114,7 @@ def rebuild_gguf(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _folder(name_or_path: str | os.PathLike) -> tuple[str, dict[str, str]]:
-    """(folder or hub name, {"gguf_file": its name} if there is one)"""
+    """The folder or hub name, and {"gguf_file": its name} if there is one."""
     path = Path(name_or_path)
     gguf = _gguf_file(path)
     if gguf is not None:
@@ -78,19 +126,20 @@ def _folder(name_or_path: str | os.PathLike) -> tuple[str, dict[str, str]]:
 
 @contextlib.contextmanager
 def _named(name_or_path: str | os.PathLike) -> Iterator[None]:
+    """Puts the argument's name and value before the message of an OSError."""
     try:
         yield
     except OSError as error:
         where = "cannot be loaded"
         if not Path(name_or_path).exists():
-            where = "is no local folder, and the hub does not give it"
+            where = "is no local folder, and could not be loaded from the hub"
         raise OSError(f"model: {str(name_or_path)!r} {where}: {error}") from error
 
 
 def _gguf_file(path: Path) -> Path | None:
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ValueError(f"model: expected a GGUF file, {str(path)!r} is none")
+            raise ValueError(f"model: expected a GGUF file, {str(path)!r} is not a file")
         return path
     if not path.is_dir() or (path / "config.json").is_file():
         return None

@@ -1,4 +1,4 @@
-"""The settings of StepPreferenceTrainer."""
+"""The options of StepPreferenceTrainer."""
 
 from __future__ import annotations
 
@@ -6,46 +6,68 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .model_call import ROUTE_HELP
+from .options import check_dictionary, documented
 
 
+@documented
 @dataclass
 class StepPreferenceConfig(TrainingArguments):
-    """TrainingArguments and the options of the loss. Three defaults differ: unused columns stay, NaN losses are
-    logged as NaN, and something is logged every 10 steps."""
+    """TrainingArguments and the options of the loss.
+
+    The defaults of `remove_unused_columns`, `logging_nan_inf_filter` and `logging_steps` differ from those of
+    TrainingArguments.
+
+    Attributes:
+        remove_unused_columns: False: the collator needs columns that the model does not.
+        logging_nan_inf_filter: False: a NaN loss is logged as NaN.
+        logging_steps: Updates between two log lines.
+        loss_type: A pair loss of docs/losses.md, or several, which are added up.
+        loss_weights: The weight of each loss type; None means 1 for each.
+        beta: The scale of the rewards; None means the loss type's own default.
+        label_smoothing: The probability that a pair is labelled the wrong way round, in [0, 0.5).
+        loss_options: Other options of the loss types, such as `{"simpo_gamma": 0.5}`.
+        temperature: Divides the logits.
+        reference_free: Train without a reference model: a reward is beta * log pi.
+        reference_cache: The folder of cached reference log-probs; None means OUTPUT_DIR/reference_cache.
+        packing: Padding-free batches: all sequences end to end in one row.
+        backend: Who computes the loss: "auto", "cpu", "triton", "cuda" or "reference".
+        route: "linear" computes log-probs from hidden states and never stores the logits. It raises UnsupportedHead
+            for a model whose LM head it cannot use. "logits" reads the model's own logits. "auto" is "linear" where
+            the model allows it, else "logits" with a warning.
+        chunk_bytes: The size of the linear route's logits buffer in bytes; None means 128 MiB on CPUs, 512 MiB
+            elsewhere.
+        inplace_backward: For the logits route: whether the gradient is written over the logits, which saves their
+            memory once more. None means wherever the backend can.
+
+    Raises:
+        ValueError: For `label_smoothing_factor`, which smooths tokens, not pairs.
+        TypeError: For `loss_options` that are no dictionary.
+
+    Example:
+        >>> from sspo_ext.train import StepPreferenceConfig
+        >>> args = StepPreferenceConfig("out", loss_type="simpo", loss_options={"simpo_gamma": 0.5})
+        >>> args.loss_type
+        ['simpo']
+    """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "loss_options"]
 
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Columns are the collator's, not the model's."}
-    )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "True hides a NaN loss from the log."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many updates."})
-    loss_type: str | list[str] = field(
-        default_factory=lambda: ["sigmoid"],
-        metadata={"help": "A pair loss of docs/losses.md, or several, which are added up."},
-    )
-    loss_weights: list[float] | None = field(
-        default=None, metadata={"help": "What each loss type counts; None is 1 each."}
-    )
-    beta: float | None = field(default=None, metadata={"help": "Reward scale; None is the loss type's own default."})
-    label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a pair's order is wrong."})
-    loss_options: dict | str | None = field(
-        default=None, metadata={"help": "The loss types' other options, {'simpo_gamma': 0.5}."}
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Logits are divided by it."})
-    reference_free: bool = field(default=False, metadata={"help": "No reference model: rewards are beta * log pi."})
-    reference_cache: str | None = field(
-        default=None, metadata={"help": "Folder of cached reference log-probs; None is OUTPUT_DIR/reference_cache."}
-    )
-    packing: bool = field(default=False, metadata={"help": "Padding-free batches: sequences end to end in one row."})
-    backend: str = field(default="auto", metadata={"help": "auto, cpu, triton, cuda or reference."})
-    route: str = field(default="linear", metadata={"help": ROUTE_HELP})
-    chunk_bytes: int | None = field(default=None, metadata={"help": "Budget of the linear route's logits buffer."})
-    inplace_backward: bool | None = field(
-        default=None,
-        metadata={"help": "Logits route: write the gradient over the logits; None does where the backend can."},
-    )
+    remove_unused_columns: bool = False
+    logging_nan_inf_filter: bool = False
+    logging_steps: float = 10
+    loss_type: str | list[str] = field(default_factory=lambda: ["sigmoid"])
+    loss_weights: list[float] | None = None
+    beta: float | None = None
+    label_smoothing: float = 0.0
+    loss_options: dict | str | None = None
+    temperature: float = 1.0
+    reference_free: bool = False
+    reference_cache: str | None = None
+    packing: bool = False
+    backend: str = "auto"
+    route: str = "linear"
+    chunk_bytes: int | None = None
+    inplace_backward: bool | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -56,5 +78,4 @@ class StepPreferenceConfig(TrainingArguments):
                 f"label_smoothing_factor: expected 0, since it smooths tokens, got {self.label_smoothing_factor}; "
                 "label_smoothing is for the order of pairs"
             )
-        if not isinstance(self.loss_options, dict | None):
-            raise TypeError(f"loss_options: expected a dictionary, or its JSON, got {self.loss_options!r}")
+        check_dictionary("loss_options", self.loss_options)

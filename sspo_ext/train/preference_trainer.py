@@ -1,7 +1,7 @@
 """StepPreferenceTrainer: `transformers.Trainer` with a step-wise preference loss.
 
-What differs from Trainer is here and nothing else: the loss, its normaliser over accumulated micro-batches, the
-reference's log-probs, and metrics. Optimisers, schedules, checkpoints, DDP and logging backends are Trainer's.
+It adds to Trainer the loss, its normaliser over accumulated micro-batches, the reference's log-probs, and metrics.
+Optimisers, schedules, checkpoints, DDP and logging are Trainer's.
 """
 
 from __future__ import annotations
@@ -10,60 +10,64 @@ import contextlib
 import os
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..backends import select
 from ..data.collator import StepPreferenceCollator
-from ..hf.forward import forward_hidden
-from ..hf.head import model_head
-from ..layout.bundle import TensorBundle
 from ..losses.pref import StepPrefOutput, linear_step_pref_loss, step_pref_loss
 from ..objective.pair_arguments import checked_options, chosen_formulas
-from ..objective.sums import StepLogps
+from .base import StepTrainer
 from .means import Means
-from .model_call import (
-    batch_logps,
-    check_processes,
-    choose_route,
-    model_inputs,
-    router_loss,
-    text_logits,
-    uses_flash_attention,
-)
-from .models import load_model
+from .model_call import call_model, check_processes, choose_route, router_loss, uses_flash_attention
+from .models import model_and_tokenizer, with_adapter
+from .options import dictionary
 from .preference_config import StepPreferenceConfig
 from .reference_cache import TOKEN_COLUMNS, ReferenceCache, add_reference, reference_key
 from .whole_batches import whole_batches
 
 
-class StepPreferenceTrainer(Trainer):
-    """Trains a causal LM on tokenized preference rows (`sspo_ext.data.tokenize.tokenize_rows`).
+class StepPreferenceTrainer(StepTrainer):
+    r"""Trains a causal LM on preference rows, with a loss on the log-probs of steps.
+
+    The reference's step log-probs are computed once, before training, and cached on disk. The loss then needs no
+    reference model.
 
     Args:
-        model: a causal LM, a PEFT model, or a name or path (`load_model`, which then gives the tokenizer too).
-        args: StepPreferenceConfig.
-        train_dataset: list (or datasets.Dataset) of features. Reference log-probs are computed here, before training,
-            with the model as given (without the adapter of `peft_config`; with that of a PeftModel), unless the loss
-            needs none or the features carry `ref_chosen` and `ref_rejected`.
-        eval_dataset: the same, or a dict of them. `evaluate()` returns eval_loss (mean over pairs) and the metrics.
-        processing_class: the tokenizer; pads batches and is saved with checkpoints.
-        peft_config: wraps the model in an adapter (LoraConfig, ...), so that only the adapter is trained.
-        **trainer_kwargs: Trainer's other arguments (callbacks, optimizers, ...).
+        model: A causal LM, a PeftModel, or a name or path, which `load_model` loads together with its tokenizer.
+        args: The options.
+        train_dataset: Features that `tokenize_rows` made: a list or a datasets.Dataset. It must have a length, unless
+            the loss needs no reference or the features have `ref_chosen` and `ref_rejected` already.
+        eval_dataset: The same, or a dictionary of them.
+        processing_class: The tokenizer. It pads batches and is saved with checkpoints.
+        data_collator: In place of `StepPreferenceCollator`.
+        peft_config: Wraps the model in a new adapter (LoraConfig, ...), and only the adapter is trained. The reference
+            is then the model without it. Otherwise it is the model as given, with the adapter of a PeftModel.
+        **trainer_kwargs: Other arguments of Trainer, such as callbacks and optimizers.
 
-    Raises ValueError for options that do not fit the loss, a dataset without length where a reference is needed,
-    non-finite reference log-probs, and `packing` with a model that mixes packed sequences.
+    Raises:
+        TypeError: If `args` is no StepPreferenceConfig, or for an option that the loss type does not have.
+        ValueError: For options that do not fit the loss, a dataset without a length where a reference is needed,
+            reference log-probs that are not finite, and `packing` with a model whose packed sequences see each other.
+        UnsupportedHead: With route="linear", for a model whose LM head that route cannot use.
 
-    Example::
-
-        >>> rows = tokenize_rows(load_preference_rows("pairs.jsonl"), tokenizer)
-        >>> StepPreferenceTrainer(model, StepPreferenceConfig("out"), rows, processing_class=tokenizer).train()
+    Example:
+        >>> import tempfile
+        >>> from sspo_ext.train import StepPreferenceConfig, StepPreferenceTrainer, load_preference_rows, tokenize_rows
+        >>> pair = {"prompt": "2 + 3 = ? \n", "chosen": "2 + 3 = 5 \n #### 5", "rejected": "2 + 3 = 6 \n #### 6"}
+        >>> rows = tokenize_rows(load_preference_rows([pair]), tokenizer)
+        >>> args = StepPreferenceConfig(
+        ...     tempfile.mkdtemp(), beta=0.1, max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
+        ... )
+        >>> trainer = StepPreferenceTrainer(model, args, rows, processing_class=tokenizer)
+        >>> log = trainer.train()
     """
 
-    # compute_loss divides by the number of pairs of all accumulated micro-batches; Trainer must not divide again.
-    loss_is_scaled_for_ga = True
+    args: StepPreferenceConfig
+    columns = (*TOKEN_COLUMNS, "pairs", "weight", "margin", "ref_chosen", "ref_rejected")
 
     def __init__(
         self,
@@ -84,127 +88,120 @@ class StepPreferenceTrainer(Trainer):
             )
         if trainer_kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func: expected None, since the loss is loss_type's; override compute_loss")
-        heads = chosen_formulas(args.loss_type, args.loss_weights)
-        checked_options(heads, args.beta, args.loss_options or {})
-        needing = [head.name for head, _ in heads if head.reference == "required"]
+        formulas = chosen_formulas(args.loss_type, args.loss_weights)
+        checked_options(formulas, args.beta, dictionary(args.loss_options))
+        needing = [formula.name for formula, _ in formulas if formula.reference == "required"]
         if args.reference_free and needing:
             raise ValueError(f"reference_free: expected False, since loss_type {needing[0]!r} needs a reference")
-        if isinstance(model, (str, os.PathLike)):
-            model, tokenizer = load_model(model)
-            processing_class = processing_class or tokenizer
-        if peft_config is not None:
-            from peft import PeftModel, get_peft_model
-
-            if isinstance(model, PeftModel):
-                raise ValueError("peft_config: expected None for a PeftModel, which has an adapter; or merge that")
-            model = get_peft_model(model, peft_config)
+        policy, tokenizer = model_and_tokenizer(model, processing_class)
         self._new_adapter = peft_config is not None
+        if self._new_adapter:
+            policy = with_adapter(policy, peft_config)
         if data_collator is None:
-            pad = getattr(processing_class, "pad_token_id", None)
+            pad = getattr(tokenizer, "pad_token_id", None)
             data_collator = StepPreferenceCollator(
-                0 if pad is None else pad, packed=args.packing, flash_attention=uses_flash_attention(model)
+                0 if pad is None else pad, packed=args.packing, flash_attention=uses_flash_attention(policy)
             )
         named = ("loss_type", "loss_weights", "beta", "label_smoothing", "temperature")
-        self._loss_options = {**{name: getattr(args, name) for name in named}, **(args.loss_options or {})}
+        self._loss_options = {**{name: getattr(args, name) for name in named}, **dictionary(args.loss_options)}
         self._means = {"train": Means(), "eval": Means()}
-        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **trainer_kwargs)
+        super().__init__(policy, args, data_collator, train_dataset, eval_dataset, tokenizer, **trainer_kwargs)
         check_processes(args)
-        # Versions before loss_is_scaled_for_ga decide by this whether to divide by the accumulation steps.
+        # Versions of Trainer without loss_is_scaled_for_ga decide by this whether to divide by the accumulation steps.
         self.model_accepts_loss_kwargs = True
         self.route = choose_route(self.model, args.route, args.device)
         if args.packing:
             self._check_packing(train_dataset if train_dataset is not None else eval_dataset)
-        if not args.reference_free and any(head.reference != "forbidden" for head, _ in heads):
+        if not args.reference_free and any(formula.reference != "forbidden" for formula, _ in formulas):
             self._add_references()
 
     def preference_loss(self, model: nn.Module, batch: dict, num_items: float | Tensor | None) -> StepPrefOutput:
-        """The model's forward and the loss of one batch."""
+        """Runs the model on a batch and computes the loss.
+
+        Args:
+            model: The model, perhaps wrapped (DDP).
+            batch: What the collator returns, on the model's device.
+            num_items: The number of pairs that the loss divides by; None means this batch's.
+
+        Returns:
+            The loss and its metrics.
+        """
         args, layout, pairs = self.args, batch["layout"], batch["pairs"]
         options = {"ref": batch.get("ref"), "num_items": num_items, "backend": args.backend, **self._loss_options}
+        call = call_model(model, batch, self.route, args.chunk_bytes)
         if self.route == "linear":
-            hidden, outputs = forward_hidden(model, **model_inputs(batch))
-            head = model_head(model)
-            options.update(head.options, chunk_bytes=args.chunk_bytes)
-            out = linear_step_pref_loss(hidden, head.weight, layout, pairs, **options)
-            return self._with_router_loss(out, outputs, num_items)
-        outputs = model(**model_inputs(batch), use_cache=False)
-        logits, inplace = text_logits(outputs, layout), args.inplace_backward
-        if inplace is None:
-            inplace = select(args.backend, logits.device.type, logits.dtype) != "reference"
-        inplace = inplace and torch.is_grad_enabled()
-        out = step_pref_loss(logits, layout, pairs, inplace_backward=inplace, **options)
-        return self._with_router_loss(out, outputs, num_items)
+            hidden, weight = call.inputs
+            out = linear_step_pref_loss(hidden, weight, layout, pairs, **options, **call.options)
+        else:
+            (logits,) = call.inputs
+            inplace = args.inplace_backward
+            if inplace is None:
+                inplace = select(args.backend, logits.device.type, logits.dtype) != "reference"
+            inplace = inplace and torch.is_grad_enabled()
+            out = step_pref_loss(logits, layout, pairs, inplace_backward=inplace, **options)
+        return self._with_router_loss(out, call.outputs, num_items)
 
     def _with_router_loss(self, out: StepPrefOutput, outputs, num_items: float | Tensor | None) -> StepPrefOutput:
-        """Adds a mixture of experts' balance loss, which models add only to a loss of their own; weighted by this
-        batch's share of the pairs."""
+        """Adds the balance loss of a mixture of experts, weighted by this batch's share of the pairs."""
         aux = router_loss(self.model, outputs)
         if aux is None or not out.loss.requires_grad:
             return out
         share = 1.0 if num_items is None else out.pairs.num_valid / num_items
         return replace(out, loss=out.loss + share * aux.to(out.loss.device))
 
-    def step_logps(self, model: nn.Module, batch: dict) -> StepLogps:
-        """The model's forward and its step log-probs, as the loss sees them."""
-        args = self.args
-        return batch_logps(
-            model, batch, self.route, chunk_bytes=args.chunk_bytes, temperature=args.temperature, backend=args.backend
-        )
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
+        """The loss of one micro-batch. Its share of the update is already in it, so Trainer divides by nothing."""
         out = self.preference_loss(model, inputs, num_items_in_batch)
         self._means["train" if model.training else "eval"].add(out)
         # DDP averages gradients over processes, while num_items counts the pairs of all of them.
         loss = out.loss if num_items_in_batch is None else out.loss * self.accelerator.num_processes
         return (loss, out) if return_outputs else loss
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> float | Tensor:
-        """Pairs in all accumulated micro-batches, of all processes."""
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """The number of pairs in all accumulated micro-batches, of all processes."""
         pairs = sum(batch["pairs"].num_valid for batch in batch_samples)
         if self.accelerator.num_processes == 1:
             return float(max(pairs, 1))
-        return self.accelerator.gather(torch.tensor(float(pairs), device=device)).sum().clamp(min=1)
+        everyone: Any = self.accelerator.gather(torch.tensor(float(pairs), device=device))
+        return everyone.sum().clamp(min=1)
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(self, epoch_iterator, num_batches, device) -> tuple[list, Any]:
+        """The micro-batches of the next update, and the number of their pairs."""
         samples = []
         for _, batch in zip(range(num_batches), epoch_iterator, strict=False):
             samples.append(batch)
         return samples, self._get_num_items_in_batch(samples, device)
 
-    def _prepare_input(self, data):
-        return data.to(self.args.device) if isinstance(data, TensorBundle) else super()._prepare_input(data)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        """What the collator reads; the default is the model's arguments, of which a preference row has none."""
-        if self._signature_columns is None:
-            self._signature_columns = [*TOKEN_COLUMNS, "pairs", "weight", "margin", "ref_chosen", "ref_rejected"]
-
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        # Trainer's own gives no loss for a batch without labels.
+        """The loss of an evaluation batch. Trainer's own method gives none for a batch without labels."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
 
     def _get_dataloader(self, dataset, *args, is_training: bool = False, **kwargs):
         if not is_training and self.accelerator.num_processes > 1:
-            # accelerate repeats rows where the last batches are not full, and our means are not cut as Trainer's are
+            # accelerate fills the last batches with repeated rows, which would count in the means
             dataset = whole_batches(dataset, self.args.eval_batch_size * self.accelerator.num_processes)
         return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Adds to Trainer's metrics the loss as a mean over pairs, whatever the batch size, and the loss's metrics."""
         self._means["eval"] = Means()
         unprepared = not self.accelerator._models
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if unprepared and self.accelerator.num_processes > 1:
             self._undo_preparation()
-        # The loop's own eval_loss is a mean over sequences; this one is over pairs, whatever the batch size.
         means = self._means["eval"].pop(self.accelerator)
+        assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
     def _undo_preparation(self) -> None:
-        """accelerate marks a model that it prepares for evaluation as prepared, and would then train it as it is,
-        without DDP: every process by itself. What FSDP and DeepSpeed prepare is the same for both."""
+        """Lets accelerate prepare the model again for training.
+
+        A model that was prepared for evaluation is marked as prepared. It would be trained without DDP, every process
+        by itself. What FSDP and DeepSpeed prepare is the same for evaluation and training.
+        """
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return
         self.model = self.model_wrapped = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
@@ -212,11 +209,14 @@ class StepPreferenceTrainer(Trainer):
         self.accelerator._models.clear()
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Adds the means since the last log to a line with the loss."""
         if "loss" in logs:
             logs.update({k: v for k, v in self._means["train"].pop(self.accelerator).items() if k != "loss"})
         super().log(logs, *args, **kwargs)
 
     def _add_references(self) -> None:
+        """Adds the reference's log-probs to all datasets that lack them."""
+        assert self.args.output_dir is not None
         cache = ReferenceCache(
             folder=self.args.reference_cache or os.path.join(self.args.output_dir, "reference_cache"),
             batch_size=self.args.per_device_eval_batch_size,
@@ -236,7 +236,12 @@ class StepPreferenceTrainer(Trainer):
             model_key = model_key or reference_key(self.model, settings, adapters=not self._new_adapter)
             with self._reference_model() as model:
                 return add_reference(
-                    dataset, model_key, cache, self.data_collator, lambda b: self._reference_sums(model, b), name
+                    dataset,
+                    model_key,
+                    cache,
+                    self.data_collator,
+                    lambda b: self.logps_without_grad(model, b).sums,
+                    name,
                 )
 
         for name in ("train_dataset", "eval_dataset"):
@@ -246,14 +251,12 @@ class StepPreferenceTrainer(Trainer):
             else:
                 setattr(self, name, reference(dataset, name))
 
-    def _reference_sums(self, model: nn.Module, batch: dict) -> Tensor:
-        with torch.no_grad(), self.accelerator.autocast():
-            return self.step_logps(model, self._prepare_inputs(batch)).sums
-
     @contextlib.contextmanager
     def _reference_model(self):
-        """The model as given: without the adapter made here, without dropout; on the device of the batches, if it is
-        not yet there (before it is sharded) and not in parts."""
+        """The model as given: without a new adapter and without dropout.
+
+        A model that Trainer will move or shard later is on the device of the batches meanwhile.
+        """
         model, training = self.model, self.model.training
         home = None
         if not self.place_model_on_device and getattr(model, "hf_device_map", None) is None:
@@ -269,16 +272,18 @@ class StepPreferenceTrainer(Trainer):
                 model.to(home)
 
     def _check_packing(self, dataset) -> None:
-        """One row, packed and padded: some models (OPT) let packed sequences see each other, silently."""
-        # by its iterator, which is all that some datasets have
-        pair = list(islice(() if dataset is None or isinstance(dataset, dict) else dataset, 1))
+        """Compares one row packed and padded: in some models (OPT) packed sequences see each other, silently."""
+        # Some datasets have only an iterator.
+        pair: list[dict] = list(islice(() if dataset is None or isinstance(dataset, dict) else dataset, 1))
         if not pair:
             return
         padded = StepPreferenceCollator(getattr(self.data_collator, "pad_token_id", 0))
         with self._reference_model() as model:
-            one, other = (self._reference_sums(model, collate(pair)) for collate in (self.data_collator, padded))
+            one, other = (
+                self.logps_without_grad(model, collate(pair)).sums for collate in (self.data_collator, padded)
+            )
         difference = (one - other).abs().max().item()
-        # Rounding of a step's sum stays far below this; a rejected sequence that sees the chosen one does not.
+        # Rounding stays far below these bounds; a rejected sequence that sees the chosen one does not.
         if difference > (0.02 if one.dtype == torch.float32 and self.model.dtype == torch.float32 else 0.5):
             name = type(self.model).__name__
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from typing import Any
 
 _TOKENS = "completions/mean_length"
 
@@ -11,7 +12,14 @@ _COLOURS = ("#1f6f8b", "#c8553d", "#e0a458", "#6a8d73", "#7d5ba6", "#2b2b2b")
 
 
 def curves(log_history: Sequence[Mapping]) -> dict[str, list[float]]:
-    """update, accuracy and tokens of the logged batches of rollouts."""
+    """The course of a run of `SSPOTrainer`, from its log.
+
+    Args:
+        log_history: `trainer.state.log_history`.
+
+    Returns:
+        "update", "accuracy" and "tokens" (mean length of a completion), each a list with one number per logged update.
+    """
     rows = [row for row in log_history if "accuracy" in row and _TOKENS in row]
     return {
         "update": [row["step"] for row in rows],
@@ -21,13 +29,35 @@ def curves(log_history: Sequence[Mapping]) -> dict[str, list[float]]:
 
 
 def draw_progress(runs: Mapping[str, Mapping[str, Sequence[float]]], path: str | PathLike) -> None:
-    """Writes a PNG from `curves` of one or more named runs. Lines are means over up to an eighth of the run."""
+    """Draws runs into a PNG file: accuracy against tokens, and both over the updates.
+
+    Thick lines are means over the last eighth of the updates up to each point.
+
+    Args:
+        runs: For each run its name and what `curves` returns.
+        path: The file to write.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from sspo_ext.train.progress import curves, draw_progress
+        >>> log = [{"step": k, "accuracy": k / 9, "completions/mean_length": 40.0 - k} for k in range(10)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     draw_progress({"training": curves(log)}, folder + "/progress.png")
+    """
     import matplotlib
 
     matplotlib.use("Agg", force=False)
     import matplotlib.pyplot as plt
 
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
+    style: dict[Any, Any] = {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlelocation": "left",
+    }
     with plt.rc_context(style):
         figure, (path_axis, accuracy, tokens) = plt.subplots(1, 3, figsize=(12, 3.8), dpi=120, layout="constrained")
         for (name, run), colour in zip(runs.items(), _COLOURS * len(runs), strict=False):
@@ -46,7 +76,7 @@ def draw_progress(runs: Mapping[str, Mapping[str, Sequence[float]]], path: str |
 
 
 def draw_path(axis, run: Mapping[str, Sequence[float]], name: str, colour: str) -> None:
-    """Accuracy against tokens, from the circle to the arrow's head."""
+    """Draws accuracy against tokens, from an open circle to a filled one."""
     x, y = smooth(run["tokens"]), smooth(run["accuracy"])
     if not x:
         return
@@ -56,11 +86,13 @@ def draw_path(axis, run: Mapping[str, Sequence[float]], name: str, colour: str) 
 
 
 def finish_path(axis) -> None:
+    """Gives the axis of `draw_path` its title, labels and limits."""
     axis.set(title="Accuracy against tokens, ○ start ● end", xlabel="tokens of a completion", ylim=(-0.03, 1.03))
     axis.set_xlim(left=0)
     axis.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
 
 
 def smooth(values: Sequence[float]) -> list[float]:
+    """Means over a window of an eighth of the values that ends at each."""
     width = max(1, len(values) // 8)
     return [sum(values[max(i - width + 1, 0) : i + 1]) / min(width, i + 1) for i in range(len(values))]

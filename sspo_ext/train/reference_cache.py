@@ -1,4 +1,4 @@
-"""Reference step log-probs: computed once, kept on disk under the hash of what they depend on."""
+"""Reference step log-probs: computed once and kept on disk, under a hash of everything that they depend on."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .model_call import hf_model
+
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
@@ -33,7 +35,16 @@ TOKEN_COLUMNS = tuple(f"{side}_{part}" for side in ("chosen", "rejected") for pa
 
 @dataclass
 class ReferenceCache:
-    """Where step sums are kept, and how the work is shared by processes (each needs the same folder)."""
+    """Where step sums are kept, and how processes share the work.
+
+    Attributes:
+        folder: Where the files are. All processes must see the same folder.
+        batch_size: Rows in a batch.
+        rank: The number of this process.
+        world_size: The number of processes.
+        barrier: Waits for all processes.
+        progress: Whether to show a bar.
+    """
 
     folder: str | os.PathLike
     batch_size: int = 8
@@ -43,13 +54,23 @@ class ReferenceCache:
     progress: bool = True
 
     def file(self, key: str, rank: int) -> Path:
+        """The file with the share of one process."""
         suffix = "" if self.world_size == 1 else f".{rank}-of-{self.world_size}"
         return Path(self.folder) / f"{key}{suffix}.npz"
 
 
 def reference_key(model: nn.Module, settings: dict, *, adapters: bool = False) -> str:
-    """Hash of a model's weights (those of its adapters if `adapters`), its config and `settings`: 40 hex digits."""
-    config = model.config.to_dict() if hasattr(model, "config") else {}
+    """Hashes a model's weights, its config and the settings.
+
+    Args:
+        model: The reference model.
+        settings: Anything else that the log-probs depend on, as JSON.
+        adapters: Whether the weights of its adapters count.
+
+    Returns:
+        40 hex digits.
+    """
+    config: dict = hf_model(model).config.to_dict() if hasattr(model, "config") else {}
     for name in ("_name_or_path", "transformers_version", "use_cache"):
         config.pop(name, None)
     header = json.dumps([_FORMAT, config, settings], sort_keys=True, default=str)
@@ -71,12 +92,13 @@ def reference_key(model: nn.Module, settings: dict, *, adapters: bool = False) -
 def _tensor_digest(value: Tensor) -> bytes:
     data = value.detach().cpu().contiguous().reshape(-1)
     digest = hashlib.blake2b(f"{value.dtype}{tuple(value.shape)}".encode(), digest_size=20)
-    digest.update(data.view(torch.uint8).numpy())
+    # numpy's stubs declare an array a buffer only from Python 3.12 on.
+    digest.update(data.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
     return digest.digest()
 
 
 def _data_digest(features: Sequence[dict], model_key: str) -> str:
-    """Token ids, labels and step ids decide the sums: whatever split or cut the text is in them."""
+    """Hashes token ids, labels and step ids. They decide the sums, however the text was split or cut."""
     digest = hashlib.blake2b(model_key.encode(), digest_size=20)
     for feature in features:
         for name in TOKEN_COLUMNS:
@@ -93,32 +115,40 @@ def add_reference(
     step_sums: Callable[[dict], Tensor],
     name: str = "dataset",
 ):
-    """The dataset with columns `ref_chosen` (K_c,) and `ref_rejected` (K_r,): reference log-prob of each step of each
-    row.
+    """Adds the columns `ref_chosen` (K_c,) and `ref_rejected` (K_r,): the reference log-prob of each step of each row.
+
+    The sums are taken from the cache if they are there. Otherwise they are computed, longest rows first, and saved
+    every half minute, so that an interrupted run goes on from there.
 
     Args:
-        dataset: list of features, or a datasets.Dataset; must have a length.
+        dataset: A list of features, or a datasets.Dataset. It must have a length.
         model_key: `reference_key` of the model behind `step_sums`.
-        step_sums: batch -> (S,) step log-probs in the layout's order, sequence by sequence.
+        cache: The folder and this process's share of the work.
+        collate: Makes a batch from features.
+        step_sums: Returns the step log-probs (S,) of a batch in the layout's order, sequence by sequence.
+        name: What errors call the dataset.
 
-    Looks in the cache first. Otherwise computes, longest rows first, writing what is done every half minute (tmp
-    file, then os.replace), so that an interrupted run goes on where it was. Raises ValueError for a dataset without
-    length and for log-probs that are not finite, naming the row.
+    Returns:
+        A new list, or the datasets.Dataset with the two columns.
+
+    Raises:
+        ValueError: For a dataset without a length, and for log-probs that are not finite, naming the row.
     """
     if not hasattr(dataset, "__len__"):
         got = type(dataset).__name__
         raise ValueError(f"{name}: expected a length (to precompute the reference), or reference_free, got {got}")
     features = list(dataset)
     key = _data_digest(features, model_key)
-    # Rows of like length share a batch. The order, and so what a half-written file means, depends on the data alone.
+    # Rows of similar length share a batch. The order depends only on the data, so a half-written file stays valid.
     order = np.argsort([-len(f["chosen_input_ids"]) - len(f["rejected_input_ids"]) for f in features], kind="stable")
-    counts = [[max(f[f"{side}_step_ids"], default=-1) + 1 for side in ("chosen", "rejected")] for f in features]
-    counts = np.array(counts, np.int64).reshape(-1, 2)
+    steps = [[max(f[f"{side}_step_ids"], default=-1) + 1 for side in ("chosen", "rejected")] for f in features]
+    counts = np.array(steps, np.int64).reshape(-1, 2)
     shares = [order[rank :: cache.world_size] for rank in range(cache.world_size)]
     share = shares[cache.rank]
     _compute([features[i] for i in share], counts[share], cache.file(key, cache.rank), cache, collate, step_sums, name)
     cache.barrier()
-    chosen, rejected = [None] * len(features), [None] * len(features)
+    chosen: list[list[float]] = [[] for _ in features]
+    rejected: list[list[float]] = [[] for _ in features]
     for rank, share in enumerate(shares):
         sums, _ = _load(cache.file(key, rank))
         parts = np.split(sums, np.cumsum(counts[share].reshape(-1))[:-1])
@@ -133,7 +163,7 @@ def add_reference(
 
 
 def _compute(features, counts: np.ndarray, file: Path, cache: ReferenceCache, collate, step_sums, name: str) -> None:
-    """Completes `file`, which holds the sums of the first `rows` rows: chosen steps, then rejected ones, row by row."""
+    """Completes `file`. It holds the sums of the first `rows` rows: row by row, chosen steps, then rejected ones."""
     sums, done = _load(file)
     if done > len(features) or len(sums) != counts[:done].sum():
         sums, done = _NOTHING
@@ -161,6 +191,7 @@ def _compute(features, counts: np.ndarray, file: Path, cache: ReferenceCache, co
 
 
 def _load(file: Path) -> tuple[np.ndarray, int]:
+    """The sums, and the number of rows that they belong to."""
     try:
         with np.load(file) as data:
             return data["sums"], int(data["rows"])
@@ -172,6 +203,7 @@ def _load(file: Path) -> tuple[np.ndarray, int]:
 
 
 def _save(file: Path, sums: np.ndarray, rows: int) -> None:
+    """Writes a temporary file, then renames it, so that no reader sees half a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as out:

@@ -1,13 +1,15 @@
 """Rollouts: completions sampled from the policy, behind an interface small enough for any engine.
 
-What is drawn for a row depends on the policy, the row's prompt and the row's seed alone: one uniform number a token, by
-inverting the cumulative distribution. So rollouts are the same for one process or many, for any batch they are drawn
-in (up to rounding of the logits), in an interrupted run and an uninterrupted one; torch's random state is not used.
+A completion depends only on the policy, the row's prompt and the row's seed. Each token takes one uniform number, which
+is mapped through the inverse of the cumulative distribution; torch's random state is not used. So rollouts are the same
+for one process and for many, for any batch they are drawn in (up to rounding of the logits), and for an interrupted run
+and an uninterrupted one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,18 +21,28 @@ from .sampling import RolloutEngine, Sampling
 
 ENGINES = ("generate", "compact", "vllm")
 
-_BELOW_ONE = 1 - 2**-24
+_BELOW_ONE = 1 - 2**-24  # the greatest float32 below 1
 
 
 def make_engine(name: str, tokenizer, *, rows_at_once: int | None = None, **options: Any) -> RolloutEngine:
-    """An engine by name.
+    """Makes an engine by its name.
 
-    * "generate": Hugging Face's `generate`, for every model;
-    * "compact": a loop over the key-value cache that lets go of rows as they end, for models whose cache can select
-      rows: the same completions, sooner where lengths differ;
-    * "vllm": vLLM beside the policy; `options` go to `vllm.LLM`, and it decides itself how many rows are under way.
+    Args:
+        name: One of
 
-    ValueError for options that the engine does not have.
+            * "generate": Hugging Face's `generate`, for every model.
+            * "compact": a loop over the key-value cache that drops rows as they end. It writes the same completions,
+              sooner where lengths differ. The model's cache must be able to select rows.
+            * "vllm": vLLM beside the policy. It batches by itself.
+        tokenizer: Its padding token fills the batches.
+        rows_at_once: The most rows in one batch; None means all. Not for "vllm".
+        **options: For "vllm" alone: the arguments of `vllm.LLM`.
+
+    Returns:
+        The engine.
+
+    Raises:
+        ValueError: For an unknown name, or for options that the engine does not have.
     """
     check_choice("rollout_engine", name, ENGINES)
     if name != "vllm" and options:
@@ -47,17 +59,31 @@ def make_engine(name: str, tokenizer, *, rows_at_once: int | None = None, **opti
     return (GenerateEngine if name == "generate" else CompactEngine)(tokenizer.pad_token_id or 0, rows_at_once)
 
 
-class GenerateEngine:
-    """`model.generate`, left-padded."""
+class _BatchEngine(ABC):
+    """An engine that completes at most `rows_at_once` rows in one batch."""
 
     def __init__(self, pad_token_id: int, rows_at_once: int | None = None):
         self.pad_token_id, self.rows_at_once = pad_token_id, rows_at_once
 
-    def complete(self, model, prompts, sampling, seeds):
-        return _in_parts(self._complete, self.rows_at_once, model, prompts, sampling, seeds)
-
     @torch.no_grad()
-    def _complete(self, model, prompts, sampling: Sampling, seeds) -> list[list[int]]:
+    def complete(self, model, prompts, sampling: Sampling, seeds) -> list[list[int]]:
+        """See `RolloutEngine.complete`."""
+        if len(seeds) != len(prompts):
+            raise ValueError(f"seeds: expected one for each of {len(prompts)} prompts, got {len(seeds)}")
+        size = self.rows_at_once or max(len(prompts), 1)
+        completions = []
+        for i in range(0, len(prompts), size):
+            completions += self._complete_batch(model, prompts[i : i + size], sampling, seeds[i : i + size])
+        return completions
+
+    @abstractmethod
+    def _complete_batch(self, model, prompts, sampling: Sampling, seeds) -> list[list[int]]: ...
+
+
+class GenerateEngine(_BatchEngine):
+    """`model.generate` on left-padded prompts."""
+
+    def _complete_batch(self, model, prompts, sampling: Sampling, seeds) -> list[list[int]]:
         from transformers import LogitsProcessorList
 
         inputs = left_padded(prompts, self.pad_token_id, _device(model))
@@ -66,7 +92,7 @@ class GenerateEngine:
         out = model.generate(
             **inputs, logits_processor=choose, do_sample=False, num_beams=1, use_cache=True,
             max_new_tokens=sampling.max_completion_length, temperature=None, top_p=None, top_k=None,
-            # of the model's generation_config nothing may change what is drawn: the loss knows nothing of it
+            # The model's generation_config must not change what is drawn, since the loss does not know of it.
             min_length=0, min_new_tokens=None, repetition_penalty=1.0, no_repeat_ngram_size=0, bad_words_ids=None,
             suppress_tokens=None, begin_suppress_tokens=None, forced_bos_token_id=None, forced_eos_token_id=None,
             sequence_bias=None, return_dict_in_generate=False,
@@ -75,17 +101,10 @@ class GenerateEngine:
         return [up_to_end(ids, sampling.eos_token_ids) for ids in out[:, width:].tolist()]
 
 
-class CompactEngine:
-    """A loop over the key-value cache; rows that have ended are dropped from it."""
+class CompactEngine(_BatchEngine):
+    """A loop over the key-value cache. Rows that have ended are dropped from it."""
 
-    def __init__(self, pad_token_id: int, rows_at_once: int | None = None):
-        self.pad_token_id, self.rows_at_once = pad_token_id, rows_at_once
-
-    def complete(self, model, prompts, sampling, seeds):
-        return _in_parts(self._complete, self.rows_at_once, model, prompts, sampling, seeds)
-
-    @torch.no_grad()
-    def _complete(self, model, prompts, sampling: Sampling, seeds) -> list[list[int]]:
+    def _complete_batch(self, model, prompts, sampling: Sampling, seeds) -> list[list[int]]:
         from transformers import DynamicCache
 
         device = _device(model)
@@ -123,13 +142,13 @@ class CompactEngine:
 
 
 class _Chooser:
-    """One token a row from the last position's logits."""
+    """Chooses one token for each row from the logits of the last position."""
 
     def __init__(self, sampling: Sampling, seeds: Sequence[Sequence[int]], device: torch.device):
         from transformers import TopKLogitsWarper, TopPLogitsWarper
 
         self.sampling = sampling
-        self.narrow = [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+        self.narrow: list[Callable[..., Tensor]] = [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
         self.narrow += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
         if sampling.temperature:
             draws = [np.random.default_rng(list(seed)).random(sampling.max_completion_length) for seed in seeds]
@@ -147,7 +166,7 @@ class _Chooser:
 
 
 class _ChooseOne:
-    """Logits processor for `generate`: leaves only the chosen token possible."""
+    """A logits processor for `generate` that leaves only the chosen token possible."""
 
     def __init__(self, chooser: _Chooser, prompt_width: int):
         self.chooser, self.width = chooser, prompt_width
@@ -159,7 +178,7 @@ class _ChooseOne:
 
 
 def end_tokens(model: nn.Module, tokenizer) -> tuple[int, ...]:
-    """Every token that ends a completion: the generation config's, then the tokenizer's end of sequence."""
+    """The tokens that end a completion: those of the generation config, then the tokenizer's end of sequence."""
     found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = found if isinstance(found, list) else [found]
     ends = tuple(dict.fromkeys(i for i in [*ids, tokenizer.eos_token_id] if i is not None))
@@ -169,7 +188,7 @@ def end_tokens(model: nn.Module, tokenizer) -> tuple[int, ...]:
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
-    """input_ids and attention_mask (B, T) int64."""
+    """The model's inputs: input_ids and attention_mask, both (B, T) int64."""
     width = max(map(len, prompts))
     ids = [[pad_token_id] * (width - len(p)) + list(p) for p in prompts]
     mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
@@ -180,18 +199,8 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device: tor
 
 
 def up_to_end(ids: list[int], eos_token_ids: Sequence[int]) -> list[int]:
-    """`ids` up to and with the first end of sequence."""
+    """Returns `ids` up to and with the first end of sequence."""
     return ids[: next((i for i, token in enumerate(ids) if token in eos_token_ids), len(ids)) + 1]
-
-
-def _in_parts(complete, size: int | None, model, prompts, sampling, seeds) -> list[list[int]]:
-    if len(seeds) != len(prompts):
-        raise ValueError(f"seeds: expected one for each of {len(prompts)} prompts, got {len(seeds)}")
-    size = size or max(len(prompts), 1)
-    parts = [
-        complete(model, prompts[i : i + size], sampling, seeds[i : i + size]) for i in range(0, len(prompts), size)
-    ]
-    return [ids for part in parts for ids in part]
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -13,8 +13,27 @@ from .._checks import check_not_negative
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn. `temperature` 0 is greedy; `top_p`, `top_k` narrow the distribution before drawing
-    (and then the loss's log-probs are not those that were drawn from)."""
+    """How completions are drawn.
+
+    `top_p` and `top_k` narrow the distribution that is sampled from. The loss does not know of it: its log-probs are
+    those of the whole distribution.
+
+    Attributes:
+        max_completion_length: The most tokens of a completion, at least 1. The end of sequence counts as one.
+        eos_token_ids: The tokens that end a completion.
+        temperature: Divides the logits before sampling. 0 takes the most probable token.
+        top_p: Nucleus sampling: the smallest set of tokens whose probabilities add up to `top_p`, in (0, 1].
+        top_k: The `top_k` most probable tokens; 0 means all.
+
+    Raises:
+        ValueError: For a value out of its range.
+        TypeError: For a temperature that is no number.
+
+    Example:
+        >>> from sspo_ext.train.sampling import Sampling
+        >>> Sampling(max_completion_length=256, eos_token_ids=(1,), temperature=0.7).top_p
+        1.0
+    """
 
     max_completion_length: int
     eos_token_ids: tuple[int, ...]
@@ -31,11 +50,32 @@ class Sampling:
 
 
 class RolloutEngine(Protocol):
-    """Anything that completes prompts."""
+    """Anything that completes prompts. Pass yours to `SSPOTrainer(engine=...)`.
+
+    Example:
+        An engine that writes the same tokens after every prompt:
+
+        >>> class Parrot:
+        ...     def __init__(self, token_ids):
+        ...         self.token_ids = token_ids
+        ...
+        ...     def complete(self, model, prompts, sampling, seeds):
+        ...         return [self.token_ids[: sampling.max_completion_length] for _ in prompts]
+    """
 
     def complete(
         self, model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[Sequence[int]]
     ) -> list[list[int]]:
-        """Token ids of one completion to each prompt, up to and with the end of sequence, at most
-        `sampling.max_completion_length`. `seeds`: some non-negative integers for each row."""
+        """Writes one completion for each prompt.
+
+        Args:
+            model: The policy. It is in evaluation mode, and no gradient is recorded.
+            prompts: The token ids of each prompt, without padding.
+            sampling: How to draw, where to stop.
+            seeds: For each prompt a few non-negative integers. Drawing from them alone makes a run repeatable.
+
+        Returns:
+            The token ids of each completion, in the order of the prompts: up to and with the first end of sequence,
+            at most `sampling.max_completion_length`.
+        """
         ...

@@ -1,11 +1,12 @@
-"""SSPOConfig: what SSPOTrainer can be told."""
+"""The options of SSPOTrainer."""
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .._checks import check_choice, check_count, check_not_negative, check_positive
 from ..formulas.policy import KL_ESTIMATORS, LEVELS, get_policy_formula
@@ -14,7 +15,7 @@ from ..signals.credit.baselines import BASELINES, UNGROUPED
 from ..signals.probing.options import ProbeOptions
 from ..signals.probing.texts import Probe, as_probe
 from ..signals.split import split_text
-from .model_call import ROUTE_HELP
+from .options import check_dictionary, dictionary, documented
 from .rollout import ENGINES
 
 COMBINE = ("add", "replace", "outcome")
@@ -22,141 +23,142 @@ COMBINE = ("add", "replace", "outcome")
 _DICTIONARIES = ("rollout_options", "chat_template_kwargs", "probe_options", "loss_options")
 
 
-def _option(default, text: str):
-    return field(default=default, metadata={"help": text})
-
-
+@documented
 @dataclass
 class SSPOConfig(TrainingArguments):
-    """TrainingArguments and what SSPO adds; names are TRL's GRPO names where it has them.
+    """TrainingArguments and the options of SSPO.
 
-    `per_device_train_batch_size` counts completions, and an update has per_device_train_batch_size x
-    gradient_accumulation_steps x processes of them: a multiple of `num_generations`.
+    Options have TRL's GRPO names where TRL has them. `per_device_train_batch_size` counts completions. An update has
+    per_device_train_batch_size x gradient_accumulation_steps x processes of them, a multiple of `num_generations`.
+
+    Attributes:
+        remove_unused_columns: False: the grader needs columns that the model does not.
+        logging_nan_inf_filter: False: a NaN loss is logged as NaN.
+        logging_steps: Updates between two log lines.
+        learning_rate: The peak learning rate.
+        num_generations: Completions of each prompt, which form the group of the baseline.
+        max_completion_length: The most tokens of a completion. One that is cut off here is not graded: its reward is
+            0, or the lowest of the update if that is below 0.
+        temperature: Divides the logits, in sampling and in the loss. Above 0.
+        top_p: Nucleus sampling, in (0, 1]. Below 1 the loss is no longer that of the sampled distribution.
+        top_k: Sample only from the `top_k` most probable tokens; 0 means all. The loss does not know of it, as with
+            `top_p`.
+        rollout_engine: "generate", "compact" or "vllm", see `sspo_ext.train.rollout.make_engine`.
+        rollout_batch_size: The most rows completed at once on a device; None means all of the update. Not for "vllm".
+        rollout_options: Arguments of `vllm.LLM`, for "vllm" alone.
+        chat_template_kwargs: Arguments of the chat template, such as `{"enable_thinking": False}`.
+        split_by: What ends a step: "newline", "blank_line" or a regular expression, see `sspo_ext.signals.split`.
+        probe: What asks the model for its answer: a language of `sspo_ext.signals.PROBES`, a text, or a Probe.
+        probe_end: A text that must follow the answer for it to count, such as the end of sequence, or several, any of
+            which may. Empty: an answer counts however the text goes on.
+        probe_turn: Ask in a new turn of the user, by the chat template.
+        probe_options: Other arguments of `sspo_ext.signals.probe_step_values`: mode, reduce, engine, ...
+        gamma: The discount for each step, in [0, 1]. Below 1 every step has a cost, which makes reasoning short.
+        lam: Lambda of GAE over steps, in [0, 1]. With 0 a step's advantage is the progress of that step alone.
+        baseline: What the reward is compared with: "rloo", "grpo", "dr_grpo", "reinforce", "reinforce++" or
+            "reinforce++_baseline", see `sspo_ext.signals.outcome_advantages`.
+        combine: "add" adds the step advantages to the outcome's, "replace" uses the step advantages alone, "outcome"
+            the outcome's alone, without probing.
+        step_scale: The weight of the step advantages beside the outcome's.
+        scale_advantages: Whether to divide the outcome's advantages and the step advantages each by their standard
+            deviation over the update. With False they stay as the baseline and GAE define them, as in plain RLOO or
+            Dr. GRPO.
+        loss_type: "reinforce", "ppo" or "cispo".
+        loss_options: Other options of the loss type and of `sspo_ext.step_policy_loss`, such as
+            `{"importance_sampling_level": "sequence"}`.
+        epsilon: How far the ratio may fall below 1 before it is clipped; None means the loss type's own default.
+        epsilon_high: How far the ratio may rise above 1; None means the loss type's own default.
+        beta: The weight of the KL divergence from the model as given (a PeftModel: with its adapter); 0 means none.
+        kl_estimator: "k1", "k2" or "k3".
+        entropy_coef: The weight of the entropy bonus.
+        aggregation: The mean that the loss is: over "token", "step" or "sequence", or "sum", which divides by a
+            constant (Dr. GRPO). See `sspo_ext.step_policy_loss`.
+        num_iterations: Updates on each batch of rollouts. Above 1 the loss type needs a ratio.
+        route: "linear" computes log-probs from hidden states and never stores the logits. It raises UnsupportedHead
+            for a model whose LM head it cannot use. "logits" reads the model's own logits. "auto" is "linear" where
+            the model allows it, else "logits" with a warning.
+        backend: Who computes the loss: "auto", "cpu", "triton", "cuda" or "reference".
+        chunk_bytes: The size of the linear route's logits buffer in bytes; None means 128 MiB on CPUs, 512 MiB
+            elsewhere.
+
+    Raises:
+        ValueError: For an option out of its range, or one that has no effect beside the others.
+        TypeError: For an option of the wrong type.
+
+    Example:
+        >>> from sspo_ext.train import SSPOConfig
+        >>> args = SSPOConfig("out", num_generations=4, gamma=0.95, probe_options={"reduce": "mean"})
+        >>> args.gamma
+        0.95
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *_DICTIONARIES]
 
-    remove_unused_columns: bool = _option(False, "Rows are the grader's, not the model's.")
-    logging_nan_inf_filter: bool = _option(False, "True hides a NaN loss from the log.")
-    logging_steps: float = _option(1, "Log every so many updates.")
-    learning_rate: float = _option(1e-6, "Peak learning rate.")
+    remove_unused_columns: bool = False
+    logging_nan_inf_filter: bool = False
+    logging_steps: float = 1
+    learning_rate: float = 1e-6
 
-    num_generations: int = _option(8, "Completions of every prompt: the group of the baseline.")
-    max_completion_length: int = _option(
-        256, "Tokens; a completion that reaches it earns 0, or the update's lowest reward below."
-    )
-    temperature: float = _option(1.0, "Of sampling, and of the log-probs in the loss.")
-    top_p: float = _option(1.0, "Nucleus sampling; below 1 the loss is no longer that of the sampled distribution.")
-    top_k: int = _option(0, "Sampling from the k most probable tokens; 0: from all. The same caution.")
-    rollout_engine: str = _option("generate", "generate, compact or vllm (sspo_ext.train.rollout).")
-    rollout_batch_size: int | None = _option(None, "Rows completed at once on a device; None: all. Not for vllm.")
-    rollout_options: dict | str | None = _option(None, "vLLM's own options.")
-    chat_template_kwargs: dict | str | None = _option(None, "Of the chat template: {'enable_thinking': false}.")
+    num_generations: int = 8
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    rollout_engine: str = "generate"
+    rollout_batch_size: int | None = None
+    rollout_options: dict | str | None = None
+    chat_template_kwargs: dict | str | None = None
 
-    split_by: str = _option("newline", "newline, blank_line or a regular expression (sspo_ext.signals.split).")
-    probe: str = _option("en", "A language of sspo_ext.signals.PROBES, or the text that asks for the answer.")
-    probe_end: str | list[str] = _option(
-        "", "What must follow the answer for it to count, such as the end of sequence; any of several."
-    )
-    probe_turn: bool = _option(False, "Ask in a turn of the user's, by the chat template.")
-    probe_options: dict | str | None = _option(None, "Of sspo_ext.signals.probe_step_values: mode, reduce, engine, ...")
-    gamma: float = _option(0.9, "Discount per step: what a step costs. It makes reasoning short; 1 does not.")
-    lam: float = _option(0.9, "GAE's lambda over steps. 0: a step's own progress.")
-    baseline: str = _option("rloo", "Of the outcome: rloo, grpo, dr_grpo, reinforce or reinforce++.")
-    combine: str = _option(
-        "add", "add to the outcome's advantage the step's, or replace it; outcome: the outcome's alone, no probe."
-    )
+    split_by: str = "newline"
+    probe: str = "en"
+    probe_end: str | list[str] = ""
+    probe_turn: bool = False
+    probe_options: dict | str | None = None
+    gamma: float = 0.9
+    lam: float = 0.9
+    baseline: str = "rloo"
+    combine: str = "add"
 
-    step_scale: float = _option(1.0, "Weight of the steps' advantages beside the outcome's.")
-    scale_advantages: bool = _option(
-        True, "Divide the outcome's and the steps' each by their standard deviation over the update; False: as the "
-        "baseline and GAE define them (plain RLOO, or Dr. GRPO)."
-    )  # fmt: skip
+    step_scale: float = 1.0
+    scale_advantages: bool = True
 
-    loss_type: str = _option("reinforce", "See sspo_ext.formulas.policy.POLICY_FORMULAS.")
-    loss_options: dict | str | None = _option(
-        None, "Other options of the loss type and of step_policy_loss: {'importance_sampling_level': 'sequence'}."
-    )
-    epsilon: float | None = _option(None, "Clipping below, for a loss that clips; None: its own default.")
-    epsilon_high: float | None = _option(None, "Clipping above; None: the loss's own default.")
-    beta: float = _option(0.0, "Weight of the KL to the model as given (a PeftModel: with its adapter); 0: none.")
-    kl_estimator: str = _option("k3", "k1, k2 or k3.")
-    entropy_coef: float = _option(0.0, "Weight of the entropy bonus.")
-    aggregation: str = _option("token", "How tokens are averaged, see step_policy_loss.")
-    num_iterations: int = _option(1, "Updates on every batch of rollouts.")
-    route: str = _option("linear", ROUTE_HELP)
-    backend: str = _option("auto", "auto, cpu, triton, cuda or reference.")
-    chunk_bytes: int | None = _option(None, "Budget of the linear route's logits buffer.")
+    loss_type: str = "reinforce"
+    loss_options: dict | str | None = None
+    epsilon: float | None = None
+    epsilon_high: float | None = None
+    beta: float = 0.0
+    kl_estimator: str = "k3"
+    entropy_coef: float = 0.0
+    aggregation: str = "token"
+    num_iterations: int = 1
+    route: str = "linear"
+    backend: str = "auto"
+    chunk_bytes: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
         for name in _DICTIONARIES:
-            if not isinstance(getattr(self, name), dict | None):
-                raise TypeError(f"{name}: expected a dictionary, or its JSON, got {getattr(self, name)!r}")
+            check_dictionary(name, getattr(self, name))
         self._check_signals()
         if self.label_smoothing_factor:
             raise ValueError(f"label_smoothing_factor: expected 0, got {self.label_smoothing_factor}; it has no effect")
-        if self.auto_find_batch_size or self.accelerator_config.split_batches:
+        # TrainingArguments has made an AcceleratorConfig of it
+        if self.auto_find_batch_size or cast(AcceleratorConfig, self.accelerator_config).split_batches:
             raise ValueError(
                 "auto_find_batch_size, split_batches: expected False, since they change how many completions an update "
                 "has and so the groups"
             )
-        # what sampling narrows is the rollouts' own; a temperature of 0 has no log-probs
-        check_positive("temperature", self.temperature)
-        check_positive("top_p", self.top_p)
-        if self.top_p > 1:
-            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
-        check_count("top_k", self.top_k, 0)
-        check_count("max_completion_length", self.max_completion_length)
-        check_choice("rollout_engine", self.rollout_engine, ENGINES)
-        check_choice("kl_estimator", self.kl_estimator, tuple(KL_ESTIMATORS))
-        check_choice("combine", self.combine, COMBINE)
-        check_choice("baseline", self.baseline, tuple(BASELINES))
-        check_choice("aggregation", self.aggregation, AGGREGATIONS)
-        for name in ("gamma", "lam"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
-        check_not_negative("step_scale", self.step_scale)
-        if self.step_scale != 1 and self.combine == "outcome":
-            raise ValueError(
-                f"step_scale: expected 1 with combine='outcome', which has no steps, got {self.step_scale}"
-            )
-        check_not_negative("beta", self.beta)
-        for name in ("num_generations", "num_iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.rollout_batch_size is not None and self.rollout_batch_size < 1:
-            raise ValueError(f"rollout_batch_size: expected at least 1, or None, got {self.rollout_batch_size}")
-        if self.num_generations == 1 and self.combine == "outcome" and self.baseline not in UNGROUPED:
-            raise ValueError(
-                f"num_generations: expected at least 2, since baseline {self.baseline!r} compares the completions of a "
-                "prompt and combine='outcome' leaves nothing else, got 1"
-            )
-        head = get_policy_formula(self.loss_type)
-        head.check_options(self.head_options)
-        level = (self.loss_options or {}).get("importance_sampling_level", "token")
-        check_choice("importance_sampling_level", level, LEVELS)
-        if level != "token" and not head.has_ratio:
-            raise ValueError(f"importance_sampling_level: loss_type {self.loss_type!r} has no ratio, got {level!r}")
-        if self.num_iterations > 1 and not head.has_ratio:
-            raise ValueError(
-                f"num_iterations: expected 1 with loss_type {self.loss_type!r}, which has no ratio to correct for the "
-                f"updates since the rollouts, got {self.num_iterations}"
-            )
-        if self.num_iterations > 1 and self.save_strategy == "steps" and self.save_steps % self.num_iterations:
-            raise ValueError(
-                f"save_steps: expected a multiple of num_iterations={self.num_iterations}, since rollouts are not "
-                f"saved, got {self.save_steps}"
-            )
+        self._check_rollouts()
+        self._check_advantages()
+        self._check_loss()
 
     def _check_signals(self) -> None:
         split_text("", self.split_by)
         if self.split_by == "numbered":
             raise ValueError("split_by: 'numbered' shows in no single token; expected newline, blank_line or a regex")
         as_probe(self.probe)
-        given = self.probe_options or {}
-        known = [name for name in inspect.signature(ProbeOptions).parameters if name != "grader"]
+        given = dictionary(self.probe_options)
+        known = [field.name for field in fields(ProbeOptions) if field.name != "grader"]
         for name in given:
             if name in ("grader", "tokenizer"):
                 raise ValueError(f"probe_options: expected no {name!r}, which is the trainer's own")
@@ -167,9 +169,62 @@ class SSPOConfig(TrainingArguments):
         except (TypeError, ValueError) as error:
             raise type(error)(f"probe_options: {error}") from None
 
+    def _check_rollouts(self) -> None:
+        check_positive("temperature", self.temperature)  # at 0 there are no log-probs
+        check_positive("top_p", self.top_p)
+        if self.top_p > 1:
+            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
+        check_count("top_k", self.top_k, 0)
+        check_count("max_completion_length", self.max_completion_length)
+        check_choice("rollout_engine", self.rollout_engine, ENGINES)
+        for name in ("num_generations", "num_iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.rollout_batch_size is not None and self.rollout_batch_size < 1:
+            raise ValueError(f"rollout_batch_size: expected at least 1, or None, got {self.rollout_batch_size}")
+
+    def _check_advantages(self) -> None:
+        check_choice("combine", self.combine, COMBINE)
+        check_choice("baseline", self.baseline, tuple(BASELINES))
+        for name in ("gamma", "lam"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
+        check_not_negative("step_scale", self.step_scale)
+        if self.step_scale != 1 and self.combine == "outcome":
+            raise ValueError(
+                f"step_scale: expected 1 with combine='outcome', which has no steps, got {self.step_scale}"
+            )
+        if self.num_generations == 1 and self.combine == "outcome" and self.baseline not in UNGROUPED:
+            raise ValueError(
+                f"num_generations: expected at least 2, since baseline {self.baseline!r} compares the completions of a "
+                "prompt and combine='outcome' leaves nothing else, got 1"
+            )
+
+    def _check_loss(self) -> None:
+        check_choice("kl_estimator", self.kl_estimator, tuple(KL_ESTIMATORS))
+        check_choice("aggregation", self.aggregation, AGGREGATIONS)
+        check_not_negative("beta", self.beta)
+        formula = get_policy_formula(self.loss_type)
+        formula.check_options(self.formula_options)
+        level = dictionary(self.loss_options).get("importance_sampling_level", "token")
+        check_choice("importance_sampling_level", level, LEVELS)
+        if level != "token" and not formula.has_ratio:
+            raise ValueError(f"importance_sampling_level: loss_type {self.loss_type!r} has no ratio, got {level!r}")
+        if self.num_iterations > 1 and not formula.has_ratio:
+            raise ValueError(
+                f"num_iterations: expected 1 with loss_type {self.loss_type!r}, which has no ratio to correct for the "
+                f"updates since the rollouts, got {self.num_iterations}"
+            )
+        if self.num_iterations > 1 and self.save_strategy == "steps" and self.save_steps % self.num_iterations:
+            raise ValueError(
+                f"save_steps: expected a multiple of num_iterations={self.num_iterations}, since rollouts are not "
+                f"saved, got {self.save_steps}"
+            )
+
     @property
     def asked(self) -> Probe:
-        """The probe, with `probe_end`, `probe_turn` and `chat_template_kwargs` where they are given."""
+        """The probe, with `probe_end`, `probe_turn` and `chat_template_kwargs` if they are given."""
         ends = (self.probe_end,) if isinstance(self.probe_end, str) else tuple(self.probe_end)
         given = {"ends": ends} if any(ends) else {}
         given |= {"turn": True} if self.probe_turn else {}
@@ -177,8 +232,17 @@ class SSPOConfig(TrainingArguments):
         return replace(as_probe(self.probe), **given)
 
     @property
-    def head_options(self) -> dict[str, float]:
-        """The loss type's options that were given; those of step_policy_loss itself are left out."""
-        given = {"epsilon": self.epsilon, "epsilon_high": self.epsilon_high, **(self.loss_options or {})}
+    def loss_arguments(self) -> dict[str, Any]:
+        """The arguments of `step_policy_loss` that are settings: the same for every batch."""
+        return {
+            "loss_type": self.loss_type, "kl_coef": self.beta, "kl_estimator": self.kl_estimator,
+            "entropy_coef": self.entropy_coef, "aggregation": self.aggregation, "temperature": self.temperature,
+            "backend": self.backend, **dictionary(self.loss_options), **self.formula_options,
+        }  # fmt: skip
+
+    @property
+    def formula_options(self) -> dict[str, float]:
+        """The options given to the loss type itself, without those of `step_policy_loss`."""
+        given = {"epsilon": self.epsilon, "epsilon_high": self.epsilon_high, **dictionary(self.loss_options)}
         common = ("importance_sampling_level", "length_normalize", "prob_threshold")
         return {name: value for name, value in given.items() if value is not None and name not in common}

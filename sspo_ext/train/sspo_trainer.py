@@ -1,87 +1,102 @@
 """SSPOTrainer: self-traced step-wise policy optimisation on `transformers.Trainer`.
 
-An update: roll out (`rollout`), grade by the answer (`grade`), split into steps, probe what the policy itself thinks of
-every prefix (`sspo_ext.signals`), turn values into step advantages by GAE over steps, and take one policy-gradient
-step from hidden states. No length enters anywhere, no reward model, no value network. All of it happens where Trainer
-collects the micro-batches of an update; optimisers, schedules, checkpoints, DDP and logging backends are Trainer's.
-
-How values become advantages is our reconstruction of SSPO (arXiv 2508.12604).
+The methods stand in the order of one update: rollouts and grading (`roll_out`), values (`step_values`), advantages
+(`advantages`), loss (`policy_loss`, `compute_loss`). All but the loss happens where Trainer collects the micro-batches
+of an update. Optimisers, schedules, checkpoints, DDP and logging are Trainer's.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
-import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.graders import Grader, answer_grader, answer_texts, grade_rows
-from ..data.prompts import check_rows, prompt_tokens
-from ..hf.forward import forward_hidden
-from ..hf.head import model_head
+from ..data.graders import Grader, grade_rows
+from ..data.prompts import check_rows
 from ..hf.wrappers import eval_mode
-from ..layout.bundle import TensorBundle
 from ..losses.policy import StepPolicyOutput, linear_step_policy_loss, step_policy_loss
-from ..signals.credit.baselines import combine_advantages, outcome_advantages
-from ..signals.credit.gae import step_gae
 from ..signals.probing.probe import probe_step_values
-from ..signals.split import delimiter_mask
-from ..signals.values import StepBatch, StepValues
+from ..signals.values import StepBatch
+from .base import StepTrainer
 from .experience import (
     PromptSampler,
     Rollout,
     Summary,
-    advantage_metrics,
-    counted_items,
     graded_rollouts,
+    lowest_reward,
     num_items,
-    over_std,
     policy_batch,
+    probe_answers,
+    prompt_ids,
     rollout_metrics,
+    step_advantages,
+    update_metrics,
 )
 from .means import Sums
-from .model_call import batch_logps, check_processes, choose_route, model_inputs, router_loss, text_logits
-from .models import load_model
+from .model_call import call_model, check_processes, choose_route, router_loss
+from .models import model_and_tokenizer, with_adapter
+from .options import dictionary
 from .rollout import end_tokens, make_engine
 from .sampling import RolloutEngine, Sampling
 from .sspo_config import SSPOConfig
-
-_METRICS = (
-    "kl", "entropy", "ratio/mean", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
-    "steps/logps", "steps/tokens",
-)  # fmt: skip
+from .sspo_inputs import check_batch, check_datasets, check_given, frozen_copy, has_chat, step_delimiters
 
 
-class SSPOTrainer(Trainer):
-    """Trains a causal LM on prompts with answers.
+class SSPOTrainer(StepTrainer):
+    r"""Trains a causal LM on prompts with answers, by self-traced step-wise policy optimisation (SSPO).
+
+    One update completes prompts with the policy, grades the answers, asks the policy itself what every prefix is worth,
+    turns these values into step advantages by GAE over steps, and takes one policy-gradient step. The rewards see no
+    length, and there is neither a reward model nor a value network. How values become advantages is our reconstruction
+    of SSPO (arXiv 2508.12604).
+
+    Override `step_values` for another estimate of a prefix's value, and `on_rollouts` to look at the rollouts.
 
     Args:
-        model: a causal LM, a PEFT model, or a name or path (`load_model`, which then gives the tokenizer too).
-        args: SSPOConfig.
+        model: A causal LM, a PeftModel, or a name or path, which `load_model` loads together with its tokenizer.
+        args: The options.
         reward_func: `reward(prompt, completion, answer) -> float`, or TRL's form `reward(prompts, completions,
-            **columns) -> list[float]`, see `sspo_ext.data.graders`. In [0, 1], the scale of the values; of any scale
-            with combine="outcome".
-        train_dataset: rows with "prompt" (a text or chat messages) and "answer" (a text or number; a mapping with an
-            "answer" for graders that need more; a list of accepted spellings). With a length. Every row is looked at.
-        eval_dataset: the same. `evaluate()` completes it greedily: eval_accuracy, eval_reward, lengths.
-        processing_class: the tokenizer.
-        peft_config: wraps the model in an adapter. The reference (`beta`) is the model as given: without the adapter
-            here; for a PeftModel that is given, with its adapter as it is then.
-        engine: a RolloutEngine of your own in place of `args.rollout_engine`.
-        **trainer_kwargs: Trainer's other arguments (callbacks, optimizers, ...).
+            **columns) -> list[float]`; see `sspo_ext.data.graders`. Rewards are in [0, 1], the scale of the values;
+            with combine="outcome" they may have any scale. A completion that was cut off is not graded.
+        train_dataset: Rows with "prompt" and "answer", with a length. The prompt is a text or chat messages. The
+            answer is a text, a number, a list of accepted spellings, or a mapping for graders that need more. Every row
+            is checked before training.
+        eval_dataset: The same. `evaluate()` completes it greedily.
+        processing_class: The tokenizer. It must have an end-of-sequence token.
+        peft_config: Wraps the model in a new adapter, and only the adapter is trained. Then the reference of the KL
+            divergence (`beta`) is the model without it. Otherwise it is a frozen copy of the model as given, which
+            shares the parameters that are not trained.
+        engine: A `RolloutEngine` of your own in place of `args.rollout_engine`.
+        **trainer_kwargs: Other arguments of Trainer, such as callbacks and optimizers.
 
-    Override `step_values` for another estimate of a state's worth.
+    Raises:
+        TypeError: If `args` is no SSPOConfig, or `reward_func` no function.
+        ValueError: For rows, options or a tokenizer that cannot work together, naming the argument.
+        UnsupportedHead: With route="linear", for a model whose LM head that route cannot use.
+
+    Example:
+        >>> import tempfile
+        >>> from sspo_ext.train import SSPOConfig, SSPOTrainer
+        >>> rows = [{"prompt": f"{a} + {a} = ? \n", "answer": str(2 * a)} for a in range(2, 10)]
+        >>> args = SSPOConfig(
+        ...     tempfile.mkdtemp(), per_device_train_batch_size=8, num_generations=4, max_completion_length=8,
+        ...     max_steps=1, probe="####", use_cpu=True, report_to="none", disable_tqdm=True,
+        ... )
+        >>> def right(prompt, completion, answer):
+        ...     return float(completion.rpartition("####")[2].strip() == answer)
+        >>> trainer = SSPOTrainer(model, args, right, rows, processing_class=tokenizer)
+        >>> log = trainer.train()
     """
 
-    # compute_loss divides by the count of all accumulated micro-batches; Trainer must not divide again.
-    loss_is_scaled_for_ga = True
+    args: SSPOConfig
+    columns = ("prompt", "answer")
 
     def __init__(
         self,
@@ -97,65 +112,39 @@ class SSPOTrainer(Trainer):
     ):
         if not isinstance(args, SSPOConfig):
             raise TypeError(f"args: expected an SSPOConfig, got {type(args).__name__}")
-        if isinstance(model, (str, os.PathLike)):
-            model, tokenizer = load_model(model)
-            processing_class = processing_class or tokenizer
-        if processing_class is None:
-            raise ValueError("processing_class: expected the model's tokenizer, got None")
-        probed = args.combine != "outcome"
-        # values of a subclass's own making may need no text
-        by_text = probed and (args.probe_options or {}).get("mode", "likelihood") == "likelihood"
-        by_text = by_text and type(self).step_values is SSPOTrainer.step_values
-        if not callable(reward_func):
-            raise TypeError(f"reward_func: expected one function, see sspo_ext.data.graders, got {reward_func!r}")
-        for name in ("compute_metrics", "compute_loss_func"):
-            if trainer_kwargs.get(name) is not None:
-                raise ValueError(f"{name}: expected None, since the trainer has its own, got {trainer_kwargs[name]!r}")
-        self._chat = getattr(processing_class, "chat_template", None) is not None
-        if probed and args.asked.turn and not self._chat:
-            raise ValueError("probe_turn: expected a tokenizer with a chat template, which writes the user's turn")
-        check_rows("train_dataset", train_dataset, chat=self._chat, answers=probed, texts=by_text)
-        check_rows("eval_dataset", eval_dataset, chat=self._chat)
+        policy, tokenizer = model_and_tokenizer(model, processing_class)
+        check_given(args, tokenizer, reward_func, engine, trainer_kwargs)
+        own_values = type(self).step_values is not SSPOTrainer.step_values
+        check_datasets(args, tokenizer, train_dataset, eval_dataset, own_values=own_values)
         self.ref_model = None
         if peft_config is not None:
-            from peft import PeftModel, get_peft_model
-
-            if isinstance(model, PeftModel):
-                raise ValueError("peft_config: expected None for a PeftModel, which has an adapter; or merge that")
-            model = get_peft_model(model, peft_config)
+            policy = with_adapter(policy, peft_config)
         elif args.beta:
-            # What is frozen stays as it is and is shared: an adapter's reference costs an adapter.
-            frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
-            self.ref_model = copy.deepcopy(model, frozen).eval().requires_grad_(False)
+            self.ref_model = frozen_copy(policy)
         self.reward_func = reward_func
-        self._on_scale = probed and type(self).step_values is SSPOTrainer.step_values
-        self.pad_token_id = processing_class.pad_token_id or 0
-        self.eos_token_ids = end_tokens(model, processing_class)
-        # a model of several parts (text and images) has its vocabulary in the text's config
-        vocabulary = model.config.get_text_config().vocab_size
-        padding = [] if processing_class.pad_token_id is None else [processing_class.pad_token_id]
-        self.delimiters = delimiter_mask(
-            processing_class, args.split_by, vocab_size=max(vocabulary, len(processing_class)),
-            eos_token_ids=[*self.eos_token_ids, *padding],
-        )  # fmt: skip
+        self._unit_rewards = args.combine != "outcome" and not own_values
+        self.pad_token_id = tokenizer.pad_token_id or 0
+        self.eos_token_ids = end_tokens(policy, tokenizer)
+        self.delimiters = step_delimiters(policy, tokenizer, args.split_by, self.eos_token_ids)
         self._sums = Sums()
-        self._buffer: tuple[list[dict], Tensor | float] | None = None
+        self._buffer: tuple[list[dict], float] | None = None
         self._update_began: float | None = None
-        super().__init__(model, args, list, train_dataset, eval_dataset, processing_class, **trainer_kwargs)
+        super().__init__(policy, args, cast(Any, list), train_dataset, eval_dataset, tokenizer, **trainer_kwargs)
         self.model_accepts_loss_kwargs = True
-        self._check_batch()
-        if engine is not None and args.rollout_options:
-            raise ValueError("rollout_options: expected None beside an engine of your own, which has its options")
+        check_processes(args)
+        check_batch(args, self._rows_per_update)
+        options = dictionary(args.rollout_options)
         self.engine = engine or make_engine(
-            args.rollout_engine, processing_class, rows_at_once=args.rollout_batch_size, **(args.rollout_options or {})
+            args.rollout_engine, tokenizer, rows_at_once=args.rollout_batch_size, **options
         )
         self.route = choose_route(self.model, args.route, args.device)
         if self.ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
 
-    # ---- an update's batch
+    # ---- one update
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device) -> tuple[list, Any]:
+        """The micro-batches of the next update; new rollouts once in `num_iterations` updates."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return [], None
@@ -167,10 +156,10 @@ class SSPOTrainer(Trainer):
         return self._buffer
 
     def _experience(self, batches: Sequence[Sequence[Mapping]]) -> tuple[list[dict], float]:
-        """Micro-batches of this process and the number of items of all processes."""
+        """Micro-batches of this process, and the number of items of all processes."""
         args, size = self.args, len(batches[0])
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        # A row's place in the whole update decides its seed and its group, whatever process it is on.
+        # A row's place in the whole update decides its seed and its group, on whatever process it is.
         places = [(g * world + rank) * size + j for g in range(len(batches)) for j in range(size)]
         update = self.state.global_step // args.num_iterations
         with eval_mode(self.model):
@@ -180,154 +169,142 @@ class SSPOTrainer(Trainer):
                 with self._sums.phase("probe"):
                     for rollout, values in zip(rollouts, self.step_values(rollouts), strict=True):
                         rollout.values = values
-            shared = [Summary.of(place, rollout) for place, rollout in zip(places, rollouts, strict=True)]
-            everyone = sorted(gather_object(shared)) if world > 1 else sorted(shared)
-            # never to end is no better than the worst that was written
-            worst = min([0.0, *(row.reward for row in everyone)])
-            everyone = [row if row.ended else row._replace(reward=worst) for row in everyone]
-            advantages = self.advantages(
-                torch.tensor([row.reward for row in everyone]),
-                [row.steps for row in everyone],
-                [row.values for row in everyone],
-                torch.tensor([row.place // args.num_generations for row in everyone]),
-            )
-            for place, rollout in zip(places, rollouts, strict=True):
-                rollout.advantages = advantages[place]
-                rollout.reward = rollout.reward if rollout.ended else worst
-            for name, value in rollout_metrics(everyone).items():
-                self._sums.add(name, value)
-            for name, (total, count) in advantage_metrics(everyone, advantages).items():
-                self._sums.add(name, total, count)
-            # of like lengths together, which leaves little padding; the loss is a sum over all of them anyway
+            everyone = self._assign_advantages(places, rollouts)
+            # Similar lengths share a micro-batch and need little padding; the loss is a sum over all of them anyway.
             rollouts.sort(key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
             micro = [policy_batch(rollouts[i : i + size], self.pad_token_id) for i in range(0, len(rollouts), size)]
             with self._sums.phase("logps"):
                 for batch in micro:
                     self._add_log_probs(batch)
         self.on_rollouts(rollouts)
-        items = num_items(args.aggregation, everyone, args.max_completion_length)
-        threshold = (args.loss_options or {}).get("prob_threshold")
-        if threshold is not None and args.aggregation != "sum":
-            counted = torch.tensor(counted_items(args.aggregation, micro, threshold), device=args.device)
-            items = float(max(self.accelerator.reduce(counted, "sum").item(), 1))
-        return micro, items
+        return micro, num_items(args, everyone, micro, self.accelerator)
 
     def roll_out(
         self, rows: Sequence[Mapping], seeds: Sequence[Sequence[int]], *, temperature: float | None = None
     ) -> list[Rollout]:
-        """Completions of the rows' prompts, graded and split into steps. `temperature` 0 is greedy."""
+        """Completes the rows' prompts, grades the completions and splits them into steps.
+
+        Args:
+            rows: Rows of the dataset.
+            seeds: For each row a few non-negative integers. They decide what is drawn.
+            temperature: In place of `args.temperature`; 0 is greedy.
+
+        Returns:
+            One rollout for each row, without values and advantages.
+        """
         args, tokenizer = self.args, self.processing_class
         sampling = Sampling(
             args.max_completion_length, self.eos_token_ids, args.temperature if temperature is None else temperature,
             args.top_p, args.top_k,
         )  # fmt: skip
         with self._sums.phase("rollout"), torch.no_grad(), self.accelerator.autocast():
-            keys = [(isinstance(row["prompt"], str), str(row["prompt"])) for row in rows]  # a group's rows share theirs
-            known = {key: row["prompt"] for key, row in zip(keys, rows, strict=True)}
-            known = {key: prompt_tokens(prompt, tokenizer, args.chat_template_kwargs) for key, prompt in known.items()}
-            prompts = [known[key] for key in keys]
+            prompts = prompt_ids([row["prompt"] for row in rows], tokenizer, dictionary(args.chat_template_kwargs))
             completions = self.engine.complete(self.model, prompts, sampling, seeds)
         with self._sums.phase("grade"):
-            grader = functools.partial(grade_rows, self.reward_func, unit=self._on_scale, trainer_state=self.state)
+            grader = functools.partial(grade_rows, self.reward_func, unit=self._unit_rewards, trainer_state=self.state)
             return graded_rollouts(rows, prompts, completions, tokenizer, self.eos_token_ids, self.delimiters, grader)
 
     def step_values(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
-        """V_0 .. V_K of each: the policy's own estimate after the probe, and 0 at the end."""
-        # Nothing is asked after the last step: the outcome itself is known there.
+        """Estimates the value of every prefix: the policy's own chance of the right answer, asked by the probe.
+
+        Args:
+            rollouts: Rollouts of this process, split into steps and graded.
+
+        Returns:
+            V_0 .. V_K for each rollout of K steps, with V_K = 0; `[V_0]` for one without steps. The advantages take
+            values to be on the scale of the rewards.
+        """
+        # After the last step nothing is asked, since the outcome is known there.
         states = StepBatch([r.prompt_ids for r in rollouts], [r.steps[:-1] for r in rollouts])
-        options = {"tokenizer": self.processing_class, **(self.args.probe_options or {})}
-        probe = self.args.asked
-        if options.get("mode") == "graded":
-            answers = [r.row for r in rollouts]
-            judge = answer_grader(self.reward_func, probe)
-            options["grader"] = lambda text, row: judge(
-                text, [row["answer"]], **{name: value for name, value in row.items() if name != "answer"}
-            )
-        else:
-            answers = [answer_texts(r.row["answer"]) for r in rollouts]
+        answers, grader = probe_answers(rollouts, self.args, self.reward_func)
+        options = {"tokenizer": self.processing_class, **dictionary(self.args.probe_options), **grader}
         with torch.no_grad(), self.accelerator.autocast():
-            values = probe_step_values(self.model, states, probe, answers, **options).to_lists()
+            values = probe_step_values(self.model, states, self.args.asked, answers, **options).to_lists()
         return [[*v, 0.0] if r.steps else v for r, v in zip(rollouts, values, strict=True)]
 
     def advantages(
-        self,
-        rewards: Tensor,  # (B,) float32
-        num_steps: Sequence[int],
-        values: Sequence[list[float]],
-        groups: Tensor,  # (B,) int64: the prompt each row completes
+        self, rewards: Tensor, num_steps: Sequence[int], values: Sequence[list[float]], groups: Tensor
     ) -> list[list[float]]:
-        """One advantage a step for every row of the whole update: step GAE and the outcome's, each over the standard
-        deviation of its own (`scale_advantages`). No mean is taken off step advantages, which would reward long
+        """Turns rewards and values of the whole update into one advantage for each step.
+
+        Step advantages (GAE over steps) and the outcome's are each divided by their own standard deviation
+        (`scale_advantages`) and then combined. No mean is subtracted from step advantages: that would reward long
         rollouts for their length.
+
+        Args:
+            rewards: (B,) float32, one for each rollout of all processes.
+            num_steps: The number of steps of each rollout, B of them.
+            values: V_0 .. V_K of each rollout; not read with combine="outcome".
+            groups: (B,) int64, the prompt that each rollout completes.
+
+        Returns:
+            For each rollout a list with one advantage for each step.
         """
-        args = self.args
-        outcome = outcome_advantages(rewards, args.baseline, groups=groups)
-        if args.scale_advantages:
-            outcome = over_std(outcome)
-        step_sequence = torch.repeat_interleave(torch.arange(len(rewards)), torch.tensor(num_steps))
-        if args.combine == "outcome":
-            found = outcome[step_sequence]
-        else:
-            traced = StepValues.from_lists(values)
-            normalize = "batch" if args.scale_advantages else "none"
-            gae = step_gae(traced, rewards, gamma=args.gamma, lam=args.lam, normalize=normalize)
-            found = combine_advantages(gae, outcome, step_sequence, how=args.combine, step_scale=args.step_scale)
-        return [part.tolist() for part in found.split(list(num_steps))]
+        return step_advantages(self.args, rewards, num_steps, values, groups)
+
+    def _assign_advantages(self, places: Sequence[int], rollouts: Sequence[Rollout]) -> list[Summary]:
+        """Gathers the rollouts of all processes, and sets rewards and advantages of this process's."""
+        shared = [Summary.of(place, rollout) for place, rollout in zip(places, rollouts, strict=True)]
+        everyone = sorted(gather_object(shared)) if self.accelerator.num_processes > 1 else sorted(shared)
+        lowest = lowest_reward(everyone)
+        everyone = [row if row.ended else row._replace(reward=lowest) for row in everyone]
+        advantages = self.advantages(
+            torch.tensor([row.reward for row in everyone]),
+            [row.steps for row in everyone],
+            [row.values for row in everyone],
+            torch.tensor([row.place // self.args.num_generations for row in everyone]),
+        )
+        for place, rollout in zip(places, rollouts, strict=True):
+            rollout.advantages = advantages[place]
+            rollout.reward = rollout.reward if rollout.ended else lowest
+        for name, (total, count) in update_metrics(everyone, advantages).items():
+            self._sums.add(name, total, count)
+        return everyone
 
     def on_rollouts(self, rollouts: Sequence[Rollout]) -> None:
-        """Called with this process's rollouts of every update, advantages and all; does nothing."""
+        """Called with the new rollouts of this process, advantages and all; does nothing here.
+
+        Args:
+            rollouts: Complete rollouts, sorted by length.
+        """
 
     def _add_log_probs(self, batch: dict) -> None:
-        """Token log-probs of the policy that wrote the batch, where it will be used more than once, and of the
-        reference."""
-        if self.args.num_iterations > 1 or (self.args.loss_options or {}).get("prob_threshold") is not None:
-            batch["old"] = self._token_logps(self.model, batch)
+        """Adds token log-probs to the batch: the sampling policy's, if the loss needs them, and the reference's."""
+        if self.args.num_iterations > 1 or dictionary(self.args.loss_options).get("prob_threshold") is not None:
+            batch["old"] = self.logps_without_grad(self.model, batch).tokens
         if self.args.beta:
             if self.ref_model is not None:
-                batch["ref"] = self._token_logps(self.ref_model, batch)
+                batch["ref"] = self.logps_without_grad(self.ref_model, batch).tokens
             else:
                 with self.model.disable_adapter():
-                    batch["ref"] = self._token_logps(self.model, batch)
-
-    def _token_logps(self, model: nn.Module, batch: dict) -> Tensor:
-        args = self.args
-        with torch.no_grad(), self.accelerator.autocast():
-            return batch_logps(
-                model, self._prepare_inputs(batch), self.route, chunk_bytes=args.chunk_bytes,
-                temperature=args.temperature, backend=args.backend,
-            ).tokens  # fmt: skip
+                    batch["ref"] = self.logps_without_grad(self.model, batch).tokens
 
     # ---- the loss
 
     def policy_loss(
-        self, model: nn.Module, batch: dict, num_items: float | None
+        self, model: nn.Module, batch: dict, num_items: float | Tensor | None
     ) -> tuple[StepPolicyOutput, Tensor | None]:
-        """The model's forward and the loss of one micro-batch; and a mixture of experts' balance loss."""
-        args = self.args
-        options = {
-            "old": batch.get("old"), "ref": batch.get("ref"), "loss_type": args.loss_type, "kl_coef": args.beta,
-            "kl_estimator": args.kl_estimator, "entropy_coef": args.entropy_coef, "aggregation": args.aggregation,
-            "num_items": num_items, "temperature": args.temperature, "backend": args.backend,
-            **(args.loss_options or {}), **args.head_options,
-        }  # fmt: skip
-        if self.route == "linear":
-            hidden, outputs = forward_hidden(model, **model_inputs(batch))
-            head = model_head(model)
-            options.update(head.options, chunk_bytes=args.chunk_bytes)
-            out = linear_step_policy_loss(hidden, head.weight, batch["layout"], batch["advantages"], **options)
-        else:
-            outputs = model(**model_inputs(batch), use_cache=False)
-            logits = text_logits(outputs, batch["layout"])
-            out = step_policy_loss(logits, batch["layout"], batch["advantages"], **options)
-        return out, router_loss(self.model, outputs)
+        """Runs the model on one micro-batch.
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        Args:
+            model: The policy, perhaps wrapped (DDP).
+            batch: What `policy_batch` returns, on the model's device, with log-probs "old" and "ref" if needed.
+            num_items: The number of tokens, steps or sequences that the loss divides by; None means this batch's.
+
+        Returns:
+            The loss, and the balance loss of a mixture of experts (None for other models).
+        """
+        args = self.args
+        options = {"old": batch.get("old"), "ref": batch.get("ref"), "num_items": num_items, **args.loss_arguments}
+        call = call_model(model, batch, self.route, args.chunk_bytes)
+        loss: Callable[..., StepPolicyOutput] = linear_step_policy_loss if self.route == "linear" else step_policy_loss
+        out = loss(*call.inputs, batch["layout"], batch["advantages"], **options, **call.options)
+        return out, router_loss(self.model, call.outputs)
+
+    def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
+        """The loss of one micro-batch. Its share of the update is already in it, so Trainer divides by nothing."""
         out, aux = self.policy_loss(model, inputs, num_items_in_batch)
-        layout = inputs["layout"]
-        for name, value in out.metrics.items():
-            if name in _METRICS:
-                count = layout.num_steps if name.startswith("steps/") else layout.num_rows
-                self._sums.add(name, value.detach().float() * count, count)
+        self._sums.add_loss(out, inputs["layout"])
         # DDP averages gradients over processes, while num_items counts the items of all of them.
         loss = out.loss * self.accelerator.num_processes
         if aux is not None:
@@ -336,15 +313,25 @@ class SSPOTrainer(Trainer):
 
     # ---- evaluation
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Greedy completions of the dataset, `per_device_eval_batch_size` (or `rollout_batch_size`) at once: accuracy
-        (share of rewards of at least 1), reward, tokens, steps."""
+    def evaluate(self, eval_dataset: Any = None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Completes a dataset greedily and grades it.
+
+        Args:
+            eval_dataset: Rows as in training; None means the trainer's own. `per_device_eval_batch_size` of them (or
+                `rollout_batch_size`) are completed at once.
+            ignore_keys: Has no effect; Trainer passes it.
+            metric_key_prefix: Put before the names of the metrics.
+
+        Returns:
+            eval_accuracy (the share of rewards of at least 1), eval_reward, eval_reward_std,
+            eval_completions/mean_length (tokens), eval_completions/clipped_ratio and eval_steps/mean.
+        """
         args = self.args
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        check_rows("eval_dataset", dataset, chat=self._chat, required=True)
+        check_rows("eval_dataset", dataset, chat=has_chat(self.processing_class), required=True)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         rows = [dataset[i] for i in range(rank, len(dataset), world)]
-        # vLLM makes its own batches, and is given the weights in every call.
+        # vLLM makes its own batches, and the weights are loaded into it in every call.
         size = args.rollout_batch_size or args.per_device_eval_batch_size
         size = len(rows) if args.rollout_engine == "vllm" else size
         rollouts: list[Rollout] = []
@@ -360,12 +347,13 @@ class SSPOTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def predict(self, *args, **kwargs):
+    def predict(self, *args, **kwargs) -> NoReturn:
+        """Not there: `evaluate(dataset)` completes and grades a dataset."""
         raise NotImplementedError("predict: expected evaluate(dataset), which completes its prompts and grades them")
 
     # ---- what Trainer asks for
 
-    def _get_train_sampler(self, train_dataset=None) -> PromptSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> PromptSampler:
         args = self.args
         dataset = self.train_dataset if train_dataset is None else train_dataset
         return PromptSampler(
@@ -378,23 +366,8 @@ class SSPOTrainer(Trainer):
         args = self.args
         return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
 
-    def _check_batch(self) -> None:
-        check_processes(self.args)
-        if self._rows_per_update % self.args.num_generations:
-            raise ValueError(
-                "per_device_train_batch_size: expected per_device_train_batch_size x gradient_accumulation_steps x "
-                f"processes, here {self._rows_per_update}, to be a multiple of num_generations="
-                f"{self.args.num_generations}"
-            )
-
-    def _prepare_input(self, data):
-        return data.to(self.args.device) if isinstance(data, TensorBundle) else super()._prepare_input(data)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            self._signature_columns = ["prompt", "answer"]
-
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Adds the means since the last log to a line with the loss."""
         if "loss" in logs:
             logs.update(self._sums.pop(self.accelerator, self.args.device))
         super().log(logs, *args, **kwargs)

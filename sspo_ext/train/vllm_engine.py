@@ -1,8 +1,10 @@
-"""vLLM as rollout engine, in the trainer's own processes ("colocate"): one engine a process, its weights loaded from
-the policy before every batch of rollouts. Needs a GPU and `pip install vllm`; imported only when asked for.
+"""vLLM as rollout engine, inside the trainer's own processes ("colocate").
 
-This package's tests run it against a stand-in with vLLM's names, since vLLM needs a GPU. Its sampling differs from the
-other engines': seeds are given to vLLM, and rollouts are not those that `GenerateEngine` draws.
+Each process has one engine. Before every batch of rollouts the policy's weights are loaded into it. It needs a GPU and
+`pip install vllm`, and is imported only when it is asked for.
+
+vLLM does the sampling, from the seeds given to it: its rollouts are not those of `GenerateEngine`. The tests run this
+module against a stand-in with vLLM's names.
 """
 
 from __future__ import annotations
@@ -14,27 +16,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .model_call import hf_model
 from .sampling import Sampling
 
 
 class VLLMEngine:
-    """`model`: name or folder that vLLM loads the architecture from; `options` go to `vllm.LLM`
-    (gpu_memory_utilization, max_model_len, dtype, ...)."""
+    """Completes prompts with vLLM.
+
+    Args:
+        model: A name or folder from which vLLM loads the architecture.
+        **options: Arguments of `vllm.LLM`: gpu_memory_utilization (here 0.3 by default), max_model_len, dtype, ...
+    """
 
     def __init__(self, model: str, **options: Any):
-        # The weights are handed over in this process, which vLLM otherwise leaves for one of its own.
+        # vLLM must run in this process, because the weights are handed over as tensors in memory.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        from vllm import LLM
+        from vllm import LLM  # pyright: ignore[reportMissingImports]  # needs a GPU to be installed
 
         defaults: dict[str, Any] = {"gpu_memory_utilization": 0.3}
-        if "RANK" in os.environ:  # of a launcher; vLLM's own choice would have every engine take the first GPU
+        if "RANK" in os.environ:  # set by a launcher; by default every engine would take the first GPU
             defaults["distributed_executor_backend"] = "external_launcher"
         self.llm = LLM(model=model, **{**defaults, **options})
 
     def complete(
         self, model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[Sequence[int]]
     ) -> list[list[int]]:
-        from vllm import SamplingParams
+        """See `RolloutEngine.complete`."""
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
         self.load_weights(model)
         params = [
@@ -50,24 +58,32 @@ class VLLMEngine:
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def load_weights(self, model: nn.Module) -> None:
-        """Hands the policy's weights over, adapters merged for the moment of it, and drops cached prefixes."""
+        """Loads the policy's weights into vLLM, and drops its cached prefixes. Adapters are merged meanwhile."""
         merged = hasattr(model, "merge_adapter")
         if merged:
-            model.merge_adapter()
+            hf_model(model).merge_adapter()
         try:
             runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
             runner.model.load_weights(policy_weights(model))
         finally:
             if merged:
-                model.unmerge_adapter()
+                hf_model(model).unmerge_adapter()
         self.llm.reset_prefix_cache()
 
 
 def policy_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name as in the checkpoint, weight) one after the other; sharded weights (FSDP2) gathered one at a time. PEFT's
-    own names and adapter weights are left out: merge first.
+    """Yields the weights one after the other, under their names in the checkpoint.
 
-    Raises ValueError for adapters that have no merged form (prompt learning; `model.add_adapter` without a PeftModel).
+    Sharded weights (FSDP2) are gathered one at a time. Adapter weights and PEFT's own names are left out: merge first.
+
+    Args:
+        model: The policy, with or without an adapter.
+
+    Returns:
+        An iterator of (name, weight).
+
+    Raises:
+        ValueError: For adapters that cannot be merged: prompt learning, and `model.add_adapter` without a PeftModel.
     """
     kinds = getattr(model, "peft_config", None) or {}
     if kinds and not hasattr(model, "merge_adapter"):
@@ -75,38 +91,41 @@ def policy_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         raise ValueError(
             f"rollout_engine: 'vllm' takes a model's weights, into which {names} cannot be merged here; use 'generate'"
         )
-    return _whole(_named_weights(model.get_base_model() if kinds else model, ""))
+    return _whole(_named_weights(hf_model(model).get_base_model() if kinds else model, ""))
 
 
 def _whole(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    seen = set()  # tied weights come once
+    """The whole of each weight, tied weights once."""
+    seen = set()
     for name, weight in weights:
         if weight not in seen:
             seen.add(weight)
             with torch.no_grad():
-                yield name, weight.full_tensor() if hasattr(weight, "full_tensor") else weight.data
+                gather = getattr(weight, "full_tensor", None)
+                yield name, weight.data if gather is None else gather()
 
 
 def _named_weights(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """Parameters under the names that they have without PEFT and without checkpoint wrappers."""
-    parts = module._modules
+    parts = {name: part for name, part in module._modules.items() if part is not None}
     for inside in ("base_layer", "token_adapter", "_checkpoint_wrapped_module"):
-        if inside in parts:  # whatever is beside it is the adapter's
+        if inside in parts:  # everything beside it belongs to the adapter
             yield from _named_weights(parts[inside], prefix)
             return
     if "modules_to_save" in parts:
-        copies = [parts["modules_to_save"][name] for name in module.active_adapters if name in parts["modules_to_save"]]
-        yield from _named_weights(copies[0] if copies else parts["original_module"], prefix)
+        copies = hf_model(parts["modules_to_save"])
+        active = [copies[name] for name in hf_model(module).active_adapters if name in copies]
+        yield from _named_weights(active[0] if active else parts["original_module"], prefix)
         return
     for name, weight in module._parameters.items():
         if weight is not None:
             yield prefix + name, weight
     for name, part in parts.items():
-        if part is not None:
-            yield from _named_weights(part, f"{prefix}{name}.")
+        yield from _named_weights(part, f"{prefix}{name}.")
 
 
 def _one_seed(seed: Sequence[int]) -> int:
+    """Mixes the numbers of a seed into one."""
     value = 0
     for part in seed:
         value = (value * 1_000_003 + part) % 2**31

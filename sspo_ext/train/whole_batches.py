@@ -1,4 +1,4 @@
-"""Rows without pairs behind a dataset's own, so that no process is given a row that another one has."""
+"""Pads evaluation with empty rows so that accelerate repeats no real one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ from ..data.collator import SIDES
 
 
 def whole_batches(dataset, size: int) -> Dataset:
-    """The dataset's features, and behind them features without steps and pairs up to a multiple of `size`, the rows of
-    all processes' batches. They are one token long, and count in no metric."""
+    """Returns the dataset with empty rows at its end, so that its length is a multiple of `size`.
+
+    Args:
+        dataset: Features of preference rows, with or without a length.
+        size: The number of rows in the batches of all processes together.
+
+    Returns:
+        A dataset. Its empty rows have one token, no step and no pair, and count in no metric.
+    """
     return _Rows(dataset, size) if hasattr(dataset, "__len__") else _Stream(dataset, size)
 
 
@@ -40,6 +47,7 @@ class _Stream(IterableDataset):
 
 
 def _without_pairs(row: dict) -> dict:
+    """An empty row with the columns of `row`."""
     empty = {**row, "pairs": []}
     for side in SIDES:
         parts = {"input_ids": row[f"{side}_input_ids"][:1], "labels": [-100], "step_ids": [-1]}

@@ -121,11 +121,11 @@ def test_no_advantage_reads_as_minus_zero():
     import matplotlib.pyplot as plt
     from matplotlib.text import Text
 
-    from sspo_ext.demo.picture import _chains
+    from sspo_ext.demo.picture import draw_chains
 
     chain = [{"right": True, "steps": [{"text": f"s{a}", "advantage": a} for a in (-0.004, 0.004, -0.0, -0.25, 0.9)]}]
     figure = plt.figure()
-    _chains(figure, {"start": chain, "sspo": chain}, ["1 + 1 = ?"])
+    draw_chains(figure, {"start": chain, "sspo": chain}, ["1 + 1 = ?"])
     figure.canvas.draw()
     texts = [text.get_text() for text in figure.findobj(Text)]
     plt.close(figure)

@@ -1,5 +1,9 @@
-"""Packaging: what sdist and wheel hold, the switches of setup.py, and what the compiled objects export."""
+"""Packaging: what sdist and wheel hold, the switches of setup.py, what the compiled objects export, and the type stubs
+of the C++ modules.
+"""
 
+import ast
+import importlib
 import os
 import re
 import shutil
@@ -97,3 +101,21 @@ def test_no_torch_header_and_no_native_flags():
         if path.suffix in (".h", ".cpp", ".cu", ".cuh"):
             assert not re.search(r"#\s*include\s*[<\"](torch|ATen|c10)/", path.read_text()), path
     assert "-march=native" not in (ROOT / "setup.py").read_text().replace("no -march=native", "")
+
+
+@pytest.mark.parametrize("module, folder", [("_C", "cpu"), ("_C_cuda", "cuda")])
+def test_stubs_name_what_the_module_has(module, folder):
+    """Names against the binding's source; numbers of arguments against the module, where it is built."""
+    stub = ast.parse((ROOT / "sspo_ext" / f"{module}.pyi").read_text()).body
+    functions = {node.name: len(node.args.posonlyargs) for node in stub if isinstance(node, ast.FunctionDef)}
+    constants = {node.target.id for node in stub if isinstance(node, ast.AnnAssign)}
+    binding = (ROOT / "csrc" / folder / "binding.cpp").read_text()
+    assert set(functions) == set(re.findall(r'm\.def\(\s*"(\w+)"', binding))
+    assert constants == set(re.findall(r'm\.attr\("(\w+)"\)', binding))
+    try:
+        built = importlib.import_module(f"sspo_ext.{module}")
+    except ImportError:
+        return
+    for name, count in functions.items():
+        signature = getattr(built, name).__doc__.splitlines()[0]
+        assert len(re.findall(r"\barg\d+:", signature)) == count, signature

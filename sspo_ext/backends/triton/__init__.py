@@ -1,5 +1,5 @@
 """Triton backend: the three launches of the logits route, and the row kernels with further reductions over the
-vocabulary. Imports without Triton and without a GPU; `why_not` says what is missing.
+vocabulary. It can be imported without Triton and without a GPU; `why_not` says what is missing.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _sigmoid_head(u_w, u_l, n_w, n_l, margin, label, beta):
+def _sigmoid_formula(u_w, u_l, n_w, n_l, margin, label, beta):
     # -q ls(z) - (1 - q) ls(-z),  z = beta (u_w - u_l) - margin
     sub = u_w - u_l
     mul = beta * sub
@@ -61,7 +61,7 @@ def _sigmoid_head(u_w, u_l, n_w, n_l, margin, label, beta):
 
 
 @triton.jit
-def _hinge_head(u_w, u_l, n_w, n_l, margin, label, beta):
+def _hinge_formula(u_w, u_l, n_w, n_l, margin, label, beta):
     # max(0, 1 - z),  z = beta (u_w - u_l) - margin
     sub = u_w - u_l
     mul = beta * sub
@@ -76,7 +76,7 @@ def _hinge_head(u_w, u_l, n_w, n_l, margin, label, beta):
 
 
 @triton.jit
-def _ipo_head(u_w, u_l, n_w, n_l, margin, label, beta):
+def _ipo_formula(u_w, u_l, n_w, n_l, margin, label, beta):
     # (u_w / n_w - u_l / n_l - margin / beta - 1 / (2 beta))^2
     div = u_w / n_w
     div_1 = u_l / n_l
@@ -95,7 +95,7 @@ def _ipo_head(u_w, u_l, n_w, n_l, margin, label, beta):
 
 
 @triton.jit
-def _simpo_head(u_w, u_l, n_w, n_l, margin, label, beta, simpo_gamma):
+def _simpo_formula(u_w, u_l, n_w, n_l, margin, label, beta, simpo_gamma):
     # -q ls(z) - (1 - q) ls(-z),  z = beta (S_w / n_w - S_l / n_l) - simpo_gamma - margin
     div = u_w / n_w
     div_1 = u_l / n_l
@@ -124,7 +124,7 @@ def _simpo_head(u_w, u_l, n_w, n_l, margin, label, beta, simpo_gamma):
 
 
 @triton.jit
-def _ipo_sum_head(u_w, u_l, n_w, n_l, margin, label, beta):
+def _ipo_sum_formula(u_w, u_l, n_w, n_l, margin, label, beta):
     # (u_w - u_l - margin / beta - 1 / (2 beta))^2
     sub = u_w - u_l
     div = margin / beta
@@ -139,7 +139,7 @@ def _ipo_sum_head(u_w, u_l, n_w, n_l, margin, label, beta):
 
 
 @triton.jit
-def _sigmoid_norm_head(u_w, u_l, n_w, n_l, margin, label, beta):
+def _sigmoid_norm_formula(u_w, u_l, n_w, n_l, margin, label, beta):
     # -q ls(z) - (1 - q) ls(-z),  z = beta (u_w / n_w - u_l / n_l) - margin
     div = u_w / n_w
     div_1 = u_l / n_l
@@ -167,7 +167,7 @@ def _sigmoid_norm_head(u_w, u_l, n_w, n_l, margin, label, beta):
 
 
 @triton.jit
-def _robust_head(u_w, u_l, n_w, n_l, margin, label, beta):
+def _robust_formula(u_w, u_l, n_w, n_l, margin, label, beta):
     # [-(1 - e) ls(z) + e ls(-z)] / (1 - 2 e),  e = label_smoothing,  z = beta (u_w - u_l) - margin
     sub = u_w - u_l
     mul = beta * sub
@@ -196,7 +196,7 @@ def _robust_head(u_w, u_l, n_w, n_l, margin, label, beta):
 
 
 @triton.jit
-def _exo_pair_head(u_w, u_l, n_w, n_l, margin, label, beta):
+def _exo_pair_formula(u_w, u_l, n_w, n_l, margin, label, beta):
     # sig(z) [ls(z) - log q] + sig(-z) [ls(-z) - log(1 - q)],  q in [1e-6, 1 - 1e-6],  z = beta (u_w - u_l) - margin
     sub = u_w - u_l
     mul = beta * sub
@@ -231,7 +231,7 @@ def _exo_pair_head(u_w, u_l, n_w, n_l, margin, label, beta):
 
 
 @triton.jit
-def _discopop_head(u_w, u_l, n_w, n_l, margin, label, beta, discopop_tau):
+def _discopop_formula(u_w, u_l, n_w, n_l, margin, label, beta, discopop_tau):
     # -(1 - sig(z / tau)) ls(z) + e^(ls(z / tau) - z),  tau = discopop_tau,  z = beta (u_w - u_l) - margin
     sub = u_w - u_l
     mul = beta * sub
@@ -262,7 +262,7 @@ def _discopop_head(u_w, u_l, n_w, n_l, margin, label, beta, discopop_tau):
 
 
 @triton.jit
-def _sigmoid_forward_kl_head(u_w, u_l, n_w, n_l, margin, label, beta):
+def _sigmoid_forward_kl_formula(u_w, u_l, n_w, n_l, margin, label, beta):
     # -q ls(z) - (1 - q) ls(-z),  z = beta (e^-u_l - e^-u_w) - margin,  exponents at most 80
     neg = -u_l
     clamp = tl.where((neg > 80.0), 80.0, neg)
@@ -300,7 +300,7 @@ def _sigmoid_forward_kl_head(u_w, u_l, n_w, n_l, margin, label, beta):
 
 
 @triton.jit
-def _sigmoid_js_divergence_head(u_w, u_l, n_w, n_l, margin, label, beta):
+def _sigmoid_js_divergence_formula(u_w, u_l, n_w, n_l, margin, label, beta):
     # -q ls(z) - (1 - q) ls(-z),  z = beta (ls(u_w) - ls(u_l)) - margin
     log_sigmoid_forward = _logsigmoid(u_w)
     log_sigmoid_forward_1 = _logsigmoid(u_l)
@@ -328,7 +328,7 @@ def _sigmoid_js_divergence_head(u_w, u_l, n_w, n_l, margin, label, beta):
 
 
 @triton.jit
-def _sigmoid_alpha_divergence_head(u_w, u_l, n_w, n_l, margin, label, beta, f_alpha_divergence_coef):
+def _sigmoid_alpha_divergence_formula(u_w, u_l, n_w, n_l, margin, label, beta, f_alpha_divergence_coef):
     # -q ls(z) - (1 - q) ls(-z),  z = beta (e^((a - 1) u_w) - e^((a - 1) u_l)) / (a - 1) - margin,  a = f_alpha_divergence_coef,  exponents at most 80
     sub = f_alpha_divergence_coef - 1.0
     mul = sub * u_w
@@ -369,7 +369,7 @@ def _sigmoid_alpha_divergence_head(u_w, u_l, n_w, n_l, margin, label, beta, f_al
 
 
 @triton.jit
-def _flex_dpo_head(u_w, u_l, n_w, n_l, margin, label, beta, beta_rejected):
+def _flex_dpo_formula(u_w, u_l, n_w, n_l, margin, label, beta, beta_rejected):
     # -q ls(z) - (1 - q) ls(-z),  z = beta u_w - beta_rejected u_l - margin
     mul = beta * u_w
     mul_1 = beta_rejected * u_l
@@ -395,7 +395,7 @@ def _flex_dpo_head(u_w, u_l, n_w, n_l, margin, label, beta, beta_rejected):
 
 
 @triton.jit
-def _slic_head(u_w, u_l, n_w, n_l, margin, label, beta, slic_delta):
+def _slic_formula(u_w, u_l, n_w, n_l, margin, label, beta, slic_delta):
     # max(0, slic_delta - beta (S_w - S_l) + margin)
     sub = u_w - u_l
     mul = beta * sub
@@ -410,7 +410,7 @@ def _slic_head(u_w, u_l, n_w, n_l, margin, label, beta, slic_delta):
 
 
 @triton.jit
-def _nca_pair_head(u_w, u_l, n_w, n_l, margin, label, beta):
+def _nca_pair_formula(u_w, u_l, n_w, n_l, margin, label, beta):
     # -ls(r_w) - ls(-r_w) / 2 - ls(-r_l) / 2,  r = beta u
     mul = beta * u_w
     mul_1 = beta * u_l
@@ -436,7 +436,7 @@ def _nca_pair_head(u_w, u_l, n_w, n_l, margin, label, beta):
 
 
 @triton.jit
-def _bco_pair_head(u_w, u_l, n_w, n_l, margin, label, beta):
+def _bco_pair_formula(u_w, u_l, n_w, n_l, margin, label, beta):
     # -ls(r_w - margin) - ls(margin - r_l),  r = beta u; margin is BCO's reward shift
     mul = beta * u_w
     sub = mul - margin
@@ -455,7 +455,7 @@ def _bco_pair_head(u_w, u_l, n_w, n_l, margin, label, beta):
 
 
 @triton.jit
-def _sppo_hard_head(u_w, u_l, n_w, n_l, margin, label, beta):
+def _sppo_hard_formula(u_w, u_l, n_w, n_l, margin, label, beta):
     # (u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2
     reciprocal = 1.0 / beta
     mul = reciprocal * 0.5
@@ -472,7 +472,7 @@ def _sppo_hard_head(u_w, u_l, n_w, n_l, margin, label, beta):
 
 
 @triton.jit
-def _sppo_head(u_w, u_l, n_w, n_l, margin, label, beta):
+def _sppo_formula(u_w, u_l, n_w, n_l, margin, label, beta):
     # (u_w - (q - 1/2) / beta)^2 + (u_l + (q - 1/2) / beta)^2
     sub = label - 0.5
     div = sub / beta
@@ -487,7 +487,7 @@ def _sppo_head(u_w, u_l, n_w, n_l, margin, label, beta):
 
 
 @triton.jit
-def _apo_zero_head(u_w, u_l, n_w, n_l, margin, label, beta):
+def _apo_zero_formula(u_w, u_l, n_w, n_l, margin, label, beta):
     # 1 - sig(beta u_w) + sig(beta u_l)
     neg = -beta
     mul = neg * u_w
@@ -503,7 +503,7 @@ def _apo_zero_head(u_w, u_l, n_w, n_l, margin, label, beta):
 
 
 @triton.jit
-def _apo_down_head(u_w, u_l, n_w, n_l, margin, label, beta):
+def _apo_down_formula(u_w, u_l, n_w, n_l, margin, label, beta):
     # sig(beta u_w) + 1 - sig(z),  z = beta (u_w - u_l) - margin
     mul = beta * u_w
     sigmoid = _sigmoid(mul)
@@ -523,7 +523,7 @@ def _apo_down_head(u_w, u_l, n_w, n_l, margin, label, beta):
 
 
 @triton.jit
-def _sft_head(u_w, u_l, n_w, n_l, margin, label, beta):
+def _sft_formula(u_w, u_l, n_w, n_l, margin, label, beta):
     # -S_w / nbar,  nbar = mean n_w over the batch's pairs: the mean over pairs is one over chosen tokens
     neg = -u_w
     div = neg / n_w
@@ -533,7 +533,7 @@ def _sft_head(u_w, u_l, n_w, n_l, margin, label, beta):
 
 
 @triton.jit
-def _nll_head(u_w, u_l, n_w, n_l, margin, label, beta):
+def _nll_formula(u_w, u_l, n_w, n_l, margin, label, beta):
     # -S_w / n_w
     neg = -u_w
     div = neg / n_w
@@ -543,7 +543,7 @@ def _nll_head(u_w, u_l, n_w, n_l, margin, label, beta):
 
 
 @triton.jit
-def _nll_rejected_head(u_w, u_l, n_w, n_l, margin, label, beta):
+def _nll_rejected_formula(u_w, u_l, n_w, n_l, margin, label, beta):
     # -S_l / n_l
     neg = -u_l
     div = neg / n_l
@@ -553,7 +553,7 @@ def _nll_rejected_head(u_w, u_l, n_w, n_l, margin, label, beta):
 
 
 @triton.jit
-def _cpo_head(u_w, u_l, n_w, n_l, margin, label, beta, cpo_alpha):
+def _cpo_formula(u_w, u_l, n_w, n_l, margin, label, beta, cpo_alpha):
     # -q ls(z) - (1 - q) ls(-z) - cpo_alpha S_w / n_w,  z = beta (S_w - S_l) - margin
     sub = u_w - u_l
     mul = beta * sub
@@ -583,7 +583,7 @@ def _cpo_head(u_w, u_l, n_w, n_l, margin, label, beta, cpo_alpha):
 
 
 @triton.jit
-def _orpo_head(u_w, u_l, n_w, n_l, margin, label, beta):
+def _orpo_formula(u_w, u_l, n_w, n_l, margin, label, beta):
     # -S_w / n_w - beta ls(lo_w - lo_l),  lo = m - log(1 - e^m),  m = min(S / n, -1e-6)
     neg = -u_w
     div = neg / n_w
@@ -663,7 +663,7 @@ def _orpo_head(u_w, u_l, n_w, n_l, margin, label, beta):
 
 
 @triton.jit
-def _asft_head(u_w, u_l, n_w, n_l, margin, label, beta):
+def _asft_formula(u_w, u_l, n_w, n_l, margin, label, beta):
     # -m_w + beta [-m_w - log(1 - e^m_l)],  m_w = S_w / n_w,  m_l = min(S_l / n_l, -1e-6)
     div = u_w / n_w
     div_1 = u_l / n_l
@@ -707,57 +707,57 @@ def _asft_head(u_w, u_l, n_w, n_l, margin, label, beta):
 
 
 @triton.jit
-def _pair_head(HEAD: tl.constexpr, u_w, u_l, n_w, n_l, margin, label, o0, o1, o2, o3):
-    if HEAD == 0:
-        loss, du_w, du_l = _sigmoid_head(u_w, u_l, n_w, n_l, margin, label, o0)
-    elif HEAD == 1:
-        loss, du_w, du_l = _hinge_head(u_w, u_l, n_w, n_l, margin, label, o0)
-    elif HEAD == 2:
-        loss, du_w, du_l = _ipo_head(u_w, u_l, n_w, n_l, margin, label, o0)
-    elif HEAD == 3:
-        loss, du_w, du_l = _simpo_head(u_w, u_l, n_w, n_l, margin, label, o0, o1)
-    elif HEAD == 4:
-        loss, du_w, du_l = _ipo_sum_head(u_w, u_l, n_w, n_l, margin, label, o0)
-    elif HEAD == 5:
-        loss, du_w, du_l = _sigmoid_norm_head(u_w, u_l, n_w, n_l, margin, label, o0)
-    elif HEAD == 6:
-        loss, du_w, du_l = _robust_head(u_w, u_l, n_w, n_l, margin, label, o0)
-    elif HEAD == 7:
-        loss, du_w, du_l = _exo_pair_head(u_w, u_l, n_w, n_l, margin, label, o0)
-    elif HEAD == 8:
-        loss, du_w, du_l = _discopop_head(u_w, u_l, n_w, n_l, margin, label, o0, o1)
-    elif HEAD == 9:
-        loss, du_w, du_l = _sigmoid_forward_kl_head(u_w, u_l, n_w, n_l, margin, label, o0)
-    elif HEAD == 10:
-        loss, du_w, du_l = _sigmoid_js_divergence_head(u_w, u_l, n_w, n_l, margin, label, o0)
-    elif HEAD == 11:
-        loss, du_w, du_l = _sigmoid_alpha_divergence_head(u_w, u_l, n_w, n_l, margin, label, o0, o1)
-    elif HEAD == 12:
-        loss, du_w, du_l = _flex_dpo_head(u_w, u_l, n_w, n_l, margin, label, o0, o1)
-    elif HEAD == 13:
-        loss, du_w, du_l = _slic_head(u_w, u_l, n_w, n_l, margin, label, o0, o1)
-    elif HEAD == 14:
-        loss, du_w, du_l = _nca_pair_head(u_w, u_l, n_w, n_l, margin, label, o0)
-    elif HEAD == 15:
-        loss, du_w, du_l = _bco_pair_head(u_w, u_l, n_w, n_l, margin, label, o0)
-    elif HEAD == 16:
-        loss, du_w, du_l = _sppo_hard_head(u_w, u_l, n_w, n_l, margin, label, o0)
-    elif HEAD == 17:
-        loss, du_w, du_l = _sppo_head(u_w, u_l, n_w, n_l, margin, label, o0)
-    elif HEAD == 18:
-        loss, du_w, du_l = _apo_zero_head(u_w, u_l, n_w, n_l, margin, label, o0)
-    elif HEAD == 19:
-        loss, du_w, du_l = _apo_down_head(u_w, u_l, n_w, n_l, margin, label, o0)
-    elif HEAD == 20:
-        loss, du_w, du_l = _sft_head(u_w, u_l, n_w, n_l, margin, label, o0)
-    elif HEAD == 21:
-        loss, du_w, du_l = _nll_head(u_w, u_l, n_w, n_l, margin, label, o0)
-    elif HEAD == 22:
-        loss, du_w, du_l = _nll_rejected_head(u_w, u_l, n_w, n_l, margin, label, o0)
-    elif HEAD == 23:
-        loss, du_w, du_l = _cpo_head(u_w, u_l, n_w, n_l, margin, label, o0, o1)
-    elif HEAD == 24:
-        loss, du_w, du_l = _orpo_head(u_w, u_l, n_w, n_l, margin, label, o0)
-    elif HEAD == 25:
-        loss, du_w, du_l = _asft_head(u_w, u_l, n_w, n_l, margin, label, o0)
+def _pair_formula(FORMULA: tl.constexpr, u_w, u_l, n_w, n_l, margin, label, o0, o1, o2, o3):
+    if FORMULA == 0:
+        loss, du_w, du_l = _sigmoid_formula(u_w, u_l, n_w, n_l, margin, label, o0)
+    elif FORMULA == 1:
+        loss, du_w, du_l = _hinge_formula(u_w, u_l, n_w, n_l, margin, label, o0)
+    elif FORMULA == 2:
+        loss, du_w, du_l = _ipo_formula(u_w, u_l, n_w, n_l, margin, label, o0)
+    elif FORMULA == 3:
+        loss, du_w, du_l = _simpo_formula(u_w, u_l, n_w, n_l, margin, label, o0, o1)
+    elif FORMULA == 4:
+        loss, du_w, du_l = _ipo_sum_formula(u_w, u_l, n_w, n_l, margin, label, o0)
+    elif FORMULA == 5:
+        loss, du_w, du_l = _sigmoid_norm_formula(u_w, u_l, n_w, n_l, margin, label, o0)
+    elif FORMULA == 6:
+        loss, du_w, du_l = _robust_formula(u_w, u_l, n_w, n_l, margin, label, o0)
+    elif FORMULA == 7:
+        loss, du_w, du_l = _exo_pair_formula(u_w, u_l, n_w, n_l, margin, label, o0)
+    elif FORMULA == 8:
+        loss, du_w, du_l = _discopop_formula(u_w, u_l, n_w, n_l, margin, label, o0, o1)
+    elif FORMULA == 9:
+        loss, du_w, du_l = _sigmoid_forward_kl_formula(u_w, u_l, n_w, n_l, margin, label, o0)
+    elif FORMULA == 10:
+        loss, du_w, du_l = _sigmoid_js_divergence_formula(u_w, u_l, n_w, n_l, margin, label, o0)
+    elif FORMULA == 11:
+        loss, du_w, du_l = _sigmoid_alpha_divergence_formula(u_w, u_l, n_w, n_l, margin, label, o0, o1)
+    elif FORMULA == 12:
+        loss, du_w, du_l = _flex_dpo_formula(u_w, u_l, n_w, n_l, margin, label, o0, o1)
+    elif FORMULA == 13:
+        loss, du_w, du_l = _slic_formula(u_w, u_l, n_w, n_l, margin, label, o0, o1)
+    elif FORMULA == 14:
+        loss, du_w, du_l = _nca_pair_formula(u_w, u_l, n_w, n_l, margin, label, o0)
+    elif FORMULA == 15:
+        loss, du_w, du_l = _bco_pair_formula(u_w, u_l, n_w, n_l, margin, label, o0)
+    elif FORMULA == 16:
+        loss, du_w, du_l = _sppo_hard_formula(u_w, u_l, n_w, n_l, margin, label, o0)
+    elif FORMULA == 17:
+        loss, du_w, du_l = _sppo_formula(u_w, u_l, n_w, n_l, margin, label, o0)
+    elif FORMULA == 18:
+        loss, du_w, du_l = _apo_zero_formula(u_w, u_l, n_w, n_l, margin, label, o0)
+    elif FORMULA == 19:
+        loss, du_w, du_l = _apo_down_formula(u_w, u_l, n_w, n_l, margin, label, o0)
+    elif FORMULA == 20:
+        loss, du_w, du_l = _sft_formula(u_w, u_l, n_w, n_l, margin, label, o0)
+    elif FORMULA == 21:
+        loss, du_w, du_l = _nll_formula(u_w, u_l, n_w, n_l, margin, label, o0)
+    elif FORMULA == 22:
+        loss, du_w, du_l = _nll_rejected_formula(u_w, u_l, n_w, n_l, margin, label, o0)
+    elif FORMULA == 23:
+        loss, du_w, du_l = _cpo_formula(u_w, u_l, n_w, n_l, margin, label, o0, o1)
+    elif FORMULA == 24:
+        loss, du_w, du_l = _orpo_formula(u_w, u_l, n_w, n_l, margin, label, o0)
+    elif FORMULA == 25:
+        loss, du_w, du_l = _asft_formula(u_w, u_l, n_w, n_l, margin, label, o0)
     return loss, du_w, du_l

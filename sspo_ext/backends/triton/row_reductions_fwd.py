@@ -1,8 +1,10 @@
 """Row forward with entropy, sum of squares and KL from a reference, in one read of the row (and of the reference's).
 
-Rows are walked as in token_logp_fwd.py, by the logits' 16-byte boundaries; one program a row. With t the exponent of 2 of a
-logit relative to the lane's maximum and e = 2^t, a lane sums e, e t and e^2; with r and s those of the reference, also
-s and s (r - t). A new maximum moves what was summed before.
+There is one program a row. Rows are walked by the 16-byte boundaries of the logits, as in token_logp_fwd.py.
+
+Let t be a logit's exponent of 2 relative to the lane's maximum, and e = 2^t. A lane sums e, e t and e^2. Let r and s be
+the same of the reference. A lane then also sums s and s (r - t). When a lane meets a new maximum, what it has summed is
+made relative to that.
 """
 
 import torch
@@ -11,25 +13,31 @@ import triton.language as tl
 
 from .rows import (
     LN2,
-    LOG2E,
+    LOWEST,
+    aligned_part,
     edge_columns,
-    head_length,
+    forward_map,
     jit,
-    load_tiles,
+    lies_alike,
+    log_prob,
+    mapped,
+    mapped_edges,
+    mapped_label,
+    mapped_tiles,
+    max_of_row,
     on_device,
     row_launch,
+    row_lse,
     row_offset,
-    two_floats,
 )
-from .token_logp_fwd import _LOWEST, _mapped, _sum_and_rounding
 
-# Below every exponent whose power is not 0: 0 * t must be 0 where t is -inf.
-_LEAST_EXPONENT = tl.constexpr(-160.0)
+# Lower than any exponent whose power is not 0. Exponents are kept above it, so that 0 * t is 0 where t is -inf.
+LEAST_EXPONENT = tl.constexpr(-160.0)
 
 
 @triton.jit
 def _moved(m, top, e, et, ee, srt, s, scale):
-    """Sums relative to m, made relative to top."""
+    """Sums relative to the maximum m, made relative to top."""
     d = top * scale - m * scale
     f = tl.exp2(-d)
     return f * e, f * (et - d * e), f * f * ee, srt + d * s
@@ -37,49 +45,25 @@ def _moved(m, top, e, et, ee, srt, s, scale):
 
 @triton.jit
 def _moved_reference(m, top, s, srt, scale):
+    """The reference's sums relative to its maximum m, made relative to top."""
     d = top * scale - m * scale
     f = tl.exp2(-d)
-    # infinite where the row forbids what the reference allows as far as this lane knows, and f may be 0
+    # srt is infinite where the row forbids what the reference allows, as far as this lane knows; f may be 0
     return f * s, tl.where(srt == float("inf"), srt, f * (srt - d * s))
 
 
 @triton.jit
 def _et(t, e, total):
-    return tl.fma(e, tl.maximum(t, _LEAST_EXPONENT), total)
+    """total + e t, where 0 times -inf is 0."""
+    return tl.fma(e, tl.maximum(t, LEAST_EXPONENT), total)
 
 
 @triton.jit
 def _srt(y, shift, scale, t):
-    """(s, s (r - t)); where the reference has no probability nothing counts."""
+    """(s, s (r - t)), both 0 where the reference has no probability."""
     r = tl.fma(y, scale, shift)
     s = tl.exp2(r)
     return s, tl.where(s == 0.0, 0.0, s * (r - t))
-
-
-@triton.jit
-def _masked(x, lanes, LANES: tl.constexpr):
-    """tanh(-inf) is -1, a value like any other."""
-    return tl.where(tl.arange(0, LANES)[:, None] < lanes, x, float("-inf"))
-
-
-@triton.jit
-def _tiles(
-    ptr, lanes, a, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr,
-    VEC: tl.constexpr,
-):  # fmt: skip
-    """Four tiles (LANES, VEC), mapped, and the lanes' maxima (LANES,)."""
-    x0, x1, x2, x3 = load_tiles(ptr, lanes, MASKED, ALIGNED, LANES, VEC)
-    if SOFTCAP:
-        x0 = _mapped(x0, a, SOFTCAP, VEC)
-        x1 = _mapped(x1, a, SOFTCAP, VEC)
-        x2 = _mapped(x2, a, SOFTCAP, VEC)
-        x3 = _mapped(x3, a, SOFTCAP, VEC)
-        if MASKED:
-            x0 = _masked(x0, lanes, LANES)
-            x1 = _masked(x1, lanes - LANES, LANES)
-            x2 = _masked(x2, lanes - 2 * LANES, LANES)
-            x3 = _masked(x3, lanes - 3 * LANES, LANES)
-    return x0, x1, x2, x3, tl.max(tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)), axis=1)
 
 
 @triton.jit
@@ -88,8 +72,8 @@ def _accumulate(
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, HAS_REF: tl.constexpr, REF_ALIGNED: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """A pass: four tiles into each lane's maxima and sums, all (LANES,)."""
-    x0, x1, x2, x3, top = _tiles(ptr, lanes, a, MASKED, SOFTCAP, True, LANES, VEC)
+    """One pass: adds four tiles to each lane's maxima and sums, all (LANES,)."""
+    x0, x1, x2, x3, top = mapped_tiles(ptr, lanes, a, MASKED, SOFTCAP, True, LANES, VEC)
     top = tl.maximum(m, top)
     e, et, ee, srt = _moved(m, top, e, et, ee, srt, s, scale)
     shift = -(top * scale)[:, None]
@@ -106,7 +90,7 @@ def _accumulate(
     et += tl.sum(_et(t0, e0, _et(t1, e1, _et(t2, e2, _et(t3, e3, zero)))), axis=1)
     ee += tl.sum(tl.fma(e0, e0, tl.fma(e1, e1, tl.fma(e2, e2, e3 * e3))), axis=1)
     if HAS_REF:
-        y0, y1, y2, y3, top_ref = _tiles(ref_ptr, lanes, a, MASKED, SOFTCAP, REF_ALIGNED, LANES, VEC)
+        y0, y1, y2, y3, top_ref = mapped_tiles(ref_ptr, lanes, a, MASKED, SOFTCAP, REF_ALIGNED, LANES, VEC)
         top_ref = tl.maximum(m_ref, top_ref)
         s, srt = _moved_reference(m_ref, top_ref, s, srt, scale)
         shift = -(top_ref * scale)[:, None]
@@ -122,7 +106,7 @@ def _accumulate(
 
 @triton.jit
 def _over_lanes(m, e, et, ee, m_ref, s, srt, scale):
-    """(LANES,) or edge elements' sums into one of each."""
+    """Maxima and sums of the lanes (LANES,) into one of each."""
     top = tl.max(m, axis=0)
     e, et, ee, srt = _moved(m, top, e, et, ee, srt, s, scale)
     top_ref = tl.max(m_ref, axis=0)
@@ -133,27 +117,64 @@ def _over_lanes(m, e, et, ee, m_ref, s, srt, scale):
 
 
 @triton.jit
-def _max_of_row(row_ptr, V, a, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):
-    o = tl.arange(0, BLOCK)
-    m = tl.full([BLOCK], float("-inf"), tl.float32)
-    for v in range(0, V, BLOCK):
-        x = tl.load(row_ptr + v + o, mask=o < V - v, other=float("-inf")).to(tl.float32)
-        m = tl.maximum(m, tl.where(o < V - v, _mapped(x, a, SOFTCAP, VEC), float("-inf")))
-    top = tl.max(m, axis=0)
-    return tl.where(top == float("-inf"), 0.0, top)  # nothing is allowed: sums of 0, lse -inf
+def _over_groups(
+    body_ptr, ref_body_ptr, groups, a, scale,
+    SOFTCAP: tl.constexpr, HAS_REF: tl.constexpr, REF_ALIGNED: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Maxima and sums of the row without its edges."""
+    m = tl.full([LANES], LOWEST, tl.float32)
+    m_ref = tl.full([LANES], LOWEST, tl.float32)
+    e = tl.zeros([LANES], tl.float32)
+    et = tl.zeros([LANES], tl.float32)
+    ee = tl.zeros([LANES], tl.float32)
+    s = tl.zeros([LANES], tl.float32)
+    srt = tl.zeros([LANES], tl.float32)
+    in_loop = groups // (4 * LANES) * (4 * LANES)
+    for g in range(0, in_loop, 4 * LANES):
+        m, e, et, ee, m_ref, s, srt = _accumulate(
+            m, e, et, ee, m_ref, s, srt, body_ptr + g * VEC, ref_body_ptr + g * VEC, 0, a, scale,
+            False, SOFTCAP, HAS_REF, REF_ALIGNED, LANES, VEC,
+        )  # fmt: skip
+    if in_loop < groups:
+        m, e, et, ee, m_ref, s, srt = _accumulate(
+            m, e, et, ee, m_ref, s, srt, body_ptr + in_loop * VEC, ref_body_ptr + in_loop * VEC, groups - in_loop,
+            a, scale, True, SOFTCAP, HAS_REF, REF_ALIGNED, LANES, VEC,
+        )  # fmt: skip
+    return _over_lanes(m, e, et, ee, m_ref, s, srt, scale)
+
+
+@triton.jit
+def _with_edges(top, e, et, ee, top_ref, s, srt, u, y, scale, HAS_REF: tl.constexpr):
+    """Maxima and sums of the groups, with those of the edges u and y (2 * VEC,), made relative to the whole row's
+    maxima."""
+    top_all = tl.maximum(top, tl.max(u, axis=0))
+    e, et, ee, srt = _moved(top, top_all, e, et, ee, srt, s, scale)
+    t = tl.fma(u, scale, -(top_all * scale))
+    power = tl.exp2(t)
+    e += tl.sum(power, axis=0)
+    et += tl.sum(_et(t, power, 0.0), axis=0)
+    ee += tl.sum(power * power, axis=0)
+    if HAS_REF:
+        top_ref_all = tl.maximum(top_ref, tl.max(y, axis=0))
+        s, srt = _moved_reference(top_ref, top_ref_all, s, srt, scale)
+        top_ref = top_ref_all
+        power, product = _srt(y, -(top_ref * scale), scale, t)
+        s += tl.sum(power, axis=0)
+        srt += tl.sum(product, axis=0)
+    return top_all, e, et, ee, top_ref, s, srt
 
 
 @triton.jit
 def _in_two_passes(
     row_ptr, ref_ptr, V, a, scale, SOFTCAP: tl.constexpr, HAS_REF: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr
 ):
-    """Maxima and sums of rows so large that scale * x overflows or its rounding counts, or all below _LOWEST, and where
-    the row forbids what the reference may allow."""
+    """Maxima and sums, the maxima first. For rows so large that scale * x overflows or its rounding matters, rows that
+    lie below LOWEST altogether, and rows that forbid what the reference may allow."""
     o = tl.arange(0, BLOCK)
-    top = _max_of_row(row_ptr, V, a, SOFTCAP, BLOCK, VEC)
+    top = max_of_row(row_ptr, V, a, SOFTCAP, BLOCK, VEC)
     top_ref = top
     if HAS_REF:
-        top_ref = _max_of_row(ref_ptr, V, a, SOFTCAP, BLOCK, VEC)
+        top_ref = max_of_row(ref_ptr, V, a, SOFTCAP, BLOCK, VEC)
     e = tl.zeros([BLOCK], tl.float32)
     et = tl.zeros([BLOCK], tl.float32)
     ee = tl.zeros([BLOCK], tl.float32)
@@ -162,14 +183,14 @@ def _in_two_passes(
     for v in range(0, V, BLOCK):
         inside = o < V - v
         x = tl.load(row_ptr + v + o, mask=inside, other=float("-inf")).to(tl.float32)
-        t = tl.where(inside, (_mapped(x, a, SOFTCAP, VEC) - top) * scale, float("-inf"))
+        t = tl.where(inside, (mapped(x, a, SOFTCAP, VEC) - top) * scale, float("-inf"))
         power = tl.exp2(t)
         e += power
         et = _et(t, power, et)
         ee = tl.fma(power, power, ee)
         if HAS_REF:
             y = tl.load(ref_ptr + v + o, mask=inside, other=float("-inf")).to(tl.float32)
-            r = tl.where(inside, (_mapped(y, a, SOFTCAP, VEC) - top_ref) * scale, float("-inf"))
+            r = tl.where(inside, (mapped(y, a, SOFTCAP, VEC) - top_ref) * scale, float("-inf"))
             power = tl.exp2(r)
             s += power
             srt += tl.where(power == 0.0, 0.0, power * (r - t))
@@ -179,15 +200,8 @@ def _in_two_passes(
 
 
 @triton.jit
-def _lse(top, log_total, factor, factor_lost):
-    """float64: the backward subtracts it from logits as large as itself."""
-    wide = top.to(tl.float64)
-    return wide * factor + wide * factor_lost + log_total
-
-
-@triton.jit
 def _not_negative(x):
-    """What rounding makes negative is 0; NaN stays."""
+    """0 for what rounding made negative; NaN stays."""
     return tl.where(x < 0, 0.0, x)
 
 
@@ -196,7 +210,7 @@ def _row_reductions_fwd_kernel(
     logits_ptr,  # (B, T, V)
     ref_logits_ptr,  # (B, T, V) or not read
     rows_ptr,  # (N,) int64
-    labels_ptr,  # (N,) int64; -1 is a label that is not in this vocabulary (another shard's)
+    labels_ptr,  # (N,) int64; -1: in another shard; others outside [0, V): NaN
     logp_ptr,  # (N,) float32
     lse_ptr,  # (N,) float64
     entropy_ptr,  # (N,) float32
@@ -215,7 +229,7 @@ def _row_reductions_fwd_kernel(
     scale: tl.float32,  # factor / ln 2
     SOFTCAP: tl.constexpr,
     HAS_REF: tl.constexpr,
-    REF_ALIGNED: tl.constexpr,  # every row of the reference lies in its 16 bytes as that of the logits
+    REF_ALIGNED: tl.constexpr,  # every row of the reference has its 16-byte boundaries where the logits have
     LANES: tl.constexpr,
     VEC: tl.constexpr,  # elements in 16 bytes
 ):
@@ -223,58 +237,27 @@ def _row_reductions_fwd_kernel(
     position = tl.load(rows_ptr + n)
     row_ptr = logits_ptr + row_offset(position, T, stride_b, stride_t)
     ref_row_ptr = ref_logits_ptr + row_offset(position, T, stride_rb, stride_rt)
-    head = head_length(row_ptr, VEC)
-    groups = tl.maximum(V - head, 0) // VEC
-    body_ptr = tl.multiple_of(row_ptr + head, 16)
-    ref_body_ptr = ref_row_ptr + head
+    lead, groups = aligned_part(row_ptr, V, VEC)
+    body_ptr = tl.multiple_of(row_ptr + lead, 16)
+    ref_body_ptr = ref_row_ptr + lead
     if REF_ALIGNED:
         ref_body_ptr = tl.multiple_of(ref_body_ptr, 16)
     label = tl.load(labels_ptr + n)
-    in_vocabulary = (label >= 0) & (label < V)
-    u_label = _mapped(tl.load(row_ptr + label, mask=in_vocabulary, other=float("nan")).to(tl.float32), a, SOFTCAP, VEC)
+    u_label = mapped_label(row_ptr, label, V, a, SOFTCAP, VEC)
 
-    m = tl.full([LANES], _LOWEST, tl.float32)
-    m_ref = tl.full([LANES], _LOWEST, tl.float32)
-    e = tl.zeros([LANES], tl.float32)
-    et = tl.zeros([LANES], tl.float32)
-    ee = tl.zeros([LANES], tl.float32)
-    s = tl.zeros([LANES], tl.float32)
-    srt = tl.zeros([LANES], tl.float32)
-    in_loop = groups // (4 * LANES) * (4 * LANES)
-    for g in range(0, in_loop, 4 * LANES):
-        m, e, et, ee, m_ref, s, srt = _accumulate(
-            m, e, et, ee, m_ref, s, srt, body_ptr + g * VEC, ref_body_ptr + g * VEC, 0, a, scale,
-            False, SOFTCAP, HAS_REF, REF_ALIGNED, LANES, VEC,
-        )  # fmt: skip
-    if in_loop < groups:
-        m, e, et, ee, m_ref, s, srt = _accumulate(
-            m, e, et, ee, m_ref, s, srt, body_ptr + in_loop * VEC, ref_body_ptr + in_loop * VEC, groups - in_loop,
-            a, scale, True, SOFTCAP, HAS_REF, REF_ALIGNED, LANES, VEC,
-        )  # fmt: skip
-    top, total, total_et, total_ee, top_ref, total_s, total_srt = _over_lanes(m, e, et, ee, m_ref, s, srt, scale)
-
-    columns, at_edge = edge_columns(head, groups, V, VEC)
-    x = tl.load(row_ptr + columns, mask=at_edge, other=float("-inf")).to(tl.float32)
-    u = tl.where(at_edge, _mapped(x, a, SOFTCAP, VEC), float("-inf"))
-    # the whole row's maximum now; the edges' sums are made relative to it at once
-    top_all = tl.maximum(top, tl.max(u, axis=0))
-    total, total_et, total_ee, total_srt = _moved(top, top_all, total, total_et, total_ee, total_srt, total_s, scale)
-    top = top_all
-    t = tl.fma(u, scale, -(top * scale))
-    power = tl.exp2(t)
-    total += tl.sum(power, axis=0)
-    total_et += tl.sum(_et(t, power, 0.0), axis=0)
-    total_ee += tl.sum(power * power, axis=0)
+    top, total, total_et, total_ee, top_ref, total_s, total_srt = _over_groups(
+        body_ptr, ref_body_ptr, groups, a, scale, SOFTCAP, HAS_REF, REF_ALIGNED, LANES, VEC
+    )
+    columns, at_edge = edge_columns(lead, groups, V, VEC)
+    u = mapped_edges(row_ptr, columns, at_edge, a, SOFTCAP, VEC)
+    y = u
+    if HAS_REF:
+        y = mapped_edges(ref_row_ptr, columns, at_edge, a, SOFTCAP, VEC)
+    top, total, total_et, total_ee, top_ref, total_s, total_srt = _with_edges(
+        top, total, total_et, total_ee, top_ref, total_s, total_srt, u, y, scale, HAS_REF
+    )
     ordinary = (total > 0.0) & (total < float("inf"))
     if HAS_REF:
-        y = tl.load(ref_row_ptr + columns, mask=at_edge, other=float("-inf")).to(tl.float32)
-        y = tl.where(at_edge, _mapped(y, a, SOFTCAP, VEC), float("-inf"))
-        top_all = tl.maximum(top_ref, tl.max(y, axis=0))
-        total_s, total_srt = _moved_reference(top_ref, top_all, total_s, total_srt, scale)
-        top_ref = top_all
-        power, product = _srt(y, -(top_ref * scale), scale, t)
-        total_s += tl.sum(power, axis=0)
-        total_srt += tl.sum(product, axis=0)
         ordinary = ordinary & (total_s > 0.0) & (total_s < float("inf")) & (total_srt < float("inf"))
     # the sums are relative to the rounded top * scale
     rounding = tl.fma(top, scale, -(top * scale))
@@ -287,29 +270,15 @@ def _row_reductions_fwd_kernel(
         rounding_ref = 0.0
     log_sum = tl.log(total)
     log_total = log_sum - rounding * LN2
-    lse = _lse(top, log_total, factor, factor_lost)
+    lse = row_lse(top, log_total, factor, factor_lost)
     tl.store(lse_ptr + n, lse)
     tl.store(entropy_ptr + n, _not_negative(log_sum - (total_et / total) * LN2))
     tl.store(sum_p2_ptr + n, total_ee / total / total)
     if HAS_REF:
         log_sum_ref = tl.log(total_s)
-        tl.store(ref_lse_ptr + n, _lse(top_ref, log_sum_ref - rounding_ref * LN2, factor, factor_lost))
+        tl.store(ref_lse_ptr + n, row_lse(top_ref, log_sum_ref - rounding_ref * LN2, factor, factor_lost))
         tl.store(kl_ptr + n, _not_negative((total_srt / total_s) * LN2 + (log_sum - log_sum_ref)))
-    # as in token_logp_fwd.py: the difference before the scale, and no rounding lost
-    difference, lost = _sum_and_rounding(u_label, -top)
-    product = difference * factor
-    lost = tl.fma(lost, factor, tl.fma(difference, factor, -product)) + difference * factor_lost
-    logp, lost_again = _sum_and_rounding(product, -log_total)
-    lost += lost_again
-    logp += tl.where(tl.abs(lost) < float("inf"), lost, 0.0)
-    logp = tl.where(logp > 0, 0.0, logp)
-    tl.store(logp_ptr + n, tl.where(label == -1, -lse.to(tl.float32), logp))
-
-
-def lies_alike(x: torch.Tensor, y: torch.Tensor, vec: int) -> bool:
-    """Whether every row of y lies in its 16 bytes as that of x does."""
-    same_place = (x.data_ptr() - y.data_ptr()) % 16 == 0
-    return same_place and all((x.stride(d) - y.stride(d)) % vec == 0 or x.shape[d] == 1 for d in (0, 1))
+    tl.store(logp_ptr + n, log_prob(u_label, label, top, log_total, lse, factor, factor_lost))
 
 
 def row_reductions_fwd(
@@ -323,9 +292,8 @@ def row_reductions_fwd(
     wants_sum_p2: bool = True,
 ) -> tuple[torch.Tensor, ...]:
     """logp, lse as `token_logp_fwd`; entropy, sum of p^2 and KL(ref || p), (N,) float32; the reference's lse, (N,)
-    float64. What is not asked for is empty (and computed: memory is what a row waits for), as the last two are without
-    a reference."""
-    assert a > 0 and c >= 0, (a, c)
+    float64. What is not asked for is empty, as the last two are without a reference. It is computed all the same:
+    a row waits for memory, not for arithmetic."""
     assert ref is None or (ref.shape == logits.shape and ref.dtype == logits.dtype)
     N, (_, T, V) = rows.shape[0], logits.shape
     M = 0 if ref is None else N
@@ -334,12 +302,11 @@ def row_reductions_fwd(
     out = (logp, lse, entropy, sum_p2, kl, ref_lse)
     if N == 0:
         return out
-    launch, factor, other = row_launch(V, logits.dtype), c if c else a, logits if ref is None else ref
+    launch, other = row_launch(V, logits.dtype), logits if ref is None else ref
     with on_device(logits):
         _row_reductions_fwd_kernel[(N,)](
             logits, other, rows, labels, *out,
-            T, logits.stride(0), logits.stride(1), other.stride(0), other.stride(1), V,
-            a, *two_floats(factor), factor * LOG2E.value,
+            T, *logits.stride()[:2], *other.stride()[:2], V, *forward_map(a, c),
             SOFTCAP=c != 0, HAS_REF=ref is not None, REF_ALIGNED=lies_alike(logits, other, launch["VEC"]), **launch,
         )  # fmt: skip
     return (logp, lse, entropy if wants_entropy else entropy[:0], sum_p2 if wants_sum_p2 else sum_p2[:0], kl, ref_lse)

@@ -1,8 +1,6 @@
 """Row forward: the log-probability of one label per row, and the row's log-sum-exp, in one read of the row.
 
-A row is walked as [head | groups of 16 bytes | tail]: the groups start at the row's first 16-byte boundary, so the
-loop moves 16 bytes per lane whatever V and the row's address are. Head and tail, under 16 bytes each, are one masked
-access of their own.
+Rows are walked by their own 16-byte boundaries (rows.py).
 """
 
 import torch
@@ -11,58 +9,40 @@ import triton.language as tl
 
 from .rows import (
     LN2,
-    LOG2E,
+    LOWEST,
+    aligned_part,
     arrival_counters,
     edge_columns,
-    head_length,
+    forward_map,
     jit,
-    load_tiles,
+    log_prob,
+    mapped,
+    mapped_edges,
+    mapped_label,
+    mapped_tiles,
+    max_of_row,
     on_device,
     row_launch,
+    row_lse,
     row_offset,
-    tanh_sech2,
-    two_floats,
 )
 
-# Running maxima start here and not at -inf: a lane that has met only -inf (masked vocabulary) then has weights
-# exp2(-inf) = 0 instead of NaN. Scaled, it must stay finite. Rows that lie below it altogether are summed again,
-# relative to their own maximum.
-_LOWEST = tl.constexpr(-1e30)
-
 # Passes of the loop between two reductions over the block. The reductions cut a row into segments that several programs
-# can share, with the same bits however many they are; four passes are 64 elements a thread, enough to hide a reduction.
+# can share, with the same bits however many they are. Four passes are 64 elements a thread, enough to hide a reduction.
 _PASSES = tl.constexpr(4)
-
-
-@triton.jit
-def _mapped(x, a, SOFTCAP: tl.constexpr, VEC: tl.constexpr):
-    if SOFTCAP:
-        x, _ = tanh_sech2(a * x, VEC > 4)
-    return x
 
 
 @triton.jit
 def _accumulate(
     m, s, ptr, lanes, a, scale, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr
 ):
-    """Four tiles (LANES, VEC) into each lane's maximum m (LANES,) and sums s (LANES, VEC) of exp2(scale * (x - m)).
+    """Adds four tiles (LANES, VEC) to each lane's maximum m (LANES,) and sums s (LANES, VEC) of exp2(scale * (u - m)).
 
-    One maximum for 4 * VEC elements makes rescaling cheap. It is the lane's own: threads do not talk to each other in
-    the loop.
+    One maximum for 4 * VEC elements makes rescaling cheap. Each lane has its own, so threads exchange nothing in the
+    loop.
     """
-    x0, x1, x2, x3 = load_tiles(ptr, lanes, MASKED, True, LANES, VEC)
-    if SOFTCAP:
-        x0 = _mapped(x0, a, SOFTCAP, VEC)
-        x1 = _mapped(x1, a, SOFTCAP, VEC)
-        x2 = _mapped(x2, a, SOFTCAP, VEC)
-        x3 = _mapped(x3, a, SOFTCAP, VEC)
-        if MASKED:  # tanh(-inf) is -1, a value like any other
-            lane = tl.arange(0, LANES)[:, None]
-            x0 = tl.where(lane < lanes, x0, float("-inf"))
-            x1 = tl.where(lane < lanes - LANES, x1, float("-inf"))
-            x2 = tl.where(lane < lanes - 2 * LANES, x2, float("-inf"))
-            x3 = tl.where(lane < lanes - 3 * LANES, x3, float("-inf"))
-    m_new = tl.maximum(m, tl.max(tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)), axis=1))
+    x0, x1, x2, x3, m_new = mapped_tiles(ptr, lanes, a, MASKED, SOFTCAP, True, LANES, VEC)
+    m_new = tl.maximum(m, m_new)
     top = m_new * scale
     rescale = tl.exp2(m * scale - top)[:, None]
     shift = -top[:, None]
@@ -74,7 +54,7 @@ def _accumulate(
 @triton.jit
 def _segment(body_ptr, begin, end, a, scale, SOFTCAP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
     """(max, sum of exp2(scale * (u - max))) over 16-byte groups [begin, end) of a row."""
-    m = tl.full([LANES], _LOWEST, tl.float32)
+    m = tl.full([LANES], LOWEST, tl.float32)
     s = tl.zeros([LANES, VEC], tl.float32)
     in_loop = begin + (end - begin) // (4 * LANES) * (4 * LANES)
     for g in range(begin, in_loop, 4 * LANES):
@@ -87,42 +67,29 @@ def _segment(body_ptr, begin, end, a, scale, SOFTCAP: tl.constexpr, LANES: tl.co
 
 @triton.jit
 def _merge(m, total, m_new, total_new, scale):
-    """Two (max, sum) into one."""
+    """The (max, sum) of two parts of a row together."""
     top = tl.maximum(m, m_new)
     return top, total * tl.exp2(m * scale - top * scale) + total_new * tl.exp2(m_new * scale - top * scale)
 
 
 @triton.jit
 def _max_and_sum_in_two_passes(row_ptr, V, a, scale, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):
-    """(max, sum of exp2(scale * (x - max))): for rows so large that scale * x overflows or its rounding counts, or all
-    below _LOWEST."""
+    """(max, sum of exp2(scale * (u - max))), the max first. For rows so large that scale * u overflows or its rounding
+    matters, and rows that lie below LOWEST altogether."""
     o = tl.arange(0, BLOCK)
-    m = tl.full([BLOCK], float("-inf"), tl.float32)
-    for v in range(0, V, BLOCK):
-        x = tl.load(row_ptr + v + o, mask=o < V - v, other=float("-inf")).to(tl.float32)
-        m = tl.maximum(m, tl.where(o < V - v, _mapped(x, a, SOFTCAP, VEC), float("-inf")))
-    top = tl.max(m, axis=0)
-    top = tl.where(top == float("-inf"), 0.0, top)  # nothing is allowed: a sum of 0, lse -inf
+    top = max_of_row(row_ptr, V, a, SOFTCAP, BLOCK, VEC)
     s = tl.zeros([BLOCK], tl.float32)
     for v in range(0, V, BLOCK):
         x = tl.load(row_ptr + v + o, mask=o < V - v, other=float("-inf")).to(tl.float32)
-        s += tl.where(o < V - v, tl.exp2((_mapped(x, a, SOFTCAP, VEC) - top) * scale), 0.0)
+        s += tl.where(o < V - v, tl.exp2((mapped(x, a, SOFTCAP, VEC) - top) * scale), 0.0)
     return top, tl.sum(s, axis=0)
-
-
-@triton.jit
-def _sum_and_rounding(x, y):
-    """(x + y rounded, what the rounding lost)."""
-    total = x + y
-    y_part = total - x
-    return total, (x - (total - y_part)) + (y - y_part)
 
 
 @jit
 def _token_logp_fwd_kernel(
     logits_ptr,  # (B, T, V)
     rows_ptr,  # (N,) int64
-    labels_ptr,  # (N,) int64; -1 is a label that is not in this vocabulary (another shard's)
+    labels_ptr,  # (N,) int64; -1: in another shard; others outside [0, V): NaN
     logp_ptr,  # (N,) float32
     lse_ptr,  # (N,) float64
     partial_ptr,  # (N, most_segments, 2) float32: max and sum of each segment; not used by one program a row
@@ -143,21 +110,18 @@ def _token_logp_fwd_kernel(
     n = tl.program_id(0)
     programs = tl.num_programs(1)  # of this row
     row_ptr = logits_ptr + row_offset(tl.load(rows_ptr + n), T, stride_b, stride_t)
-    head = head_length(row_ptr, VEC)
-    groups = tl.maximum(V - head, 0) // VEC
-    body_ptr = tl.multiple_of(row_ptr + head, 16)
-    # the latency of these passes behind the loop
+    lead, groups = aligned_part(row_ptr, V, VEC)
+    body_ptr = tl.multiple_of(row_ptr + lead, 16)
+    # read before the loop, which hides their latency
     label = tl.load(labels_ptr + n)
-    in_vocabulary = (label >= 0) & (label < V)
-    u_label = _mapped(tl.load(row_ptr + label, mask=in_vocabulary, other=float("nan")).to(tl.float32), a, SOFTCAP, VEC)
-    columns, at_edge = edge_columns(head, groups, V, VEC)
-    x = tl.load(row_ptr + columns, mask=at_edge, other=float("-inf")).to(tl.float32)
-    u_edge = tl.where(at_edge, _mapped(x, a, SOFTCAP, VEC), float("-inf"))
+    u_label = mapped_label(row_ptr, label, V, a, SOFTCAP, VEC)
+    columns, at_edge = edge_columns(lead, groups, V, VEC)
+    u_edge = mapped_edges(row_ptr, columns, at_edge, a, SOFTCAP, VEC)
 
     SEGMENT: tl.constexpr = 4 * LANES * _PASSES
     segments = tl.cdiv(groups, SEGMENT)
     partial_ptr += n.to(tl.int64) * most_segments * 2
-    u_max = tl.full([], _LOWEST, tl.float32)
+    u_max = tl.full([], LOWEST, tl.float32)
     total = tl.zeros([], tl.float32)
     for k in range(tl.program_id(1), segments, programs):
         end = tl.minimum((k + 1) * SEGMENT, groups)
@@ -168,18 +132,18 @@ def _token_logp_fwd_kernel(
 
     is_last = programs == 1
     if programs > 1:
-        # the last of the row's programs to arrive merges the segments, in the order in which one program would have
+        # The last of the row's programs to arrive merges the segments, in the order that one program would take.
         tl.debug_barrier()
         is_last = tl.atomic_add(arrived_ptr + n, 1, sem="acq_rel") == programs - 1
         if is_last:
             tl.store(arrived_ptr + n, 0)
-            u_max = tl.full([], _LOWEST, tl.float32)
+            u_max = tl.full([], LOWEST, tl.float32)
             total = tl.zeros([], tl.float32)
             for k in range(0, segments):
                 m = tl.load(partial_ptr + 2 * k)
                 u_max, total = _merge(u_max, total, m, tl.load(partial_ptr + 2 * k + 1), scale)
     if is_last:
-        m = tl.maximum(tl.max(u_edge, axis=0), _LOWEST)
+        m = tl.maximum(tl.max(u_edge, axis=0), LOWEST)
         u_max, total = _merge(u_max, total, m, tl.sum(tl.exp2(tl.fma(u_edge, scale, -(m * scale))), axis=0), scale)
         # the sums are relative to the rounded u_max * scale
         rounding = tl.fma(u_max, scale, -(u_max * scale))
@@ -188,24 +152,13 @@ def _token_logp_fwd_kernel(
             u_max, total = _max_and_sum_in_two_passes(row_ptr, V, a, scale, SOFTCAP, 4 * LANES, VEC)
             rounding = 0.0
         log_total = tl.log(total) - rounding * LN2
-        # float64: the backward subtracts it from logits as large as itself
-        u_max_wide = u_max.to(tl.float64)
-        lse = u_max_wide * factor + u_max_wide * factor_lost + log_total
+        lse = row_lse(u_max, log_total, factor, factor_lost)
         tl.store(lse_ptr + n, lse)
-        # The difference before the scale: a constant added to the whole row costs no digits. Nor do these roundings.
-        difference, lost = _sum_and_rounding(u_label, -u_max)
-        product = difference * factor
-        lost = tl.fma(lost, factor, tl.fma(difference, factor, -product)) + difference * factor_lost
-        logp, lost_again = _sum_and_rounding(product, -log_total)
-        lost += lost_again
-        logp += tl.where(tl.abs(lost) < float("inf"), lost, 0.0)  # NaN where something was infinite
-        # rounding may leave a probability a hair above 1; the comparison lets NaN through
-        logp = tl.where(logp > 0, 0.0, logp)
-        tl.store(logp_ptr + n, tl.where(label == -1, -lse.to(tl.float32), logp))
+        tl.store(logp_ptr + n, log_prob(u_label, label, u_max, log_total, lse, factor, factor_lost))
 
 
 def _programs_per_row(N: int, segments: int) -> int:
-    """One where rows alone fill the GPU: 528 programs are four on each of 132 multiprocessors, 32 KiB in flight."""
+    """One where the rows alone fill the GPU. 528 programs are four on each of 132 multiprocessors, 32 KiB in flight."""
     return max(1, min(segments, triton.cdiv(528, N)))
 
 
@@ -216,11 +169,10 @@ def token_logp_fwd(
     a: float,
     c: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # logp (N,) float32, lse (N,) float64
-    """log_softmax(z)[label] of each row and logsumexp(z), natural, for z = a * x or c * tanh(a * x); a > 0 and c >= 0.
+    """log_softmax(z)[label] and logsumexp(z) of each row, natural, for z = a * x or c * tanh(a * x); a > 0 and c >= 0.
 
-    A label of -1 counts as a logit of 0 that is no part of the sum (logp = -lse); others outside [0, V) give NaN.
+    A label of -1 is in another shard of the vocabulary: logp = -lse. Others outside [0, V) give NaN.
     """
-    assert a > 0 and c >= 0, (a, c)
     N, (_, T, V) = rows.shape[0], logits.shape
     logp = torch.empty(N, dtype=torch.float32, device=logits.device)
     lse = torch.empty(N, dtype=torch.float64, device=logits.device)
@@ -233,11 +185,10 @@ def token_logp_fwd(
     if programs > 1:
         partial = torch.empty((N, segments, 2), dtype=torch.float32, device=logits.device)
         arrived = arrival_counters(logits.device)
-    factor = c if c else a
     with on_device(logits):
         _token_logp_fwd_kernel[(N, programs)](
             logits, rows, labels, logp, lse, partial, arrived,
-            T, logits.stride(0), logits.stride(1), V, segments, a, *two_floats(factor), factor * LOG2E.value,
+            T, logits.stride(0), logits.stride(1), V, segments, *forward_map(a, c),
             SOFTCAP=c != 0, **launch,
         )  # fmt: skip
     return logp, lse

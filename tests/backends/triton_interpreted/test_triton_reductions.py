@@ -1,10 +1,11 @@
 """Triton row kernels with entropy, sum of squares and KL, interpreted, against float64.
 
 Shown to fail by breaking the kernels: sums of exponents, of squares or of KL not moved to a new maximum, KL's label
-read from the policy, 0 * -inf, softcapped lanes not masked (test_fp64_rule); a gap between shares
-(test_in_place_and_shares).
+read from the policy, 0 * -inf, softcapped lanes not masked (test_fp64_rule); a wrong label taken for
+another shard's (test_label_outside_the_vocabulary); a gap between shares (test_in_place_and_shares).
 """
 
+import importlib
 import math
 
 import pytest
@@ -12,6 +13,9 @@ import torch
 from helpers.reductions import MAPS, UPSTREAMS, ReductionRows, check, check_masks
 
 from sspo_ext.backends import triton as backend
+
+# The package's attribute of this name is the launcher.
+BACKWARD_FILE = importlib.import_module("sspo_ext.backends.triton.row_reductions_bwd")
 
 # Edges alone; part of a pass; passes and a rest, with one warp and with four. A temperature is a factor of the scale;
 # float16 is loaded as float32 is, and rounded as bfloat16 is.
@@ -125,11 +129,31 @@ def test_not_finite():
     assert lse[1] == -math.inf  # of a vocabulary shard that is all padding
 
 
+def test_label_outside_the_vocabulary():
+    """-1 is a label of another vocabulary shard: logp = -lse, gradient without a one-hot term. Any other label is NaN,
+    in the whole row of the gradient too, whatever arrives at the row; what does not depend on the label stays as it is.
+    """
+    for name in ("all", "entropy", "kl"):
+        case = ReductionRows(530, torch.float32, 1.0, 0.0, few=True)
+        case.varied = torch.ones(3)
+        clean, clean_grad = case.run(backend, UPSTREAMS[name])
+        label = case.labels[0].item()
+        case.labels = torch.tensor([-1, 530, 2**40])
+        values, grad = case.run(backend, UPSTREAMS[name])
+        lse = backend.row_reductions_fwd(case.logits, case.rows, case.labels, None, 1.0, 0.0)[1]
+        assert values[0][0] == -lse[0].float() and values[0][1:].isnan().all() and lse.isfinite().all()
+        assert all(torch.equal(v, c) for v, c in zip(values[1:], clean[1:], strict=True))
+        grad, clean_grad = (g.view(-1, 530)[case.rows] for g in (grad, clean_grad))
+        clean_grad[0, label] -= UPSTREAMS[name][0]
+        torch.testing.assert_close(grad[0], clean_grad[0], rtol=1e-5, atol=1e-7)
+        assert grad[1:].isnan().all(), name
+
+
 def test_in_place_and_shares(monkeypatch):
     case = ReductionRows(2601, torch.bfloat16, 1.0, 0.0, offset=3)
-    monkeypatch.setattr("sspo_ext.backends.triton.row_reductions_bwd._column_shares", lambda *args: 1)
+    monkeypatch.setattr(BACKWARD_FILE, "column_shares", lambda *args: 1)
     _, grad = case.run(backend, UPSTREAMS["all"])
-    monkeypatch.setattr("sspo_ext.backends.triton.row_reductions_bwd._column_shares", lambda *args: 3)
+    monkeypatch.setattr(BACKWARD_FILE, "column_shares", lambda *args: 3)
     assert torch.equal(case.run(backend, UPSTREAMS["all"])[1], grad)
     case.run(backend, UPSTREAMS["all"], out=case.logits)
     assert torch.equal(case.logits, grad)

@@ -5,10 +5,12 @@ Shown to fail by breaking the kernel: no rescale of the lane sums, the masked pa
 that does not hold (test_slices); the label read after the loop, edges written by every program (test_in_place); a gap
 between shares (test_shares_of_a_row_do_not_show); counters not reset (test_programs_of_a_row_do_not_show).
 
-Meant to fail, each to be tried when the kernels next change. Forward: _LOWEST = -inf; label + 1; no mask in the masked
+Meant to fail, each to be tried when the kernels next change. Forward: LOWEST = -inf; label + 1; no mask in the masked
 pass; the rounding of u_max * scale dropped from log_total. Backward: label's gradient not added; zero rows skipped;
 upstream ignored.
 """
+
+import importlib
 
 import pytest
 import torch
@@ -17,6 +19,9 @@ from helpers.truth import assert_fp64_rule, assert_rounded_once, gradient_terms
 from sspo_ext.backends import triton as backend
 from sspo_ext.backends.triton.token_logp_fwd import _programs_per_row
 
+# The package's attributes of these names are the launchers.
+FORWARD_FILE = importlib.import_module("sspo_ext.backends.triton.token_logp_fwd")
+BACKWARD_FILE = importlib.import_module("sspo_ext.backends.triton.token_logp_bwd")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLAIN, TEMPERATURE, SOFTCAP, SMALL_CAP = (1.0, 0.0), (1 / 0.7, 0.0), (1 / 30, 30 / 0.9), (1 / 3, 3.0)
 # Around a lane's 16 bytes; a tile (LANES * VEC) and a pass of the loop (four tiles) with one warp; two segments of four
@@ -140,11 +145,11 @@ def test_real_vocabulary():
     ids=str,
 )
 def test_in_place(V, dtype):
-    """Over the logits, bit for bit what goes into a fresh tensor; labels in tail, head and the middle of the shares."""
+    """Over the logits, bit for bit what goes into a fresh tensor; labels in tail, lead and the middle of the shares."""
     case = Rows(V, dtype, *PLAIN, offset=3, coef=(0.7, -1.3, 2.0))
     case.labels = torch.tensor([V - 1, 0, V // 2])
     lanes, starts = 16 // dtype.itemsize, [(3 + V * int(row)) * dtype.itemsize % 16 for row in case.rows]
-    assert starts[1] and (V + starts[0] // dtype.itemsize) % lanes, "there is a head, and a tail"
+    assert starts[1] and (V + starts[0] // dtype.itemsize) % lanes, "there is a lead, and a tail"
     _, lse, grad = check(case)
     assert torch.equal(case.backward(lse, out=case.logits), grad)
 
@@ -348,10 +353,10 @@ def test_programs_of_a_row_do_not_show(V, programs, monkeypatch):
     case.logits.view(3, V)[2, : V // 2] = float("-inf")
     case.labels = torch.tensor([V - 1, 0])
     counters = torch.zeros(2, dtype=torch.int32)
-    monkeypatch.setattr("sspo_ext.backends.triton.token_logp_fwd.arrival_counters", lambda device: counters)
-    monkeypatch.setattr("sspo_ext.backends.triton.token_logp_fwd._programs_per_row", lambda *args: 1)
+    monkeypatch.setattr(FORWARD_FILE, "arrival_counters", lambda device: counters)
+    monkeypatch.setattr(FORWARD_FILE, "_programs_per_row", lambda *args: 1)
     expected = case.forward()
-    monkeypatch.setattr("sspo_ext.backends.triton.token_logp_fwd._programs_per_row", lambda *args: programs)
+    monkeypatch.setattr(FORWARD_FILE, "_programs_per_row", lambda *args: programs)
     assert all(torch.equal(x, y) for x, y in zip(case.forward(), expected, strict=True))
     assert (counters == 0).all()
     logp, lse, _ = case.truth()
@@ -368,9 +373,9 @@ def test_programs_per_row():
 def test_shares_of_a_row_do_not_show(V, shares, monkeypatch):
     case = Rows(V, torch.bfloat16, *PLAIN, B=1, T=2, positions=(1,), coef=(1.0,), offset=1)
     _, lse = case.forward()
-    monkeypatch.setattr("sspo_ext.backends.triton.token_logp_bwd._column_shares", lambda *args: 1)
+    monkeypatch.setattr(BACKWARD_FILE, "column_shares", lambda *args: 1)
     expected = case.backward(lse)
-    monkeypatch.setattr("sspo_ext.backends.triton.token_logp_bwd._column_shares", lambda *args: shares)
+    monkeypatch.setattr(BACKWARD_FILE, "column_shares", lambda *args: shares)
     assert torch.equal(case.backward(lse), expected)
 
 

@@ -1,11 +1,13 @@
 """Triton step kernel, interpreted, against the reference in float64; and the whole route through the public loss.
 
 Shown to fail by breaking the kernel: a sum not continued beyond the first block (test_long_steps); pairs of the first
-block alone (test_more_pairs_than_a_block); n of the wrong side, pair weights left out of the loss (test_heads).
+block alone (test_more_pairs_than_a_block); n of the wrong side, pair weights left out of the loss (test_formulas).
 
 Meant to fail here: weights left out of the sum, or of the coefficients; reference not subtracted from the partner;
 sides swapped; du overwritten and not added up; empty steps kept; scale left out; counter not reset.
 """
+
+import importlib
 
 import pytest
 import torch
@@ -18,9 +20,12 @@ from sspo_ext.backends.arguments import StepLossArguments
 from sspo_ext.backends.triton.step_loss_fwd import BLOCK
 from sspo_ext.formulas.registry import PAIR_FORMULAS
 
+# The package's attribute of this name is the launcher.
+KERNEL_FILE = importlib.import_module("sspo_ext.backends.triton.step_loss_fwd")
+
 
 def make(counts, pairs, *, weights=False, ref=False, per_pair=False):
-    """Inputs of step_loss_fwd by name, without head; `pairs` a list of (winner, loser)."""
+    """Inputs of step_loss_fwd by name, without a formula; `pairs` a list of (winner, loser)."""
     counts, index = torch.tensor(counts, dtype=torch.int32), torch.tensor(pairs, dtype=torch.int32).view(-1, 2)
     S, N, P = len(counts), int(counts.sum()), len(index)
     entries = [[] for _ in range(S)]
@@ -42,7 +47,7 @@ def make(counts, pairs, *, weights=False, ref=False, per_pair=False):
     }
 
 
-def truth(inputs, head, options, label, dtype=torch.float64):
+def truth(inputs, formula, options, label, dtype=torch.float64):
     """(loss, sums, pair_loss, coef) by the reference and autograd in `dtype`."""
     x = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
     logps = x["logps"].requires_grad_()
@@ -50,17 +55,17 @@ def truth(inputs, head, options, label, dtype=torch.float64):
     step_of_row = torch.arange(len(counts)).repeat_interleave(counts.long())
     sums = reference.step_sums(logps, x["weights"], step_of_row, len(counts))
     losses = reference.pair_losses(
-        sums, counts, x["ref"], x["pair_index"], x["pair_margins"], x["pair_labels"], head, options, label
+        sums, counts, x["ref"], x["pair_index"], x["pair_margins"], x["pair_labels"], formula, options, label
     )
     loss = x["scale"] * (losses if x["pair_weights"] is None else losses * x["pair_weights"]).sum()
     (coef,) = torch.autograd.grad(loss, logps, allow_unused=True) if loss.requires_grad else (None,)
     return loss.detach(), sums.detach(), losses.detach(), torch.zeros_like(logps) if coef is None else coef
 
 
-def check(inputs, head="sigmoid", options=None, label=0.9):
-    options = list(PAIR_FORMULAS[head].options.values()) if options is None else options
-    got = backend.step_loss_fwd(StepLossArguments(**inputs, formula=head, options=options, label=label))
-    exact, by_torch = truth(inputs, head, options, label), truth(inputs, head, options, label, torch.float32)
+def check(inputs, formula="sigmoid", options=None, label=0.9):
+    options = list(PAIR_FORMULAS[formula].options.values()) if options is None else options
+    got = backend.step_loss_fwd(StepLossArguments(**inputs, formula=formula, options=options, label=label))
+    exact, by_torch = truth(inputs, formula, options, label), truth(inputs, formula, options, label, torch.float32)
     for name, g, e, t in zip(("loss", "sums", "pair_loss", "coef"), got, exact, by_torch, strict=True):
         assert g.shape == e.shape and g.dtype == torch.float32
         assert torch.isfinite(g).all(), f"{name}: not finite, {g}"
@@ -70,18 +75,18 @@ def check(inputs, head="sigmoid", options=None, label=0.9):
 
 
 @pytest.mark.parametrize("per_pair", [False, True])
-@pytest.mark.parametrize("head", PAIR_FORMULAS)
-def test_heads(head, per_pair):
+@pytest.mark.parametrize("formula", PAIR_FORMULAS)
+def test_formulas(formula, per_pair):
     pairs = [(0, 1), (2, 3), (4, 0), (1, 5)]
     check(
         make(
             [3, 5, 1, 2, 7, 4],
             pairs,
             weights=per_pair,
-            ref=PAIR_FORMULAS[head].reference != "forbidden",
+            ref=PAIR_FORMULAS[formula].reference != "forbidden",
             per_pair=per_pair,
         ),
-        head,
+        formula,
     )
 
 
@@ -97,16 +102,16 @@ def test_steps_in_many_pairs():
 
 
 def test_more_pairs_than_a_block(monkeypatch):
-    monkeypatch.setattr("sspo_ext.backends.triton.step_loss_fwd.BLOCK", 4)
+    monkeypatch.setattr(KERNEL_FILE, "BLOCK", 4)
     pairs = [(i, i + 1) for i in range(0, 10, 2)] * 2
-    assert len(pairs) > 2 * BLOCK
+    assert len(pairs) > 2 * KERNEL_FILE.BLOCK
     check(make([2] * 10, pairs, per_pair=True))
 
 
-@pytest.mark.parametrize("head", PAIR_FORMULAS)
-def test_empty_steps_drop_their_pairs(head):
+@pytest.mark.parametrize("formula", PAIR_FORMULAS)
+def test_empty_steps_drop_their_pairs(formula):
     pairs = [(0, 1), (1, 0), (2, 3), (1, 4), (0, 3)]
-    loss, sums, pair_loss, coef = check(make([3, 0, 2, 4, 0], pairs, per_pair=True), head)
+    loss, sums, pair_loss, coef = check(make([3, 0, 2, 4, 0], pairs, per_pair=True), formula)
     assert sums[1] == sums[4] == 0
     assert (pair_loss[[0, 1, 3]] == 0).all()
     assert (coef != 0).any() or (pair_loss == 0).all(), "only a satisfied hinge pulls nothing"
@@ -135,7 +140,7 @@ def test_nonfinite_propagates():
 
 def test_same_bits_every_run_and_counter_left_at_zero(monkeypatch):
     counter = torch.zeros(1, dtype=torch.int32)
-    monkeypatch.setattr("sspo_ext.backends.triton.step_loss_fwd.arrival_counters", lambda device: counter)
+    monkeypatch.setattr(KERNEL_FILE, "arrival_counters", lambda device: counter)
     inputs = make([7, 300, 5, 9], [(0, 1), (2, 3), (1, 3)], weights=True, ref=True, per_pair=True)
     runs = [check(inputs) for _ in range(2)]
     assert counter == 0
