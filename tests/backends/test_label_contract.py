@@ -18,11 +18,11 @@ import math
 
 import pytest
 import torch
-from helpers_reductions import UPSTREAMS
-from sspo_ext.reductions import gradient_coefs
+from helpers.reductions import UPSTREAMS
 
 from sspo_ext import backends
 from sspo_ext.backends import reference
+from sspo_ext.routes.shared import gradient_coefs
 
 MAPS = [(1.0, 0.0), (1 / 30.0, 30.0 / 0.9)]
 NO_LABEL = -1
