@@ -7,22 +7,15 @@ import math
 
 import pytest
 import torch
+from helpers.cpu_rows import NOT_BUILT
 
 from sspo_ext.backends import cpu
 from sspo_ext.routes.shared import gradient_coefs
 
-if cpu.why_not(torch.device("cpu"), torch.float32):
-    pytest.skip(cpu.why_not(torch.device("cpu"), torch.float32), allow_module_level=True)
+pytestmark = pytest.mark.skipif(bool(NOT_BUILT), reason=str(NOT_BUILT))
 
-ISAS = [name for name, reason in cpu._C.isas().items() if not reason]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ROWS, ROW_OF = torch.tensor([0]), torch.tensor([0, -1], dtype=torch.int32)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("SSPO_CPU_ISA", request.param)
-    return request.param
 
 
 def sizes(dtype):

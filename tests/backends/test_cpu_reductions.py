@@ -16,23 +16,16 @@ import math
 
 import pytest
 import torch
+from helpers.cpu_rows import NOT_BUILT
 from helpers.reductions import MAPS, UPSTREAMS, ReductionRows, check, check_masks
 
 from sspo_ext.backends import cpu
 
-if cpu.why_not(torch.device("cpu"), torch.float32):
-    pytest.skip(cpu.why_not(torch.device("cpu"), torch.float32), allow_module_level=True)
+pytestmark = pytest.mark.skipif(bool(NOT_BUILT), reason=str(NOT_BUILT))
 
-ISAS = [name for name, reason in cpu._C.isas().items() if not reason]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # 1; odd; around a vector, a pair of vectors and a tile of 4096; several tiles
 VOCABULARIES = [1, 2, 3, 17, 31, 64, 1023, 4097, 9001]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("SSPO_CPU_ISA", request.param)
-    return request.param
 
 
 @pytest.mark.parametrize("mapping", MAPS)

@@ -1,6 +1,10 @@
 """Policy losses that every route is held to."""
 
+import torch
+
+from helpers.batch import random_batch
 from sspo_ext.formulas.policy import POLICY_FORMULAS
+from sspo_ext.losses.logps import step_logps
 
 # name -> loss type, level, length_normalize, options
 VARIANTS = {
@@ -20,3 +24,24 @@ AGGREGATIONS = ("token", "step", "sequence", "sum")
 def with_old(options, old):
     # not `|`, which torch.compile of torch 2.6 does not take
     return {**options, **({"old": old} if POLICY_FORMULAS[options["loss_type"]].has_ratio else {})}
+
+
+F64 = torch.float64
+
+
+def problem(seed=0, B=4, T=14, V=11, dtype=F64, weighted=False):
+    """Batch, layout, one advantage a step, and old and reference log-probs near the policy's, (N,)."""
+    batch = random_batch(seed, B, T, V, weighted=weighted, dtype=dtype)
+    layout = batch.layout
+    g = torch.Generator().manual_seed(seed + 1)
+    advantages = torch.randn(layout.num_steps, generator=g, dtype=F64).to(dtype)
+    tokens = step_logps(batch.logits, layout, backend="reference").tokens
+    old, ref = (tokens + torch.randn(tokens.shape, generator=g, dtype=F64).to(tokens.dtype) * s for s in (0.2, 0.3))
+    return batch, layout, advantages, old, ref
+
+
+def gradient(fn, logits):
+    leaf = logits.detach().clone().requires_grad_()
+    loss = fn(leaf)
+    (loss * 1.7).backward()
+    return loss.detach(), leaf.grad
