@@ -1,9 +1,9 @@
 """The Triton kernels compile ahead of time, without a GPU, to the machine code that they were written for.
 
 benchmarks/kernels/machine_code.py reads it. The bounds on instructions are above what Triton 3.9 gives (forward 5.7,
-backward 5.2 a bfloat16 element on sm_90): versions differ by a few per cent, and the mistakes
-that the bounds are for cost far more. Shown to fail: rows without `tl.multiple_of` (2-byte accesses, barriers). Meant to fail: max and sum over the
-block in each pass (barriers, shuffles), the label tested in the loop (instructions).
+backward 5.2 a bfloat16 element on sm_90): versions differ by a few per cent, and the mistakes that the bounds are for
+cost far more. Shown to fail: rows without `tl.multiple_of` (2-byte accesses, barriers). Meant to fail: max and sum over
+the block in each pass (barriers, shuffles), the label tested in the loop (instructions).
 """
 
 import json
