@@ -4,12 +4,16 @@
 gradient.
 """
 
-from .layout.pairs import StepPairs
-from .layout.steps import StepLayout
-from .losses.logps import linear_step_logps, step_logps
-from .losses.policy import StepPolicyOutput, linear_step_policy_loss, step_policy_loss
-from .losses.pref import StepPrefLoss, StepPrefOutput, linear_step_pref_loss, pref_loss, step_pref_loss
-from .objective.sums import StepLogps
+from ._source_tree import prefer_installed
+
+prefer_installed(__path__)
+
+from .layout.pairs import StepPairs  # noqa: E402
+from .layout.steps import StepLayout  # noqa: E402
+from .losses.logps import linear_step_logps, step_logps  # noqa: E402
+from .losses.policy import StepPolicyOutput, linear_step_policy_loss, step_policy_loss  # noqa: E402
+from .losses.pref import StepPrefLoss, StepPrefOutput, linear_step_pref_loss, pref_loss, step_pref_loss  # noqa: E402
+from .objective.sums import StepLogps  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [

@@ -36,8 +36,8 @@ class StepPreferenceConfig(TrainingArguments):
             the model allows it, else "logits" with a warning.
         chunk_bytes: The size of the linear route's logits buffer in bytes; None means 128 MiB on CPUs, 512 MiB
             elsewhere.
-        inplace_backward: For the logits route: whether the gradient is written over the logits, which saves their
-            memory once more. None means wherever the backend can.
+        inplace_backward: For the logits route: whether the gradient is written over the logits, which saves a second
+            buffer of their size. None means wherever the backend can.
 
     Raises:
         ValueError: For `label_smoothing_factor`, which smooths tokens, not pairs.
