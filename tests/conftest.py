@@ -1,67 +1,43 @@
 """Before sspo_ext is imported: without a GPU, Triton kernels are interpreted (Triton asks when kernels are defined)."""
 
-import dataclasses
 import importlib.util
 import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+CORES = os.cpu_count() or 1
+# Before torch is imported, and for the processes that tests start: each worker has its share of the cores.
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))) > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // workers)))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.pop("SSPO_BACKEND", None)  # a developer's shell must not choose what the tests test
-sys.path.insert(0, str(Path(__file__).parent))  # the helpers_*.py beside the tests
-
-
-def _quicken_triton_interpreter():
-    """Half of its time: it patches triton.language again at every call of a device function, and works out for every
-    integer whether it overflows without a look at the answer."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    if not hasattr(interpreter, "_patch_lang") or not hasattr(interpreter.interpreter_builder, "options"):
-        return  # another version, which is slower only
-    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched = set()
-
-    def patch_once(fn):
-        languages = frozenset(id(value) for value in fn.__globals__.values() if value in (tl, tl.core))
-        if languages not in patched:
-            patched.add(languages)
-            return patch(fn)
-
-    def launch_kernel(self, *args, **kwargs):
-        patched.clear()
-        return launch(self, *args, **kwargs)
-
-    interpreter._patch_lang = patch_once
-    interpreter.GridExecutor.__call__ = launch_kernel
-    builder = interpreter.interpreter_builder
-    if hasattr(builder.options, "sanitize_overflow"):
-        builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
-
-
-def _keep_scalar_masks():
-    """Triton 3.2 asks `not mask` before a store, and its interpreter answers with the one value of a scalar mask: a
-    store that is masked out would be made without the mask."""
-    from triton.language import semantic
-
-    if not hasattr(semantic, "_store_legacy"):
-        return  # another version
-    store = semantic._store_legacy
-
-    def store_unless_masked(ptr, val, mask, *options):
-        if mask is None or mask.handle.data.any():
-            return store(ptr, val, mask, *options)
-
-    semantic._store_legacy = store_unless_masked
-
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS))  # for helpers/
+sys.path.append(str(TESTS.parent))  # for benchmarks/ and tools/; last: the installed package is what is tested
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    _quicken_triton_interpreter()
-    _keep_scalar_masks()
+    from helpers import interpreter
+
+    interpreter.patch()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Files in parallel by pytest-xdist, where it is installed: one worker a core and 8 at most, if `-n` does not say.
+
+    One file alone runs in this process, and so does what writes docs/parity.json.
+    """
+    option = config.option
+    if getattr(option, "numprocesses", 0) is not None or "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    one_file = len(config.args) == 1 and not Path(config.args[0]).is_dir()
+    if not (one_file or option.usepdb or option.collectonly or os.environ.get("SSPO_WRITE_PARITY")):
+        option.numprocesses, option.dist = min(CORES, 8), "loadfile"
 
 
 def pytest_generate_tests(metafunc):
@@ -71,7 +47,7 @@ def pytest_generate_tests(metafunc):
     it.
     """
     if "backend" in metafunc.fixturenames:
-        from helpers_batch import fused_backends
+        from helpers.batch import fused_backends
 
         names = fused_backends()
         if metafunc.definition.get_closest_marker("interpreted") is None:
@@ -92,6 +68,6 @@ def _precision_of_its_own(monkeypatch):
 
 @pytest.fixture
 def batch():
-    from helpers_batch import random_batch
+    from helpers.batch import random_batch
 
     return random_batch(seed=0)

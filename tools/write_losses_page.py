@@ -3,7 +3,7 @@
     python -m tools.write_losses_page [--check]
 
 `--check` writes nothing and fails if the page is stale. The parity column comes from docs/parity.json, which
-`pytest -k parity` measures.
+`pytest tests/losses -k parity` measures.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ An option that a loss does not have raises.
 `sspo_ext.losses.catalogue()` gives the same table to a program.
 
 The parity column names independent implementations, with the largest absolute differences of the loss and of its
-gradient that `pytest -k parity` found, both rounded up to a power of ten.
+gradient that `pytest tests/losses -k parity` found, both rounded up to a power of ten.
 They are in float64, or in float32 where the peer has no float64; float32 differences grow with the loss and gradient.
 Where the column is empty, golden values worked out by hand and float64 gradient checks are the only tests.
 """

@@ -260,9 +260,9 @@ def loss_table(device: str, clock: Clock, scale: Scale, rounds: int, vocab: int,
 
 
 def tests_pass(device: str) -> bool:
-    """Whether tests/test_gpu.py passes for this device, in a process of its own."""
+    """Whether tests/backends/test_gpu.py passes for this device, in a process of its own."""
     marker = "gpu" if device == "cuda" else "not gpu and not slow"
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py", "-m", marker, "-k", device]
+    command = [sys.executable, "-m", "pytest", "-q", "tests/backends/test_gpu.py", "-m", marker, "-k", device]
     return subprocess.run(command, cwd=ROOT).returncode == 0
 
 

@@ -1,0 +1,10 @@
+"""A byte tokenizer."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tok():
+    from helpers.pair_rows import byte_level
+
+    return byte_level()
