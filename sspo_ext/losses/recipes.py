@@ -59,8 +59,8 @@ RECIPES: list[tuple[str, str, str, str]] = [  # name, how, source, what it needs
         "on GRPO's advantages, without KL; `num_items` is the number of the update's tokens. Its paper divides by the "
         "tokens of each prompt's group and averages over prompts; TRL and verl divide by all tokens of a batch, and so "
         "does this. Dynamic sampling and the reward for overlong answers belong to the sampler",
-        'arXiv 2503.14476, eq. 8 and section 4.1; TRL\'s `loss_type="dapo"`, which tests/losses/test_parity_policy.py holds '
-        "it against; verl's `loss_agg_mode`",
+        'arXiv 2503.14476, eq. 8 and section 4.1; TRL\'s `loss_type="dapo"`, which tests/losses/test_parity_policy.py '
+        "holds it against; verl's `loss_agg_mode`",
         "advantages, old log-probs",
     ),
     (

@@ -54,7 +54,7 @@ def _moved_reference(m, top, s, srt, scale):
 
 @triton.jit
 def _et(t, e, total):
-    """total + e t, where 0 times -inf is 0."""
+    """Total + e t, where 0 times -inf is 0."""
     return tl.fma(e, tl.maximum(t, LEAST_EXPONENT), total)
 
 
@@ -173,8 +173,11 @@ def _with_edges(
 def _in_two_passes(
     row_ptr, ref_ptr, V, a, scale, SOFTCAP: tl.constexpr, HAS_REF: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr
 ):
-    """Maxima and sums, the maxima first. For rows so large that scale * x overflows or its rounding matters, rows that
-    lie below LOWEST altogether, and rows that forbid what the reference may allow."""
+    """Maxima and sums, the maxima first.
+
+    For rows so large that scale * x overflows or its rounding matters, rows that
+    lie below LOWEST altogether, and rows that forbid what the reference may allow.
+    """
     o = tl.arange(0, BLOCK)
     top = max_of_row(row_ptr, V, a, SOFTCAP, BLOCK, VEC)
     top_ref = top
@@ -292,9 +295,11 @@ def row_reductions_fwd(
     wants_entropy: bool = True,
     wants_sum_p2: bool = True,
 ) -> tuple[torch.Tensor, ...]:
-    """logp, lse as `token_logp_fwd`; entropy, sum of p^2 and KL(ref || p), (N,) float32; the reference's lse, (N,)
-    float64. What is not asked for is empty, as the last two are without a reference. It is computed all the same:
-    a row waits for memory, not for arithmetic."""
+    """logp, lse as `token_logp_fwd`, entropy, sum of p^2, KL(ref || p), and the reference's lse.
+
+    The log-sum-exps are (N,) float64, the rest (N,) float32. What is not asked for is empty, as the last two are without a reference. It is computed all the same:
+    a row waits for memory, not for arithmetic.
+    """
     assert ref is None or (ref.shape == logits.shape and ref.dtype == logits.dtype)
     N, (_, T, V) = rows.shape[0], logits.shape
     M = 0 if ref is None else N
