@@ -297,8 +297,8 @@ def row_reductions_fwd(
 ) -> tuple[torch.Tensor, ...]:
     """logp, lse as `token_logp_fwd`, entropy, sum of p^2, KL(ref || p), and the reference's lse.
 
-    The log-sum-exps are (N,) float64, the rest (N,) float32. What is not asked for is empty, as the last two are without a reference. It is computed all the same:
-    a row waits for memory, not for arithmetic.
+    The log-sum-exps are (N,) float64, the rest (N,) float32. What is not asked for is empty, as the last two are
+    without a reference. It is computed all the same: a row waits for memory, not for arithmetic.
     """
     assert ref is None or (ref.shape == logits.shape and ref.dtype == logits.dtype)
     N, (_, T, V) = rows.shape[0], logits.shape
