@@ -1,3 +1,3 @@
-"""Does SSPO make reasoning short and keep it right, and what in it does that? `python -m benchmarks compression`."""
+"""Does SSPO make reasoning short and keep it right, and which part of it does that?"""
 
 from __future__ import annotations
