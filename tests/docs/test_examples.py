@@ -55,7 +55,7 @@ def given(tokenizer) -> dict:
     labels = input_ids.masked_fill(step_ids < 0, -100)
     layout = sspo_ext.StepLayout.from_step_ids(labels, step_ids)
     logits, hidden = torch.randn(*SHAPE, vocabulary), torch.randn(*SHAPE, 16)
-    steps, sequences = layout.num_steps, layout.num_sequences
+    steps = layout.num_steps
     return names | {
         "model": transformers.LlamaForCausalLM(config),
         "tokenizer": tokenizer,
