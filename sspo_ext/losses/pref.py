@@ -95,6 +95,7 @@ def step_pref_loss(
     step_ids: Tensor | None = None,
     pairs: StepPairs | Tensor | None = None,
     ref: StepLogps | Tensor | None = None,
+    reference_free: bool = False,
     loss_type: str | Sequence[str] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     beta: float | None = None,
@@ -134,7 +135,8 @@ def step_pref_loss(
         steps_or_pairs: pairs when `layout` is a StepLayout; step_ids (B, T) when it is labels (also `step_ids=`).
         pairs: StepPairs or (P, 2) int indices (winner step, loser step). Default: pair by index.
         ref: the reference's StepLogps, step sums (S,), or token log-probs as (N,) rows or (B, T) aligned with the
-            labels; detached. None is reference-free.
+            labels; detached. None is reference-free, with a warning unless `reference_free` says so.
+        reference_free: whether no reference is meant: a reward is then beta * log pi.
         loss_type: a name of docs/losses.md (`sspo_ext.formulas.registry.PAIR_FORMULAS`), or a list of names: a mixture over one pass
             of the logits. Each of its losses takes the options, reference and labels that it has.
         loss_weights: beside a list, what each of its losses counts; default 1 each.
@@ -172,8 +174,9 @@ def step_pref_loss(
     call = prepare(logits, layout, temperature, logit_softcap, logit_scale, backend, inplace_backward)
     pairs = resolve_pairs(layout, pairs, weights, margins, soft_labels)
     spec = pair_loss_spec(
-        formulas, layout, pairs, call.acc_dtype, ref, beta, label_smoothing, reduction, num_items, loss_options
-    )
+        formulas, layout, pairs, call.acc_dtype, ref, beta, label_smoothing, reduction, num_items, loss_options,
+        reference_free,
+    )  # fmt: skip
     return pref_output(*pref(call, spec), layout, spec)
 
 
@@ -183,6 +186,7 @@ def pref_loss(
     pairs: StepPairs | Tensor | None = None,
     *,
     ref: StepLogps | Tensor | None = None,
+    reference_free: bool = False,
     loss_type: str | Sequence[str] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     beta: float | None = None,
@@ -209,8 +213,9 @@ def pref_loss(
     formulas = chosen_formulas(loss_type, loss_weights)
     pairs = resolve_pairs(layout, pairs, weights, margins, soft_labels)
     spec = pair_loss_spec(
-        formulas, layout, pairs, logps.sums.dtype, ref, beta, label_smoothing, reduction, num_items, loss_options
-    )
+        formulas, layout, pairs, logps.sums.dtype, ref, beta, label_smoothing, reduction, num_items, loss_options,
+        reference_free,
+    )  # fmt: skip
     loss, losses = loss_of_sums(logps.sums, layout, spec)
     return pref_output(loss, logps.sums, losses, layout, spec)
 
@@ -258,6 +263,7 @@ def linear_step_pref_loss(
     *,
     bias: Tensor | None = None,
     ref: StepLogps | Tensor | None = None,
+    reference_free: bool = False,
     loss_type: str | Sequence[str] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     beta: float | None = None,
@@ -319,6 +325,7 @@ def linear_step_pref_loss(
     )  # fmt: skip
     pairs = resolve_pairs(layout, pairs, weights, margins, soft_labels)
     spec = pair_loss_spec(
-        formulas, layout, pairs, call.acc_dtype, ref, beta, label_smoothing, reduction, num_items, loss_options
-    )
+        formulas, layout, pairs, call.acc_dtype, ref, beta, label_smoothing, reduction, num_items, loss_options,
+        reference_free,
+    )  # fmt: skip
     return pref_output(*linear_pref(call, spec), layout, spec)
