@@ -21,6 +21,7 @@ from ..data.collator import StepPreferenceCollator
 from ..losses.pref import StepPrefOutput, linear_step_pref_loss, step_pref_loss
 from ..objective.pair_arguments import checked_options, chosen_formulas
 from .base import StepTrainer
+from .dropout import disable_dropout
 from .means import Means
 from .model_call import call_model, check_processes, choose_route, router_loss, uses_flash_attention
 from .models import model_and_tokenizer, with_adapter
@@ -97,6 +98,8 @@ class StepPreferenceTrainer(StepTrainer):
         self._new_adapter = peft_config is not None
         if self._new_adapter:
             policy = with_adapter(policy, peft_config)
+        if args.disable_dropout:
+            disable_dropout(policy)
         if data_collator is None:
             pad = getattr(tokenizer, "pad_token_id", None)
             data_collator = StepPreferenceCollator(
