@@ -85,6 +85,10 @@ def add_optimisation(
     add("--eval-batch-size", type=positive, default=eval_batch_size, help=eval_batch)
     add("--lora-r", type=int, default=0, help="rank of a LoRA adapter; 0: train all weights")
     add("--lora-alpha", type=int, help="scale of the LoRA adapter (default: twice the rank)")
+    add(
+        "--disable-dropout", action=argparse.BooleanOptionalAction, default=True,
+        help="train without dropout, the model's and the adapter's",
+    )  # fmt: skip
     add("--gradient-checkpointing", action="store_true", help="use less memory and more time")
     add("--bf16", action="store_true", help="run the forward pass in bfloat16 (autocast)")
     add("--seed", type=int, default=0, help="seed of everything random")

@@ -103,6 +103,7 @@ def step_pref_loss(
     step_ids: Tensor | None = None,
     pairs: StepPairs | Tensor | None = None,
     ref: StepLogps | Tensor | None = None,
+    reference_free: bool = False,
     loss_type: str | Sequence[str] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     beta: float | None = None,
@@ -144,7 +145,8 @@ def step_pref_loss(
         step_ids: the step ids, by name instead of as `steps_or_pairs`.
         pairs: StepPairs or (P, 2) int: winner step, loser step. Default: pair by index.
         ref: the reference's StepLogps, step sums (S,), or token log-probs as (N,) rows or (B, T) aligned with the
-            labels; detached. None: no reference.
+            labels; detached. None: no reference, with a warning unless `reference_free` says so.
+        reference_free: whether no reference is meant: a reward is then beta * log pi.
         loss_type: a name of docs/losses.md (`sspo_ext.formulas.registry.PAIR_FORMULAS`), or a list of names: a mixture
             over one pass of the logits, in which each loss takes the options, reference and labels that it has.
         loss_weights: the weight of each loss of a list; default 1 each.
@@ -189,8 +191,9 @@ def step_pref_loss(
     call = prepare(logits, layout, temperature, logit_softcap, logit_scale, backend, inplace_backward)
     pairs = resolve_pairs(layout, pairs, weights, margins, soft_labels)
     spec = pair_loss_spec(
-        formulas, layout, pairs, call.acc_dtype, ref, beta, label_smoothing, reduction, num_items, loss_options
-    )
+        formulas, layout, pairs, call.acc_dtype, ref, beta, label_smoothing, reduction, num_items, loss_options,
+        reference_free,
+    )  # fmt: skip
     return pref_output(*pref(call, spec), layout, spec)
 
 
@@ -205,6 +208,7 @@ def pref_loss(
     pairs: StepPairs | Tensor | None = None,
     *,
     ref: StepLogps | Tensor | None = None,
+    reference_free: bool = False,
     loss_type: str | Sequence[str] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     beta: float | None = None,
@@ -253,8 +257,9 @@ def pref_loss(
     formulas = chosen_formulas(loss_type, loss_weights)
     pairs = resolve_pairs(layout, pairs, weights, margins, soft_labels)
     spec = pair_loss_spec(
-        formulas, layout, pairs, logps.sums.dtype, ref, beta, label_smoothing, reduction, num_items, loss_options
-    )
+        formulas, layout, pairs, logps.sums.dtype, ref, beta, label_smoothing, reduction, num_items, loss_options,
+        reference_free,
+    )  # fmt: skip
     loss, losses = loss_of_sums(logps.sums, layout, spec)
     return pref_output(loss, logps.sums, losses, layout, spec)
 
@@ -323,6 +328,7 @@ def linear_step_pref_loss(
     *,
     bias: Tensor | None = None,
     ref: StepLogps | Tensor | None = None,
+    reference_free: bool = False,
     loss_type: str | Sequence[str] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     beta: float | None = None,
@@ -406,6 +412,7 @@ def linear_step_pref_loss(
     )  # fmt: skip
     pairs = resolve_pairs(layout, pairs, weights, margins, soft_labels)
     spec = pair_loss_spec(
-        formulas, layout, pairs, call.acc_dtype, ref, beta, label_smoothing, reduction, num_items, loss_options
-    )
+        formulas, layout, pairs, call.acc_dtype, ref, beta, label_smoothing, reduction, num_items, loss_options,
+        reference_free,
+    )  # fmt: skip
     return pref_output(*linear_pref(call, spec), layout, spec)

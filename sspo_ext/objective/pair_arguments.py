@@ -5,6 +5,8 @@ Both routes use it. Every wrong argument is found here.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -77,6 +79,7 @@ def pair_loss_spec(
     reduction: str,
     num_items: float | Tensor | None,
     loss_options: Mapping[str, float],
+    reference_free: bool = False,
 ) -> PairLossSpec:
     """The checked arguments of one call.
 
@@ -92,6 +95,7 @@ def pair_loss_spec(
     needing = [definition.name for definition, _ in formulas if definition.reference == "required"]
     if ref is None and needing:
         raise ValueError(f"ref: loss_type {needing[0]!r} needs a reference, got None")
+    _check_reference_free(ref, reference_free, [d.name for d, _ in formulas if d.reference == "optional"])
     terms = tuple(
         LossTerm(
             definition.name,
@@ -107,6 +111,25 @@ def pair_loss_spec(
     )
     share = _winner_token_share(layout, pairs, dtype) if any(t.by_winner_tokens for t in terms) else None
     return PairLossSpec(pairs, terms, _scale(pairs, reduction, num_items, dtype), reference_sums(ref, layout), share)
+
+
+def _check_reference_free(ref, reference_free: bool, taking: Sequence[str]) -> None:
+    """A forgotten reference gives another loss and no error, so leaving it out must be said. `taking`: the losses."""
+    if not isinstance(reference_free, bool):
+        raise TypeError(f"reference_free: expected True or False, got {describe(reference_free)}")
+    if reference_free and ref is not None:
+        raise ValueError(f"reference_free: expected False beside a ref, got ref {describe(ref)}")
+    if ref is None and taking and not reference_free and not torch.compiler.is_compiling():
+        _warn_reference_free(taking[0])
+
+
+@functools.cache
+def _warn_reference_free(name: str) -> None:
+    warnings.warn(
+        f"ref: loss_type {name!r} takes a reference and got None, so a reward is beta * log pi; pass the reference's "
+        "log-probs, or reference_free=True if that is meant (said once)",
+        stacklevel=5,
+    )
 
 
 def _named(names: Sequence[str]) -> str:

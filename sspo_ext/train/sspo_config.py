@@ -73,6 +73,8 @@ class SSPOConfig(TrainingArguments):
         entropy_coef: The weight of the entropy bonus.
         aggregation: The mean that the loss is: over "token", "step" or "sequence", or "sum", which divides by a
             constant (Dr. GRPO). See `sspo_ext.step_policy_loss`.
+        disable_dropout: Whether dropout is turned off in the model as given and in its adapter, in place, as in TRL.
+            With False the policy is trained with dropout, and the reference has none.
         num_iterations: Updates on each batch of rollouts. Above 1 the loss type needs a ratio.
         route: "linear" computes log-probs from hidden states and never stores the logits. It raises UnsupportedHead
             for a model whose LM head it cannot use. "logits" reads the model's own logits. "auto" is "linear" where
@@ -130,6 +132,7 @@ class SSPOConfig(TrainingArguments):
     kl_estimator: str = "k3"
     entropy_coef: float = 0.0
     aggregation: str = "token"
+    disable_dropout: bool = True
     num_iterations: int = 1
     route: str = "linear"
     backend: str = "auto"

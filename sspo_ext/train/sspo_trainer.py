@@ -25,6 +25,7 @@ from ..losses.policy import StepPolicyOutput, linear_step_policy_loss, step_poli
 from ..signals.probing.probe import probe_step_values
 from ..signals.values import StepBatch
 from .base import StepTrainer
+from .dropout import disable_dropout
 from .experience import (
     PromptSampler,
     Rollout,
@@ -121,6 +122,8 @@ class SSPOTrainer(StepTrainer):
             policy = with_adapter(policy, peft_config)
         elif args.beta:
             self.ref_model = frozen_copy(policy)
+        if args.disable_dropout:
+            disable_dropout(policy)
         self.reward_func = reward_func
         self._unit_rewards = args.combine != "outcome" and not own_values
         self.pad_token_id = tokenizer.pad_token_id or 0
