@@ -31,7 +31,7 @@ def add_loading(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 def add_chat_template_option(group: argparse._ActionsContainer) -> None:
     """--chat-template-option."""
-    text = "option of the chat template, such as enable_thinking=false; repeatable"
+    text = "option of the chat template, such as enable_thinking=false; repeatable. A row's own come first"
     group.add_argument("--chat-template-option", type=setting, **REPEATED, help=text)
 
 

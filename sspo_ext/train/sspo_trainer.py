@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.chat import row_probe
 from ..data.graders import Grader, grade_rows
 from ..data.prompts import check_rows
 from ..hf.wrappers import eval_mode
@@ -198,7 +199,7 @@ class SSPOTrainer(StepTrainer):
             args.top_p, args.top_k,
         )  # fmt: skip
         with self._sums.phase("rollout"), torch.no_grad(), self.accelerator.autocast():
-            prompts = prompt_ids([row["prompt"] for row in rows], tokenizer, dictionary(args.chat_template_kwargs))
+            prompts = prompt_ids(rows, tokenizer, dictionary(args.chat_template_kwargs))
             completions = self.engine.complete(self.model, prompts, sampling, seeds)
         with self._sums.phase("grade"):
             grader = functools.partial(grade_rows, self.reward_func, unit=self._unit_rewards, trainer_state=self.state)
@@ -219,7 +220,8 @@ class SSPOTrainer(StepTrainer):
         answers, grader = probe_answers(rollouts, self.args, self.reward_func)
         options = {"tokenizer": self.processing_class, **dictionary(self.args.probe_options), **grader}
         with torch.no_grad(), self.accelerator.autocast():
-            values = probe_step_values(self.model, states, self.args.asked, answers, **options).to_lists()
+            probes = [row_probe(self.args.asked, r.row) for r in rollouts]
+            values = probe_step_values(self.model, states, probes, answers, **options).to_lists()
         return [[*v, 0.0] if r.steps else v for r, v in zip(rollouts, values, strict=True)]
 
     def advantages(
