@@ -56,7 +56,8 @@ def tokenize_row(
         split_by: how a text becomes steps, see `split_text`. A list of steps is taken as it is.
         pair_by: "index": step k against step k; steps without a partner are left out. "branch": only the first step
             that differs. "sequence": the whole response is one step (DPO). A row with a `branch` compares that step
-            alone, unless "sequence".
+            alone, unless "sequence". Both responses have the same tokens before it: if a token spans the border, the
+            step begins where the tokens part.
         max_length: most tokens of the prompt and the scored part of the response.
         overflow: what happens to a row over `max_length`. "drop": UnusableRow. "cut": pairs are left out whose steps
             do not fit whole; UnusableRow if none fits. "error": ValueError. Prompts and steps are never shortened.
@@ -165,6 +166,11 @@ class _Response(NamedTuple):
     steps: list[int]  # of each token: the index of its step in the text
     dense: list[int]  # of each token: its step among those that own a token
 
+    @classmethod
+    def of(cls, ids: list[int], steps: list[int]) -> _Response:
+        number = {step: n for n, step in enumerate(dict.fromkeys(steps))}
+        return cls(ids, steps, [number[step] for step in steps])
+
     def at(self, step: int) -> list[int]:
         return [i for i, s in zip(self.ids, self.steps, strict=True) if s == step]
 
@@ -211,7 +217,8 @@ def _encode_sides(row: Mapping, tokenizer, options: _Options) -> tuple[list[int]
     finish = options.add_eos and not row.get("partial", False)
     template = chat_options(row, options.chat_template_kwargs)
     prompt = encode_prompt(row["prompt"], tokenizer, template)
-    sides, texts = [], []
+    sides, texts, starts = [], [], []
+    branch = row.get("branch")
     for name in _Pair._fields:
         text, edges, end = response_text(
             row["prompt"], prompt.text, row[name], tokenizer, options.split_by, finish, template
@@ -223,15 +230,39 @@ def _encode_sides(row: Mapping, tokenizer, options: _Options) -> tuple[list[int]
             if ids[-1] != tokenizer.eos_token_id:
                 ids, offsets = [*ids, tokenizer.eos_token_id], [*offsets, (0, 0)]
         spans = list(pairwise(edges))
-        steps, dense = (token_step_ids(text, offsets, spans, dense=dense) for dense in (False, True))
-        sides.append(_Response(ids, steps, dense))
+        sides.append(_Response.of(ids, token_step_ids(text, offsets, spans, dense=False)))
         texts.append([text[a:b] for a, b in spans])
-    branch, pair = row.get("branch"), _Pair(*sides)
+        if branch is not None and branch < len(spans):
+            starts.append(_first_token(sides[-1].steps, offsets, branch, spans[branch][0]))
+    pair = _Pair(*sides)
     if branch is not None:
         check_branch(branch, *texts)
+        pair = _from_branch(pair, branch, min(starts))
         if pair.chosen.at(branch) == pair.rejected.at(branch) != []:
-            raise ValueError(f"branch: step {branch} is the same in chosen and rejected")
+            one, other = (text[branch] for text in texts)
+            how = "is the same" if one == other else "has the same tokens"
+            what = "" if one == other else f", {one!r} and {other!r}"
+            raise ValueError(f"branch: step {branch} {how} in chosen and rejected{what}")
     return prompt.ids, pair
+
+
+def _first_token(steps: Sequence[int], offsets: Sequence[tuple[int, int]], branch: int, at: int) -> int:
+    """The first token with text of the step `branch`, which begins at the character `at`."""
+    found = (i for i, (step, (_, end)) in enumerate(zip(steps, offsets, strict=True)) if step >= branch or end > at)
+    return next(found, len(steps))
+
+
+def _from_branch(sides: _Pair, branch: int, start: int) -> _Pair:
+    """Both responses, with the step `branch` from `start` on, or from where the tokens part if that is before.
+
+    A token over the border of the shared steps would else stand in the context of one response alone, and be scored in
+    none.
+    """
+    parted = divergence_index(*(side.ids for side in sides))
+    start = start if parted is None else min(start, parted)
+    return _Pair(
+        *(_Response.of(s.ids, [*s.steps[:start], *(max(step, branch) for step in s.steps[start:])]) for s in sides)
+    )
 
 
 def _fitting(

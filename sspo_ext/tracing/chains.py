@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from ..data.chat import chat_columns, chat_options
@@ -51,7 +51,7 @@ def load_chains(
     A response of null or "" has no steps.
 
     Tokens are those of `tokenize_row`, without an end of sequence. A step that owns no token is joined to the step
-    before it.
+    before it, and the text of a token that spans two steps belongs to the first.
 
     Args:
         source: a path of a JSONL file, several paths, or mappings in memory.
@@ -128,7 +128,9 @@ def _by_step(
     """The text and the tokens of each step that owns a token."""
     owners = token_step_ids(text, offsets, spans, dense=False)
     starts = sorted(set(owners))
-    edges = [0, *(spans[s][0] for s in starts[1:]), len(text)]
+    reached = [0, *accumulate((end for _, end in offsets), max)]
+    # a token over the border belongs to the step before, and so does its text
+    edges = [0, *(max(spans[s][0], reached[owners.index(s)]) for s in starts[1:]), len(text)]
     steps = [text[a:b] for a, b in pairwise(edges)]
     return steps, [[t for t, owner in zip(tokens, owners, strict=True) if owner == s] for s in starts]
 
