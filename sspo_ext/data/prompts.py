@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from .chat import chat_options, render_prompt
+from .chat import COLUMNS, chat_options, render_prompt
 from .graders import answer_texts
 from .rows import Source, parse_rows, raise_bad_rows
+from .special import SpecialTokens
 from .tokenize import encode_prompt
 
 _KEYS = ("prompt", "answer")
@@ -63,6 +64,7 @@ def check_rows(
     required: bool = False,
     tokenizer: Any = None,
     chat_template_kwargs: Mapping | None = None,
+    special_tokens: str = "error",
 ) -> None:
     """Check a trainer's dataset of prompts before training starts.
 
@@ -73,8 +75,10 @@ def check_rows(
         answers: whether each row needs an answer.
         texts: whether each answer must be a text, a number, or a list of accepted ones.
         required: whether None is an error.
-        tokenizer: whose chat template must take the messages; None: they are not rendered.
+        tokenizer: whose chat template must take the messages, and whose special tokens no text may spell; None:
+            neither is looked at.
         chat_template_kwargs: options of the chat template for all rows.
+        special_tokens: as for `tokenize_row`.
 
     Raises:
         ValueError: the dataset is not a sequence of rows, or some rows cannot be used. The message names them.
@@ -84,6 +88,7 @@ def check_rows(
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or isinstance(dataset, Mapping):
         raise ValueError(f"{name}: expected rows with a length (a list or a datasets.Dataset), got {type(dataset)}")
     rows = cast("Sequence[Mapping]", dataset)
+    special = None if tokenizer is None else SpecialTokens(tokenizer, special_tokens)
     bad = []
     for i in range(len(rows)):
         row = rows[i]
@@ -96,10 +101,12 @@ def check_rows(
         else:
             try:
                 options = chat_options(row, chat_template_kwargs)
-                if tokenizer is not None and not isinstance(row["prompt"], str):
-                    render_prompt(row["prompt"], tokenizer, options)
-                if texts:
-                    answer_texts(row["answer"])
+                accepted = answer_texts(row["answer"]) if texts else []
+                if special is not None:
+                    special.check_prompt(row["prompt"], **{name: row.get(name) for name in COLUMNS})
+                    special.check_answers(accepted)
+                    if not isinstance(row["prompt"], str):
+                        render_prompt(row["prompt"], tokenizer, options)
             except (TypeError, ValueError) as error:
                 bad.append((f"row {i}", str(error)))
     try:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from .._checks import check_choice
 from ..signals.pairing.pairs import divergence_index
 from ..signals.split import SplitBy, split_text, token_step_ids
-from .chat import chat_options, render_prompt, render_response
+from .chat import COLUMNS, chat_options, render_prompt, render_response
 from .rows import check_branch, name_some, raise_bad_rows
+from .special import SpecialTokens, first_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ def tokenize_row(
     skip_shared: bool = True,
     token_weights: str = "uniform",
     chat_template_kwargs: Mapping | None = None,
+    special_tokens: str = "error",
 ) -> dict:
     """Tokenize one row of `load_preference_rows` for `StepPreferenceCollator`.
 
@@ -70,6 +72,10 @@ def tokenize_row(
             `pair_by` "branch" or "sequence", or a row with a `branch`.
         chat_template_kwargs: options of the chat template, such as {"enable_thinking": False}. A row's own, in its
             columns "chat_template_kwargs" and "tools", come before these.
+        special_tokens: what happens to a row with a text that spells a special token, such as "<|im_end|>". "error":
+            ValueError. "allow": the tokenizer makes the token of it, as it must for prompts that a template wrote
+            beforehand. The tokenizer's own first tokens of a prompt and an end of sequence after a response that is no
+            chat are always taken for what they are.
 
     Returns:
         {"chosen_input_ids", "chosen_labels", "chosen_step_ids", "rejected_input_ids", "rejected_labels",
@@ -90,10 +96,11 @@ def tokenize_row(
         [[0, 0]]
     """
     options = _Options(
-        split_by, pair_by, max_length, overflow, add_eos, skip_shared, token_weights, chat_template_kwargs
-    )
+        split_by, pair_by, max_length, overflow, add_eos, skip_shared, token_weights, chat_template_kwargs,
+        special_tokens,
+    )  # fmt: skip
     _check_fast(tokenizer)
-    return _tokenize(row, tokenizer, options)[0]
+    return _tokenize(row, tokenizer, options, SpecialTokens(tokenizer, special_tokens))[0]
 
 
 def tokenize_rows(rows: Iterable[Mapping], tokenizer, **options: Any) -> list[dict]:
@@ -115,6 +122,7 @@ def tokenize_rows(rows: Iterable[Mapping], tokenizer, **options: Any) -> list[di
     """
     settings = _Options(**options)
     _check_fast(tokenizer)
+    special = SpecialTokens(tokenizer, settings.special_tokens)
     features, bad = [], []
     left_out: dict[str, list[str]] = defaultdict(list)
     cut: list[str] = []
@@ -122,7 +130,7 @@ def tokenize_rows(rows: Iterable[Mapping], tokenizer, **options: Any) -> list[di
     for total, row in enumerate(rows, 1):  # noqa: B007
         where = row.get("source", f"row {total - 1}")
         try:
-            feature, num_cut = _tokenize(row, tokenizer, settings)
+            feature, num_cut = _tokenize(row, tokenizer, settings, special)
             features.append(feature)
             cut += [where] if num_cut else []
         except UnusableRow as reason:
@@ -154,6 +162,7 @@ class _Options:
     skip_shared: bool = True
     token_weights: str = "uniform"
     chat_template_kwargs: Mapping | None = None
+    special_tokens: str = "error"
 
     def __post_init__(self) -> None:
         check_choice("pair_by", self.pair_by, PAIR_BY)
@@ -189,8 +198,11 @@ def _check_fast(tokenizer) -> None:
         )
 
 
-def _tokenize(row: Mapping, tokenizer, options: _Options) -> tuple[dict, int]:
+def _tokenize(row: Mapping, tokenizer, options: _Options, special: SpecialTokens) -> tuple[dict, int]:
     """The features, and how many pairs were cut away."""
+    special.check_prompt(row["prompt"], **{name: row[name] for name in COLUMNS if name in row})
+    for name in _Pair._fields:
+        special.check_response(name, row[name], chat=not isinstance(row["prompt"], str))
     prompt_ids, sides = _encode_sides(row, tokenizer, options)
     branch = row.get("branch")
     if options.pair_by == "sequence":
@@ -371,15 +383,8 @@ def encode_prompt(prompt: str | Sequence[Mapping], tokenizer, options: Mapping) 
     chat = not isinstance(prompt, str)
     text = render_prompt(prompt, tokenizer, options) if chat else prompt
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    first = [] if chat else _first_tokens(tokenizer)
+    first = [] if chat else first_tokens(tokenizer)
     return Prompt(text, ids, ids if ids[: len(first)] == first else [*first, *ids])
-
-
-def _first_tokens(tokenizer) -> list[int]:
-    """The special tokens that the tokenizer puts before a text."""
-    plain, full = (list(tokenizer("a", add_special_tokens=some)["input_ids"]) for some in (False, True))
-    at = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
-    return full[:at]
 
 
 def response_text(

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
-from ..data.chat import chat_columns, chat_options
+from ..data.chat import COLUMNS, chat_columns, chat_options
 from ..data.graders import Grader, answer_texts, grade
 from ..data.rows import Source, parse_rows, raise_bad_rows, separate_steps
+from ..data.special import SpecialTokens
 from ..data.tokenize import UnusableRow, encode_prompt, encode_response, response_text
 from ..signals.split import SplitBy, token_step_ids
 from ..signals.values import StepBatch
@@ -42,6 +43,7 @@ def load_chains(
     max_length: int | None = None,
     grader: Grader | None = None,
     chat_template_kwargs: Mapping | None = None,
+    special_tokens: str = "error",
 ) -> tuple[list[Chain], list[str]]:
     """Read, check and tokenize chains.
 
@@ -60,6 +62,7 @@ def load_chains(
         max_length: most tokens of prompt and response; None: no limit.
         grader: of `load_grader`, for rows without a reward.
         chat_template_kwargs: options of the chat template for all rows.
+        special_tokens: as for `tokenize_row`; an answer may spell no special token either.
 
     Returns:
         The chains; the ids of the rows over `max_length`, which are left out.
@@ -68,8 +71,9 @@ def load_chains(
         ValueError: some rows cannot be used. The message names file, line and reason of each.
         OSError: a file cannot be read.
     """
+    special = SpecialTokens(tokenizer, special_tokens)
     chains, bad = parse_rows(
-        source, lambda where, row: _chain(row, where, tokenizer, split_by, grader, chat_template_kwargs)
+        source, lambda where, row: _chain(row, where, tokenizer, split_by, grader, chat_template_kwargs, special)
     )
     raise_bad_rows(bad, len(chains) + len(bad))
     if max_length is None:
@@ -84,7 +88,13 @@ def step_batch(chains: Sequence[Chain]) -> StepBatch:
 
 
 def _chain(
-    row: Mapping, where: str, tokenizer, split_by: SplitBy, grader: Grader | None, template: Mapping | None
+    row: Mapping,
+    where: str,
+    tokenizer,
+    split_by: SplitBy,
+    grader: Grader | None,
+    template: Mapping | None,
+    special: SpecialTokens,
 ) -> Chain:
     prompt, answer = row.get("prompt"), row.get("answer")
     if not prompt or not isinstance(prompt, str | list):
@@ -93,6 +103,9 @@ def _chain(
         raise ValueError(f"answer: expected a text, a number or a list of them, got {answer!r}")
     texts = answer_texts(answer)
     response = _response(row.get("response"))
+    special.check_prompt(prompt, **{name: row.get(name) for name in COLUMNS})
+    special.check_answers(texts)
+    special.check_response("response", response, chat=not isinstance(prompt, str))
     options = chat_options(row, template)
     encoded = encode_prompt(prompt, tokenizer, options)
     steps, ids = [], []

@@ -47,7 +47,15 @@ from .options import dictionary
 from .rollout import end_tokens, make_engine
 from .sampling import RolloutEngine, Sampling
 from .sspo_config import SSPOConfig
-from .sspo_inputs import check_batch, check_datasets, check_given, frozen_copy, has_chat, step_delimiters
+from .sspo_inputs import (
+    check_batch,
+    check_datasets,
+    check_given,
+    frozen_copy,
+    has_chat,
+    rendering_of,
+    step_delimiters,
+)
 
 
 class SSPOTrainer(StepTrainer):
@@ -330,7 +338,8 @@ class SSPOTrainer(StepTrainer):
         """
         args = self.args
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        check_rows("eval_dataset", dataset, chat=has_chat(self.processing_class), required=True)
+        tokenizer = self.processing_class
+        check_rows("eval_dataset", dataset, chat=has_chat(tokenizer), required=True, **rendering_of(args, tokenizer))
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         rows = [dataset[i] for i in range(rank, len(dataset), world)]
         # vLLM makes its own batches, and the weights are loaded into it in every call.

@@ -101,14 +101,16 @@ def test_messages_are_true(tokenizer):
 PIECES = st.lists(st.sampled_from(["Y", "N", "es", " ", "12", "3", "\n", "b", ".", ":", "😀"]), max_size=5).map("".join)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=500)
 @given(PIECES, PIECES, PIECES)
 def test_whatever_the_texts(tokenizer, shared, chosen, rejected):
     if not chosen.strip() or not rejected.strip() or chosen == rejected:
         return
     row = {"prompt": "Q:\n", "initial_reason_steps": shared, "chosen": chosen, "rejected": rejected}
     context, *steps = compared(row, tokenizer)
-    assert context == "Q:\n" + shared or steps[0][0] != steps[1][0]
+    border = len("Q:\n" + shared)
+    spans = len(context + steps[0][0]) > border
+    assert len(context) == border or (len(context) < border and (spans or steps[0][0] != steps[1][0]))
     (pair,) = load_preference_rows([row])
     feature = tokenize_row(pair, tokenizer)
     for side, text in (("chosen", chosen), ("rejected", rejected)):
