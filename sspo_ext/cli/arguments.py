@@ -29,10 +29,15 @@ def add_loading(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_chat_template_option(group: argparse._ActionsContainer) -> None:
-    """--chat-template-option."""
-    text = "option of the chat template, such as enable_thinking=false; repeatable"
+def add_prompts(group: argparse._ActionsContainer) -> None:
+    """How the texts of a row become tokens."""
+    text = "option of the chat template, such as enable_thinking=false; repeatable. A row's own come first"
     group.add_argument("--chat-template-option", type=setting, **REPEATED, help=text)
+    group.add_argument(
+        "--special-tokens", default="error", choices=("error", "allow"),
+        help="what happens to a row with a text that spells a special token, such as <|im_end|>. error: the run stops; "
+        "allow: the text becomes the token",
+    )  # fmt: skip
 
 
 def add_probe(group: argparse._ActionsContainer) -> None:

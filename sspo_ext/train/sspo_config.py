@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .._checks import check_choice, check_count, check_not_negative, check_positive
+from ..data.special import SPECIAL_TOKENS
 from ..formulas.policy import KL_ESTIMATORS, LEVELS, get_policy_formula
 from ..objective.policy_arguments import AGGREGATIONS
 from ..signals.credit.baselines import BASELINES, UNGROUPED
@@ -47,6 +48,8 @@ class SSPOConfig(TrainingArguments):
         rollout_batch_size: The most rows completed at once on a device; None means all of the update. Not for "vllm".
         rollout_options: Arguments of `vllm.LLM`, for "vllm" alone.
         chat_template_kwargs: Arguments of the chat template, such as `{"enable_thinking": False}`.
+        special_tokens: What happens to a row with a text that spells a special token, such as "<|im_end|>": "error", or
+            "allow", and the text becomes the token.
         split_by: What ends a step: "newline", "blank_line" or a regular expression, see `sspo_ext.signals.split`.
         probe: What asks the model for its answer: a language of `sspo_ext.signals.PROBES`, a text, or a Probe.
         probe_end: A text that must follow the answer for it to count, such as the end of sequence, or several, any of
@@ -110,6 +113,7 @@ class SSPOConfig(TrainingArguments):
     rollout_batch_size: int | None = None
     rollout_options: dict | str | None = None
     chat_template_kwargs: dict | str | None = None
+    special_tokens: str = "error"
 
     split_by: str = "newline"
     probe: str = "en"
@@ -179,6 +183,7 @@ class SSPOConfig(TrainingArguments):
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
         check_count("top_k", self.top_k, 0)
         check_count("max_completion_length", self.max_completion_length)
+        check_choice("special_tokens", self.special_tokens, SPECIAL_TOKENS)
         check_choice("rollout_engine", self.rollout_engine, ENGINES)
         for name in ("num_generations", "num_iterations"):
             if getattr(self, name) < 1:

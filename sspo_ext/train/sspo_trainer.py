@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.chat import row_probe
 from ..data.graders import Grader, grade_rows
 from ..data.prompts import check_rows
 from ..hf.wrappers import eval_mode
@@ -47,7 +48,15 @@ from .options import dictionary
 from .rollout import end_tokens, make_engine
 from .sampling import RolloutEngine, Sampling
 from .sspo_config import SSPOConfig
-from .sspo_inputs import check_batch, check_datasets, check_given, frozen_copy, has_chat, step_delimiters
+from .sspo_inputs import (
+    check_batch,
+    check_datasets,
+    check_given,
+    frozen_copy,
+    has_chat,
+    rendering_of,
+    step_delimiters,
+)
 
 
 class SSPOTrainer(StepTrainer):
@@ -201,7 +210,7 @@ class SSPOTrainer(StepTrainer):
             args.top_p, args.top_k,
         )  # fmt: skip
         with self._sums.phase("rollout"), torch.no_grad(), self.accelerator.autocast():
-            prompts = prompt_ids([row["prompt"] for row in rows], tokenizer, dictionary(args.chat_template_kwargs))
+            prompts = prompt_ids(rows, tokenizer, dictionary(args.chat_template_kwargs))
             completions = self.engine.complete(self.model, prompts, sampling, seeds)
         with self._sums.phase("grade"):
             grader = functools.partial(grade_rows, self.reward_func, unit=self._unit_rewards, trainer_state=self.state)
@@ -222,7 +231,8 @@ class SSPOTrainer(StepTrainer):
         answers, grader = probe_answers(rollouts, self.args, self.reward_func)
         options = {"tokenizer": self.processing_class, **dictionary(self.args.probe_options), **grader}
         with torch.no_grad(), self.accelerator.autocast():
-            values = probe_step_values(self.model, states, self.args.asked, answers, **options).to_lists()
+            probes = [row_probe(self.args.asked, r.row) for r in rollouts]
+            values = probe_step_values(self.model, states, probes, answers, **options).to_lists()
         return [[*v, 0.0] if r.steps else v for r, v in zip(rollouts, values, strict=True)]
 
     def advantages(
@@ -331,7 +341,8 @@ class SSPOTrainer(StepTrainer):
         """
         args = self.args
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        check_rows("eval_dataset", dataset, chat=has_chat(self.processing_class), required=True)
+        tokenizer = self.processing_class
+        check_rows("eval_dataset", dataset, chat=has_chat(tokenizer), required=True, **rendering_of(args, tokenizer))
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         rows = [dataset[i] for i in range(rank, len(dataset), world)]
         # vLLM makes its own batches, and the weights are loaded into it in every call.
