@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m benchmarks COMMAND [options]`: every measurement. Only the command's module is imported."""
 
 from __future__ import annotations

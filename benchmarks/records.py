@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Raw results on disk: one compact file a table, from which the reports are made.
 
 The suffix tells the format. `.jsonl` has one record a line, for small tables that people read and compare. `.parquet`

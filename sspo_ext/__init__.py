@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Step-wise preference optimisation for language models, made fast.
 
 `step_pref_loss` turns logits into a step-wise preference loss and its gradient. `step_policy_loss` does so for policy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `import sspo_ext` does not load, and the mark that saves it.
 
 Mutations, each caught: `torch.compiler.assume_constant_result` on `select`; another name for the mark.

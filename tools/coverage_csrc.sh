@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Line coverage of csrc/cpu under the given pytest arguments, as a table of gcovr:
 #   tools/coverage_csrc.sh tests/test_cpu_kernels.py tests/test_transpose.py
 # Builds in a temporary folder. Lines of instruction sets that this machine lacks count as not covered.

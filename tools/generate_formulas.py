@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes the fused formulas: traces each definition in sspo_ext/formulas/ and its derivative, prints C++ and Triton.
 
     python -m tools.generate_formulas [--check]
@@ -212,6 +213,7 @@ def _strip(expression: str) -> str:
 
 
 _CPP_PRELUDE = """\
+// SPDX-License-Identifier: Apache-2.0
 // Generated from sspo_ext/formulas/ by `python -m tools.generate_formulas`. Do not edit.
 // clang-format off
 #pragma once
@@ -245,6 +247,7 @@ template <class T> SSPO_HD inline T sigmoid_(T x) {
 """
 
 _TRITON_PRELUDE = '''\
+# SPDX-License-Identifier: Apache-2.0
 """Generated from sspo_ext/formulas/ by `python -m tools.generate_formulas`. Do not edit."""
 # ruff: noqa
 import triton

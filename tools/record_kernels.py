@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cases of record_outputs.py for the kernels' wing: layouts, plans, log-probs, losses and their gradients.
 
 Problems are tiny and made from seeds. Every loss, dtype and backend that runs on a CPU is in them; Triton's kernels are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records what the package computes, bit for bit, so that a change that must not change behaviour can be held to it.
 
     PYTHONPATH=OLD python -m tools.record_outputs record before.pt

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cases of record_outputs.py from text to trainers: signals, hidden states, rows, graders, trainers, command line.
 
 Everything is tiny and made here: models with random weights, a tokenizer of bytes. Only the demo's model is a file of

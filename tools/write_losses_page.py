@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes docs/losses.md, the page of every loss, from the catalogue.
 
     python -m tools.write_losses_page [--check]

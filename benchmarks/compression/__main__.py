@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Does SSPO make reasoning short and keep it right? Which part of SSPO does that?
 
     python -m benchmarks compression            # sums in English, the decisive arms, two seeds: 13 minutes

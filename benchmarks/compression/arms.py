@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arms: the ways of training that are compared. All use `SSPOTrainer`, with equal updates and equal samples."""
 
 from __future__ import annotations

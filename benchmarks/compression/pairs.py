@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pair form: preferences between candidate next steps of the same state, and its two controls.
 
 A round samples one solution to each of some new problems. At two random states of each solution it samples candidates

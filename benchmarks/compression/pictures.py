@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plot of a task: accuracy against tokens, and every arm's accuracy with its error."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes RESULTS.md and a plot of each task from the table of runs."""
 
 from __future__ import annotations

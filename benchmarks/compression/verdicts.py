@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Differences between arms on the same held-out problems, with their errors."""
 
 from __future__ import annotations

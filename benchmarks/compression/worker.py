@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One run: one arm of one task with one seed, on one thread. It writes its JSON file at the end, as a whole."""
 
 from __future__ import annotations

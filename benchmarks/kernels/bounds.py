@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bounds on the kernels' machine code, and whether each is met."""
 
 from __future__ import annotations

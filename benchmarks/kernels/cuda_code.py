@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Machine code of the CUDA C++ kernels, read as machine_code.py reads that of the Triton kernels.
 
 nvcc compiles them for one architecture at a time, with the flags of the package's build.

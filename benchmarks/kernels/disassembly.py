@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Machine code of NVIDIA and AMD as a list of instructions, and its main loop."""
 
 from __future__ import annotations

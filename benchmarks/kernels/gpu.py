@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """On a GPU: first correctness, then times next to the predictions that were made without a GPU.
 
     python -m benchmarks gpu [--quick] [--rounds 20] [--out FOLDER] [--no-tests] [--without PEER]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Machine code of the kernels: registers, spills, access widths, and the main loop's instructions per element.
 
     python -m benchmarks machine-code [--arch 80 90 100 gfx942] [--kernel bwd] [--dtype bfloat16] [--all] [--peers]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Machine code of the peers' Triton kernels, read as machine_code.py reads ours.
 
 Their own launch code compiles them, with their own block sizes, warps and specialisation on divisibility by 16. A

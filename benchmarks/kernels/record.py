@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report on one compiled kernel, what it predicts for each machine, and tables of reports."""
 
 from __future__ import annotations

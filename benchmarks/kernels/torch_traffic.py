@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bytes that torch operations must read and write: every operand once, every result once.
 
 This is a lower bound for eager torch on any device. It misses what an operation reads more than once: a softmax reads

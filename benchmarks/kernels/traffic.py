@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bytes that Triton kernels load and store, ours and the peers', counted in Triton's interpreter next to the minimum.
 
     python -m benchmarks traffic [--vocab 32000 50257] [--dtype bfloat16] [--out FOLDER] [--json FILE]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares the linear route with the logits route on many real model classes. Writes docs/families.md.
 
     python -m benchmarks.models.families             # the table (seconds)

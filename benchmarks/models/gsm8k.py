@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GSM8K: right and wrong solutions by real models, as preference pairs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The style that the plots of the model runs share."""
 
 from __future__ import annotations

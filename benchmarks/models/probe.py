@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """K probes of one chain: time of the packed and the cached engine, next to K separate forwards.
 
     python -m benchmarks probe                    # SmolLM2-135M, 200-token chains, K from 2 to 16

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The real run on both routes and with TRL's DPOTrainer: the same model, rows, adapter, order and updates.
 
     python -m benchmarks real-routes --data ../shared/data/gsm8k/example_model_solutions.jsonl

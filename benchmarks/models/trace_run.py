@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values of real chains from a real model: do they tell right from wrong solutions, and where do they fall?
 
     python -m benchmarks trace-run --data ../shared/data/gsm8k/example_model_solutions.jsonl

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What step values say about chains that are known to be right or wrong: scores, intervals, harmful steps."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Step preferences that a model found itself, compared with whole solutions: same trainer, updates, held-out pairs.
 
     python -m benchmarks trace-train --data ../shared/data/gsm8k/example_model_solutions.jsonl

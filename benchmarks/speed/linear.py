@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linear route: one DPO step on the LM head, from hidden states to gradients, next to its peers.
 
 python -m benchmarks linear [--only linear-bf16 ...] [--redo] [--quick]

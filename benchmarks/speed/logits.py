@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Logits route: time and memory of the step preference loss from (N, V) logits, next to its peers.
 
 python -m benchmarks logits [--only logits-fp32 ...] [--redo] [--quick]

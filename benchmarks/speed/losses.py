@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every loss next to the sigmoid loss, on the same logits. All losses should take the same time.
 
     python -m benchmarks losses [--rows 1024] [--vocab 128256] [--dtype bfloat16] [--rounds 7] [--only NAME,NAME]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How times and memory are measured: interleaved cases, medians of per-round ratios, peak memory in fresh processes."""
 
 from __future__ import annotations

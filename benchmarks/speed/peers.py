@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The peers behind one small interface: a name, a function, and the reason why the peer cannot run here, or None.
 
 A logits peer maps (N, V) logits and (N,) labels to (N,) log-probs. `problems.pair_loss` makes the loss from these with

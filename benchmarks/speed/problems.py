@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The batches that are measured. They are seeded, so every contestant gets the same one."""
 
 from __future__ import annotations

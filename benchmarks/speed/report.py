@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures every table that is missing, then writes RESULTS.md and plots to benchmarks/results/.
 
     python -m benchmarks report [--only TABLE ...] [--redo] [--quick] [--wait 600]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A measured table: its rows, how they were measured, its record on disk and its Markdown."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Chooses the instruction set, and divides the work among threads.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What token_logp.h and row_reductions.h share: the map from logits to exponents of 2, a tile's maximum, a row's exact
 // log-sum-exp, and everything around a row's loops (which rows, which label, zero and NaN rows, the dtype switch).
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Log-probability of a row's label with further reductions over the vocabulary (entropy, sum of p^2 and
 // KL(reference || p)), and their gradient. The logits and the reference's are each read once. One source for every
 // instruction set: isa/*.cpp defines SSPO_LANES and includes it.

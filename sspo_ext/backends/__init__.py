@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which implementation runs: argument `backend=` > SSPO_BACKEND > the table below.
 
 A backend is a module with `why_not(device, dtype)` and the row and step functions that `ops.py` calls. `reference` is

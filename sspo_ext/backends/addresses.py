@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Addresses of tensors, as compiled kernels take them."""
 
 from __future__ import annotations

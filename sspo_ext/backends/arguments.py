@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arguments of `step_loss_fwd`, the same for every backend."""
 
 from __future__ import annotations

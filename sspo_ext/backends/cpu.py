@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels of csrc/cpu on torch tensors: plain tensors in and out, no autograd."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels of csrc/cuda on torch tensors: the three launches of the logits route, without a compiler at run time.
 
 This file can be imported without a GPU and without the compiled module; `why_not` says what is missing.

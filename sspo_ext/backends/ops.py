@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Private torch.library ops, opaque to torch.compile: the three launches of the logits route.
 
 Launches 1 and 3 also come with further reductions over the vocabulary. The ops have no autograd formula on purpose:

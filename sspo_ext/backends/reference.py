@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The specification: plain torch, differentiable by autograd, exact in float64.
 
 Every other backend is tested against this file.

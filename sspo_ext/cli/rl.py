@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sspo-ext rl`: SSPO on files of prompts and answers. Imports nothing heavy until it runs."""
 
 from __future__ import annotations

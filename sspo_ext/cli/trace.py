@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sspo-ext trace`: what the steps of given chains are worth to a model. Imports nothing heavy until it runs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sspo-ext train`: preference training from files of pairs. Imports nothing heavy until it runs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `sspo-ext train` and `sspo-ext rl` share: from their options to a trained and saved model."""
 
 from __future__ import annotations

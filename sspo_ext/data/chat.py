@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The renderer of chats: from messages to the text that a model reads, the same for training, rollouts and traces."""
 
 from __future__ import annotations

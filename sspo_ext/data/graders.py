@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Graders: functions that reward a completion by its answer.
 
 A grader has one of two forms:

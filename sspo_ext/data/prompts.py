@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of prompts for sampling: read, checked and tokenized."""
 
 from __future__ import annotations

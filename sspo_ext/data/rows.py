@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Preference rows from local JSONL files: read, checked, and brought into one form. No tokenizer, no torch."""
 
 from __future__ import annotations

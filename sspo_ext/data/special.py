@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Special tokens in the texts of a row. A tokenizer makes the token of every text that spells one.
 
 So data could end a turn, open another in anyone's name, or end a response early.

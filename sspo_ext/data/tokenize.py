@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a preference row to token ids, labels, step ids and the pairs of steps to compare."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pair losses as functions of two steps' scores: one definition each, in torch ops, differentiated by autograd.
 
 `python -m tools.generate_formulas` traces each definition and its derivative and writes the fused forms

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Formulas of the difference of the two scores (and the first four of the table, whose numbers stay)."""
 
 from __future__ import annotations

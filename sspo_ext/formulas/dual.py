@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values with their derivatives: differentiates an elementwise definition where autograd cannot record.
 
 That is inside an op, below the dispatcher's autograd keys.

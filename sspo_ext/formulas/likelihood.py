@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Formulas with a likelihood term: SFT regularisers to mix in, and reference-free losses that have one already."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pieces that several formulas share, written so that nothing overflows or cancels at any finite score."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The policy-gradient losses as formulas of token log-probs: one definition each, in torch ops.
 
 A definition is elementwise over scored tokens, given their ratios and constants. Autograd differentiates it on the

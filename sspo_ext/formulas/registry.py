@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a pair loss is: scores of a pair in, its loss out, and beside it a declaration of what it takes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Formulas that push each of the two scores on its own against the reference, not only their difference."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The base of layouts and pairs: a frozen bundle of tensors that moves between devices as one."""
 
 from __future__ import annotations

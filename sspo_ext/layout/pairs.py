@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which step should be preferred to which: (winner, loser) indices of a layout's steps, built on the host."""
 
 from __future__ import annotations

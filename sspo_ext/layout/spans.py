@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Steps of a packed batch given as spans of tokens: each within one sequence, in ascending order."""
 
 from __future__ import annotations

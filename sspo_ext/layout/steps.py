@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which rows of the logits are scored, and which step each belongs to: built once, on the host.
 
 Everything that would need a device sync later (validation, compaction, step boundaries) happens here, so that a loss

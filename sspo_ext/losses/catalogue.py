@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every loss of this package in one table: the source of docs/losses.md."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the losses of step log-probs share: log-ratios, sums over steps and sequences, normalisers.
 
 These losses are torch ops on (S,) sums or (N,) tokens of `step_logps` or `linear_step_logps`. Such tensors are tiny

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses of more than two responses to one prompt, and pairs made from ranked levels."""
 
 from __future__ import annotations

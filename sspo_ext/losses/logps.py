@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Step log-probs from logits, or from hidden states and the LM head."""
 
 from __future__ import annotations

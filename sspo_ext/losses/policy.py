@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The public policy losses, from logits and from hidden states: arguments in, loss out."""
 
 from __future__ import annotations

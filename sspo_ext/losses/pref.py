@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The public preference losses, from logits, from hidden states and from step log-probs: arguments in, loss out."""
 
 from __future__ import annotations
@@ -231,6 +232,7 @@ def pref_loss(
         layout: the StepLayout that made them.
         pairs: StepPairs or (P, 2) int: winner step, loser step. Default: pair by index.
         ref: as in `step_pref_loss`.
+        reference_free: as in `step_pref_loss`.
         loss_type: as in `step_pref_loss`.
         loss_weights: as in `step_pref_loss`.
         beta: as in `step_pref_loss`.
@@ -369,6 +371,7 @@ def linear_step_pref_loss(
         pairs: as in `step_pref_loss`.
         bias: (V,), the LM head's.
         ref: as in `step_pref_loss`.
+        reference_free: as in `step_pref_loss`.
         loss_type: as in `step_pref_loss`.
         loss_weights: as in `step_pref_loss`.
         beta: as in `step_pref_loss`.

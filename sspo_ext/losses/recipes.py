@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Methods that need no code of their own, and methods that are absent, each with a line for the catalogue."""
 
 from __future__ import annotations

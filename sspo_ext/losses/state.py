@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """State that a loss carries from batch to batch, in a module whose buffers are saved with the model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses that fit steps to targets: given values or advantages, or the outcome itself."""
 
 from __future__ import annotations

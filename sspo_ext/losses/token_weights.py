@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Constant token weights (B, T) that turn a pair loss into another method: pass them to StepLayout's constructors.
 
 Make them in the collator, on the host. Tokens of weight 0 are left out of the layout and cost nothing.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses that look at single tokens or at the whole distribution of each: TDPO, WPO, Full-Step-DPO.
 
 KL and the sum of squared probabilities come with the log-probs: `step_logps(..., kl_ref_logits=)`,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AOT: losses on log-ratios sorted over the batch (optimal transport in one dimension)."""
 
 from __future__ import annotations

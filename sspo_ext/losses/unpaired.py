@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses of single responses with a thumb up or down: KTO, and APO-zero without pairs.
 
 The reference point, which depends on the whole batch, is an argument. Nothing is remembered between calls.

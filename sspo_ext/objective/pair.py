@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pair loss as a weighted sum of formulas over the same step sums.
 
 One pass over the logits makes the sums; each formula is a small launch.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a pair loss's public arguments to what its launches need: pairs, terms, normaliser, the reference's sums.
 
 Both routes use it. Every wrong argument is found here.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A policy loss over scored rows: its formula, its constants, and its sum.
 
 Only the log-probs vary. Autograd differentiates it on the logits route, `Dual` inside the linear route's op.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a policy loss's public arguments to the checked problem that a route minimises."""
 
 from __future__ import annotations

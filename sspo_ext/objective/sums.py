@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums of token log-probs over steps and other segments of rows, differentiable and in a fixed order."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Constants of a loss in every form that callers may pass, and what a sum is divided by."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What both routes share: the logit map, the scaling of kept gradients, and the coefficients of a row's gradient."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chains of reasoning from JSONL: a prompt, a response in steps, and the right answer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values of the steps of given chains, and step preferences from them, offline and from file to file."""
 
 from __future__ import annotations

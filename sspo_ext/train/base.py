@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What both trainers change in `transformers.Trainer`."""
 
 from __future__ import annotations

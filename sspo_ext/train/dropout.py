@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Turns dropout off for a whole training, so that policy and reference are the same function."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From completions to advantages: what an update of SSPO learns from, in plain lists, easy to print and send."""
 
 from __future__ import annotations

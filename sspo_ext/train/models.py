@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loads any Hugging Face causal LM, by name or path, ready to be trained and saved."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """StepPreferenceTrainer: `transformers.Trainer` with a step-wise preference loss.
 
 It adds to Trainer the loss, its normaliser over accumulated micro-batches, the reference's log-probs, and metrics.

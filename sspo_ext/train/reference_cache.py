@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reference step log-probs: computed once and kept on disk, under a hash of everything that they depend on."""
 
 from __future__ import annotations

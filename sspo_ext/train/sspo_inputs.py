@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What SSPOTrainer is given: checked, and prepared for use."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SSPOTrainer: self-traced step-wise policy optimisation on `transformers.Trainer`.
 
 The methods stand in the order of one update: rollouts and grading (`roll_out`), values (`step_values`), advantages

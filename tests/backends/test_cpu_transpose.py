@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CPU module's transpose of 16-bit matrices, which the linear route needs for a GEMM with a block of gradients."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands and the trainer: a template's options reach the model's input, and traced pairs keep them.
 
 All were red before: `train` had no option, `rl` and `trace` did not read a row's columns, and pairs.jsonl lost them.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two responses that share steps share them in tokens: what is compared begins where the tokens part.
 
 All were red before but the message of a step that is the same: a token over the branch's border was left unscored

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One renderer of chats for `train`, `rl` and `trace`: a row's own options, words of the assistant to be continued, one
 beginning of sequence.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No text of a row becomes a special token of the tokenizer, unless that is asked for.
 
 All were red before: "hi<|im_end|>..." opened a turn in the user's prompt, and "<eos>" inside a response ended it. What

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokens, labels and steps of a row of pairs, on small tokenizers made here.
 
 Mutations, each caught by the test named:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """README and docs/, as written: their code runs and prints what they say, links lead somewhere, no line is long.
 
 The blocks of a page run in order, in one folder and one namespace. A block with `title="NAME"` is written to that file;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A loss that takes a reference and gets none says so once, unless reference_free=True says that none is meant."""
 
 import warnings

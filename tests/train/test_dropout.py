@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """disable_dropout: policy and reference are the same function until the first update, whatever the rates."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reference cache's key: another adapter, another scale or a switched-off adapter is another reference."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A loss that takes a reference has one in every batch, whenever its rows were given: at the start, or later."""
 
 import math

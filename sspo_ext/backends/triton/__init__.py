@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton backend: the launches of the logits route, and the row kernels with further reductions.
 
 It can be imported without Triton and without a GPU; `why_not` says what is missing.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Row backward with further reductions: one read of each tensor, one write.
 
 The gradients arrive at the log-prob, entropy, sum of squares and KL together.

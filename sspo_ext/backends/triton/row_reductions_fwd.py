@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Row forward with entropy, sum of squares and KL from a reference, in one read of the row (and of the reference's).
 
 There is one program a row. Rows are walked by the 16-byte boundaries of the logits, as in token_logp_fwd.py.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the Triton kernels share: how a row of logits is walked, its label and its edges, launch settings.
 
 A row is [lead | groups of 16 bytes | tail]. The groups begin at the row's first 16-byte boundary, so the loops move 16

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Step kernel: from the log-probs of rows to step sums, losses and the gradient of every log-prob, in one launch.
 
 There is a program per step. It sums its own rows, and once more the rows of every step it is paired with. Those sums

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Row backward: the gradient of every position's logits, written once.
 
 A row with a coefficient is read once, the other rows not at all.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Row forward: the log-probability of one label per row, and the row's log-sum-exp, in one read of the row.
 
 Rows are walked by their own 16-byte boundaries (rows.py).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The chunked engine behind the linear route: hidden rows x head weight -> log-probs, loss and gradients.
 
 The logits exist a chunk at a time. GEMMs are torch's (cuBLAS, MKL, oneDNN); between them the row kernels of the chosen

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The gradients of hidden states, weight and bias, added up over the chunks."""
 
 from __future__ import annotations

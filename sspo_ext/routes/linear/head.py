@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The LM head applied to a chunk of rows: logits, log-probs, gradients."""
 
 from __future__ import annotations

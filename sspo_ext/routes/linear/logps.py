@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Log-probs from hidden states: by an autograd.Function that gets d/dlogp in backward, or by the reference.
 
 `logps` chooses between the two.

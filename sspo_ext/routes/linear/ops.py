@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Private torch.library ops of the linear route. Each plans on the host from CPU tensors, then runs the chunked engine.
 
 `needs` says which gradients to accumulate: hidden, weight, bias. What was not asked for comes back empty. GEMMs run in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The schedule of the linear route: which rows share a chunk, and how many GEMMs each costs. Made on the host.
 
 A GEMM is N x H x V. What a row costs:

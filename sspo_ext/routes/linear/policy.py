@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The policy losses from hidden states and the LM head, without ever storing the logits.
 
 Tokens interact only through the ratio of their step or sequence; normalisers are constants of the layout. So the rows

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pair loss from hidden states: by an autograd.Function that makes its gradients in forward, or by the reference.
 
 `pref` chooses between the two.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The linear route with entropy, sum of squared probabilities and KL from a reference: ops, and the autograd.Function.
 
 A row's gradient is known only in backward and is no multiple of one direction. So backward computes the logits again,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The linear route in plain torch: the scored rows' logits, differentiable by autograd."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checked arguments of every call of the linear route: hidden states, LM head, layout and settings."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A vocabulary split over ranks: local labels, and log-sum-exp and further reductions over the whole of it."""
 
 from __future__ import annotations

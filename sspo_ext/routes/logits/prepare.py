@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checked arguments of every call of the logits route: logits, layout, logit map, backend."""
 
 from __future__ import annotations

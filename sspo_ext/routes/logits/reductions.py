@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entropy, sum of squared probabilities and KL from a reference, in the same read of the logits as the log-prob.
 
 `logps_with_reductions` chooses between kernels and reference.

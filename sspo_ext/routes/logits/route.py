@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The logits route: log-probs and losses of a batch of logits, by one autograd.Function or by the reference.
 
 `pref` and `logps` choose between the two.
