@@ -199,7 +199,9 @@ def compare(old_path: str, new_path: str, show: int, only: list[str] | None) -> 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.record_outputs", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.record_outputs", description=(__doc__ or "").partition("\n")[0]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("record", help="run the catalogue and store its outputs")
     making.add_argument("file")

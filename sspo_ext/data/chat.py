@@ -47,7 +47,10 @@ def chat_options(row: Mapping, given: Mapping | None = None) -> dict[str, Any]:
             continue
         if isinstance(value, str) or not isinstance(value, kind):
             raise ValueError(f"{name}: expected {expected}, got {value!r}")
-        mine = value if name == "chat_template_kwargs" else {"tools": list(value)} if value else {}
+        if name == "chat_template_kwargs":
+            mine = dict(value)
+        else:
+            mine = {"tools": list(value)} if value else {}
         options |= {key: one for key, one in mine.items() if one is not None}
     for name in _OURS:
         if name in options:

@@ -61,7 +61,9 @@ class SpecialTokens:
         self._check("answer", answers)
 
     def _check(self, name: str, value: Any) -> None:
-        for text in _texts(value) if self._pattern is not None else ():
+        if self._pattern is None:
+            return
+        for text in _texts(value):
             found = self._pattern.search(text)
             if found is not None:
                 raise ValueError(
