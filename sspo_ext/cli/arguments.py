@@ -13,7 +13,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """--model."""
     parser.add_argument(
         "--model", required=True,
-        help="name on the Hugging Face hub, folder of a model, folder with one .gguf file, or .gguf file",
+        help="name on the Hugging Face hub, folder of a model or of an adapter (PEFT), folder with one .gguf file, or "
+        ".gguf file",
     )  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def add_optimisation(
     add("--batch-size", type=positive, default=batch_size, help=f"{unit} in a micro-batch, on each device")
     add("--gradient-accumulation", type=positive, default=1, help="micro-batches in an update")
     add("--eval-batch-size", type=positive, default=eval_batch_size, help=eval_batch)
-    add("--lora-r", type=int, default=0, help="rank of a LoRA adapter; 0: train all weights")
+    add("--lora-r", type=int, default=0, help="rank of a new LoRA adapter; 0: train all weights, or --model's adapter")
     add("--lora-alpha", type=int, help="scale of the LoRA adapter (default: twice the rank)")
     add(
         "--disable-dropout", action=argparse.BooleanOptionalAction, default=True,

@@ -156,11 +156,15 @@ def run(options: argparse.Namespace) -> None:
 
     from transformers import set_seed
 
+    from ..train.models import adapter_base
     from ..train.sspo_config import SSPOConfig
     from ..train.sspo_trainer import SSPOTrainer
 
     grader = load_grader(options.grader)
-    rollout_options = {"model": options.model} if options.rollout_engine == "vllm" else {}
+    # vLLM is given the weights with the adapter merged, and needs the model that they fit
+    rollout_options = (
+        {"model": adapter_base(options.model) or options.model} if options.rollout_engine == "vllm" else {}
+    )
     args = SSPOConfig(
         **training_arguments(options, evaluated=held_out is not None),
         **{name: getattr(options, name) for name in _SAME},

@@ -49,6 +49,11 @@ def lora_of(options: argparse.Namespace) -> LoraConfig | None:
     """The LoRA adapter to train, if any."""
     if not options.lora_r:
         return None
+    if (Path(options.model) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"--lora-r: expected 0, since --model {options.model!r} is an adapter, which is trained on; for a new one "
+            f"merge it into its base model first, got {options.lora_r}"
+        )
     try:
         from peft import LoraConfig
     except ImportError as error:

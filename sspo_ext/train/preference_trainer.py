@@ -25,7 +25,7 @@ from .base import StepTrainer
 from .dropout import disable_dropout
 from .means import Means
 from .model_call import call_model, check_processes, choose_route, router_loss, uses_flash_attention
-from .models import model_and_tokenizer, with_adapter
+from .models import check_trainable, model_and_tokenizer, with_adapter
 from .options import dictionary
 from .preference_config import StepPreferenceConfig
 from .reference_cache import TOKEN_COLUMNS, ReferenceCache, add_reference, reference_key
@@ -39,7 +39,8 @@ class StepPreferenceTrainer(StepTrainer):
     reference model.
 
     Args:
-        model: A causal LM, a PeftModel, or a name or path, which `load_model` loads together with its tokenizer.
+        model: A causal LM, a PeftModel, or a name or path, which `load_model` loads together with its tokenizer. It
+            has parameters that require a gradient, as an adapter has that is loaded by its path.
         args: The options.
         train_dataset: Features that `tokenize_rows` made: a list or a datasets.Dataset. It must have a length, unless
             the loss needs no reference or the features have `ref_chosen` and `ref_rejected` already.
@@ -99,6 +100,8 @@ class StepPreferenceTrainer(StepTrainer):
         self._new_adapter = peft_config is not None
         if self._new_adapter:
             policy = with_adapter(policy, peft_config)
+        if train_dataset is not None:
+            check_trainable(policy)
         if args.disable_dropout:
             disable_dropout(policy)
         if data_collator is None:

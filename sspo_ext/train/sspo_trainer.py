@@ -44,7 +44,7 @@ from .experience import (
 )
 from .means import Sums
 from .model_call import call_model, check_processes, choose_route, router_loss
-from .models import model_and_tokenizer, with_adapter
+from .models import check_trainable, model_and_tokenizer, with_adapter
 from .options import dictionary
 from .rollout import end_tokens, make_engine
 from .sampling import RolloutEngine, Sampling
@@ -71,7 +71,8 @@ class SSPOTrainer(StepTrainer):
     Override `step_values` for another estimate of a prefix's value, and `on_rollouts` to look at the rollouts.
 
     Args:
-        model: A causal LM, a PeftModel, or a name or path, which `load_model` loads together with its tokenizer.
+        model: A causal LM, a PeftModel, or a name or path, which `load_model` loads together with its tokenizer. It
+            has parameters that require a gradient, as an adapter has that is loaded by its path.
         args: The options.
         reward_func: `reward(prompt, completion, answer) -> float`, or TRL's form `reward(prompts, completions,
             **columns) -> list[float]`; see `sspo_ext.data.graders`. Rewards are in [0, 1], the scale of the values;
@@ -132,6 +133,8 @@ class SSPOTrainer(StepTrainer):
             policy = with_adapter(policy, peft_config)
         elif args.beta:
             self.ref_model = frozen_copy(policy)
+        if train_dataset is not None:
+            check_trainable(policy)
         if args.disable_dropout:
             disable_dropout(policy)
         self.reward_func = reward_func
