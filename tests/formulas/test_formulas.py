@@ -157,7 +157,7 @@ def test_golden(name, s, options, want):
     assert call(name, s, options).item() == pytest.approx(want, rel=1e-12, abs=1e-15)
 
 
-def test_every_head_has_a_golden_value():
+def test_every_formula_has_a_golden_value():
     golden = next(m for m in test_golden.pytestmark if m.name == "parametrize").args[1]
     assert {case[0] for case in golden} == set(NAMES)
 

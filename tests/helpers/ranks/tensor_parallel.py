@@ -101,7 +101,7 @@ def call(case: Case, leaves, layout, pairs, kl_ref=None, **more) -> tuple[Tensor
     largest = -(-case.V // case.world)
     more = {**more, **case.options, "chunk_bytes": case.rows * largest * case.dtype.itemsize, "bias": leaves[2]}
     if case.ask == "policy":
-        constants = {name: torch.linspace(-4, -1, layout.num_rows) for name in ("old", "ref")}
+        constants = {name: torch.linspace(-20, -10, layout.num_rows) for name in ("old", "ref")}
         more |= dict(
             loss_type="ppo", epsilon_high=50.0, importance_sampling_level="step", kl_coef=0.2, entropy_coef=0.7
         )
