@@ -253,7 +253,7 @@ class StepPreferenceTrainer(StepTrainer):
                 added = self._with_reference(dataset, name)
             setattr(self, name, added)
 
-    def _with_reference(self, dataset, name: str):
+    def _with_reference(self, dataset, name: str) -> Any:
         """The dataset with the reference's log-probs of its rows, if the loss takes them."""
         if not self._takes_reference or _has_reference(dataset):
             return dataset
