@@ -7,7 +7,7 @@ hidden states and the LM head, and never store the logits.
 
 Example:
     >>> layout = StepLayout.from_step_ids(labels, step_ids)
-    >>> out = step_pref_loss(logits, layout)  # rows [chosen_0.., rejected_0..]: step k beside step k
+    >>> out = step_pref_loss(logits, layout, layout.pair_by_index(), reference_free=True)
     >>> out.loss.backward()
 """
 

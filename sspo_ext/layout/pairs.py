@@ -21,7 +21,7 @@ class StepPairs(TensorBundle):
 
     Example:
         >>> pairs = StepPairs.from_index(layout, torch.tensor([[0, 1], [0, 2]]), weights=torch.tensor([1.0, 0.5]))
-        >>> out = step_pref_loss(logits, layout, pairs)
+        >>> out = step_pref_loss(logits, layout, pairs, reference_free=True)
     """
 
     index: Tensor  # (P, 2) int32: winner step, loser step

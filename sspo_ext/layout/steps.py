@@ -291,7 +291,7 @@ class StepLayout(Steps):
             ValueError: The number of sequences is odd.
 
         Example:
-            >>> out = step_pref_loss(logits, layout, layout.pair_by_index())
+            >>> out = step_pref_loss(logits, layout, layout.pair_by_index(), reference_free=True)
         """
         half, odd = divmod(self.num_sequences, 2)
         if odd:

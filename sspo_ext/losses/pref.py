@@ -28,7 +28,7 @@ class StepPrefOutput:
     """What a preference loss returns. `loss` carries the gradient; everything else is detached.
 
     Example:
-        >>> out = step_pref_loss(logits, layout, pairs)
+        >>> out = step_pref_loss(logits, layout, pairs, reference_free=True)
         >>> accuracy = out.metrics["rewards/accuracies"]
     """
 
@@ -178,7 +178,7 @@ def step_pref_loss(
         ValueError: A value, shape or device does not fit.
 
     Example:
-        >>> out = step_pref_loss(logits, labels, step_ids, beta=0.1)
+        >>> out = step_pref_loss(logits, labels, step_ids, beta=0.1, reference_free=True)
         >>> out.loss.backward()
     """
     formulas = chosen_formulas(loss_type, loss_weights)
@@ -253,7 +253,8 @@ def pref_loss(
 
     Example:
         >>> logps = step_logps(logits, layout, sum_p2=True)
-        >>> pref_loss(logps, layout, pairs, weights=wpo_weights(logps, layout, pairs)).loss.backward()
+        >>> weights = wpo_weights(logps, layout, pairs)
+        >>> pref_loss(logps, layout, pairs, weights=weights, reference_free=True).loss.backward()
     """
     check_logps("logps", logps, layout)
     formulas = chosen_formulas(loss_type, loss_weights)
@@ -286,7 +287,7 @@ class StepPrefLoss(nn.Module):
         **options: further keyword arguments of `step_pref_loss`; checked at once.
 
     Example:
-        >>> criterion = StepPrefLoss(loss_type="ipo", beta=0.2)
+        >>> criterion = StepPrefLoss(loss_type="ipo", beta=0.2, reference_free=True)
         >>> criterion(logits, layout, pairs).loss.backward()
     """
 
@@ -404,7 +405,8 @@ def linear_step_pref_loss(
 
     Example:
         >>> hidden = model.model(input_ids).last_hidden_state
-        >>> linear_step_pref_loss(hidden, model.lm_head.weight, layout, pairs).loss.backward()
+        >>> out = linear_step_pref_loss(hidden, model.lm_head.weight, layout, pairs, reference_free=True)
+        >>> out.loss.backward()
     """
     formulas = chosen_formulas(loss_type, loss_weights)
     if token_weights is not None and isinstance(layout, StepLayout):

@@ -164,7 +164,8 @@ def wpo_weights(logps: StepLogps, layout: StepLayout, pairs: StepPairs | Tensor 
 
     Example:
         >>> logps = step_logps(logits, layout, sum_p2=True)
-        >>> pref_loss(logps, layout, pairs, weights=wpo_weights(logps, layout, pairs)).loss.backward()
+        >>> weights = wpo_weights(logps, layout, pairs)
+        >>> pref_loss(logps, layout, pairs, weights=weights, reference_free=True).loss.backward()
     """
     check_logps("logps", logps, layout)
     if logps.sum_p2 is None:
