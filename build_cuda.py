@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds sspo_ext._C_cuda, the CUDA kernels. Part of setup.py; needs nothing of torch.
 
 SSPO_BUILD_CUDA=auto (the default) builds the module where nvcc is found, =1 fails without nvcc, =0 leaves the module

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds sspo_ext._C, the CPU kernels.
 
 The same kernel source is compiled once for each instruction set, with its flags. The module chooses one at run time, so

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Of an installed wheel: the compiled module is there, and gives the loss and the gradient of the torch reference."""
 
 import torch

@@ -1,3 +1,4 @@
-"""Measurements of sspo_ext beside its peers. `python -m benchmarks report` makes every table."""
+# SPDX-License-Identifier: Apache-2.0
+"""Measurements of sspo_ext next to its peers. `python -m benchmarks` lists the commands."""
 
 from __future__ import annotations

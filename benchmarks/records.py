@@ -1,10 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
 """Raw results on disk: one compact file a table, from which the reports are made.
 
-The suffix is the format. `.jsonl` has one record a line: small tables, which people read and compare. `.parquet` (zstd)
-is for the compression runs: each has the numbers of 800 solutions, which only programs read. As JSON files they took
-2.7 MB, as one parquet file they take 0.2. pyarrow comes with `datasets`, which the extra `train` has.
+The suffix tells the format. `.jsonl` has one record a line, for small tables that people read and compare. `.parquet`
+(zstd) is for the compression runs: each holds the numbers of 800 solutions, which only programs read. As JSON files
+they took 2.7 MB, as one parquet file they take 0.2. pyarrow comes with `datasets`, which the extra `train` has.
 
-A file is replaced as a whole or not at all, and commands that add to the same folder wait for each other.
+A file is replaced as a whole or not at all. Commands that add to the same folder wait for each other.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from pathlib import Path
 
 
 def read(path: Path) -> list[dict]:
-    """The records, in the file's order; none if there is no file."""
+    """The records, in the file's order. Empty if there is no file."""
     if not path.exists():
         return []
     if path.suffix == ".parquet":
         from pyarrow import parquet
 
         return parquet.ParquetFile(path).read().to_pylist()
-    # Split as bytes: a text also ends lines at U+2028, which JSON may hold.
+    # Split as bytes: str.splitlines would also split at U+2028, which JSON may hold.
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
@@ -53,7 +54,7 @@ def write(path: Path, rows: list[dict]) -> None:
 
 
 def add(path: Path, rows: Iterable[dict], key: tuple[str, ...]) -> None:
-    """Adds records, sorted by `key`. A record whose key is there already takes the old one's place."""
+    """Adds records and sorts all by `key`. A new record replaces an old one with the same key."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(path.parent):
         write(path, _merged(read(path), rows, key))
@@ -62,7 +63,7 @@ def add(path: Path, rows: Iterable[dict], key: tuple[str, ...]) -> None:
 def collect(path: Path, folder: Path, key: tuple[str, ...]) -> None:
     """Moves finished runs, each a JSON file in `folder`, into the table at `path`.
 
-    A file is removed after the table with its run is on the disk. One that is not whole JSON stays and is named.
+    A file is removed after the table with its run is on the disk. A file that is not whole JSON stays, and is named.
     """
     with _alone(path.parent):
         found: dict[Path, dict] = {}
@@ -84,7 +85,7 @@ def _merged(old: Iterable[dict], new: Iterable[dict], key: tuple[str, ...]) -> l
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Holds a lock on the folder: two commands that rewrite one file would lose each other's records."""
+    """Holds a lock on the folder. Without it, two commands that rewrite one file could lose each other's records."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The site's view of the repository: benchmarks/results stands in it as results/, without a copy.
 
 A page links to a file of the repository as GitHub shows it, `../benchmarks/results/probe/RESULTS.md`. The site's own

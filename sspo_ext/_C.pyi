@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CPU kernels, csrc/cpu/binding.cpp. The module trusts its arguments; `sspo_ext.backends.cpu` checks tensors.
 
 An address is `tensor.data_ptr()`, 0 for None. `sizes` of logits are (B, T, V). Strides are those of the first two

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels, csrc/cuda/binding.cpp. The module trusts its arguments; `sspo_ext.backends.cuda` checks tensors.
 
 An address is `tensor.data_ptr()`, 0 for None. `sizes` of logits are (B, T, V). Strides are those of the first two

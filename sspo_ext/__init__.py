@@ -1,7 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
 """Step-wise preference optimisation for language models, made fast.
 
-`step_pref_loss` turns logits, or hidden states in its `linear_` twin, into a step-wise preference loss and its
-gradient.
+`step_pref_loss` turns logits into a step-wise preference loss and its gradient. `step_policy_loss` does so for policy
+gradients with an advantage for each step, and `step_logps` gives the log-probs of steps. Their `linear_` twins take
+hidden states and the LM head, and never store the logits.
+
+Example:
+    >>> layout = StepLayout.from_step_ids(labels, step_ids)
+    >>> out = step_pref_loss(logits, layout)  # rows [chosen_0.., rejected_0..]: step k beside step k
+    >>> out.loss.backward()
 """
 
 from ._source_tree import prefer_installed

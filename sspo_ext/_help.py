@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The help format of every command line of this package."""
 
 from __future__ import annotations

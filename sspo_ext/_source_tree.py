@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What to import from a source folder whose compiled module was never built.
 
 `pip install .` puts the compiled module into the installed package. Python started in the clone finds the source folder

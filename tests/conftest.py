@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Before sspo_ext is imported: without a GPU, Triton kernels are interpreted (Triton asks when kernels are defined)."""
 
 import importlib.util

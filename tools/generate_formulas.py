@@ -1,10 +1,10 @@
-"""Writes the fused formulas: each definition in sspo_ext/formulas/ and its autograd derivative, traced and printed as C++ and
-as Triton.
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the fused formulas: traces each definition in sspo_ext/formulas/ and its derivative, prints C++ and Triton.
 
     python -m tools.generate_formulas [--check]
 
-The traced graph is ATen pointwise ops on scalars, so printing it is a table of one line per op. `--check` fails if a
-file is stale.
+The traced graph is ATen pointwise ops on scalars, so printing it takes one line for each op. `--check` writes nothing
+and fails if a file is stale.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -43,7 +44,7 @@ def traced(definition: PairFormula) -> torch.fx.GraphModule:
                 PairScores(**{f: named[f] for f in PairScores._fields} | {"u_w": u_w, "u_l": u_l}), **options
             )
 
-        value, pull = torch.func.vjp(loss, named["u_w"], named["u_l"])
+        value, pull, *_ = torch.func.vjp(loss, named["u_w"], named["u_l"])
         return (value, *pull(torch.ones_like(value)))
 
     sample = [torch.tensor(0.5, dtype=torch.float64) for _ in inputs]
@@ -56,7 +57,7 @@ def traced(definition: PairFormula) -> torch.fx.GraphModule:
 
 @dataclass(frozen=True)
 class Language:
-    """How one target spells the primitives; {0}, {1} are the arguments."""
+    """How one target writes numbers and operations; {0}, {1} are the arguments."""
 
     number: Callable[[float], str]
     spell: dict[str, str]
@@ -106,19 +107,23 @@ class Printer:
 
     def __init__(self, language: Language):
         self.language = language
-        self.value: dict[torch.fx.Node, str | float] = {}
+        self.value: dict[torch.fx.Node, Any] = {}  # an expression or a number; a tuple for an op with two outputs
         self.lines: list[tuple[str, str]] = []
 
-    def get(self, arg) -> str | float:
+    def get(self, arg: Any) -> Any:
+        """An argument's value: a number, or the text of an expression."""
         return self.value[arg] if isinstance(arg, torch.fx.Node) else float(arg)
 
     def text(self, value: str | float) -> str:
-        return self.language.number(value) if isinstance(value, float) else value
+        """A value in the target language."""
+        return value if isinstance(value, str) else self.language.number(value)
 
-    def emit(self, op: str, *args) -> str:
+    def emit(self, op: str, *args: Any) -> str:
+        """The text of an operation."""
         return self.language.spell[op].format(*(self.text(a) for a in args))
 
-    def binary(self, op: str, x, y) -> str | float:
+    def binary(self, op: str, x: Any, y: Any) -> str | float:
+        """A binary operation, folded where a constant allows it."""
         if isinstance(x, float) and isinstance(y, float):
             return float(getattr(operator, {"div": "truediv"}.get(op, op))(x, y))
         if op == "mul" and 1.0 in (x, y):
@@ -131,9 +136,10 @@ class Printer:
             return y
         return self.emit(op, x, y)
 
-    def expression(self, node: torch.fx.Node) -> str | float | tuple:
-        op = node.target.overloadpacket
-        args = [self.get(a) if isinstance(a, (torch.fx.Node, int, float)) else a for a in node.args]
+    def expression(self, node: torch.fx.Node) -> Any:
+        """The value of a call: a number, the text of an expression, or a tuple for an op with two outputs."""
+        op = getattr(node.target, "overloadpacket", None)
+        args: list[Any] = [self.get(a) if isinstance(a, (torch.fx.Node, int, float)) else a for a in node.args]
         if op in (aten.add, aten.sub) and node.kwargs.get("alpha", 1) != 1:
             raise NotImplementedError(f"{node.format_node()}: alpha")
         if op in _BINARY:
@@ -163,24 +169,28 @@ class Printer:
         if op is aten.where:
             return self.emit("where", *args)
         if op is aten.clamp:
-            # these ways round a NaN stays one
+            # with the comparisons in this order a NaN stays a NaN
             value, low, high = (*args, None)[:3]
             value = value if low is None else self.emit("where", self.emit("lt", value, low), low, value)
             return value if high is None else self.emit("where", self.emit("gt", value, high), high, value)
         if op is aten.threshold_backward:
-            # this way round a NaN passes the gradient on, as torch's does
+            # with this comparison a NaN passes the gradient on, as in torch
             return self.emit("where", self.emit("le", args[1], args[2]), 0.0, args[0])
-        raise NotImplementedError(f"no spelling for {node.format_node()}: add one line to generate.py")
+        raise NotImplementedError(f"no spelling for {node.format_node()}: add one line to generate_formulas.py")
 
     def run(self, graph: torch.fx.Graph) -> list[str]:
-        """Fills self.lines; returns the texts of (loss, du_w, du_l)."""
+        """Fills self.lines and gives the texts of (loss, du_w, du_l)."""
         for node in graph.nodes:
             if node.op == "placeholder":
                 self.value[node] = node.name
             elif node.op == "output":
-                return [self.text(self.get(a)) for a in node.args[0]]
+                (outputs,) = node.args
+                assert isinstance(outputs, (list, tuple))
+                return [self.text(self.get(a)) for a in outputs]
             elif node.target is operator.getitem:
-                self.value[node] = self.value[node.args[0]][node.args[1]]
+                source, index = node.args
+                assert isinstance(source, torch.fx.Node)
+                self.value[node] = self.value[source][index]
             else:
                 value = self.expression(node)
                 if isinstance(value, str) and not value.isidentifier():
@@ -194,6 +204,7 @@ class Printer:
 
 
 def _strip(expression: str) -> str:
+    """Without its outer parentheses, if there are no others."""
     return (
         expression[1:-1]
         if expression.startswith("(") and expression.endswith(")") and expression.count("(") == 1
@@ -202,6 +213,7 @@ def _strip(expression: str) -> str:
 
 
 _CPP_PRELUDE = """\
+// SPDX-License-Identifier: Apache-2.0
 // Generated from sspo_ext/formulas/ by `python -m tools.generate_formulas`. Do not edit.
 // clang-format off
 #pragma once
@@ -235,6 +247,7 @@ template <class T> SSPO_HD inline T sigmoid_(T x) {
 """
 
 _TRITON_PRELUDE = '''\
+# SPDX-License-Identifier: Apache-2.0
 """Generated from sspo_ext/formulas/ by `python -m tools.generate_formulas`. Do not edit."""
 # ruff: noqa
 import triton
@@ -275,6 +288,7 @@ def _sigmoid(x):
 
 
 def cpp_source() -> str:
+    """The text of csrc/formulas_generated.h."""
     parts, cases = [_CPP_PRELUDE], []
     for i, definition in enumerate(PAIR_FORMULAS.values()):
         printer = Printer(CPP)
@@ -299,6 +313,7 @@ def cpp_source() -> str:
 
 
 def triton_source() -> str:
+    """The text of backends/triton/formulas_generated.py."""
     scores = ", ".join(PairScores._fields)
     options = [f"o{i}" for i in range(MAX_OPTIONS)]
     parts, cases = [_TRITON_PRELUDE], []
@@ -323,7 +338,8 @@ def triton_source() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """The command; 1 for a stale file with --check."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a generated file is stale")
     check = parser.parse_args(argv).check
     stale = False

@@ -1,3 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false, reportReturnType=false, reportPrivateImportUsage=false
+# (calls are made from tables of options, for the package of today and for older ones)
 """The cases of record_outputs.py for the kernels' wing: layouts, plans, log-probs, losses and their gradients.
 
 Problems are tiny and made from seeds. Every loss, dtype and backend that runs on a CPU is in them; Triton's kernels are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records what the package computes, bit for bit, so that a change that must not change behaviour can be held to it.
 
     PYTHONPATH=OLD python -m tools.record_outputs record before.pt
@@ -7,8 +8,11 @@
 OLD and NEW are folders with a `sspo_ext` in them, whose C++ module is built. `record` runs the cases of
 record_kernels.py and record_text.py and stores every tensor, number and text that comes out, each under a readable key.
 `compare` asks for the same keys and the same bits; a NaN equals a NaN of the same bits. Its exit status is 1 on any
-difference. Both records must be made on one machine with the same libraries: other vector instructions or another
-matrix library round otherwise.
+difference. Both records must be made on one machine, with the same libraries and the same cases: other vector
+instructions or another matrix library round otherwise.
+
+Where OLD or NEW has a folder `tools` of its own, `python FOLDER/tools/record_outputs.py` says whose cases are run; the
+first line that `record` prints tells both.
 
 What `sspo_ext` exports is called by its public name. For the rest `find` has the places before and after the move.
 """
@@ -18,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import importlib
 import io
 import os
@@ -110,12 +115,20 @@ def chapters() -> dict:
 # ---- command line
 
 
+def catalogue_digest() -> str:
+    """Of the files that say what is recorded. Records of different catalogues have other keys, or inputs."""
+    digest = hashlib.sha256()
+    for name in ("record_kernels.py", "record_text.py"):
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    return digest.hexdigest()
+
+
 def record(path: str, only: list[str] | None, quiet: bool) -> int:
     import sspo_ext
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    print(f"sspo_ext is {Path(sspo_ext.__file__).parent}", file=sys.stderr)
+    print(f"sspo_ext is {Path(sspo_ext.__file__).parent}, recorded by {Path(__file__).parent}", file=sys.stderr)
     known = chapters()
     unknown = set(only or ()) - set(known)
     if unknown:
@@ -128,7 +141,7 @@ def record(path: str, only: list[str] | None, quiet: bool) -> int:
             known[name](rec)
         if not quiet:
             print(f"{name}: {len(rec.outputs) - before} outputs, {time.perf_counter() - start:.1f} s", file=sys.stderr)
-    about = {"sspo_ext": sspo_ext.__file__, "torch": str(torch.__version__)}
+    about = {"sspo_ext": sspo_ext.__file__, "torch": str(torch.__version__), "catalogue": catalogue_digest()}
     torch.save({"about": about, "outputs": rec.outputs}, path)
     for line in rec.raised:
         print(f"raised: {line.splitlines()[0][:200]}", file=sys.stderr)
@@ -160,7 +173,11 @@ def difference(old, new) -> str:
 
 
 def compare(old_path: str, new_path: str, show: int, only: list[str] | None) -> int:
-    old, new = (torch.load(path, weights_only=True)["outputs"] for path in (old_path, new_path))
+    records = [torch.load(path, weights_only=True) for path in (old_path, new_path)]
+    for name in ("catalogue", "torch"):
+        if records[0]["about"].get(name) != records[1]["about"].get(name):
+            print(f"made with another {name}: what differs may be due to that", file=sys.stderr)
+    old, new = (made["outputs"] for made in records)
     if only:
         start = tuple(f"{name}: " for name in only)
         old, new = ({k: v for k, v in values.items() if k.startswith(start)} for values in (old, new))
@@ -182,7 +199,9 @@ def compare(old_path: str, new_path: str, show: int, only: list[str] | None) -> 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.record_outputs", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.record_outputs", description=(__doc__ or "").partition("\n")[0]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("record", help="run the catalogue and store its outputs")
     making.add_argument("file")

@@ -1,3 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false, reportReturnType=false, reportPrivateImportUsage=false
+# (calls are made from tables of options, for the package of today and for older ones)
 """The cases of record_outputs.py from text to trainers: signals, hidden states, rows, graders, trainers, command line.
 
 Everything is tiny and made here: models with random weights, a tokenizer of bytes. Only the demo's model is a file of

@@ -1,9 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes docs/losses.md, the page of every loss, from the catalogue.
 
     python -m tools.write_losses_page [--check]
 
 `--check` writes nothing and fails if the page is stale. The parity column comes from docs/parity.json, which
-tests/losses/test_parity_losses.py and tests/losses/test_parity_policy.py measure.
+`pytest tests/losses -k parity` measures.
 """
 
 from __future__ import annotations
@@ -27,31 +28,38 @@ _INTRO = """\
 
 <!-- Written by `python -m tools.write_losses_page` from the definitions; do not edit. -->
 
-Notation, for a step or, with one step a sequence, a whole response: S the summed log-probability of its scored tokens
-(weighted, where the layout has token weights), R the reference's, u = S - R, n the number of scored tokens, w and l
-winner and loser, sig the logistic function, ls = log sig, q the probability that the winner is better (1 -
-label_smoothing, or a soft label), sg stop-gradient. An option that a loss does not have raises.
+Notation, for a step or, with one step a sequence, for a whole response:
+
+* S is the summed log-probability of its scored tokens, weighted if the layout has token weights.
+* R is the reference's sum, u = S - R, and n is the number of scored tokens.
+* w and l are winner and loser.
+* q is the probability that the winner is better: 1 - label_smoothing, or a soft label.
+* sig is the logistic function, ls = log sig, and sg is stop-gradient.
+
+An option that a loss does not have raises.
 `sspo_ext.losses.catalogue()` gives the same table to a program.
 
-The parity column names independent implementations and the largest absolute differences of the loss and of its gradient
-found by `pytest tests/losses -k parity` in float64 (where the peer has no float64, in float32, whose differences grow
-with the size of the loss and of the gradient), both rounded up to a power of ten. Where it is empty, the golden values
-worked out by hand and the float64 gradient checks stand alone.
+The parity column names independent implementations, with the largest absolute differences of the loss and of its
+gradient that `pytest tests/losses -k parity` found, both rounded up to a power of ten.
+They are in float64, or in float32 where the peer has no float64; float32 differences grow with the loss and gradient.
+Where the column is empty, golden values worked out by hand and float64 gradient checks are the only tests.
 """
 
 _SECTIONS = {
     "pair": (
         "Pair losses",
-        "`step_pref_loss(logits, layout, pairs, loss_type=...)`, `linear_step_pref_loss(hidden, weight, ...)`, or "
-        "`losses.pref_loss(logps, ...)` of log-probs that are there already. Fused on every backend: one definition in "
-        "`sspo_ext/heads/`, from which C++, CUDA and Triton are generated. A list, `loss_type=[\"sigmoid\", \"sft\"], "
-        "loss_weights=[1.0, 0.2]`, is a mixture over one pass of the logits, in which each loss takes the options, "
-        "reference and labels that it has.",
+        "Call `step_pref_loss(logits, layout, pairs, loss_type=...)`, `linear_step_pref_loss(hidden, weight, ...)`, or "
+        "`losses.pref_loss(logps, ...)` with log-probs that exist already.\n"
+        "They are fused on every backend: C++, CUDA and Triton are generated from one definition in "
+        "`sspo_ext/formulas/`.\n"
+        'A list, `loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.2]`, is a mixture over one pass of the logits.\n'
+        "Each loss of a mixture takes the options, reference and labels that it has.",
     ),
     "function": (
         "Losses of step log-probs",
-        "Functions of `logps = step_logps(logits, layout)` or `linear_step_logps(hidden, weight, layout)`: torch ops "
-        "on (S,) sums or (N,) tokens, tiny beside the vocabulary. State of the whole batch is passed in, never hidden.",
+        "These are functions of `logps = step_logps(logits, layout)` or `linear_step_logps(hidden, weight, layout)`: "
+        "torch ops on (S,) sums or (N,) tokens, which are tiny beside the logits.\n"
+        "State of the whole batch is an argument, never hidden.",
     ),
     "policy": (
         "Policy losses",
@@ -62,11 +70,12 @@ _SECTIONS = {
 
 _WHOLE = {
     "mixtures": 'Mixtures (`["sft", "bco_pair", "robust"]`), logits and linear route',
-    "end to end": "A tiny Llama in float64, TRL's head and loss against the linear route, gradients of every parameter",
+    "end to end": "A tiny Llama in float64: TRL's head and loss beside the linear route, gradients of every parameter",
 }
 
 
 def page() -> str:
+    """The text of docs/losses.md."""
     parity = json.loads(PARITY.read_text()) if PARITY.exists() else {}
     parts = [_INTRO]
     for kind, (title, text) in _SECTIONS.items():
@@ -102,7 +111,8 @@ def _parity(measured: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """The command; 1 for a stale page with --check."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if docs/losses.md is stale")
     check = parser.parse_args(argv).check
     text = page()

@@ -1,3 +1,4 @@
-"""Does SSPO make reasoning short and keep it right, and what in it does that? `python -m benchmarks compression`."""
+# SPDX-License-Identifier: Apache-2.0
+"""Does SSPO make reasoning short and keep it right, and which part of it does that?"""
 
 from __future__ import annotations

@@ -1,15 +1,17 @@
-"""Does SSPO make reasoning short without making it wrong, and what in it does that?
+# SPDX-License-Identifier: Apache-2.0
+"""Does SSPO make reasoning short and keep it right? Which part of SSPO does that?
 
     python -m benchmarks compression            # sums in English, the decisive arms, two seeds: 13 minutes
     python -m benchmarks compression --full     # three families, two languages, every arm, three seeds: hours
 
-The first time was measured on two Xeon cores beside other jobs. The second is the sum in results/compression.
+The 13 minutes were measured on two Xeon cores that also ran other jobs. The hours of the second command stand in
+results/compression.
 
-Tiny models first imitate a wordy teacher (`sspo_ext.demo.tasks`), then every arm trains from the same start, on as many
-updates of as many samples. The reward is whether the answer is right; only the arms called "length penalty" see length.
-Every run is a process with one thread and leaves a JSON file in OUTPUT/runs. They are moved into the table
-OUTPUT/runs.parquet, from which the report is made. What is in either is not run again: the same command goes on where
-it was stopped.
+Tiny models first imitate a wordy teacher (`sspo_ext.demo.tasks`). Every arm then trains from the same start model, with
+the same number of updates and samples. The reward is 1 for a right answer and 0 otherwise. Only the arms called "length
+penalty" see the length. Every run is a process with one thread and leaves a JSON file in OUTPUT/runs. The files are
+moved into the table OUTPUT/runs.parquet, from which the report is made. Finished runs are not run again: the same
+command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,8 +80,15 @@ def main(argv: list[str] | None = None) -> None:
     print(write_report(output))
 
 
-def execute(runs: list[Run], options: argparse.Namespace, title: str, length) -> None:
-    """Runs them, `--jobs` at a time, each in its own process. Stops at the first that fails."""
+def execute(runs: list[Run], options: argparse.Namespace, title: str, length: Callable[[Run], int]) -> None:
+    """Executes the runs, `--jobs` at a time, each in its own process. Stops at the first that fails.
+
+    Args:
+        runs: what to execute.
+        options: of the command line.
+        title: of the progress bar.
+        length: updates of a run.
+    """
     waiting, going = list(runs), {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tqdm(total=sum(map(length, runs)), desc=title, unit="update", disable=not runs) as bar:
@@ -121,7 +131,7 @@ def command(run: Run, options: argparse.Namespace) -> list[str]:
 
 
 def _last_line(log: Path) -> tuple[int, str]:
-    """(updates done, what to show) from a worker's log. The progress bar of imitation is read too."""
+    """(updates done, what to show) from the last line of a worker's log, which may be the imitation's progress bar."""
     text = log.read_text(errors="replace").replace("\r", "\n").strip().rpartition("\n")[2]
     words = text.split()
     if len(words) == 3 and words[0].isdigit():
@@ -133,7 +143,7 @@ def _last_line(log: Path) -> tuple[int, str]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks compression", description=__doc__.split("\n")[0],
+        prog="python -m benchmarks compression", description=__doc__ and __doc__.splitlines()[0],
         formatter_class=DefaultsFormatter,
     )  # fmt: skip
     add = parser.add_argument
@@ -144,8 +154,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", type=int, help="(default: 2)")
     add("--updates", type=int, default=40, help="of 24 problems x 8 samples")
     add("--held-out", type=int, default=400, help="problems that no arm trains on")
-    add("--jobs", type=int, default=2, help="processes side by side, one thread each")
-    add("--redo", action="store_true", help="run again what is recorded already")
+    add("--jobs", type=int, default=2, help="processes at once, one thread each")
+    add("--redo", action="store_true", help="also run what is recorded already")
     add("--output", default="benchmarks/results/compression", help="table of runs, RESULTS.md, pictures")
     add("--work", default="build/compression", help="start models and logs")
     options = parser.parse_args(argv)

@@ -1,4 +1,5 @@
-"""The arms: every way of training that is compared, all through `SSPOTrainer`, at equal updates and equal samples."""
+# SPDX-License-Identifier: Apache-2.0
+"""The arms: the ways of training that are compared. All use `SSPOTrainer`, with equal updates and equal samples."""
 
 from __future__ import annotations
 
@@ -15,14 +16,14 @@ from .pairs import PairArm
 
 
 class ZeroValues(SSPOTrainer):
-    """V = 0: shows what the discount alone does."""
+    """V = 0: shows the effect of the discount alone."""
 
     def step_values(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         return [[0.0] * (len(r.steps) + 1) for r in rollouts]
 
 
 class ShuffledValues(SSPOTrainer):
-    """The probe's values, shuffled over all states of the batch. Their level stays, their content is lost."""
+    """The probe's values, shuffled over all states of the batch: the same numbers, without their meaning."""
 
     def step_values(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         values = super().step_values(rollouts)
@@ -46,12 +47,12 @@ class Arm:
     pair_form: PairArm | None = None
 
     def reward(self, task: Task):
-        """The task's 0 or 1; with a length penalty a right answer is worth 1 - weight * tokens / 50, at least 0."""
+        """The task's 0 or 1. With a length penalty a right answer is worth 1 - weight * tokens / 50, at least 0."""
         if not self.length_penalty:
             return task.reward
 
         def shorter_is_better(prompt: str, completion: str, answer: str) -> float:
-            tokens = len(completion.split(" ")) + 1  # of the word-level tokenizer, with the end of sequence
+            tokens = len(completion.split(" ")) + 1  # the tokenizer is word-level; + 1 for the end of sequence
             return task.reward(prompt, completion, answer) * max(0.0, 1 - self.length_penalty * tokens / 50)
 
         return shorter_is_better

@@ -1,11 +1,12 @@
-"""The pair form: step preferences between next steps of the same state, and its two controls.
+# SPDX-License-Identifier: Apache-2.0
+"""The pair form: preferences between candidate next steps of the same state, and its two controls.
 
 A round samples one solution to each of some new problems. At two random states of each solution it samples candidates
 for the next step (`sspo_ext.signals.trace_candidates`). A candidate's value is the reward of its greedy continuation,
-discounted by the number of steps. Every two candidates of one state with different values are a pair, of which only the
+discounted by the number of steps. Two candidates of one state with different values are a pair. Of a pair only the
 first token that differs is scored. The likelihood of the best candidate and its continuation is added to the loss. The
-reference is the policy at the round's start. The controls are the likelihood alone, on the same search, and pairs of
-whole solutions (DPO).
+reference is the policy at the round's start. There are two controls: the likelihood alone, on the same candidates, and
+pairs of whole solutions (DPO).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class PairArm:
 
 @dataclass
 class Unit:
-    """The pairs of one state (or problem) and the solutions to imitate. Shuffling keeps them together."""
+    """The pairs of one state or problem, and the solutions to imitate. An update has all of them or none."""
 
     pairs: list[tuple[Scored, Scored]]  # (winner, loser)
     best: list[Scored]
@@ -60,8 +61,9 @@ class Unit:
 def train_pairs(trainer: SSPOTrainer, task: Task, arm: PairArm, seed: int) -> tuple[dict, int]:
     """Trains the trainer's model.
 
-    Returns the curves over rounds (accuracy and tokens of the sampled solutions) and the number of sampled tokens,
-    with those of candidates and continuations.
+    Returns:
+        The curves over rounds (accuracy and tokens of the sampled solutions), and the number of sampled tokens. The
+        tokens of candidates and continuations are included.
     """
     model, rng = trainer.model, random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arm.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -102,7 +104,7 @@ def train_pairs(trainer: SSPOTrainer, task: Task, arm: PairArm, seed: int) -> tu
 def _of_states(
     trainer: SSPOTrainer, task: Task, rollouts: Sequence[Rollout], arm: PairArm, rng: random.Random
 ) -> tuple[list[Unit], int]:
-    """Two random states of every solution with their candidates, and the number of tokens sampled for them."""
+    """Units of two random states of every solution, and the number of tokens sampled for their candidates."""
     kept = [r for r in rollouts if r.steps]
     batch = StepBatch([r.prompt_ids for r in kept], [r.steps for r in kept])
     states = [(b, k) for b, r in enumerate(kept) for k in sorted(rng.sample(range(len(r.steps)), min(2, len(r.steps))))]
@@ -112,6 +114,8 @@ def _of_states(
         max_step_tokens=16, max_continuation_tokens=trainer.args.max_completion_length, seed=rng.randrange(2**30),
     )  # fmt: skip
     tokenizer, units, tokens = trainer.processing_class, [], 0
+    end = tokenizer.eos_token_id
+    assert isinstance(end, int)
     for node in nodes:
         prefix = tuple(batch.sequence(node.sequence)[: batch.boundaries(node.sequence)[node.step]])
         pairs = []
@@ -125,19 +129,19 @@ def _of_states(
         best = _best(node, rest)
         if best is None:
             continue
-        ids = (*prefix, *node.candidates[best].ids, *rest[best], tokenizer.eos_token_id)
+        ids = (*prefix, *node.candidates[best].ids, *rest[best], end)
         units.append(Unit(pairs, [(ids, len(prefix))]))
     return units, tokens
 
 
 def _best(node: Node, rest: Sequence[Sequence[int]]) -> int | None:
-    """The shortest candidate that leads to the right answer; None if none does."""
+    """The candidate with the shortest right solution; None if no candidate leads to the right answer."""
     right = [i for i, c in enumerate(node.candidates) if c.value > 0]
     return min(right, key=lambda i: len(node.candidates[i].ids) + len(rest[i]), default=None)
 
 
 def _of_solutions(rollouts: Sequence[Rollout], arm: PairArm, rng: random.Random) -> tuple[list[Unit], int]:
-    """Random pairs of whole solutions to one problem whose discounted outcomes differ."""
+    """Random pairs of whole solutions to the same problem with different discounted outcomes."""
     of: dict[tuple, list[Rollout]] = {}
     for r in rollouts:
         of.setdefault(tuple(r.prompt_ids), []).append(r)

@@ -1,8 +1,9 @@
-"""One picture of a task: accuracy against tokens, and every arm's accuracy with its error."""
+# SPDX-License-Identifier: Apache-2.0
+"""The plot of a task: accuracy against tokens, and every arm's accuracy with its error."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .arms import ARMS
@@ -19,10 +20,10 @@ _MARKERS = {"start": "s", "-zero": "v", "-shuffled": "X", "-likelihood": "P"}
 GAP = 0.1
 
 
-def draw(arms: dict[str, list[dict]], path: Path, title: str) -> None:
-    """Writes a PNG; nothing without matplotlib.
+def draw(arms: Mapping[str, list[dict]], path: Path, title: str) -> None:
+    """Writes a PNG. Does nothing without matplotlib.
 
-    A mark is an arm's mean over its seeds with 1.96 standard errors over problems. A small pale mark is a seed. Arms
+    A mark is an arm's mean over its seeds, with 1.96 standard errors over problems. A small pale mark is one seed. Arms
     far below the rest (`lowest_shown`) stand in a grey strip below the axis of accuracy, with their numbers.
     """
     try:
@@ -33,7 +34,7 @@ def draw(arms: dict[str, list[dict]], path: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
     names = [name for name in ARMS if name in arms]
-    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
+    style: dict = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
     with plt.rc_context(style):
         heights = [4.6, 0.9 + 0.25 * len(names)]
         figure, axes = plt.subplots(
@@ -51,10 +52,10 @@ def draw(arms: dict[str, list[dict]], path: Path, title: str) -> None:
 
 
 def lowest_shown(means: Sequence[float]) -> float:
-    """The lowest accuracy on the axis.
+    """The lowest accuracy that the axis shows.
 
-    It is the one above the widest gap between two neighbours, if that gap is over 0.1 and at least half of the
-    accuracies lie above it; else the lowest of all.
+    The widest gap between two neighbouring accuracies separates the arms. If it is wider than `GAP`, and at least half
+    of the arms lie above it, only those are shown. Otherwise all are.
     """
     ordered = sorted(means)
     gap, upper = max(((b - a, b) for a, b in zip(ordered, ordered[1:], strict=False)), default=(0.0, ordered[0]))
@@ -62,10 +63,10 @@ def lowest_shown(means: Sequence[float]) -> float:
 
 
 class _Mark:
-    """What is drawn of an arm."""
+    """How an arm is drawn."""
 
     def __init__(self, name: str, runs: list[dict], how: str):
-        # a control has the colour of what it controls
+        # A control has the colour of its arm.
         parent = max((p for p in _COLOURS if name.startswith(p)), key=len)
         text = ARMS[name].text
         self.text = f"{ARMS[parent].text} {text}" if text.startswith("...") else text
@@ -78,7 +79,7 @@ class _Mark:
 
 
 def _limits(marks: Sequence[_Mark]) -> tuple[float, float, list[_Mark]]:
-    """The ends of the axis of accuracy, and the arms below it, the best first."""
+    """The two ends of the axis of accuracy, and the arms below it, best first."""
     low = lowest_shown([mark.mean for mark in marks])
     inside = [mark for mark in marks if mark.mean >= low]
     ends = [mark.mean + sign * mark.error for mark in inside for sign in (-1, 1)]

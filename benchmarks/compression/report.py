@@ -1,4 +1,5 @@
-"""From the table of runs to RESULTS.md and a picture for each task."""
+# SPDX-License-Identifier: Apache-2.0
+"""Writes RESULTS.md and a plot of each task from the table of runs."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from benchmarks import records
 
 from .arms import ARMS
 from .pictures import draw
-from .verdicts import accuracy, over_seeds, pair_verdicts, total, verdicts
+from .verdicts import Tasks, accuracy, over_seeds, pair_verdicts, total, verdicts
 
 TABLE = "runs.parquet"
 KEY = ("family", "language", "arm", "seed")
@@ -22,7 +23,7 @@ HEADER = (
 )
 
 
-def read_runs(folder: Path) -> dict[tuple[str, str], dict[str, list[dict]]]:
+def read_runs(folder: Path) -> Tasks:
     """The runs of each task and arm, by seed."""
     tasks: dict[tuple[str, str], dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for run in records.read(folder / TABLE):
@@ -40,34 +41,36 @@ def write_report(folder: Path) -> str:
     return text
 
 
-def report(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> str:
+def report(tasks: Tasks) -> str:
     some = next((r for arms in tasks.values() for runs in arms.values() for r in runs if r["updates"]), None)
     parts = [
         "# Compression",
         "\n\n".join(f"`{command}`" for command in commands(tasks)),
-        "Tiny Llamas (233k weights) that imitated a wordy teacher, then trained by each arm from the same start: "
+        "Tiny Llamas (233k weights) imitated a wordy teacher. Each arm then trained from the same start: "
         f"{some['updates'] if some else 0} updates of 24 problems x 8 samples, learning rate 5e-4, one thread. The "
-        "reward is 1 for the right answer and 0 else; only the arms called length penalty see length. Accuracy ± 1.96 "
-        f"standard errors over {some['held_out'] if some else 0} held-out problems (each problem's mean over seeds), "
-        "with every seed in brackets; tokens and steps of a solution; skipped: needed steps that it "
-        "leaves out; drawn: tokens sampled in training; s: training seconds, of a run beside another, not a "
-        "measurement of speed.",
-        "How to read it. SSPO against outcome only: what the step signal adds at equal updates. Against the length "
-        "penalty: whether a penalty on tokens would have done. V = 0 at lambda 0: the discount without values; V "
-        "shuffled: values at their level without their content. What SSPO does and these two do not is due to the "
-        "values. At lambda 0.9 the discount reaches back from the outcome by itself, so there V = 0 is the arm to "
-        "compare with before anything is said of the values.",
+        "reward is 1 for a right answer and 0 otherwise. Only the arms called length penalty see the length.",
+        f"Accuracy ± 1.96 standard errors is over {some['held_out'] if some else 0} held-out problems (each problem's "
+        "mean over seeds), with every seed in brackets. Tokens and steps are those of a solution. Skipped: needed "
+        "steps that a solution leaves out. Drawn: tokens sampled in training. s: seconds of training; two runs shared "
+        "the machine, so they do not measure speed.",
+        "How to read the comparisons. SSPO less outcome only shows what the step signal adds at equal updates. SSPO "
+        "less a length penalty shows whether a penalty on tokens would do as well. V = 0 at lambda 0 has the discount "
+        "without values. V shuffled has the same values in the wrong places. An effect of SSPO that these two arms "
+        "lack comes from the values. At lambda 0.9 the discounted outcome reaches earlier steps even without values. "
+        "There an effect comes from the values only if V = 0 lacks it.",
         f"{machines(tasks)}. {spent(tasks)}",
     ]
     parts += ["## What SSPO adds", verdicts(tasks), "## Over seeds", over_seeds(tasks)]
     if pairs := pair_verdicts(tasks):
-        of_states, of_solutions = (ARMS[name].pair_form for name in ("pairs", "whole-pairs"))
+        of_states, of_solutions = ARMS["pairs"].pair_form, ARMS["whole-pairs"].pair_form
+        assert of_states is not None and of_solutions is not None
         parts += [
             "## What step pairs add",
-            f"Their arms train by rounds, {of_states.rounds} of them, each on what the policy then samples: a solution "
-            f"to each of {of_states.problems} problems, candidates for the next step at two states of each, and what "
-            f"follows them (whole solutions: {of_solutions.solutions} to each of {of_solutions.problems}). They draw "
-            "more tokens than SSPO's updates, see the table of the task. Signs as above.",
+            f"These arms train in {of_states.rounds} rounds. In each round the policy samples a solution to each of "
+            f"{of_states.problems} problems, candidates for the next step at two states of each solution, and a "
+            f"continuation of each candidate. For whole solutions it samples {of_solutions.solutions} solutions to "
+            f"each of {of_solutions.problems} problems. They draw more tokens than SSPO's updates: see the table of "
+            "the task. Bold and italic as above.",
             pairs,
         ]
     for (family, language), arms in sorted(tasks.items()):
@@ -75,31 +78,31 @@ def report(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def machines(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> str:
-    """Where the runs were made, whichever machine makes the report."""
+def machines(tasks: Tasks) -> str:
+    """The machines that the runs were made on."""
     runs = (run for arms in tasks.values() for some in arms.values() for run in some)
     return "; ".join(sorted({run.get("machine") or "A machine that was not recorded" for run in runs}))
 
 
-def spent(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> str:
+def spent(tasks: Tasks) -> str:
     """The hours that training took."""
     runs = [run for arms in tasks.values() for some in arms.values() for run in some]
     hours = sum(run["seconds"] for run in runs) / 3600
     return (
         f"Training took {hours:.1f} hours summed over the {len(runs)} runs, so about {hours / 2:.1f} two side by side, "
-        "as they were run; other jobs were on the machine. Start models and held-out problems are not in it."
+        "as they were run. The machine also ran other jobs. Start models and held-out problems are not counted."
     )
 
 
-def commands(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> list[str]:
+def commands(tasks: Tasks) -> list[str]:
     """The commands that make these runs and no others."""
-    # Of each arm the families, languages and seeds. Languages with the same families and seeds share a command.
+    # Arms with the same families, languages and seeds share a command, and so do languages with the same families.
     arms: dict[tuple, list[str]] = defaultdict(list)
     for arm in ARMS:
         families = defaultdict(lambda: defaultdict(list))
         for (family, language), runs in tasks.items():
             if arm in runs:
-                # a start model is measured once, whatever the number of seeds
+                # A start model has one run, whatever the number of seeds.
                 seeds = max(len(r) for r in (runs.values() if not ARMS[arm].trains else [runs[arm]]))
                 families[language][seeds].append(family)
         alike = defaultdict(list)
@@ -115,7 +118,7 @@ def commands(tasks: Mapping[tuple[str, str], Mapping[str, list[dict]]]) -> list[
     ]
 
 
-def _table(arms: dict[str, list[dict]]) -> str:
+def _table(arms: Mapping[str, list[dict]]) -> str:
     best = best_penalty(arms)
     lines = [HEADER]
     for name, arm in ARMS.items():
@@ -134,8 +137,8 @@ def _table(arms: dict[str, list[dict]]) -> str:
     return "\n".join(lines)
 
 
-def best_penalty(arms: dict[str, list[dict]]) -> str | None:
-    """The weight with the highest greedy accuracy. It is chosen on the reported problems, which favours it."""
+def best_penalty(arms: Mapping[str, list[dict]]) -> str | None:
+    """The length penalty with the highest greedy accuracy. The choice uses the reported problems, which favours it."""
     there = [name for name in _PENALTIES if name in arms]
     return max(there, key=lambda name: total(arms[name], "greedy", "correct"), default=None)
 

@@ -1,10 +1,14 @@
-"""The questions to the table, answered by differences on the same held-out problems."""
+# SPDX-License-Identifier: Apache-2.0
+"""Differences between arms on the same held-out problems, with their errors."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 from .arms import ARMS
+
+Tasks = Mapping[tuple[str, str], Mapping[str, list[dict]]]  # (family, language) -> arm -> its runs, by seed
 
 HEADER = (
     "| task | arm | tokens, greedy | sampled | accuracy less RLOO's, greedy | sampled | skipped less the start's, "
@@ -14,15 +18,16 @@ HEADER = (
 )
 
 NOTE = (
-    "Tokens: change from the start model (asked: -45 % or more). Differences ± 1.96 standard errors over the same "
-    "problems, each problem's mean over the seeds, with the smallest and largest of single seeds in brackets; they do "
-    "not hold the chance of drawing other seeds. **Bold**: beyond the error and in favour of SSPO, or of step pairs "
-    "(tokens: as asked); *italic*: beyond the error and against it."
+    "Tokens: change from the start model; the aim was -45 % or more. A difference is taken problem by problem, from "
+    "each problem's mean over the seeds. It stands with ± 1.96 standard errors over problems, and with the smallest "
+    "and the largest difference of single seeds in brackets. These errors leave out that other seeds would give other "
+    "results. **Bold**: larger than the error and in favour of SSPO or step pairs (tokens: the aim is reached). "
+    "*Italic*: larger than the error and against them."
 )
 
 
-def verdicts(tasks: dict[tuple[str, str], dict[str, list[dict]]]) -> str:
-    """One line for each task and SSPO arm; a dash where what it is compared with was not run."""
+def verdicts(tasks: Tasks) -> str:
+    """One line for each task and SSPO arm. A dash stands where the other arm was not run."""
     lines = [HEADER]
     for (family, language), arms in sorted(tasks.items()):
         for name, text in (("sspo-0", "lambda 0"), ("sspo-9", "lambda 0.9")):
@@ -48,10 +53,10 @@ PAIRS_HEADER = (
 )
 
 
-def pair_verdicts(tasks: dict[tuple[str, str], dict[str, list[dict]]]) -> str:
-    """What step pairs add to the likelihood of the same search, to pairs of whole solutions, and to SSPO's updates.
+def pair_verdicts(tasks: Tasks) -> str:
+    """Step pairs less their likelihood alone, less pairs of whole solutions, and less SSPO's updates.
 
-    Empty where no pairs were run.
+    Empty if no pairs were run.
     """
     lines = []
     for (family, language), arms in sorted(tasks.items()):
@@ -72,14 +77,14 @@ SEEDS_HEADER = (
 )
 
 SEEDS_NOTE = (
-    "The same differences ± the half width of a 95 % interval of Student's t over runs: each seed's mean is one "
-    "number, and the runs of both languages are taken together where both are named. So these hold what another seed "
-    "would change. Three seeds leave them wide, and by chance one in twenty of so many would be beyond its error. Bold "
-    "and italic as above."
+    "The same differences ± the half width of a 95 % interval of Student's t over runs. Each seed's mean is one "
+    "number. A line that names two languages takes the runs of both together. These intervals include that other seeds "
+    "would give other results. With three seeds they are wide, and by chance one difference in twenty lies beyond its "
+    "error. Bold and italic as above."
 )
 
 
-def over_seeds(tasks: dict[tuple[str, str], dict[str, list[dict]]]) -> str:
+def over_seeds(tasks: Tasks) -> str:
     """One line for each task and SSPO arm, and one for all languages of a family together."""
     families: dict[str, list[str]] = {}
     for family, language in sorted(tasks):
@@ -100,7 +105,7 @@ def over_seeds(tasks: dict[tuple[str, str], dict[str, list[dict]]]) -> str:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """(mean, half width of its 95 % interval by Student's t); of one value the half width is infinite."""
+    """(mean, half width of its 95 % interval by Student's t). The half width of one value is infinite."""
     n = len(values)
     mean = _tie(sum(values) / n)
     if n < 2:
@@ -111,7 +116,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 def student(freedom: int) -> float:
     """The 97.5 % quantile of Student's t.
 
-    Beyond 6 degrees of freedom its expansion (Abramowitz and Stegun 26.7.5), right to three decimals.
+    Above 6 degrees of freedom an expansion (Abramowitz and Stegun 26.7.5), exact to three decimals.
     """
     exact = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469)
     if freedom <= len(exact):
@@ -126,17 +131,17 @@ def student(freedom: int) -> float:
 
 
 def accuracy(runs: list[dict], how: str) -> tuple[float, float]:
-    """(mean, 1.96 standard errors over problems, each problem's mean over the runs)."""
+    """(mean, 1.96 standard errors over problems). A problem counts with its mean over the runs."""
     return total(runs, how, "correct"), 1.96 * _standard_error(_by_problem(runs, how, "correct"))
 
 
 def total(runs: list[dict], how: str, key: str) -> float:
-    """Mean over runs and problems. One division of whole numbers, so that a tie is rounded alike everywhere."""
+    """Mean over runs and problems. It is one division of integers, so equal means are rounded alike."""
     return sum(sum(run[how][key]) for run in runs) / sum(len(run[how][key]) for run in runs)
 
 
 def difference(runs: list[dict], others: list[dict], how: str, key: str) -> tuple[float, float, list[float]]:
-    """(mean over problems of the difference of means over seeds, its 1.96 standard errors, means of each seed)."""
+    """(mean difference, 1.96 standard errors over problems, each seed's mean difference)."""
     ours, theirs = (_by_problem(some, how, key) for some in (runs, others))
     gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
     return (
@@ -147,13 +152,13 @@ def difference(runs: list[dict], others: list[dict], how: str, key: str) -> tupl
 
 
 def of_seeds(runs: list[dict], others: list[dict], how: str, key: str) -> list[float]:
-    """Each seed's difference of means. Where the others lack the seed, their first run is taken."""
+    """Each seed's difference of means. If the others lack the seed, their first run is taken."""
     of_seed = {run["seed"]: run for run in others}
     return [_tie(total([r], how, key) - total([of_seed.get(r["seed"], others[0])], how, key)) for r in runs]
 
 
 def _tie(value: float) -> float:
-    """Drops the last digits: the same number, summed in two orders, would otherwise be rounded up or down."""
+    """Drops the last digits. Otherwise the order of a sum could decide how the same number is rounded."""
     return round(value, 9)
 
 
@@ -173,7 +178,7 @@ def _difference(arms, name: str, other: str, how: str, key: str, sign: int) -> s
     return _marked(f"{mean:+.3f} ± {error:.3f} [{min(single):+.3f}, {max(single):+.3f}]", mean, error, sign)
 
 
-def _of_seeds(tasks: list[dict], name: str, other: str, how: str, key: str, sign: int) -> str:
+def _of_seeds(tasks: Sequence[Mapping[str, list[dict]]], name: str, other: str, how: str, key: str, sign: int) -> str:
     if not all(name in arms and other in arms for arms in tasks):
         return "-"
     single = [gap for arms in tasks for gap in of_seeds(arms[name], arms[other], how, key)]
@@ -188,7 +193,7 @@ def _marked(text: str, mean: float, error: float, sign: int) -> str:
 
 
 def _skips(runs: list[dict]) -> str:
-    """Share of the solutions that leave out a needed step, and the share of these with a right answer."""
+    """Share of the solutions that skip a needed step, and the share of these that are right."""
     pairs = [pair for run in runs for pair in zip(run["greedy"]["skipped"], run["greedy"]["correct"], strict=True)]
     right = [correct for skipped, correct in pairs if skipped]
     return f"{len(right) / len(pairs):.3f} ({sum(right) / len(right):.0%})" if right else "0"

@@ -1,4 +1,5 @@
-"""One run: one arm of one task with one seed, on one thread. Writes its JSON file at the end, all of it or none."""
+# SPDX-License-Identifier: Apache-2.0
+"""One run: one arm of one task with one seed, on one thread. It writes its JSON file at the end, as a whole."""
 
 from __future__ import annotations
 
@@ -34,10 +35,10 @@ def machine() -> str:
 
 
 class _Lines(TrainerCallback):
-    """One line a finished update, which the parent counts."""
+    """Prints a line after each update. The parent process counts them."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "accuracy" in logs:
+        if logs and "accuracy" in logs:
             print(f"{state.global_step} {logs['accuracy']:.3f} {logs['completions/mean_length']:.2f}", flush=True)
 
 
@@ -52,15 +53,16 @@ def run(options: argparse.Namespace) -> dict:
         trainer_class=arm.trainer, callbacks=[_Lines()], **arm.options,
     )  # fmt: skip
     began = time.monotonic()
-    if arm.pair_form:
-        curve, tokens = train_pairs(trainer, task, arm.pair_form, options.seed)
-    elif arm.trains:
+    trained = train_pairs(trainer, task, arm.pair_form, options.seed) if arm.pair_form else None
+    if arm.trains and trained is None:
         trainer.train()
     seconds = time.monotonic() - began
     held_out = task.problems(options.held_out, 1, held_out=True)
     greedy, rollouts = measure(trainer, task, held_out)
     sampled, _ = measure(trainer, task, held_out, temperature=1.0, seed=options.seed)
     log = [row for row in trainer.state.log_history if "accuracy" in row]
+    tokens = round(sum(row["completions/mean_length"] for row in log) * 24 * 8)
+    curve, tokens = (curves(log), tokens) if trained is None else trained
     phases = {name: sum(row.get(name, 0.0) for row in log) for name in ("time/rollout", "time/probe", "time/update")}
     return {
         **{name: getattr(options, name) for name in ("family", "language", "arm", "seed")},
@@ -69,18 +71,16 @@ def run(options: argparse.Namespace) -> dict:
         "held_out": options.held_out,
         "seconds": round(seconds, 1),
         "phases": {name: round(value, 1) for name, value in phases.items()},
-        "sampled_tokens": tokens
-        if arm.pair_form
-        else round(sum(row["completions/mean_length"] for row in log) * 24 * 8),
+        "sampled_tokens": tokens,
         "greedy": greedy,
         "sampled": sampled,
-        "curves": curve if arm.pair_form else curves(log),
+        "curves": curve,
         "example": [{"prompt": r.row["prompt"], "text": r.text} for r in rollouts[:3]],
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     parser.add_argument("--family", required=True)
     parser.add_argument("--language", required=True)
     parser.add_argument("--arm", required=True, help="an arm, or make-start")

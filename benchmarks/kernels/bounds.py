@@ -1,4 +1,5 @@
-"""What is asked of the row kernels' machine code, each demand beside what the code does."""
+# SPDX-License-Identifier: Apache-2.0
+"""Bounds on the kernels' machine code, and whether each is met."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from dataclasses import dataclass
 
 from .record import Report
 
-# Instructions a bfloat16 element at most, in the main loop: what keeps a Hopper multiprocessor ahead of its memory.
+# Most instructions for a bfloat16 element in the main loop. With so many a Hopper GPU still keeps up with its memory.
 MOST_INSTRUCTIONS = {"token_logp_fwd": 7.5, "token_logp_bwd": 6.0}
 
 
@@ -16,13 +17,16 @@ class Bound:
     report: Report
     got: str
     met: bool
-    badness: float  # the larger, the nearer to failing
+    badness: float  # the largest is nearest to failing
 
 
 def bounds(reports: list[Report], archs: tuple[str, ...] = ("90", "100")) -> list[Bound]:
-    """Of the row kernels on `archs`, and no spills anywhere. Softcap, whose tanh has to be computed, and logits that
-    lie otherwise in their 16 bytes than their gradient are asked for no instruction count: their predictions stand in
-    the table."""
+    """Checks the kernels that are compiled for `archs`.
+
+    No kernel may spill. The other bounds hold for the row kernels. Two cases have no bound on instructions: softcap,
+    which computes a tanh, and logits whose rows lie differently in their 16 bytes than the gradient's. The table of
+    predictions shows these.
+    """
     found: list[Bound] = []
     for r in reports:
         if r.arch not in archs:
@@ -55,7 +59,7 @@ def bounds(reports: list[Report], archs: tuple[str, ...] = ("90", "100")) -> lis
 
 
 def bounds_table(found: list[Bound]) -> str:
-    """One line a demand, kernel and architecture: how many specialisations meet it, and the worst of them."""
+    """A line for each demand, kernel and architecture: how many specialisations meet it, and the worst one."""
     lines = ["| demand | kernel | arch | met by | worst |", "| --- | --- | --- | --- | --- |"]
     groups: dict[tuple[str, str, str], list[Bound]] = {}
     for bound in found:

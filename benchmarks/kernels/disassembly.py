@@ -1,6 +1,5 @@
-"""Machine code as a list of instructions, and the main loop in it: what machine_code.py reads, for NVIDIA
-and AMD.
-"""
+# SPDX-License-Identifier: Apache-2.0
+"""Machine code of NVIDIA and AMD as a list of instructions, and its main loop."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ class Instruction:
     kind: str  # load, store (global memory), spill, special, barrier, shuffle, shared, other
     width: int = 0  # bytes of a load or store
     target: str | None = None  # label that a branch goes to
-    registers: tuple[str, ...] = ()  # that it names, the first being a load's first destination
+    registers: tuple[str, ...] = ()  # all that it names; a load's first destination comes first
 
 
 @dataclass
@@ -29,11 +28,11 @@ class Code:
     spills: int
 
     def loops(self) -> list[list[Instruction]]:
-        """Bodies of the innermost loops: from a label to the last branch back to it, with no such loop inside."""
+        """Bodies of the innermost loops. A loop reaches from a label to the last branch back to it."""
         spans = {}
         for i, instruction in enumerate(self.instructions):
-            start = self.labels.get(instruction.target, len(self.instructions))
-            if start <= i:
+            start = self.labels.get(instruction.target) if instruction.target else None
+            if start is not None and start <= i:
                 spans[start] = i
         inner = [
             (a, b)
@@ -43,15 +42,17 @@ class Code:
         return [self.instructions[a : b + 1] for a, b in inner]
 
     def main_loop(self) -> list[Instruction] | None:
-        """The innermost loop that loads most bytes a pass."""
+        """The innermost loop that loads the most bytes a pass; None if no loop loads."""
         loops = [(sum(i.width for i in loop if i.kind == "load"), loop) for loop in self.loops()]
         bytes_loaded, loop = max(loops, key=lambda pair: pair[0], default=(0, None))
         return loop if bytes_loaded else None
 
 
 def bytes_in_flight(loop: list[Instruction]) -> int:
-    """Most bytes that one thread has asked for and not yet waited for, in steady state: a load is out from where it
-    stands until an instruction names a register that it fills."""
+    """Most bytes of loads that one thread has in flight at once, in steady state.
+
+    A load is in flight until an instruction names a register that the load fills.
+    """
     out: list[tuple[set[str], int]] = []
     most = 0
     for instruction in [*loop, *loop]:
@@ -70,26 +71,42 @@ def widths(instructions: list[Instruction], kind: str) -> dict[int, int]:
     return dict(sorted(Counter(i.width for i in instructions if i.kind == kind).items(), reverse=True))
 
 
-def nvidia(cubin: bytes, tools: Path) -> Code:
+def nvidia(cubin: bytes) -> Code:
+    """The machine code of a cubin that has one function."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
+        (code,) = nvidia_functions(Path(file.name)).values()
+    return code
 
-        def run(*command: str) -> str:
-            return subprocess.run(
-                [tools / command[0], *command[1:], file.name], capture_output=True, text=True, check=True
-            ).stdout
 
-        usage, text = run("cuobjdump", "--dump-resource-usage"), run("nvdisasm", "-c")
-    instructions, labels = [], {}
-    for line in text.splitlines():
-        if label := re.match(r"^(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
+def nvidia_functions(cubin: Path) -> dict[str, Code]:
+    """Mangled name -> machine code of every function in a cubin."""
+    import triton  # its wheel brings the two tools
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+    def run(tool: str, option: str) -> str:
+        return subprocess.run([tools / tool, option, cubin], capture_output=True, text=True, check=True).stdout
+
+    registers = dict(re.findall(r"Function (\w+):\s*REG:(\d+)", run("cuobjdump", "--dump-resource-usage")))
+    functions: dict[str, Code] = {}
+    code = None
+    for line in run("nvdisasm", "-c").splitlines():
+        if section := re.match(r"^\s*\.section\s+\.text\.(\w+)", line):
+            code = functions[section[1]] = Code([], {}, int(registers.get(section[1], 0)), 0)
+        elif code is None:
+            continue
+        elif label := re.match(r"^(\.L_x_\d+):", line):
+            code.labels[label[1]] = len(code.instructions)
         elif found := re.match(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);", line):
             target = re.search(r"`\((\.L_x_\d+)\)", found[2])
-            instructions.append(nvidia_instruction(found[1], found[2], target and target[1]))
-    spills = sum(i.kind == "spill" for i in instructions)
-    return Code(instructions, labels, int(re.search(r"REG:(\d+)", usage)[1]), spills)
+            code.instructions.append(nvidia_instruction(found[1], found[2], target and target[1]))
+    # A function without an entry is called by the others and is no kernel.
+    functions = {name: code for name, code in functions.items() if name in registers}
+    for code in functions.values():
+        code.spills = sum(i.kind == "spill" for i in code.instructions)
+    return functions
 
 
 _NVIDIA_KINDS = {
@@ -116,8 +133,11 @@ def amd(text: str) -> Code:
         elif found := re.match(r"^\t([a-z]\w+)(.*)", line):
             target = re.search(r"(\.LBB\w+)", found[2]) if found[1].startswith(("s_cbranch", "s_branch")) else None
             instructions.append(_amd_instruction(found[1], found[2], target and target[1]))
-    registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])
-    return Code(instructions, labels, registers, sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text))))
+    registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
+    assert registers is not None
+    return Code(
+        instructions, labels, int(registers[1]), sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text)))
+    )
 
 
 def _amd_instruction(opcode: str, operands: str, target: str | None) -> Instruction:

@@ -1,16 +1,17 @@
-"""On a GPU: correctness first, then times beside what was predicted without one.
+# SPDX-License-Identifier: Apache-2.0
+"""On a GPU: first correctness, then times next to the predictions that were made without a GPU.
 
     python -m benchmarks gpu [--quick] [--rounds 20] [--out FOLDER] [--no-tests] [--without PEER]
-    python -m benchmarks gpu --device cpu --quick      # does the code run? its times are a CPU's
+    python -m benchmarks gpu --device cpu --quick      # only shows that the code runs: the times are a CPU's
 
-1. `pytest -m gpu`: every backend against float64 at real sizes. On red nothing is timed.
-2. The bandwidth of a copy of 1 GiB, which the kernels are measured against.
-3. Each row kernel alone: time by CUDA events, share of that bandwidth for the least bytes its work needs, and beside it
-   what benchmarks/results/gpu/machine-code.jsonl predicted for this GPU.
-4. Loss and gradient from logits, beside the peers, in the same rounds.
+1. `pytest -m gpu` compares every backend with float64 at real sizes. If a test fails, nothing is timed.
+2. The bandwidth of a copy of 1 GiB is measured. The kernels are compared with it.
+3. Each row kernel is timed alone by CUDA events. Its rate is that of the least bytes its work needs. The table shows it
+   as a share of the copy's bandwidth, next to the prediction of benchmarks/results/gpu/machine-code.jsonl.
+4. Loss and gradient from logits are timed in the same rounds as the peers.
 
-Contestants run once a round in shuffled order, on another copy of the logits each time, so that none finds its rows in
-the L2 cache. Times are medians.
+Every contestant runs once a round, in shuffled order. Each run takes another copy of the logits, so that no contestant
+finds its rows in the L2 cache. Times are medians.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ NOT_PREDICTED = "-"
 
 @dataclass
 class Timed:
-    """A contestant: `run(i)` works on buffers i; `reset(i)` puts back what it used up and is not timed."""
+    """A contestant. `run(i)` works on buffers i and is timed. `reset(i)` restores what it changed, untimed."""
 
     name: str
     run: Callable[[int], object]
@@ -57,7 +58,7 @@ class Timed:
 
 
 class Clock:
-    """Seconds that the device takes: between two events on a GPU, by the wall on a CPU."""
+    """Seconds that the device takes: between two events on a GPU, wall-clock time on a CPU."""
 
     def __init__(self, device: str):
         self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device == "cuda" else None
@@ -78,15 +79,15 @@ class Clock:
 
 
 def interleave(cases: list[Timed], clock: Clock, rounds: int, copies: int) -> dict[str, list[float]]:
-    """Seconds of each case in each round, after two rounds that warm up (compile, autotune, allocate)."""
+    """Seconds of each case in each round. Two rounds before these warm up: compile, autotune, allocate."""
     times: dict[str, list[float]] = {case.name: [] for case in cases}
-    order, turn = list(cases), 0
+    order, count = list(cases), 0
     shuffle = random.Random(0).shuffle
     for number in range(rounds + 2):
         shuffle(order)
         for case in order:
-            turn += 1
-            i = turn % copies
+            count += 1
+            i = count % copies
             case.reset(i)
             elapsed = clock.time(lambda case=case, i=i: case.run(i))
             case.reset(i)
@@ -96,7 +97,7 @@ def interleave(cases: list[Timed], clock: Clock, rounds: int, copies: int) -> di
 
 
 def copy_bandwidth(device: str, clock: Clock, size: int, rounds: int) -> float:
-    """Bytes a second, read and written, of a copy from one buffer into another."""
+    """Bytes a second of a copy between two buffers; bytes read and bytes written both count."""
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     case = Timed("copy", lambda i: (target.copy_(source), source.copy_(target))[i % 2])
     times = interleave([case], clock, rounds, 2)["copy"]
@@ -105,7 +106,7 @@ def copy_bandwidth(device: str, clock: Clock, size: int, rounds: int) -> float:
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is: real, or just enough to run."""
+    """Sizes of everything that is timed: real ones, or tiny ones that only show that the code runs."""
 
     quick: bool
 
@@ -118,11 +119,11 @@ class Scale:
         return 1 << 20 if self.quick else 1 << 30
 
     def rows(self, vocab: int, dtype: torch.dtype) -> int:
-        """512 MiB of logits, ten times an H100's L2 cache."""
+        """Rows of 512 MiB of logits, ten times an H100's L2 cache."""
         return 16 if self.quick else (512 << 20) // (vocab * dtype.itemsize) // 64 * 64
 
     def copies(self, device: str) -> int:
-        """As many buffers as are four times the L2 cache; at least two."""
+        """Number of buffers: at least two, together at least four times the L2 cache."""
         if self.quick or device != "cuda":
             return 2
         cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -131,12 +132,12 @@ class Scale:
 
 def our_backends(device: str, dtype: torch.dtype) -> list[str]:
     names = [n for n in backends.BACKENDS if n != "reference" and backends.why_not(n, device, dtype) is None]
-    # an interpreter's time says nothing
+    # On a CPU Triton is interpreted: such a time says nothing.
     return [n for n in names if not (n == "triton" and device == "cpu")]
 
 
 def predictions(device_name: str) -> dict[tuple[str, str, str], dict]:
-    """(kernel, backend, dtype) -> what was predicted for the GPU of this name; empty for one that was not."""
+    """(kernel, backend, dtype) -> the prediction for the GPU of this name. Empty if there is none."""
     found = {}
     for report in records.read(PREDICTIONS)[1:]:  # the first line is about the file
         backend = {"Triton": "triton", "CUDA C++": "cuda"}.get(report["facts"])
@@ -147,7 +148,7 @@ def predictions(device_name: str) -> dict[tuple[str, str, str], dict]:
 
 
 def kernel_table(device: str, clock: Clock, scale: Scale, rounds: int, bandwidth: float) -> Table:
-    """Each row kernel by itself: what the counting of instructions and bytes was about."""
+    """Each row kernel alone, next to its prediction."""
     predicted = predictions(torch.cuda.get_device_name() if device == "cuda" else "")
     table = Table(
         "kernels",
@@ -181,7 +182,7 @@ def kernel_table(device: str, clock: Clock, scale: Scale, rounds: int, bandwidth
 
 
 class RowKernels:
-    """The row kernels of any backend on the same logits, without autograd around them."""
+    """The row kernels of any backend on the same logits, without autograd."""
 
     def __init__(self, spec: LogitsSpec, device: str, copies: int):
         problem = LogitsProblem(spec, device)
@@ -192,7 +193,7 @@ class RowKernels:
 
     def least_bytes(self, kernel: str) -> int:
         rows, row = self.layout.num_rows, self.views[0].shape[-1] * self.target.itemsize
-        # backward: the last position, which predicts nothing, is written too
+        # Backward also writes the last position's row, which is not scored.
         return rows * row if kernel.endswith("fwd") else (2 * rows + 1) * row
 
     def cases(self, name: str) -> list[Timed]:
@@ -212,7 +213,7 @@ class RowKernels:
 
 
 def loss_table(device: str, clock: Clock, scale: Scale, rounds: int, vocab: int, dtype: torch.dtype) -> Table:
-    """Loss and gradient from logits: ours on each backend, the peers, one copy."""
+    """Loss and gradient from logits: each of our backends, the peers, and one copy of the logits."""
     problem = LogitsProblem(LogitsSpec(scale.rows(vocab, dtype), vocab, dtype), device)
     small = LogitsProblem(LogitsSpec(64, 997, dtype, step=8), device)
     running = [p for p in peers.LOGITS_PEERS if peers.reason(p) is None]
@@ -240,7 +241,7 @@ def loss_table(device: str, clock: Clock, scale: Scale, rounds: int, vocab: int,
         cases.append(Timed(f"sspo_ext {name}, in place", lambda i, n=name: ours(i, n, True), restore))
         cases.append(Timed(f"sspo_ext {name}, new buffer", lambda i, n=name: ours(i, n, False), clear))
     for peer in running:
-        # Liger's writes over its input
+        # restore: Liger writes over its input
         cases.append(Timed(peer.name, lambda i, p=peer: peers.run_logits_peer(p, problem, scored[i]), restore))
     target = torch.empty_like(source)
     cases.append(Timed("one copy of the logits", lambda i: target.copy_(buffers[i])))
@@ -260,14 +261,14 @@ def loss_table(device: str, clock: Clock, scale: Scale, rounds: int, vocab: int,
 
 
 def tests_pass(device: str) -> bool:
-    """The checks of tests/backends/test_gpu.py for this device, in a process of their own."""
+    """Whether tests/backends/test_gpu.py passes for this device, in a process of its own."""
     marker = "gpu" if device == "cuda" else "not gpu and not slow"
     command = [sys.executable, "-m", "pytest", "-q", "tests/backends/test_gpu.py", "-m", marker, "-k", device]
     return subprocess.run(command, cwd=ROOT).returncode == 0
 
 
 def report(folder: Path | None, device: str, bandwidth: float, found: list[Table], command: str) -> str:
-    """Markdown of everything; with a folder also the tables and pictures there."""
+    """The report in Markdown. If a folder is given, the report, its tables and plots are written there."""
     kind = torch.cuda.get_device_name() if device == "cuda" else "a CPU: these are NO GPU times"
     parts = [f"# Measured on {kind}", "\n".join(f"* {k}: {v}" for k, v in measure.machine().items())]
     parts += [f"`{command}`", f"A copy moves {bandwidth / 1e9:.0f} GB/s, read and written."]
@@ -286,13 +287,15 @@ def report(folder: Path | None, device: str, bandwidth: float, found: list[Table
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to see that the code runs")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__ and __doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only shows that the code runs")
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--rounds", type=int, help="default 20; with --quick 2")
     parser.add_argument("--out", type=Path, help="folder (default on a GPU: benchmarks/results/gpu/measured)")
-    parser.add_argument("--no-tests", action="store_true", help="leave the correctness run out")
-    parser.add_argument("--without", nargs="+", default=[], metavar="PEER", help="peers to leave out, by part of name")
+    parser.add_argument("--no-tests", action="store_true", help="skip the correctness tests")
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="PEER", help="peers to leave out, by part of their name"
+    )
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("gpu: torch sees no GPU; --device cpu --quick runs the same code on the CPU")

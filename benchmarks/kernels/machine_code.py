@@ -1,13 +1,14 @@
-"""What the kernels compile to, read from the machine code: registers, spills, access widths, the main loop per element.
+# SPDX-License-Identifier: Apache-2.0
+"""Machine code of the kernels: registers, spills, access widths, and the main loop's instructions per element.
 
     python -m benchmarks machine-code [--arch 80 90 100 gfx942] [--kernel bwd] [--dtype bfloat16] [--all] [--peers]
                                       [--cuda] [--out FOLDER] [--json FILE]
 
-Compiles ahead of time, without a GPU, the specialisations that the launchers can choose (--all; by default those that
-differ in their main loop), with --cuda the CUDA C++ kernels too, with --peers other packages' kernels. The main loop is
-the innermost one that loads most bytes a pass; its instructions are those of one thread, over the elements that the
-thread loads in a pass. From that and from published limits of the machines follow what bounds the loop and the
-PREDICTED share of peak bandwidth: an upper bound from counting instructions, not a measurement.
+The kernels are compiled ahead of time, without a GPU. By default one specialisation is compiled for each main loop;
+--all compiles every one that the launchers can choose. --cuda adds the CUDA C++ kernels, --peers the kernels of other
+packages. The main loop is the innermost loop that loads the most bytes a pass. Instructions per element are those of
+one thread over the elements that it loads. Together with published limits of the machines they tell what bounds the
+loop, and give the PREDICTED share of peak bandwidth. That is an upper bound from counting, not a measurement.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,17 +34,21 @@ if __name__ == "__main__":
 
 @dataclass(frozen=True)
 class Specialisation:
-    """A binary that a launcher can ask for."""
+    """A binary that a launcher can choose."""
 
     kernel: str
     dtype: str
     facts: str  # what sets it apart
-    fn: object
+    fn: Any  # made by triton.jit
     constexprs: dict
     num_warps: int
 
 
 def specialisations(warp: int = 32, every: bool = False) -> Iterator[Specialisation]:
+    """The specialisations of all kernels: one for each main loop, or every one.
+
+    The kernels are imported here, since TRITON_INTERPRET must be unset before.
+    """
     from sspo_ext.backends.triton.rows import row_launch
     from sspo_ext.backends.triton.step_loss_fwd import BLOCK, _step_loss_fwd_kernel
     from sspo_ext.backends.triton.token_logp_bwd import _token_logp_bwd_kernel
@@ -69,16 +75,16 @@ def specialisations(warp: int = 32, every: bool = False) -> Iterator[Specialisat
                         )
     yield from _with_reductions(warp, every)
     flags = ("HAS_WEIGHTS", "HAS_REF", "HAS_PAIR_WEIGHTS", "HAS_MARGINS", "HAS_LABELS")
-    for head in PAIR_FORMULAS:
-        # of a head's 32 combinations of optional inputs, all and none
+    for formula in PAIR_FORMULAS:
+        # of a formula's 32 combinations of optional inputs, all and none
         for given in (True, False) if every else (True,):
-            facts = f"{head}, {'all inputs' if given else 'no optional input'}"
-            constexprs = {"FORMULA": formula_id(head), "BLOCK": BLOCK, **dict.fromkeys(flags, given)}
+            facts = f"{formula}, {'all inputs' if given else 'no optional input'}"
+            constexprs = {"FORMULA": formula_id(formula), "BLOCK": BLOCK, **dict.fromkeys(flags, given)}
             yield Specialisation("step_loss_fwd", "float32", facts, _step_loss_fwd_kernel, constexprs, 1)
 
 
 def _with_reductions(warp: int, every: bool) -> Iterator[Specialisation]:
-    """The row kernels with entropy and sum of squares, and with KL too: a loop then loads both tensors' elements."""
+    """The row kernels with entropy and sum of squares, without and with KL. With KL a loop loads from two tensors."""
     from sspo_ext.backends.triton.row_reductions_bwd import _row_reductions_bwd_kernel
     from sspo_ext.backends.triton.row_reductions_fwd import _row_reductions_fwd_kernel
     from sspo_ext.backends.triton.rows import row_launch
@@ -129,7 +135,7 @@ def read(spec: Specialisation, arch: str) -> Report:
     if amd:
         code = disassembly.amd(compiled.asm["amdgcn"])
     else:
-        code = disassembly.nvidia(compiled.asm["cubin"], Path(triton.__file__).parent / "backends/nvidia/bin")
+        code = disassembly.nvidia(compiled.asm["cubin"])
     report = Report(
         spec.kernel, spec.dtype, spec.facts, arch, spec.num_warps,
         code.registers, compiled.metadata.shared, code.spills,
@@ -142,17 +148,17 @@ def read(spec: Specialisation, arch: str) -> Report:
 
 
 def load(path: Path) -> tuple[dict, list[Report]]:
-    """(what the first line tells: command and versions; the reports)."""
+    """(command and versions, from the first line; the reports)."""
     about, *rows = records.read(path)
     for row in rows:
         for name in ("loads", "stores", "loop_loads", "loop_stores"):
-            # JSON has texts for keys
+            # JSON keys are strings.
             row[name] = row[name] and {int(width): count for width, count in row[name].items()}
     return about, [Report(**row) for row in rows]
 
 
 def write(folder: Path, ours: list[Report], cuda: list[Report], others: list[Report], command: str) -> None:
-    """machine-code.jsonl and machine-code.md."""
+    """Writes machine-code.jsonl and machine-code.md."""
     from ..speed.measure import versions
 
     named = [replace(r, facts=", ".join(filter(None, ("Triton", r.facts)))) for r in ours]
@@ -191,13 +197,15 @@ def markdown(about: dict, reports: list[Report]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks machine-code", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks machine-code", description=__doc__ and __doc__.splitlines()[0]
+    )
     parser.add_argument("--arch", nargs="+", default=ARCHS)
     parser.add_argument("--kernel", default="", help="part of a kernel's name")
     parser.add_argument("--dtype", nargs="+", default=list(POINTERS), choices=list(POINTERS))
-    parser.add_argument("--all", action="store_true", help="every specialisation, not one for each main loop")
-    parser.add_argument("--peers", action="store_true", help="the kernels of Liger and TRL too, where installed")
-    parser.add_argument("--cuda", action="store_true", help="the CUDA C++ kernels too, where nvcc is found")
+    parser.add_argument("--all", action="store_true", help="every specialisation, not only one for each main loop")
+    parser.add_argument("--peers", action="store_true", help="also the kernels of Liger and TRL, where installed")
+    parser.add_argument("--cuda", action="store_true", help="also the CUDA C++ kernels, compiled by nvcc")
     parser.add_argument("--out", type=Path, help="folder for machine-code.jsonl and .md")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)

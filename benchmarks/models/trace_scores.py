@@ -1,4 +1,5 @@
-"""What step values say about chains whose correctness is known: scores, intervals, harmful steps. No model."""
+# SPDX-License-Identifier: Apache-2.0
+"""What step values say about chains that are known to be right or wrong: scores, intervals, harmful steps."""
 
 from __future__ import annotations
 
@@ -16,12 +17,12 @@ def question(key: str) -> str:
 
 
 def results(text: str) -> list[str]:
-    """What a step has calculated: the right-hand sides of its <<a*b=c>>."""
+    """The results that a step calculates: c of each <<a*b=c>>."""
     return [r.replace(",", "").rstrip(".") for r in RESULT.findall(text)]
 
 
 def judge(traced: list[dict], own: dict[str, list[float]], truths: dict[str, dict]) -> dict:
-    """Tables: which score tells right from wrong, and what a first harmful step does to the value."""
+    """The tables: which score tells right from wrong solutions, and how a first harmful step changes the value."""
     scores = {
         "V of the question alone": lambda r: r["values"][0],
         "V after a third of the steps": lambda r: r["values"][round((len(r["steps"]) - 1) / 3)],
@@ -42,14 +43,16 @@ def judge(traced: list[dict], own: dict[str, list[float]], truths: dict[str, dic
 
 
 def stands(row: dict, truths: dict[str, dict]) -> bool:
-    """Whether the gold answer is a number in the steps before the last line."""
+    """Whether the gold answer stands as a number in the steps before the last line."""
     text = "".join(row["steps"][:-1]).replace(",", "")
     return re.search(rf"(?<![\d.]){re.escape(truths[question(row['key'])]['answer'])}(?![\d]|\.\d)", text) is not None
 
 
 def separation(scores: list[list[float]], draws: int = 2000) -> dict:
-    """AUC over all pairs of a correct and a wrong solution, and within questions, with 95 % bootstrap intervals over
-    questions. `scores` are (correct, wrong) of each question."""
+    """AUC over all pairs of a correct and a wrong solution, and within questions.
+
+    The 95 % intervals are a bootstrap over questions. `scores` are (correct, wrong) of each question.
+    """
     both = np.array(scores)
 
     def auc(some: np.ndarray) -> float:
@@ -72,20 +75,20 @@ def wins(differences: np.ndarray) -> float:
 
 
 def parting(rows: list[list[dict]]) -> dict:
-    """The first step in which the two solutions of a question differ: is the value higher after the correct one's?"""
+    """Compares the values after the first step in which the two solutions of a question differ."""
     scores = []
     for right, wrong in rows:
         at = next((k for k, (a, b) in enumerate(zip(right["steps"], wrong["steps"], strict=False)) if a != b), None)
-        if at is not None and at < min(len(right["steps"]), len(wrong["steps"])) - 1:  # not by the answer's line
+        if at is not None and at < min(len(right["steps"]), len(wrong["steps"])) - 1:  # not in the answer's line
             scores.append([right["values"][at + 1], wrong["values"][at + 1]])
     return {"n": len(scores), **separation(scores)}
 
 
 def harm(rows: list[list[dict]], truths: dict[str, dict]) -> dict:
-    """Steps of wrong solutions by whether they calculate something that no correct solution of the question does.
+    """How the value changes at harmful steps of wrong solutions.
 
-    A result that the human solution and the other models' correct ones never have is a stand-in for a harmful step: it
-    misses wrong uses of right numbers, and calls a right detour harmful.
+    A step counts as harmful if it calculates a result that is in no correct solution of the question, by a human or a
+    model. This is a stand-in. It misses a wrong use of right numbers, and it calls a right detour harmful.
     """
     names = ("first off", "first off, from V above 0.1", "on, before it", "on, in correct ones")
     changes: dict[str, list[float]] = {name: [] for name in names}
@@ -119,13 +122,13 @@ def harm(rows: list[list[dict]], truths: dict[str, dict]) -> dict:
 
 
 def interval(values: list[float]) -> dict:
-    """Mean with its standard error."""
+    """Mean and its standard error."""
     some = np.array(values)
     return {"n": len(some), "mean": float(some.mean()), "se": float(some.std(ddof=1) / np.sqrt(len(some)))}
 
 
 def curves(rows: list[list[dict]], points: int = 11) -> dict:
-    """Mean value along the chain, from the question to before the last line, correct and wrong."""
+    """Mean value along the chain, from the question to the state before the last line, of correct and wrong chains."""
     grid = np.linspace(0, 1, points)
     found = {}
     for name, side in (("correct", 0), ("wrong", 1)):

@@ -1,15 +1,16 @@
-"""Step preferences that a model traced itself, against whole solutions: the same trainer, updates and held-out pairs.
+# SPDX-License-Identifier: Apache-2.0
+"""Step preferences that a model found itself, compared with whole solutions: same trainer, updates, held-out pairs.
 
     python -m benchmarks trace-train --data ../shared/data/gsm8k/example_model_solutions.jsonl
 
-Two arms, each from the model as given. "traced": at random states of solutions of the training questions the model
-samples next steps, a probe ranks them, and pairs after the same state are trained on. "sequence": DPO between a correct
-and a wrong solution of the same questions. Judged before and after like `real_run`: is a held-out question's correct
-solution more probable than its wrong one, and what did training itself change. Needs no labels of steps in either arm;
-the traced arm uses the gold answer, the sequence arm which solution is correct.
+Two arms start from the same model. In "traced" the model samples next steps at random states of solutions of the
+training questions. A probe ranks them, and the model trains on pairs after the same state. "sequence" is DPO between a
+correct and a wrong solution of the same questions. Both are judged like `real_run`, before and after: is the correct
+solution of a held-out question more probable than the wrong one, and what did training change? Neither arm needs labels
+of steps. The traced arm uses the gold answer. The sequence arm uses which solution is correct.
 
-The ranking is our reconstruction. A 135M model hardly ever finishes one of these problems, so its values come from the
-probe and not from continuations, and nothing is said about its accuracy when it writes itself.
+The ranking is our reconstruction. A 135M model hardly ever solves one of these problems. Its values therefore come from
+the probe and not from continuations, and its accuracy when it writes solutions is not measured.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         set_seed(options.seed)
         model, _ = load_model(model_folder(options.model))
-        # Spread over the questions, so that both arms see all of them.
+        # Rows are taken evenly, so that both arms see all questions.
         train = [features[i * len(features) // rows] for i in range(rows)]
         trainer = make_trainer(model, tokenizer, train, options, folder)
         before = scored(trainer, whole, work / "before.npz", "held-out, before")
@@ -107,14 +108,17 @@ def parse(argv: list[str] | None):
     options = parser(__doc__)
     options.set_defaults(output="benchmarks/results/trace_train", work="build/trace_train", pairing="branch")
     add = options.add_argument
-    add("--questions", type=int, default=60, help="of the training share, that both arms learn from")
+    add("--questions", type=int, default=60, help="training questions, the same for both arms")
     add("--rows", type=int, default=120, help="of each arm, at most")
     add("--states", type=int, default=2, help="traced: random states of each solution")
     add("--candidates", type=int, default=8, help="traced: next steps sampled at each")
-    add("--max-pairs", type=int, default=2, help="traced: of one state")
-    add("--min-gap", type=float, default=0.02, help="traced: in value")
+    add("--max-pairs", type=int, default=2, help="traced: pairs of one state, at most")
+    add("--min-gap", type=float, default=0.02, help="traced: least difference in value of a pair")
     add(
-        "--token-weights", default="divergence", choices=("uniform", "divergence"), help="traced: what of a step counts"
+        "--token-weights",
+        default="divergence",
+        choices=("uniform", "divergence"),
+        help="traced: weights of a step's tokens",
     )
     add("--threads", type=int, default=1, help="of torch")
     return options.parse_args(argv)
@@ -134,7 +138,7 @@ def traced(model, tokenizer, options, prompts: set[str], work: Path) -> list[dic
 
 
 def paired(gains, others) -> dict[str, float]:
-    """Difference of the shares of questions with a gain, and its standard error."""
+    """Difference of the two shares of questions with a positive gain, and its standard error."""
     each = (gains > 0).astype(float) - (others > 0)
     return {"mean": each.mean(), "se": each.std(ddof=1) / len(each) ** 0.5}
 

@@ -1,4 +1,5 @@
-"""Linear route: a DPO step on the head (reference, loss, gradients) from hidden states, beside its peers.
+# SPDX-License-Identifier: Apache-2.0
+"""Linear route: one DPO step on the LM head, from hidden states to gradients, next to its peers.
 
 python -m benchmarks linear [--only linear-bf16 ...] [--redo] [--quick]
 """
@@ -51,15 +52,18 @@ def cases_for(problem: LinearProblem, contestants: list[LinearPeer], suffix: str
 
 
 def check(spec: LinearSpec) -> None:
-    """All contestants must agree before any clock starts, on a small batch of one step a sequence, which all know."""
+    """Raises RuntimeError unless all contestants give the same gradients. Nothing is measured before this check.
+
+    The batch is small and has one step a sequence, the case that every contestant supports.
+    """
     problem = LinearProblem(replace(spec, length=16, hidden=32, vocab=501, step=None), DEVICE)
 
     def gradients(peer: LinearPeer):
         problem.clear()
         peers.run_linear(peer, problem)
-        return [t.grad.float() for t in (problem.hidden, problem.weight) if t.requires_grad]
+        return [t.grad.float() for t in (problem.hidden, problem.weight) if t.grad is not None]
 
-    # cached sums Liger cannot take: with none at all it solves another problem at the same cost
+    # Liger takes no cached sums. It then runs without a reference: the cost is the same, the gradient is not.
     contestants = [
         p for p in LINEAR_PEERS if peers.reason(p, problem) is None and not (p is LIGER and spec.ref == "cached")
     ]
@@ -106,7 +110,7 @@ def time_table(settings: Settings, dtype: torch.dtype, ref: str) -> Table:
 
 
 def _layout_of(spec: LinearSpec) -> dict:
-    """The layout fields of a problem with other steps; its tensors are shared with the first."""
+    """The fields that change with the steps of a problem. All other tensors stay those of the first problem."""
     small = LinearProblem(replace(spec, hidden=1), DEVICE)
     return {"spec": spec, "layout": small.layout, "pairs": small.pairs, "ref": small.ref, "targets": small.targets}
 
@@ -145,7 +149,7 @@ def frozen_table(settings: Settings) -> Table:
 def compare_table(
     settings: Settings, title: str, column: str, variants: dict[str, LinearSpec], contestants, rounds=5
 ) -> Table:
-    """One row a variant: ours and its floor in milliseconds, then each contestant's time over ours."""
+    """One row a variant: our milliseconds, our time over the bare GEMMs, then each contestant's time over ours."""
     columns = [column, "rows", "sspo_ext, ms", "quartiles", "/ bare GEMMs", *(f"{p.name}, x" for p in contestants)]
     table = Table("", title, columns, notes=["Contestants: their time over ours, medians of per-round ratios."])
     for label, spec in variants.items():
@@ -232,7 +236,7 @@ def memory_table(settings: Settings) -> Table:
 
 
 def sweep_table(settings: Settings, axis: str) -> Table:
-    """Time and memory against one axis, for the plots."""
+    """Time and memory against the length or the vocabulary, for the plots."""
     dtype = torch.bfloat16
     length, hidden, vocab = settings.size(1024, 32), settings.size(512, 32), settings.size(32000, 997)
     base = LinearSpec(2, length, hidden, vocab, dtype, step=None, chunk_bytes=64 << 20)
@@ -278,7 +282,7 @@ TABLES = {
 
 
 def main(argv: list[str]) -> None:
-    tables.run(TABLES, argv, __doc__.splitlines()[0])
+    tables.run(TABLES, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Logits route: step preference loss forward and backward from (N, V) logits, in time and memory, beside its peers.
+# SPDX-License-Identifier: Apache-2.0
+"""Logits route: time and memory of the step preference loss from (N, V) logits, next to its peers.
 
 python -m benchmarks logits [--only logits-fp32 ...] [--redo] [--quick]
 """
@@ -28,7 +29,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 
 def our_cases(problem: LogitsProblem) -> list[Case]:
-    """The in-place case overwrites the logits, so `reset` puts them back from a copy, off the clock."""
+    """The in-place case overwrites the logits. Its `reset` puts them back from a copy and is not timed."""
     leaf, source = problem.leaf(), problem.logits.clone()
 
     def restore() -> None:
@@ -45,7 +46,7 @@ def our_cases(problem: LogitsProblem) -> list[Case]:
 
 
 def peer_cases(problem: LogitsProblem) -> tuple[list[Case], list[str]]:
-    """The peers that run here, and a note on each that does not."""
+    """The peers that can run here, and a note on each of the others."""
     leaf = problem.scored_leaf()
 
     def clear() -> None:
@@ -62,14 +63,16 @@ def peer_cases(problem: LogitsProblem) -> tuple[list[Case], list[str]]:
 
 
 def check(problem: LogitsProblem, cases: list[Case]) -> None:
-    """All contestants must agree before any clock starts: a benchmark of a wrong answer is worth nothing."""
+    """Raises RuntimeError unless all contestants give the same gradient. Nothing is measured before this check."""
     leaf, rows = problem.leaf(), problem.layout.num_rows
     peers.run_ours(problem, leaf, False)
+    assert leaf.grad is not None
     ours = leaf.grad[:rows]
     for peer in peers.LOGITS_PEERS:
         if any(case.name == peer.name for case in cases):
-            theirs = problem.scored_leaf().detach().clone().requires_grad_()  # Liger's writes over its input
+            theirs = problem.scored_leaf().detach().clone().requires_grad_()  # Liger writes over its input
             peers.run_logits_peer(peer, problem, theirs)
+            assert theirs.grad is not None
             error = (theirs.grad.float() - ours.float()).norm() / ours.float().norm()
             if not error < (0.05 if problem.spec.dtype != torch.float32 else 1e-3):
                 raise RuntimeError(f"{peer.name}: its gradient differs from ours by {error:.2g}; nothing was measured")
@@ -125,7 +128,7 @@ def memory_table(settings: Settings) -> Table:
 
 
 def scaling_table(settings: Settings) -> Table:
-    """Time in proportion to N * V: the same nanoseconds an element everywhere."""
+    """Time for several N and V. In proportion to N * V means the same nanoseconds an element in every row."""
     dtype = torch.bfloat16
     all_rows = (256, 1024, 4096) if not settings.quick else (16, 64)
     vocabularies = (32000, 128256, 256000) if not settings.quick else (1000, 4000)
@@ -149,7 +152,7 @@ def scaling_table(settings: Settings) -> Table:
 
 
 def reduction_cases(problem: LogitsProblem) -> list[Case]:
-    """The sigmoid loss by itself, and with a reduction of the same rows in the loss; all with the gradient in place."""
+    """The sigmoid loss alone, and with reductions of the same rows added to it. The gradient is made in place."""
     leaf, source, ref_logits = problem.leaf(), problem.logits.clone(), problem.logits.flip(0).contiguous()
 
     def restore() -> None:
@@ -213,7 +216,7 @@ TABLES = {
 
 
 def main(argv: list[str]) -> None:
-    tables.run(TABLES, argv, __doc__.splitlines()[0])
+    tables.run(TABLES, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Any loss against the sigmoid loss on the same logits, interleaved. All losses should take the same time.
+# SPDX-License-Identifier: Apache-2.0
+"""Every loss next to the sigmoid loss, on the same logits. All losses should take the same time.
 
     python -m benchmarks losses [--rows 1024] [--vocab 128256] [--dtype bfloat16] [--rounds 7] [--only NAME,NAME]
 
-Forward and backward of `step_pref_loss` on the logits route. Each round runs the sigmoid loss directly before the
-other one; the ratio is the median over rounds of their quotients, and its spread the quartiles.
+Forward and backward of `step_pref_loss` on the logits route. Each round runs the sigmoid loss and the other loss
+directly one after the other, in alternating order. The ratio is the median of the rounds' ratios, with quartiles.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from .problems import LogitsProblem, LogitsSpec
 _MIXTURE = ["sigmoid", "sft", "bco_pair"]
 
 
-def options_of(head: PairFormula, ref: torch.Tensor) -> dict:
-    options = {"loss_type": head.name}
-    if head.reference != "forbidden":
+def options_of(formula: PairFormula, ref: torch.Tensor) -> dict:
+    options: dict = {"loss_type": formula.name}
+    if formula.reference != "forbidden":
         options["ref"] = ref
-    if head.smoothing == "required":
+    if formula.smoothing == "required":
         options["label_smoothing"] = 1e-3
     return options
 
@@ -70,7 +71,7 @@ def measure(problem: LogitsProblem, names: list[str], rounds: int) -> list[tuple
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))

@@ -1,4 +1,5 @@
-"""How everything is measured: cases interleaved, medians of per-round ratios, peak memory in fresh processes."""
+# SPDX-License-Identifier: Apache-2.0
+"""How times and memory are measured: interleaved cases, medians of per-round ratios, peak memory in fresh processes."""
 
 from __future__ import annotations
 
@@ -17,13 +18,13 @@ from unittest import mock
 
 import torch
 
-# `--clock cpu`, with one thread: processor time of that thread, which a busy machine disturbs far less.
+# `--clock cpu` takes the processor time of one thread instead. Other jobs on the machine disturb that far less.
 clock = time.perf_counter
 
 
 @dataclass
 class Case:
-    """One contestant. `run` is timed; `reset` puts back what it used up (gradients, overwritten logits) and is not."""
+    """One contestant. `run` is timed. `reset` restores what `run` changed (gradients, overwritten logits), untimed."""
 
     name: str
     run: Callable[[], object]
@@ -38,9 +39,20 @@ def synchronize() -> None:
 def interleave(
     cases: list[Case], rounds: int, *, limit_s: float | None = None, patience_s: float = 20.0
 ) -> dict[str, list[float]]:
-    """Seconds of each case in each round. Every round runs every case once, in a new order, so that a slow moment of
-    the machine meets all of them alike. A round before them warms up. Stops early, after at least 3 rounds, when
-    `limit_s` is spent. A case that takes longer than `patience_s` to warm up is not run again: that is its figure."""
+    """Times the cases in turns.
+
+    Every round runs every case once, in a new random order: a slow moment of the machine then hits all cases alike.
+    One round before the first warms up.
+
+    Args:
+        cases: the contestants.
+        rounds: number of timed rounds.
+        limit_s: no further round starts after so many seconds. At least 3 rounds are timed.
+        patience_s: a case whose warm-up takes longer than this is not run again. Its warm-up is its only time.
+
+    Returns:
+        Name of the case -> seconds in each round.
+    """
     order, times = list(cases), {case.name: [] for case in cases}
     shuffle = random.Random(0).shuffle
     started = time.perf_counter()
@@ -86,14 +98,17 @@ class Spread:
 
 
 def ratio(times: dict[str, list[float]], over: str, under: str) -> float:
-    """Median over rounds of times[over] / times[under], taken seconds apart; with one figure on a side, of medians."""
+    """Median over rounds of times[over] / times[under].
+
+    If one of them ran in fewer rounds, the ratio of the two medians.
+    """
     if len(times[over]) != len(times[under]):
         return statistics.median(times[over]) / statistics.median(times[under])
     return statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
 
 
 def settle(limit: float = 1.5, wait_s: float = 0.0) -> float:
-    """Waits up to `wait_s` for the one-minute load average to fall below `limit`; returns the load it starts with."""
+    """Waits at most `wait_s` for the one-minute load average to fall below `limit`. Returns the load after that."""
     deadline = time.monotonic() + wait_s
     while os.getloadavg()[0] >= limit and time.monotonic() < deadline:
         time.sleep(5)
@@ -123,7 +138,7 @@ def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        # run from a checkout: the package is importable but not installed
+        # In a checkout the package can be imported without being installed.
         return "(source)" if util.find_spec(name.replace("-", "_")) else None
 
 
@@ -141,15 +156,20 @@ def _processor() -> str:
 
 
 def extra_peak_mib(build: Callable[..., Callable[[], object]], *args) -> float:
-    """Peak memory that `build(*args)()` takes beyond what is there when `build(*args)` returns, in MiB.
+    """Extra peak memory of a call, in MiB.
 
-    Runs in a fresh process, so nothing is already cached or mapped. On a GPU the allocator counts; on a CPU the system
-    does (resident set), which sees library workspaces too. `build` must be a module's function: it is sent by name.
+    `build(*args)` returns the call. The extra is the peak during the call less the memory before it. Both are taken in
+    a fresh process, where nothing is cached or mapped yet. On a GPU torch's allocator counts. On a CPU the system
+    counts the resident set, which includes workspaces of libraries.
+
+    Args:
+        build: a function at the top of a module: it is sent to the process by name.
+        *args: what `build` is called with.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_measure_peak, args=(theirs, torch.get_num_threads(), build, args))
-    # glibc otherwise keeps blocks of a few MiB that were freed, more of them the longer it runs
+    # Otherwise glibc keeps freed blocks of a few MiB, and more of them the longer it runs.
     malloc = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "131072")
     with mock.patch.dict(os.environ, malloc):
         process.start()
@@ -188,7 +208,7 @@ def _measure_peak(pipe, threads: int, build, args) -> None:
 
 
 def _start_libraries() -> None:
-    """Thread pools and GEMM libraries allocate once when first used; that is no part of what is measured."""
+    """Uses thread pools and GEMM libraries once. Their first use allocates, which is not to be measured."""
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(64, 64).to(dtype).requires_grad_()
         (x @ x).float().log_softmax(-1).sum().backward()
@@ -200,7 +220,7 @@ def _status(field: str) -> int:
 
 
 def _reset_resident_peak() -> int:
-    """Bytes resident now; the kernel's high-water mark starts again from here where it allows that."""
+    """Resets the kernel's peak of resident memory, where it allows that. Returns the resident bytes."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")

@@ -1,10 +1,14 @@
-"""The peers, each behind one small interface: a name, the reason it cannot run here (or None), and what it does.
+# SPDX-License-Identifier: Apache-2.0
+"""The peers behind one small interface: a name, a function, and the reason why the peer cannot run here, or None.
 
-A logits peer turns (N, V) logits and (N,) labels into (N,) log-probs; a few torch ops (`problems.pair_loss`) make the
-loss of them. A linear peer makes the loss of a whole step from a `LinearProblem`, reference included unless its
-sums are cached. Gradients are taken by `.backward()`. Nothing of a peer is copied here: it is imported from where it
-lives, or it is not run.
+A logits peer maps (N, V) logits and (N,) labels to (N,) log-probs. `problems.pair_loss` makes the loss from these with
+a few torch ops. A linear peer computes the loss of a whole step from a `LinearProblem`. This includes the reference,
+unless its sums are cached. `.backward()` gives the gradients. No code of a peer is copied: it is imported from the
+peer's package, or the peer is not run.
 """
+
+# pyright: reportMissingImports=false
+# The peers' packages need not be installed.
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ from sspo_ext.routes.linear.plan import pref_plan
 
 from .problems import BETA, LinearProblem, LinearSpec, LogitsProblem, LogitsSpec
 
-left_out: set[str] = set()  # by `--without`: parts of names
+left_out: set[str] = set()  # parts of peers' names, from `--without`
 
 
 def reason(peer: LogitsPeer | LinearPeer, problem: LinearProblem | None = None) -> str | None:
@@ -30,7 +34,7 @@ def reason(peer: LogitsPeer | LinearPeer, problem: LinearProblem | None = None) 
 
 
 def never(*_) -> None:
-    """For a `why_not`: nothing keeps it from running."""
+    """A `why_not` for a peer that always runs."""
     return None
 
 
@@ -72,7 +76,7 @@ def _trl_selective_log_softmax():
 
 
 def _trl_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    # (2, N / 2, V), as its trainer calls it: it loops over the first dimension
+    # TRL's trainer calls it on (2, N / 2, V). The function loops over the first dimension.
     split = (2, -1) if len(labels) % 2 == 0 else (1, -1)
     return _trl_selective_log_softmax()(logits.view(*split, logits.shape[-1]), labels.view(*split)).flatten()
 
@@ -132,7 +136,7 @@ def run_ours(problem: LogitsProblem, leaf: Tensor, inplace: bool) -> None:
 class LinearPeer:
     name: str
     loss: Callable[[LinearProblem], Tensor]
-    why_not: Callable[[LinearProblem], str | None] = never
+    why_not: Callable[..., str | None] = never  # of a LinearProblem, or of None
 
 
 def ours_linear(problem: LinearProblem) -> Tensor:
@@ -148,7 +152,10 @@ def ours_linear(problem: LinearProblem) -> Tensor:
 
 
 def _from_token_logps(problem: LinearProblem, logps: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """`logps(hidden (B*T, H), weight)` gives (B*T,) or (N,) log-probs."""
+    """The loss from `logps(hidden, weight)`.
+
+    `hidden` is (B*T, H). `logps` returns the log-probs of all positions (B*T,), or of the scored ones (N,).
+    """
 
     def scored(hidden: Tensor, weight: Tensor) -> Tensor:
         values = logps(hidden.flatten(0, 1), weight)
@@ -171,7 +178,7 @@ def torch_loss(problem: LinearProblem) -> Tensor:
 
 
 def torch_float_loss(problem: LinearProblem) -> Tensor:
-    """As the original DPO code does it: logits in the model's dtype, everything after them in float32."""
+    """As in the original DPO code: logits in the model's dtype, all that follows in float32."""
     labels = problem.targets.flatten().clamp(min=0)
     return _from_token_logps(problem, lambda h, w: eager_logps((h @ w.t()).float(), labels))
 
@@ -201,7 +208,7 @@ def linear_cross_entropy_loss(problem: LinearProblem) -> Tensor:
 def _trl_chunked():
     from trl.trainer import utils
 
-    # TRL has called it by two names
+    # private names of TRL: a version without them raises AttributeError, and is then not run
     return utils._ChunkedLogProbFunction, utils._CHUNKED_LOGPROB_CHUNK_SIZE
 
 
@@ -223,7 +230,10 @@ def _liger_dpo():
 
 
 def liger_dpo_loss(problem: LinearProblem) -> Tensor:
-    """One step a sequence is all it knows. It cannot take cached reference sums: without one the work is the same."""
+    """Liger's loss, which supports one step a sequence only.
+
+    It takes no cached reference sums. It then runs without a reference, at the same cost.
+    """
     live = problem.spec.ref == "live"
     module = _liger_dpo()(beta=BETA, compiled=False, use_ref_model=live)
     extra = {"ref_input": problem.ref_hidden, "ref_weight": problem.ref_weight} if live else {}
@@ -263,7 +273,7 @@ def run_linear(peer: LinearPeer, problem: LinearProblem) -> None:
 
 
 class BareGemms:
-    """The GEMMs that the plan of this problem names and nothing else: the floor. Its buffers are warm already."""
+    """The GEMMs of this problem's plan and nothing else: the floor for our time. Its buffers exist already."""
 
     def __init__(self, problem: LinearProblem):
         spec, self.problem = problem.spec, problem
@@ -304,7 +314,7 @@ class BareGemms:
 
 
 def build_logits(name: str, spec: LogitsSpec) -> Callable[[], None]:
-    """One loss and backward, to be measured in a process of its own: the contestant is found by name."""
+    """One loss and backward of a contestant, for a process of its own, to which only the name is sent."""
 
     def make(spec: LogitsSpec) -> Callable[[], None]:
         problem = LogitsProblem(spec)
@@ -317,6 +327,7 @@ def build_logits(name: str, spec: LogitsSpec) -> Callable[[], None]:
 
 
 def build_linear(name: str, spec: LinearSpec) -> Callable[[], None]:
+    """As `build_logits`, on the linear route."""
     peer = next(p for p in [OURS, *LINEAR_PEERS] if p.name == name)
 
     def make(spec: LinearSpec) -> Callable[[], None]:
@@ -326,8 +337,11 @@ def build_linear(name: str, spec: LinearSpec) -> Callable[[], None]:
 
 
 def _warm(make: Callable, name: str, spec, small) -> Callable[[], None]:
-    """Imports and first calls are no part of a step's memory: a small problem goes first. What is compiled is compiled
-    for its shapes, so there the problem itself does, and the memory is that of the second time."""
+    """The contestant on `spec`, after a first run.
+
+    Imports and first calls are no part of a step's memory, so a small problem runs first. torch.compile compiles for
+    the shapes it sees. There the problem itself runs first, and its second run is measured.
+    """
     if "torch.compile" not in name:
         make(small)()
         return make(spec)

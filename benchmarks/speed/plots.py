@@ -1,4 +1,5 @@
-"""Pictures of the tables that are worth one."""
+# SPDX-License-Identifier: Apache-2.0
+"""Plots of the tables."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from pathlib import Path
 
 from .tables import Table
 
-# one colour a contestant, wherever it appears; ours is the one that stands out
+# A contestant has the same colour in every plot.
 COLOURS = {
     "sspo_ext": "#d1495b",
     "LigerFusedLinearDPOLoss": "#30638e",
@@ -22,7 +23,7 @@ LABELS = {
 
 
 def draw(folder: Path, found: dict[str, Table]) -> dict[str, list[str]]:
-    """Writes the PNGs; returns the file names of each table's."""
+    """Writes PNG files. Returns the file names of each table; without matplotlib an empty dict."""
     try:
         import matplotlib
     except ImportError:
@@ -44,7 +45,7 @@ def draw(folder: Path, found: dict[str, Table]) -> dict[str, list[str]]:
 
 
 def draw_losses(folder: Path, found: list[Table]) -> list[str]:
-    """One picture of times, a panel a table; the names of the files written."""
+    """Writes one plot of times, a panel a table. Returns its file name; without matplotlib an empty list."""
     try:
         import matplotlib
     except ImportError:
@@ -104,7 +105,7 @@ def _time_and_memory(table: Table, label: str, path: Path) -> None:
 
 
 def _memory(table: Table, path: Path) -> None:
-    """Peak extra memory of each contestant at each number of tokens, less the gradients asked for."""
+    """Peak extra memory of each contestant against tokens, less the gradients asked for."""
     half = (len(table.columns) - 1) // 2
     totals = [int(column.split()[0]) for column in table.columns[1 : 1 + half]]
     figure, (axis,) = _axes(1, width=6.4)
@@ -127,11 +128,11 @@ def _memory(table: Table, path: Path) -> None:
 
 
 def _bars(found: list[Table], path: Path) -> None:
-    """Times of the logits route, one panel a dtype."""
+    """Times of the logits route, one panel for each table."""
     figure, axes = _axes(len(found), width=5.6, height=3.2)
     for axis, table in zip(axes, found, strict=True):
         rows = sorted(table.rows, key=lambda row: row[1], reverse=True)
-        names = [LABELS.get(row[0], row[0]) for row in rows]
+        names = [LABELS.get(str(row[0]), str(row[0])) for row in rows]
         colours = [
             COLOURS["sspo_ext"] if n.startswith("sspo_ext") else "#c9ced6" if n[0] == "(" else "#8d99ae" for n in names
         ]

@@ -1,4 +1,5 @@
-"""The batches that are measured: seeded, the same for every contestant, built before any clock starts."""
+# SPDX-License-Identifier: Apache-2.0
+"""The batches that are measured. They are seeded, so every contestant gets the same one."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ BETA = 0.1
 
 
 def pair_loss(token_logps: Tensor, step_of_row: Tensor, index: Tensor, ref: Tensor) -> Tensor:
-    """The peers' way from token log-probs (N,) to the DPO loss over pairs of steps: a few small torch ops."""
+    """DPO loss over pairs of steps from token log-probs (N,), in a few torch ops. The peers use it."""
     sums = torch.zeros_like(ref).index_add(0, step_of_row, token_logps.to(ref.dtype))
     winner, loser = (sums - ref)[index.long()].unbind(1)
     return -torch.nn.functional.logsigmoid(BETA * (winner - loser)).mean()
@@ -22,14 +23,17 @@ def pair_loss(token_logps: Tensor, step_of_row: Tensor, index: Tensor, ref: Tens
 
 @dataclass(frozen=True)
 class LogitsSpec:
-    rows: int  # N: every one of them scored
+    rows: int  # N, all scored
     vocab: int
     dtype: torch.dtype
     step: int = 32  # tokens a step
 
 
 class LogitsProblem:
-    """N scored rows of logits in one packed sequence; step k of its first half is preferred to step k of its second."""
+    """N scored rows of logits, in one packed sequence.
+
+    Step k of the sequence's first half is preferred to step k of its second half.
+    """
 
     def __init__(self, spec: LogitsSpec, device: str = "cpu"):
         self.spec = spec
@@ -44,18 +48,18 @@ class LogitsProblem:
         self.pairs = StepPairs.from_index(self.layout, index).to(device)
         self.layout = self.layout.to(device)
         self.ref = torch.randn(self.layout.num_steps, generator=generator).to(device)
-        # Written row by row: normal draws of the whole in float32 would be the peak of a memory measurement.
+        # Row by row: drawing all of it in float32 would itself be the peak of a memory measurement.
         self.logits = torch.empty((total, spec.vocab), dtype=spec.dtype, device=device)
         for row in self.logits:
             row.copy_(torch.randn(spec.vocab, generator=generator))
         self.targets = self.layout.labels
 
     def leaf(self) -> Tensor:
-        """(N + 1, V) over the problem's own memory."""
+        """(N + 1, V), sharing the problem's memory."""
         return self.logits.detach().requires_grad_()
 
     def scored_leaf(self) -> Tensor:
-        """(N, V), contiguous, over the same memory: the peers are spared the row that predicts nothing."""
+        """(N, V), contiguous, sharing the problem's memory. The peers need no row for the last position."""
         return self.logits[: self.spec.rows].detach().requires_grad_()
 
     def loss(self, token_logps: Tensor) -> Tensor:
@@ -64,7 +68,7 @@ class LogitsProblem:
 
 @dataclass(frozen=True)
 class LinearSpec:
-    batch: int  # sequences, [chosen.., rejected..]
+    batch: int  # sequences: the chosen ones, then the rejected ones
     length: int
     hidden: int
     vocab: int
@@ -77,7 +81,7 @@ class LinearSpec:
 
 
 class LinearProblem:
-    """Hidden states and head, a reference's too; one DPO pair per two sequences, or per two steps of them."""
+    """Hidden states and LM heads of a policy and a reference, with DPO pairs between steps of two sequences."""
 
     def __init__(self, spec: LinearSpec, device: str = "cpu"):
         self.spec = spec
@@ -101,7 +105,7 @@ class LinearProblem:
             (torch.randn(rows, spec.hidden) * scale).to(device, spec.dtype) for rows in (spec.vocab, spec.vocab * live)
         )
         self.weight.requires_grad_(spec.head == "trained")
-        # log-probs near those of such random logits, so that the sigmoid is not saturated
+        # near the log-probs of such random logits: the sigmoid is then not saturated
         self.ref = -self.layout.counts.float() * (torch.log(torch.tensor(float(spec.vocab))) + 0.5)
 
     def loss(self, token_logps: Tensor, ref: Tensor) -> Tensor:

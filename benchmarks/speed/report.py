@@ -1,8 +1,9 @@
-"""Every table that is not measured yet, then benchmarks/results/: RESULTS.md and plots.
+# SPDX-License-Identifier: Apache-2.0
+"""Measures every table that is missing, then writes RESULTS.md and plots to benchmarks/results/.
 
     python -m benchmarks report [--only TABLE ...] [--redo] [--quick] [--wait 600]
 
-Each table is a line of tables.jsonl and is taken from there next time: a run that was cut off goes on where it stopped.
+Each table is saved as a line of tables.jsonl and not measured again. An interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ rise of a fresh process's resident set. Before a clock starts, gradients are com
 
 
 def write(folder: Path) -> None:
-    """RESULTS.md, from whatever tables are in the folder, in this module's order."""
+    """Writes RESULTS.md from the tables in the folder, in the order of `TABLES`, and the plots."""
     known = [label for name in (*logits.TABLES, *linear.TABLES) for label in (name, f"{name}-cpu")]
     stored = Table.load_all(folder)
     found = [stored[name] for name in known if name in stored]
@@ -41,7 +42,7 @@ def write(folder: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    tables.run({**logits.TABLES, **linear.TABLES}, argv, __doc__.splitlines()[0], finish=write)
+    tables.run({**logits.TABLES, **linear.TABLES}, argv, __doc__, finish=write)
 
 
 if __name__ == "__main__":

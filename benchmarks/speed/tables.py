@@ -1,4 +1,5 @@
-"""A measured table: its rows, how they came about, its record on disk and its Markdown."""
+# SPDX-License-Identifier: Apache-2.0
+"""A measured table: its rows, how they were measured, its record on disk and its Markdown."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from . import measure, peers
 from .measure import Spread
 
 RESULTS = Path(__file__).parents[1] / "results"
-FILE = "tables.jsonl"  # all tables of a folder, one a line
+FILE = "tables.jsonl"  # one table a line
 
 
 @dataclass
@@ -66,7 +67,7 @@ def show(cell) -> str:
 
 
 def ms(values: list[float]) -> tuple[float, str]:
-    """(median, 'quartile-quartile') in milliseconds."""
+    """(median, "first quartile-third quartile") in milliseconds."""
     spread = Spread.of([1e3 * v for v in values])
     digits = 0 if spread.median >= 10 else 2
     return round(spread.median, 2), f"{spread.low:.{digits}f}-{spread.high:.{digits}f}"
@@ -92,24 +93,33 @@ class Settings:
 def run(
     tables: dict[str, Callable[[Settings], Table]],
     argv: list[str],
-    description: str,
+    doc: str | None,
     finish: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Measures the tables that are not on disk yet; `finish` is called with the results folder after each."""
-    parser = argparse.ArgumentParser(prog=os.path.basename(sys.argv[0]), description=description)
-    parser.add_argument("--only", nargs="+", choices=list(tables), metavar="TABLE", help=f"of {', '.join(tables)}")
+    """The command line of a module that measures tables.
+
+    Args:
+        tables: name -> function that measures the table. Tables on disk are not measured again.
+        argv: the arguments of the command line.
+        doc: the module's docstring. Its first line describes the command.
+        finish: is called with the results folder after each table, and at the end.
+    """
+    parser = argparse.ArgumentParser(prog=os.path.basename(sys.argv[0]), description=doc and doc.splitlines()[0])
+    parser.add_argument(
+        "--only", nargs="+", choices=list(tables), metavar="TABLE", help=f"only these, of {', '.join(tables)}"
+    )
     parser.add_argument("--redo", action="store_true", help="measure again what is already in the results folder")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that the code runs")
     parser.add_argument("--rounds", type=int, help="interleaved rounds (default: each table's own)")
-    parser.add_argument("--limit", type=float, default=300, help="seconds after which a table takes no further round")
+    parser.add_argument("--limit", type=float, default=300, help="seconds after which a table starts no further round")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--wait", type=float, default=0, help="seconds to wait for a load below 1.5 before each table")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument(
-        "--without", nargs="+", default=[], metavar="PEER", help="peers to leave out, by (part of) name"
+        "--without", nargs="+", default=[], metavar="PEER", help="peers to leave out, by part of their name"
     )
     parser.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: of one thread, on a busy machine"
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time of one thread, for a busy machine"
     )
     options = parser.parse_args(argv)
     if options.clock == "cpu":

@@ -1,4 +1,5 @@
-"""`pytest benchmarks/`: the linear route under pytest-benchmark, small unless SSPO_BENCH_FULL=1."""
+# SPDX-License-Identifier: Apache-2.0
+"""`pytest benchmarks/`: the linear route under pytest-benchmark. SSPO_BENCH_FULL=1 takes real sizes."""
 
 from __future__ import annotations
 

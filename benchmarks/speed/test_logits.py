@@ -1,4 +1,5 @@
-"""`pytest benchmarks/`: the logits route under pytest-benchmark, small unless SSPO_BENCH_FULL=1."""
+# SPDX-License-Identifier: Apache-2.0
+"""`pytest benchmarks/`: the logits route under pytest-benchmark. SSPO_BENCH_FULL=1 takes real sizes."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ def problem(request) -> LogitsProblem:
 def measure(benchmark, case) -> None:
     rounds = 7 if FULL else 5
     benchmark.group = f"logits route [{ROWS} x {VOCAB}]"
-    # returned arguments would be passed on; the reset itself is off the clock
+    # `setup` must return None: pytest-benchmark passes on what it returns. It is not timed.
     benchmark.pedantic(case.run, setup=lambda: case.reset() and None, rounds=rounds, warmup_rounds=1)
 
 

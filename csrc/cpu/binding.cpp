@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The CPU kernels as a Python module. It takes addresses and sizes and knows nothing of torch. The caller,
 // sspo_ext/backends/cpu.py, checks shapes, dtypes and strides. sspo_ext/_C.pyi has the signatures.
 #include <pybind11/pybind11.h>

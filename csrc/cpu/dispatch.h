@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Chooses the instruction set, and divides the work among threads.
 #pragma once
 
@@ -27,9 +28,9 @@ void parallel_for(int64_t count, int64_t block, int threads, const std::function
 
 // Prepares a large output that is not the logits. Returns true if its memory was in use before.
 //
-// Fresh memory costs one page fault a page, which takes longer than the arithmetic. Pages of 2 MiB have 512 times fewer
-// faults. The system clears them through the caches, so plain stores find them there. Memory that was in use is written
-// fastest past the caches, without being read first. All of this changes the time alone.
+// Fresh memory costs a page fault for each page, which takes longer than the arithmetic. Pages of 2 MiB cause 512 times
+// fewer faults. The system clears them through the caches, so plain stores find them there. Memory that was in use is
+// written fastest past the caches, without being read first. All of this changes the time alone.
 bool prepare_large_output(void* data, int64_t bytes);
 
 void token_logp_fwd(const Kernels&, const FwdArgs&, int64_t N, int threads);

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the kernels that read logits take, and the table of them that each instruction set offers. All strides are in
 // elements.
 #pragma once

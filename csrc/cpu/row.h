@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What token_logp.h and row_reductions.h share: the map from logits to exponents of 2, a tile's maximum, a row's exact
 // log-sum-exp, and everything around a row's loops (which rows, which label, zero and NaN rows, the dtype switch).
 //
@@ -31,7 +32,7 @@ constexpr int kUnroll = 2;               // pairs of vectors per iteration
 constexpr int kPrefetch = 4096;          // bytes ahead; the hardware prefetcher stops at the end of a 4 KiB page
 
 // Degrees of the exponential's polynomial. Log-probs are float32 for 16-bit logits too. A 16-bit gradient is rounded
-// so coarsely that degree 4, with a hundredth of that error, is enough.
+// so coarsely that degree 4, with less than a hundredth of that error, is enough.
 #if defined(SSPO_AVX512)
 constexpr int kDegree = 5;
 #else

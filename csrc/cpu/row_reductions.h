@@ -1,5 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
 // Log-probability of a row's label with further reductions over the vocabulary (entropy, sum of p^2 and
-// KL(reference || p)), and their gradient. The logits, and the reference's, are still read once. One source for every
+// KL(reference || p)), and their gradient. The logits and the reference's are each read once. One source for every
 // instruction set: isa/*.cpp defines SSPO_LANES and includes it.
 //
 // Forward, per row: t is the exponent of 2 of a logit relative to the row's shift, and e = 2^t. The sums are those of
@@ -48,7 +49,7 @@ struct RowSums {
         ee *= f * f;
         srt += d * s;
     }
-    // The reference's is.
+    // The reference's shift is raised by `d`.
     void move_reference(double d) {
         const double f = exp2(-d);
         srt = f * (srt - d * s);

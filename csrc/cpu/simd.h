@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Vectors of SSPO_LANES floats for one instruction set, with conversions to and from 16-bit types, exp2 and tanh.
 // Included by isa/*.cpp only. Everything is in an anonymous namespace, and no inline function of the C++ library is
 // called: the linker merges such functions across files, and a machine without AVX-512 could get the AVX-512 version.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Step sums, pair losses and dL/dlogp of every row. The equations are those of step_loss_fwd in
 // sspo_ext/backends/cpu.py.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Log-probability of a row's label, and its gradient. One source for every instruction set: isa/*.cpp defines
 // SSPO_LANES and includes it.
 //

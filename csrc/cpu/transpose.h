@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Transposes a matrix of 16-bit elements.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The CUDA kernels as a Python module. It takes addresses and sizes and knows nothing of torch or of CUDA. The caller,
 // sspo_ext/backends/cuda.py, checks shapes, dtypes, strides and devices. sspo_ext/_C_cuda.pyi has the signatures.
 #include <pybind11/pybind11.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The launchers that binding.cpp calls, one for each kernel. Each returns 0 or a cudaError_t, and waits for nothing.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CUDA kernels take: plain data, passed by value. All strides are in elements.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the two row kernels share: the walk over a row, the logit map, and the launch.
 //
 // A row is [front | groups of 16 bytes | tail]. The groups start at the row's first 16-byte boundary, so the loops move

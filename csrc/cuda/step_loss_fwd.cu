@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // From the rows' log-probs to step sums, pair losses, the total loss and dL/dlogp of every row, in one launch. The
 // specification is step_sums and pair_losses in sspo_ext/backends/reference.py.
 //

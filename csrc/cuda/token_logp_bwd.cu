@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Row backward: the gradient of every position's logits, written once. Rows with a gradient are read once, other rows
 // are not read. The specification is autograd on token_logps in sspo_ext/backends/reference.py.
 //

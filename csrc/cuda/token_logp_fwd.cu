@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Row forward: the log-probability of one label per row, and the row's log-sum-exp, in one read of the row.
 // The specification is token_logps in sspo_ext/backends/reference.py.
 #include "rows.cuh"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What differs between element types: converting 16 bytes of logits to float32 and back, and taking their maximum.
 #pragma once
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws the figure of README and the landing page, for a light and a dark background.
 
     python docs/figures/flow.py [--check]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Addresses of tensors, as compiled kernels take them."""
 
 from __future__ import annotations
@@ -7,7 +8,10 @@ from torch import Tensor
 
 
 def address(tensor: Tensor | None, dtype: torch.dtype, numel: int, device: torch.device | str = "cpu") -> int:
-    """Address of a contiguous tensor of this type and size, 0 for None. Kernels trust it: -O does not drop the check."""
+    """Address of a contiguous tensor of this type and size, 0 for None.
+
+    Kernels trust it, so the check is no assert, which -O would drop.
+    """
     if tensor is None:
         return 0
     if (

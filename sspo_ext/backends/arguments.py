@@ -1,4 +1,5 @@
-"""What a launch of `step_loss_fwd` is given, the same for every backend."""
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments of `step_loss_fwd`, the same for every backend."""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ from torch import Tensor
 
 
 class StepLossArguments(NamedTuple):
-    """One formula over N rows, S steps and P pairs, in the order of the op's schema. Tensors are contiguous and on one
-    device; the floating ones share a dtype."""
+    """One formula over N rows, S steps and P pairs, in the order of the op's schema.
+
+    Tensors are contiguous and on one device; the floating ones share a dtype.
+    """
 
     logps: Tensor  # (N,) float: log-prob of each row
     weights: Tensor | None  # (N,)
@@ -24,4 +27,4 @@ class StepLossArguments(NamedTuple):
     scale: Tensor  # () multiplies the sum over pairs
     formula: str
     options: list[float]
-    label: float  # where pair_labels is None
+    label: float  # every pair's, where pair_labels is None

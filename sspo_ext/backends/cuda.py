@@ -1,5 +1,7 @@
-"""The kernels of csrc/cuda on torch tensors: the three launches of the logits route, without Triton and without a
-compiler at run time. Imports without a GPU and without the module; `why_not` says what is missing.
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of csrc/cuda on torch tensors: the three launches of the logits route, without a compiler at run time.
+
+This file can be imported without a GPU and without the compiled module; `why_not` says what is missing.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from .addresses import address
 from .arguments import StepLossArguments
 
 try:
-    import sspo_ext._C_cuda as _C_cuda
+    import sspo_ext._C_cuda as _C_cuda  # pyright: ignore[reportMissingModuleSource]  # built where nvcc is
 
     _import_error: str | None = None
 except ImportError as error:  # kept: `sspo-ext info` and an explicit request show it
@@ -21,11 +23,17 @@ except ImportError as error:  # kept: `sspo-ext info` and an explicit request sh
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-_DEVICE_TYPE = "cuda"  # the tests put an emulation on the CPU in the module's place
+_DEVICE_TYPE = "cuda"  # "cpu" in tests, which replace the module by an emulation
+
+
+def _kernels():
+    """The compiled module, which `why_not` has found."""
+    assert _C_cuda is not None
+    return _C_cuda
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason these kernels cannot run, or None."""
+    """The reason why these kernels cannot run, or None."""
     if device.type != _DEVICE_TYPE:
         return f"it runs on NVIDIA GPUs only, not on {device.type}"
     if dtype not in _DTYPE_CODES:
@@ -48,8 +56,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _runs_on(major: int, minor: int) -> bool:
-    """Machine code runs on later minors of its own major, PTX on everything later."""
-    for name in _C_cuda.architectures.split(";"):
+    """Machine code runs on later minor versions of its own major version, PTX on everything later."""
+    for name in _kernels().architectures.split(";"):
         kind, number = name.split("_")
         has_major, has_minor = divmod(int(number), 10)
         if (has_major, has_minor) <= (major, minor) and (kind == "compute" or has_major == major):
@@ -58,14 +66,16 @@ def _runs_on(major: int, minor: int) -> bool:
 
 
 def info() -> dict[str, str]:
-    """What the module was built for; empty without it."""
+    """What the module was built for; empty without the module."""
     return {} if _C_cuda is None else {"architectures": _C_cuda.architectures}
 
 
-def _logits_view(logits: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+def _logits_view(logits: Tensor) -> tuple[int, int, tuple[int, int, int], tuple[int, int]]:
+    """Address, dtype code, sizes and the first two strides."""
     if logits.device.type != _DEVICE_TYPE or logits.ndim != 3 or (logits.shape[-1] > 1 and logits.stride(-1) != 1):
         raise TypeError(f"expected (B, T, V) GPU logits with a contiguous last dimension, got {tuple(logits.shape)}")
-    return logits.data_ptr(), _DTYPE_CODES[logits.dtype], tuple(logits.shape), (logits.stride(0), logits.stride(1))
+    B, T, V = logits.shape
+    return logits.data_ptr(), _DTYPE_CODES[logits.dtype], (B, T, V), (logits.stride(0), logits.stride(1))
 
 
 def _stream(device: torch.device) -> tuple[int, int]:
@@ -77,15 +87,17 @@ _counters: dict[tuple[int, int], Tensor] = {}
 
 
 def _arrival_counters(device: torch.device) -> Tensor:
-    """Zeros for the kernels to count blocks in; they leave them zero. One set per stream: launches on one stream do not
-    overlap.
+    """Zeros in which the kernels count blocks; a kernel leaves them zero.
+
+    One set a stream is enough, because launches on one stream do not overlap.
     """
+    number = _kernels().max_split_rows
     if _DEVICE_TYPE == "cuda" and torch.cuda.is_current_stream_capturing():
-        # a graph's memory is the graph's: zeroed by each replay, not kept for eager calls
-        return torch.zeros(_C_cuda.max_split_rows, dtype=torch.int32, device=device)
+        # this memory belongs to the graph, which zeroes it in each replay; eager calls must not keep it
+        return torch.zeros(number, dtype=torch.int32, device=device)
     key = _stream(device)
     if key not in _counters:
-        _counters[key] = torch.zeros(_C_cuda.max_split_rows, dtype=torch.int32, device=device)
+        _counters[key] = torch.zeros(number, dtype=torch.int32, device=device)
     return _counters[key]
 
 
@@ -98,16 +110,16 @@ def token_logp_fwd(
 ) -> tuple[Tensor, Tensor]:  # logp (N,) float32, lse (N,) float64
     """log_softmax(z)[row, label] and logsumexp(z)[row], z = a * x or c * tanh(a * x). Each logit is read once.
 
-    A label of -1 is one of another vocabulary shard: logp = -lse. Other labels, and rows, out of range give NaN.
+    For label -1, one of another vocabulary shard, logp is -lse. A row or any other label out of range gives NaN.
     """
     N, device, V = rows.numel(), logits.device, logits.shape[-1]
     logp = torch.empty(N, dtype=torch.float32, device=device)
     lse = torch.empty(N, dtype=torch.float64, device=device)
     view = _logits_view(logits)
-    splits = _C_cuda.row_splits(N, V, view[1])
+    splits = _kernels().row_splits(N, V, view[1])
     partials = torch.empty(N * splits * 2, dtype=torch.float32, device=device) if splits > 1 else None
     arrived = _arrival_counters(device) if splits > 1 else None
-    _C_cuda.token_logp_fwd(
+    _kernels().token_logp_fwd(
         *view, address(rows, torch.int64, N, device), address(labels, torch.int64, N, device), N, a, c,
         logp.data_ptr(), lse.data_ptr(), splits, 0 if partials is None else partials.data_ptr(),
         0 if arrived is None else arrived.data_ptr(), *_stream(device),
@@ -126,8 +138,9 @@ def token_logp_bwd(
     c: float,
     out: Tensor,  # (B, T, V) of logits' dtype: a new buffer, or the logits themselves
 ) -> None:
-    """out[i, v] = upstream * coef * (onehot - softmax(z))[v] * dz/dx. Rows without a gradient are written as
-    zeros, unread.
+    """out[i, v] = upstream * coef * (onehot - softmax(z))[v] * dz/dx.
+
+    Rows without a gradient are written as zeros and not read.
     """
     N, device = labels.numel(), logits.device
     if upstream is not None:
@@ -140,7 +153,7 @@ def token_logp_bwd(
         )
     if out_data == data and out_strides != strides and out.numel():
         raise ValueError("out: overlaps logits with other strides")
-    _C_cuda.token_logp_bwd(
+    _kernels().token_logp_bwd(
         data, code, sizes, strides, address(row_of, torch.int32, sizes[0] * sizes[1], device),
         address(labels, torch.int64, N, device), address(lse, torch.float64, N, device),
         address(coef, torch.float32, N, device), address(upstream, torch.float32, 1, device), N, a, c,
@@ -151,15 +164,16 @@ def token_logp_bwd(
 def step_loss_fwd(given: StepLossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """S_k = sum of w * logp over step k, f_p = formula(S - ref of the pair's steps), loss = scale * sum_p weight_p f_p.
 
-    loss (), sums (S,), pair losses (P,) and coef (N,) = d loss/d logp, all float32. Sums run in a fixed order, in
-    double. A pair with an empty step gives 0 and no gradient.
+    Returns loss (), sums (S,), pair losses (P,) and coef (N,) = d loss/d logp, all float32. Sums run in a fixed order,
+    in double. A pair with an empty step gives 0 and no gradient.
     """
     logps, weights, step_offsets, ref, pair_index, adj_offsets, adj_pairs, *per_pair = given[:10]
     N, S, P, device = logps.numel(), step_offsets.numel() - 1, pair_index.shape[0], logps.device
-    out = tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in ((), (S,), (P,), (N,)))
+    loss, sums, pair_losses, coef = out = tuple(
+        torch.empty(shape, dtype=torch.float32, device=device) for shape in ((), (S,), (P,), (N,))
+    )
     if S == 0:  # no block would write the loss
-        out[0].zero_()
-        return out
+        return loss.zero_(), sums, pair_losses, coef
 
     def floats(tensor: Tensor | None, numel: int) -> int:
         return address(tensor, torch.float32, numel, device)
@@ -172,8 +186,8 @@ def step_loss_fwd(given: StepLossArguments) -> tuple[Tensor, Tensor, Tensor, Ten
         ints(adj_offsets, S + 1), ints(adj_pairs, 2 * P), *(floats(values, P) for values in per_pair),
         floats(given.scale, 1),
     ]  # fmt: skip
-    _C_cuda.step_loss_fwd(
+    _kernels().step_loss_fwd(
         (N, S, P), addresses, formula_id(given.formula), list(given.options), given.label,
         [t.data_ptr() for t in out], _arrival_counters(device).data_ptr(), *_stream(device),
     )  # fmt: skip
-    return out
+    return loss, sums, pair_losses, coef

@@ -1,7 +1,8 @@
-"""Private torch.library ops: the three launches of the logits route, opaque to torch.compile, and launches 1 and 3
-with further reductions over the vocabulary.
+# SPDX-License-Identifier: Apache-2.0
+"""Private torch.library ops, opaque to torch.compile: the three launches of the logits route.
 
-They have no autograd formula on purpose: gradients live in the autograd.Functions of the routes, the only callers.
+Launches 1 and 3 also come with further reductions over the vocabulary. The ops have no autograd formula on purpose:
+gradients live in the autograd.Functions of the routes, the only callers.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ _lib = torch.library.Library("sspo", "DEF")
 
 
 def register(name, schema, fn, fake):
-    """Defines sspo::name and returns its overload. Implemented once for every device: `backend` says whose kernels
-    run."""
+    """Defines sspo::name and returns its overload.
+
+    One implementation serves every device: the argument `backend` says whose kernels run.
+    """
     _lib.define(f"{name}{schema}")
     _lib.impl(name, fn, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sspo::{name}", fake, lib=_lib)
@@ -29,9 +32,8 @@ def _token_logp_fwd(logits, rows, labels, a, c, backend):
 
 
 def _token_logp_fwd_fake(logits, rows, labels, a, c, backend):
-    return logits.new_empty(rows.shape, dtype=accumulator(logits.dtype)), logits.new_empty(
-        rows.shape, dtype=torch.float64
-    )
+    dtypes = (accumulator(logits.dtype), torch.float64)
+    return tuple(logits.new_empty(rows.shape, dtype=dtype) for dtype in dtypes)
 
 
 def _step_loss_fwd(*args):
@@ -56,7 +58,7 @@ def _token_logp_bwd_fake(logits, *args):
 
 def _token_logp_bwd_(logits, row_of, labels, lse, coef, upstream, a, c, backend):
     backends.load(backend).token_logp_bwd(logits, row_of, labels, lse, coef, upstream, a, c, logits)
-    # the kernels write raw memory, which autograd cannot see
+    # autograd cannot see that the kernels write into the memory
     torch.autograd.graph.increment_version(logits)
 
 

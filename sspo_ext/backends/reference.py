@@ -1,5 +1,8 @@
-"""The specification: plain torch, differentiable by autograd, exact in float64. Every other backend is tested against
-this file."""
+# SPDX-License-Identifier: Apache-2.0
+"""The specification: plain torch, differentiable by autograd, exact in float64.
+
+Every other backend is tested against this file.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from ..formulas.registry import PairScores, get_pair_formula
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None: it runs everywhere."""
     return None
 
 
@@ -63,7 +67,7 @@ def step_sums(
 ) -> Tensor:  # (S,)
     """S_k = sum of w * logp over the rows of step k; an empty step is 0."""
     weighted = logps if weights is None else weights.to(logps.dtype) * logps
-    # one after another in float32, a step of 64,000 tokens would be off by 2
+    # added one by one in float32, the sum of 64,000 tokens would be off by 2
     exact = weighted if weighted.device.type == "mps" else weighted.double()
     return exact.new_zeros(num_steps).index_add(0, step_of_row, exact).to(logps.dtype)
 
@@ -78,7 +82,8 @@ def pair_losses(
     formula: str,
     options: list[float],
     label: float,
-) -> Tensor:  # (P,): unweighted loss of each pair, 0 for a pair with an empty step
+) -> Tensor:  # (P,)
+    """Unweighted loss of each pair, 0 for a pair with an empty step."""
     u = sums if ref is None else sums - ref.to(sums.dtype)
     winner, loser = pair_index.long().unbind(1)
     valid = (counts[winner] > 0) & (counts[loser] > 0)
@@ -86,7 +91,7 @@ def pair_losses(
     zeros = torch.zeros_like(u[winner])
     definition = get_pair_formula(formula)
     scores = PairScores(
-        # an invalid pair is evaluated at 0 and then dropped, so that nothing undefined reaches its gradient
+        # a pair with an empty step is evaluated at 0 and then dropped, so that no NaN reaches the gradient
         torch.where(valid, u[winner], zeros),
         torch.where(valid, u[loser], zeros),
         n[winner],

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m sspo_ext.cli`, the same as `sspo-ext`, for launchers such as torchrun."""
 
 import sys

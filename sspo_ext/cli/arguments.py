@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arguments that several commands share."""
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """--model."""
     parser.add_argument(
         "--model", required=True,
-        help="name on the Hugging Face hub, folder of a model, folder with one .gguf file, or .gguf file",
+        help="name on the Hugging Face hub, folder of a model or of an adapter (PEFT), folder with one .gguf file, or "
+        ".gguf file",
     )  # fmt: skip
 
 
@@ -29,10 +31,15 @@ def add_loading(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_chat_template_option(group: argparse._ActionsContainer) -> None:
-    """--chat-template-option."""
-    text = "option of the chat template, such as enable_thinking=false; repeatable"
+def add_prompts(group: argparse._ActionsContainer) -> None:
+    """How the texts of a row become tokens."""
+    text = "option of the chat template, such as enable_thinking=false; repeatable. A row's own come first"
     group.add_argument("--chat-template-option", type=setting, **REPEATED, help=text)
+    group.add_argument(
+        "--special-tokens", default="error", choices=("error", "allow"),
+        help="what happens to a row with a text that spells a special token, such as <|im_end|>. error: the run stops; "
+        "allow: the text becomes the token",
+    )  # fmt: skip
 
 
 def add_probe(group: argparse._ActionsContainer) -> None:
@@ -83,8 +90,12 @@ def add_optimisation(
     add("--batch-size", type=positive, default=batch_size, help=f"{unit} in a micro-batch, on each device")
     add("--gradient-accumulation", type=positive, default=1, help="micro-batches in an update")
     add("--eval-batch-size", type=positive, default=eval_batch_size, help=eval_batch)
-    add("--lora-r", type=int, default=0, help="rank of a LoRA adapter; 0: train all weights")
+    add("--lora-r", type=int, default=0, help="rank of a new LoRA adapter; 0: train all weights, or --model's adapter")
     add("--lora-alpha", type=int, help="scale of the LoRA adapter (default: twice the rank)")
+    add(
+        "--disable-dropout", action=argparse.BooleanOptionalAction, default=True,
+        help="train without dropout, the model's and the adapter's",
+    )  # fmt: skip
     add("--gradient-checkpointing", action="store_true", help="use less memory and more time")
     add("--bf16", action="store_true", help="run the forward pass in bfloat16 (autocast)")
     add("--seed", type=int, default=0, help="seed of everything random")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The text of `sspo-ext info`: what runs on this machine, and why something does not."""
 
 from __future__ import annotations

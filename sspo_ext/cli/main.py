@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The console script `sspo-ext`. A mistake in its input gives one message and exit code 2."""
 
 from __future__ import annotations

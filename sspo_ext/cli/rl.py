@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sspo-ext rl`: SSPO on files of prompts and answers. Imports nothing heavy until it runs."""
 
 from __future__ import annotations
@@ -7,11 +8,11 @@ from pathlib import Path
 
 from .arguments import (
     REPEATED,
-    add_chat_template_option,
     add_loading,
     add_model,
     add_optimisation,
     add_probe,
+    add_prompts,
     add_route,
     add_running,
     positive,
@@ -31,9 +32,9 @@ _METRICS = ("accuracy", "reward", "completions/mean_length", "completions/clippe
 
 # Options that SSPOConfig has under the same names, beside those of `training_arguments`.
 _SAME = (
-    "num_generations max_completion_length temperature top_p top_k rollout_engine rollout_batch_size split_by probe "
-    "probe_turn gamma lam baseline combine step_scale scale_advantages epsilon epsilon_high kl_estimator entropy_coef "
-    "aggregation num_iterations"
+    "num_generations max_completion_length temperature top_p top_k rollout_engine rollout_batch_size special_tokens "
+    "split_by probe probe_turn gamma lam baseline combine step_scale scale_advantages epsilon epsilon_high "
+    "kl_estimator entropy_coef aggregation num_iterations"
 ).split()
 
 
@@ -77,7 +78,7 @@ def _add_rollouts(parser: argparse.ArgumentParser) -> None:
         help="nucleus sampling; below 1 the loss is no longer that of the sampled distribution",
     )  # fmt: skip
     add("--top-k", type=int, default=0, help="sample from the k most probable tokens; 0: from all")
-    add_chat_template_option(group)
+    add_prompts(group)
     add(
         "--rollout-engine", default="generate", choices=("generate", "compact", "vllm"),
         help="what completes the prompts. generate: transformers; compact: a loop that drops finished completions from "
@@ -155,11 +156,15 @@ def run(options: argparse.Namespace) -> None:
 
     from transformers import set_seed
 
+    from ..train.models import adapter_base
     from ..train.sspo_config import SSPOConfig
     from ..train.sspo_trainer import SSPOTrainer
 
     grader = load_grader(options.grader)
-    rollout_options = {"model": options.model} if options.rollout_engine == "vllm" else {}
+    # vLLM is given the weights with the adapter merged, and needs the model that they fit
+    rollout_options = (
+        {"model": adapter_base(options.model) or options.model} if options.rollout_engine == "vllm" else {}
+    )
     args = SSPOConfig(
         **training_arguments(options, evaluated=held_out is not None),
         **{name: getattr(options, name) for name in _SAME},

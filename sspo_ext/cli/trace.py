@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sspo-ext trace`: what the steps of given chains are worth to a model. Imports nothing heavy until it runs."""
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_chat_template_option, add_loading, add_model, add_probe, positive
+from .arguments import add_loading, add_model, add_probe, add_prompts, positive
 from .training import load
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--grader", default="exact",
         help="what rewards a row without a reward: exact, exact:MARKER, math-verify or module:function",
     )  # fmt: skip
-    add_chat_template_option(parser)
+    add_prompts(parser)
     _add_values(parser)
     _add_pairs(parser)
     add = parser.add_argument_group("pictures").add_argument
@@ -221,7 +222,7 @@ def _load_chains(
         raise ValueError("--probe-turn: the tokenizer has no chat template, which writes the user's turn")
     chains, long = load_chains(
         options.data, tokenizer, split_by=options.split_by, max_length=options.max_length, grader=grader,
-        chat_template_kwargs=dict(options.chat_template_option),
+        chat_template_kwargs=dict(options.chat_template_option), special_tokens=options.special_tokens,
     )  # fmt: skip
     if not chains and not long:
         raise ValueError(f"--data: expected at least one chain, found none in {', '.join(options.data)}")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sspo-ext train`: preference training from files of pairs. Imports nothing heavy until it runs."""
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from .arguments import (
     add_loading,
     add_model,
     add_optimisation,
+    add_prompts,
     add_route,
     add_running,
     assignment,
@@ -56,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_pairs(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("steps and pairs").add_argument
+    group = parser.add_argument_group("steps and pairs")
+    add_prompts(group)
+    add = group.add_argument
     add(
         "--split-by", default="newline",
         help="where a response is split into steps: newline, blank_line, numbered, or a regular expression",
@@ -131,6 +135,7 @@ def run(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     split = {"split_by": options.split_by, "pair_by": options.pairing, "max_length": options.max_length}
     split |= {"overflow": options.overflow, "token_weights": options.token_weights}
+    split |= {"chat_template_kwargs": dict(options.chat_template_option), "special_tokens": options.special_tokens}
     train_set = tokenize_rows(rows, tokenizer, **split)
     eval_set = None if held_out is None else tokenize_rows(held_out, tokenizer, **split)
     model, _ = load(options, tokenizer)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `sspo-ext train` and `sspo-ext rl` share: from their options to a trained and saved model."""
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 _SAME = (
-    "output_dir loss_type beta route chunk_bytes backend warmup_steps optim max_steps bf16 seed logging_steps "
-    "save_steps eval_steps report_to"
+    "output_dir loss_type beta route chunk_bytes backend disable_dropout warmup_steps optim max_steps bf16 seed "
+    "logging_steps save_steps eval_steps report_to"
 ).split()
 
 _RENAMED = {
@@ -48,6 +49,11 @@ def lora_of(options: argparse.Namespace) -> LoraConfig | None:
     """The LoRA adapter to train, if any."""
     if not options.lora_r:
         return None
+    if (Path(options.model) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"--lora-r: expected 0, since --model {options.model!r} is an adapter, which is trained on; for a new one "
+            f"merge it into its base model first, got {options.lora_r}"
+        )
     try:
         from peft import LoraConfig
     except ImportError as error:

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """From rows of text to batches: reading, checking, tokenising, collating, grading."""

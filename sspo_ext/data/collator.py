@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches of tokenized preference rows, padded or packed, with their step layout. Runs on the host."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Graders: functions that reward a completion by its answer.
 
 A grader has one of two forms:
@@ -18,6 +19,8 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from .chat import goes_on, with_words
 
 if TYPE_CHECKING:
     from ..signals.probing.texts import Probe
@@ -129,7 +132,8 @@ def grade_rows(
     Args:
         grader: of our form, called for each row; or of TRL's form, called once with all rows, their columns by name,
             and `more`. Where a prompt is chat messages, TRL's form gets the completion as messages too. A reward of
-            None, "does not apply" in TRL, counts as 0.
+            None, "does not apply" in TRL, counts as 0. A last message of the assistant's belongs to the completion that
+            continues it.
         rows: with "prompt", and "answer" and other columns where the grader needs them.
         completions: a text for each row.
         unit: whether rewards must be in [0, 1].
@@ -147,11 +151,8 @@ def grade_rows(
     if not _in_batches(grader):
         found = [grader(row["prompt"], text, row.get("answer")) for row, text in zip(rows, completions, strict=True)]
     else:
-        prompts = [row["prompt"] for row in rows]
-        in_form = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, completions, strict=True)
-        ]
+        asked = [_in_form(row["prompt"], text) for row, text in zip(rows, completions, strict=True)]
+        prompts, in_form = [prompt for prompt, _ in asked], [completion for _, completion in asked]
         names = dict.fromkeys(name for row in rows for name in row if name != "prompt")
         columns = {name: [row.get(name) for row in rows] for name in names}
         found = grader(**{**columns, "prompts": prompts, "completions": in_form, **more})
@@ -159,6 +160,15 @@ def grade_rows(
             raise ValueError(f"grader: expected a reward for each of {len(rows)} completions, got {found!r}")
         found = [0.0 if reward is None else reward for reward in found]
     return [_checked(reward, text, unit) for reward, text in zip(found, completions, strict=True)]
+
+
+def _in_form(prompt: Any, text: str) -> tuple[Any, Any]:
+    """The prompt and the completion as TRL gives them: words of the assistant that it continues belong to it."""
+    if isinstance(prompt, str):
+        return prompt, text
+    if not goes_on(prompt):
+        return prompt, [{"role": "assistant", "content": text}]
+    return list(prompt[:-1]), [with_words(prompt, text)[-1]]
 
 
 def _in_batches(grader: Grader) -> bool:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of prompts for sampling: read, checked and tokenized."""
 
 from __future__ import annotations
@@ -5,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from .chat import COLUMNS, chat_options, render_prompt
 from .graders import answer_texts
 from .rows import Source, parse_rows, raise_bad_rows
-from .tokenize import prompt_text
+from .special import SpecialTokens
+from .tokenize import encode_prompt
 
 _KEYS = ("prompt", "answer")
 
@@ -17,7 +20,8 @@ def load_prompt_rows(source: Source, texts: bool = False) -> list[dict]:
 
     Args:
         source: a path of a JSONL file, several paths, or mappings in memory. A row has "prompt", a text or chat
-            messages, and "answer". Other keys are kept.
+            messages, and "answer". "tools" and "chat_template_kwargs" are the row's options of the chat template.
+            Other keys are kept.
         texts: whether an answer must be a text, a number, or a list of accepted ones.
 
     Returns:
@@ -39,6 +43,7 @@ def load_prompt_rows(source: Source, texts: bool = False) -> list[dict]:
             raise ValueError(f"expected an object with 'prompt' and 'answer', has no {missing[0]!r}")
         if not isinstance(row["prompt"], str | list) or not row["prompt"]:
             raise ValueError("prompt: expected a text or chat messages")
+        chat_options(row)
         if texts:
             answer_texts(row["answer"])
         return dict(row)
@@ -51,7 +56,16 @@ def load_prompt_rows(source: Source, texts: bool = False) -> list[dict]:
 
 
 def check_rows(
-    name: str, dataset: Any, *, chat: bool, answers: bool = False, texts: bool = False, required: bool = False
+    name: str,
+    dataset: Any,
+    *,
+    chat: bool,
+    answers: bool = False,
+    texts: bool = False,
+    required: bool = False,
+    tokenizer: Any = None,
+    chat_template_kwargs: Mapping | None = None,
+    special_tokens: str = "error",
 ) -> None:
     """Check a trainer's dataset of prompts before training starts.
 
@@ -62,6 +76,10 @@ def check_rows(
         answers: whether each row needs an answer.
         texts: whether each answer must be a text, a number, or a list of accepted ones.
         required: whether None is an error.
+        tokenizer: whose chat template must take the messages, and whose special tokens no text may spell; None:
+            neither is looked at.
+        chat_template_kwargs: options of the chat template for all rows.
+        special_tokens: as for `tokenize_row`.
 
     Raises:
         ValueError: the dataset is not a sequence of rows, or some rows cannot be used. The message names them.
@@ -71,6 +89,7 @@ def check_rows(
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or isinstance(dataset, Mapping):
         raise ValueError(f"{name}: expected rows with a length (a list or a datasets.Dataset), got {type(dataset)}")
     rows = cast("Sequence[Mapping]", dataset)
+    special = None if tokenizer is None else SpecialTokens(tokenizer, special_tokens)
     bad = []
     for i in range(len(rows)):
         row = rows[i]
@@ -80,9 +99,15 @@ def check_rows(
         elif not _is_prompt(row["prompt"], chat):
             expected = "a text or chat messages" if chat else "a text, since the tokenizer has no chat template"
             bad.append((f"row {i}", f"prompt: expected {expected}, not empty, got {row['prompt']!r}"))
-        elif texts:
+        else:
             try:
-                answer_texts(row["answer"])
+                options = chat_options(row, chat_template_kwargs)
+                accepted = answer_texts(row["answer"]) if texts else []
+                if special is not None:
+                    special.check_prompt(row["prompt"], **{name: row.get(name) for name in COLUMNS})
+                    special.check_answers(accepted)
+                    if not isinstance(row["prompt"], str):
+                        render_prompt(row["prompt"], tokenizer, options)
             except (TypeError, ValueError) as error:
                 bad.append((f"row {i}", str(error)))
     try:
@@ -98,28 +123,23 @@ def _is_prompt(prompt: Any, chat: bool) -> bool:
     return messages and all(isinstance(message, Mapping) and "role" in message for message in prompt)
 
 
-def prompt_tokens(prompt: str | Sequence[dict], tokenizer, template_options: Mapping | None = None) -> list[int]:
+def prompt_tokens(prompt: str | Sequence[Mapping], tokenizer, options: Mapping | None = None) -> list[int]:
     """Tokenize a prompt so that a model can complete it.
 
     Args:
-        prompt: a text, which follows the special tokens that the tokenizer puts first (one that it puts at the end is
-            left out); or chat messages, which the tokenizer's chat template writes.
+        prompt: a text, which follows the special tokens that the tokenizer puts first unless it begins with them (one
+            that the tokenizer puts at the end is left out); or chat messages, which the tokenizer's chat template
+            writes. Messages that end in words of the assistant are continued.
         tokenizer: of transformers.
-        template_options: extra options of the chat template.
+        options: of the chat template, see `chat_options`.
 
     Returns:
         Token ids, at least one.
 
     Raises:
-        ValueError: the prompt has no token.
+        ValueError: the prompt has no token, or the chat template refuses it.
     """
-    if isinstance(prompt, str):
-        text, first = prompt_text(prompt, tokenizer)
-        ids = [*first, *tokenizer(text, add_special_tokens=False).input_ids]
-    else:
-        ids = tokenizer.apply_chat_template(
-            list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False, **(template_options or {})
-        )
+    ids = encode_prompt(prompt, tokenizer, options or {}).ids
     if not ids:
         raise ValueError(f"prompt: expected at least one token, got none for {prompt!r}")
-    return list(ids)
+    return ids

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Preference rows from local JSONL files: read, checked, and brought into one form. No tokenizer, no torch."""
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from .chat import COLUMNS, chat_options
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +41,8 @@ def load_preference_rows(source: Source, *, step_separator: str = "\n") -> list[
       compared at least once, in max(good, bad) pairs. A warning counts the rows that are in no pair.
 
     Optional keys: `weight` (at least 0, default 1), `margin` (default 0) and `partial` (true: the response stops before
-    its end, so it gets no end of sequence; the default of the last two forms). Other keys are ignored.
+    its end, so it gets no end of sequence; the default of the last two forms). With chat messages also `tools`, a list,
+    and `chat_template_kwargs`, an object: what the chat template is given for this row. Other keys are ignored.
 
     Args:
         source: a path of a JSONL file, several paths, or mappings in memory.
@@ -46,7 +50,8 @@ def load_preference_rows(source: Source, *, step_separator: str = "\n") -> list[
 
     Returns:
         One dict for each pair: {"prompt": str | list of messages, "chosen": str | list[str], "rejected": str |
-        list[str], "branch": int | None, "partial": bool, "weight": float, "margin": float, "source": "file:line"}.
+        list[str], "branch": int | None, "partial": bool, "weight": float, "margin": float, "source": "file:line"}, and
+        `tools` and `chat_template_kwargs` where they are given.
         The steps of a list concatenate to the response.
 
     Raises:
@@ -211,7 +216,15 @@ def normal_row(row: Mapping, separator: str = "\n") -> dict:
         "partial": bool(partial),
         "weight": weight,
         "margin": _number(row, "margin", 0.0),
+        **_chat_columns(row, prompt),
     }
+
+
+def _chat_columns(row: Mapping, prompt: str | list[dict]) -> dict:
+    """The row's options of the chat template. They are checked here, where file and line are known."""
+    given = {name: row[name] for name in COLUMNS if row.get(name) is not None}
+    chat_options(given)
+    return given if isinstance(prompt, list) else {}
 
 
 def _prompt_and_responses(row: Mapping) -> tuple[Any, Any, Any]:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a preference row to token ids, labels, step ids and the pairs of steps to compare."""
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any, NamedTuple
 from .._checks import check_choice
 from ..signals.pairing.pairs import divergence_index
 from ..signals.split import SplitBy, split_text, token_step_ids
+from .chat import COLUMNS, chat_options, render_prompt, render_response
 from .rows import check_branch, name_some, raise_bad_rows
+from .special import SpecialTokens, first_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +41,8 @@ def tokenize_row(
     add_eos: bool = True,
     skip_shared: bool = True,
     token_weights: str = "uniform",
+    chat_template_kwargs: Mapping | None = None,
+    special_tokens: str = "error",
 ) -> dict:
     """Tokenize one row of `load_preference_rows` for `StepPreferenceCollator`.
 
@@ -45,7 +50,7 @@ def tokenize_row(
     model sees those before it writes. Otherwise a token spans the border, and each is tokenized alone. Special tokens
     that the tokenizer puts first come first; a chat template writes its own. With a chat template, the response is all
     that the template adds, up to the end of the turn. With `partial` or without `add_eos` it ends with the content's
-    last character.
+    last character. A prompt that ends in words of the assistant is continued: the response goes on in the same turn.
 
     Args:
         row: {"prompt", "chosen", "rejected"} and the optional keys of `load_preference_rows`.
@@ -54,7 +59,8 @@ def tokenize_row(
         split_by: how a text becomes steps, see `split_text`. A list of steps is taken as it is.
         pair_by: "index": step k against step k; steps without a partner are left out. "branch": only the first step
             that differs. "sequence": the whole response is one step (DPO). A row with a `branch` compares that step
-            alone, unless "sequence".
+            alone, unless "sequence". Both responses have the same tokens before it: if a token spans the border, the
+            step begins where the tokens part.
         max_length: most tokens of the prompt and the scored part of the response.
         overflow: what happens to a row over `max_length`. "drop": UnusableRow. "cut": pairs are left out whose steps
             do not fit whole; UnusableRow if none fits. "error": ValueError. Prompts and steps are never shortened.
@@ -65,6 +71,12 @@ def tokenize_row(
         token_weights: "uniform": all tokens of a step count. "divergence": only the first token counts in which the
             two steps differ, so a pair compares two logits of one position. The steps must follow the same tokens:
             `pair_by` "branch" or "sequence", or a row with a `branch`.
+        chat_template_kwargs: options of the chat template, such as {"enable_thinking": False}. A row's own, in its
+            columns "chat_template_kwargs" and "tools", come before these.
+        special_tokens: what happens to a row with a text that spells a special token, such as "<|im_end|>". "error":
+            ValueError. "allow": the tokenizer makes the token of it, as it must for prompts that a template wrote
+            beforehand. The tokenizer's own first tokens of a prompt and an end of sequence after a response that is no
+            chat are always taken for what they are.
 
     Returns:
         {"chosen_input_ids", "chosen_labels", "chosen_step_ids", "rejected_input_ids", "rejected_labels",
@@ -84,9 +96,12 @@ def tokenize_row(
         >>> tokenize_row(row, tokenizer, pair_by="sequence")["pairs"]
         [[0, 0]]
     """
-    options = _Options(split_by, pair_by, max_length, overflow, add_eos, skip_shared, token_weights)
+    options = _Options(
+        split_by, pair_by, max_length, overflow, add_eos, skip_shared, token_weights, chat_template_kwargs,
+        special_tokens,
+    )  # fmt: skip
     _check_fast(tokenizer)
-    return _tokenize(row, tokenizer, options)[0]
+    return _tokenize(row, tokenizer, options, SpecialTokens(tokenizer, special_tokens))[0]
 
 
 def tokenize_rows(rows: Iterable[Mapping], tokenizer, **options: Any) -> list[dict]:
@@ -108,6 +123,7 @@ def tokenize_rows(rows: Iterable[Mapping], tokenizer, **options: Any) -> list[di
     """
     settings = _Options(**options)
     _check_fast(tokenizer)
+    special = SpecialTokens(tokenizer, settings.special_tokens)
     features, bad = [], []
     left_out: dict[str, list[str]] = defaultdict(list)
     cut: list[str] = []
@@ -115,7 +131,7 @@ def tokenize_rows(rows: Iterable[Mapping], tokenizer, **options: Any) -> list[di
     for total, row in enumerate(rows, 1):  # noqa: B007
         where = row.get("source", f"row {total - 1}")
         try:
-            feature, num_cut = _tokenize(row, tokenizer, settings)
+            feature, num_cut = _tokenize(row, tokenizer, settings, special)
             features.append(feature)
             cut += [where] if num_cut else []
         except UnusableRow as reason:
@@ -146,6 +162,8 @@ class _Options:
     add_eos: bool = True
     skip_shared: bool = True
     token_weights: str = "uniform"
+    chat_template_kwargs: Mapping | None = None
+    special_tokens: str = "error"
 
     def __post_init__(self) -> None:
         check_choice("pair_by", self.pair_by, PAIR_BY)
@@ -157,6 +175,11 @@ class _Response(NamedTuple):
     ids: list[int]
     steps: list[int]  # of each token: the index of its step in the text
     dense: list[int]  # of each token: its step among those that own a token
+
+    @classmethod
+    def of(cls, ids: list[int], steps: list[int]) -> _Response:
+        number = {step: n for n, step in enumerate(dict.fromkeys(steps))}
+        return cls(ids, steps, [number[step] for step in steps])
 
     def at(self, step: int) -> list[int]:
         return [i for i, s in zip(self.ids, self.steps, strict=True) if s == step]
@@ -176,8 +199,11 @@ def _check_fast(tokenizer) -> None:
         )
 
 
-def _tokenize(row: Mapping, tokenizer, options: _Options) -> tuple[dict, int]:
+def _tokenize(row: Mapping, tokenizer, options: _Options, special: SpecialTokens) -> tuple[dict, int]:
     """The features, and how many pairs were cut away."""
+    special.check_prompt(row["prompt"], **{name: row[name] for name in COLUMNS if name in row})
+    for name in _Pair._fields:
+        special.check_response(name, row[name], chat=not isinstance(row["prompt"], str))
     prompt_ids, sides = _encode_sides(row, tokenizer, options)
     branch = row.get("branch")
     if options.pair_by == "sequence":
@@ -202,27 +228,54 @@ def _tokenize(row: Mapping, tokenizer, options: _Options) -> tuple[dict, int]:
 def _encode_sides(row: Mapping, tokenizer, options: _Options) -> tuple[list[int], _Pair]:
     """The tokens of the prompt, and both responses."""
     finish = options.add_eos and not row.get("partial", False)
-    prompt, first = prompt_text(row["prompt"], tokenizer)
-    prompt_ids = _encode(tokenizer, prompt)[0]
-    sides, texts = [], []
+    template = chat_options(row, options.chat_template_kwargs)
+    prompt = encode_prompt(row["prompt"], tokenizer, template)
+    sides, texts, starts = [], [], []
+    branch = row.get("branch")
     for name in _Pair._fields:
-        text, edges, end = response_text(row["prompt"], prompt, row[name], tokenizer, options.split_by, finish)
-        ids, offsets = encode_response(tokenizer, prompt, prompt_ids, text)
+        text, edges, end = response_text(
+            row["prompt"], prompt.text, row[name], tokenizer, options.split_by, finish, template
+        )
+        ids, offsets = encode_response(tokenizer, prompt, text)
         if end:
             if tokenizer.eos_token_id is None:
                 raise ValueError("add_eos: the tokenizer has no end-of-sequence token; pass add_eos=False")
             if ids[-1] != tokenizer.eos_token_id:
                 ids, offsets = [*ids, tokenizer.eos_token_id], [*offsets, (0, 0)]
         spans = list(pairwise(edges))
-        steps, dense = (token_step_ids(text, offsets, spans, dense=dense) for dense in (False, True))
-        sides.append(_Response(ids, steps, dense))
+        sides.append(_Response.of(ids, token_step_ids(text, offsets, spans, dense=False)))
         texts.append([text[a:b] for a, b in spans])
-    branch, pair = row.get("branch"), _Pair(*sides)
+        if branch is not None and branch < len(spans):
+            starts.append(_first_token(sides[-1].steps, offsets, branch, spans[branch][0]))
+    pair = _Pair(*sides)
     if branch is not None:
         check_branch(branch, *texts)
+        pair = _from_branch(pair, branch, min(starts))
         if pair.chosen.at(branch) == pair.rejected.at(branch) != []:
-            raise ValueError(f"branch: step {branch} is the same in chosen and rejected")
-    return prompt_ids if prompt_ids[: len(first)] == first else first + prompt_ids, pair
+            one, other = (text[branch] for text in texts)
+            how = "is the same" if one == other else "has the same tokens"
+            what = "" if one == other else f", {one!r} and {other!r}"
+            raise ValueError(f"branch: step {branch} {how} in chosen and rejected{what}")
+    return prompt.ids, pair
+
+
+def _first_token(steps: Sequence[int], offsets: Sequence[tuple[int, int]], branch: int, at: int) -> int:
+    """The first token with text of the step `branch`, which begins at the character `at`."""
+    found = (i for i, (step, (_, end)) in enumerate(zip(steps, offsets, strict=True)) if step >= branch or end > at)
+    return next(found, len(steps))
+
+
+def _from_branch(sides: _Pair, branch: int, start: int) -> _Pair:
+    """Both responses, with the step `branch` from `start` on, or from where the tokens part if that is before.
+
+    A token over the border of the shared steps would else stand in the context of one response alone, and be scored in
+    none.
+    """
+    parted = divergence_index(*(side.ids for side in sides))
+    start = start if parted is None else min(start, parted)
+    return _Pair(
+        *(_Response.of(s.ids, [*s.steps[:start], *(max(step, branch) for step in s.steps[start:])]) for s in sides)
+    )
 
 
 def _fitting(
@@ -301,14 +354,12 @@ def _encode(tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     return encoded["input_ids"], encoded["offset_mapping"]
 
 
-def encode_response(
-    tokenizer, prompt: str, prompt_ids: Sequence[int], text: str
-) -> tuple[list[int], list[tuple[int, int]]]:
+def encode_response(tokenizer, prompt: Prompt, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """The response's token ids, and their offsets in its text."""
-    ids, offsets = _encode(tokenizer, prompt + text)
-    n, at = len(prompt_ids), len(prompt)
+    ids, offsets = _encode(tokenizer, prompt.text + text)
+    n, at = len(prompt.text_ids), len(prompt.text)
     inside = all(start >= at for start, _ in offsets[n:]) and all(end <= at for _, end in offsets[:n])
-    if ids[:n] == prompt_ids and inside:
+    if ids[:n] == prompt.text_ids and inside:
         ids, offsets = ids[n:], [(start - at, end - at) for start, end in offsets[n:]]
     else:
         ids, offsets = _encode(tokenizer, text)
@@ -317,35 +368,45 @@ def encode_response(
     return ids, offsets
 
 
-def prompt_text(prompt: str | list, tokenizer, template_options: Mapping | None = None) -> tuple[str, list[int]]:
-    """The prompt's text, and the special tokens that the tokenizer puts before it."""
-    if not isinstance(prompt, str):
-        options = {"tokenize": False, "add_generation_prompt": True, **(template_options or {})}
-        return tokenizer.apply_chat_template(prompt, **options), []
-    plain, full = _encode(tokenizer, "a")[0], tokenizer("a")["input_ids"]
-    at = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
-    return prompt, list(full[:at])
+class Prompt(NamedTuple):
+    """A prompt as the model reads it."""
+
+    text: str
+    text_ids: list[int]  # of the text alone
+    ids: list[int]  # with the special tokens that the tokenizer puts first
+
+
+def encode_prompt(prompt: str | Sequence[Mapping], tokenizer, options: Mapping) -> Prompt:
+    """Tokenize a prompt: a text, which follows the special tokens that the tokenizer puts first, or chat messages.
+
+    A chat template writes its own special tokens, and a text may begin with them. `options`: of `chat_options`.
+    """
+    chat = not isinstance(prompt, str)
+    text = render_prompt(prompt, tokenizer, options) if chat else prompt
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    first = [] if chat else first_tokens(tokenizer)
+    return Prompt(text, ids, ids if ids[: len(first)] == first else [*first, *ids])
 
 
 def response_text(
-    messages: str | list,
+    messages: str | Sequence[Mapping],
     prompt: str,
     response: str | Sequence[str],
     tokenizer,
     split_by: SplitBy,
     finish: bool,
-    template_options: Mapping | None = None,
+    options: Mapping,
 ) -> tuple[str, list[int], bool]:
     """Lay out a response behind its prompt.
 
     Args:
         messages: the prompt, a text or chat messages.
-        prompt: its text, of `prompt_text`.
+        prompt: its text, of `encode_prompt`.
         response: a text, which `split_by` splits, or a list of steps.
         tokenizer: its chat template writes the response to chat messages.
         split_by: as for `split_text`.
         finish: whether the response goes to its end, the end of the model's turn.
-        template_options: extra options of the chat template.
+        options: of `chat_options`.
 
     Returns:
         The response's text; the edges of its steps, 0 and the text's length included; whether the end of sequence is to
@@ -357,14 +418,10 @@ def response_text(
         text, edges = "".join(response), [0, *accumulate(map(len, response))]
     if isinstance(messages, str):
         return text, edges, finish
-    conversation = [*messages, {"role": "assistant", "content": text}]
-    full = tokenizer.apply_chat_template(conversation, tokenize=False, **(template_options or {}))
-    content = text.strip()  # as many templates do
-    at = full.find(content, len(prompt))
-    if not full.startswith(prompt) or at < 0:
-        raise ValueError("prompt: the chat template does not continue it with the response; give both as texts")
-    written = (full.rstrip() if finish else full[: at + len(content)])[len(prompt) :]
-    moved = at - len(prompt) - text.index(content)  # from a place in the text to the same place in `written`
+    written, at = render_response(messages, prompt, text, tokenizer, options)
+    content = text.strip()
+    end = at + len(content)
+    written = written.rstrip() if finish else written[:end]
+    moved = at - text.index(content)  # from a place in the text to the same place in `written`
     inner = {edge + moved for edge in edges[1:-1] if 0 <= edge + moved <= len(written)}
-    ends_with_content = len(written) == at - len(prompt) + len(content)
-    return written, sorted(inner | {0, len(written)}), finish and ends_with_content
+    return written, sorted(inner | {0, len(written)}), finish and len(written) == end

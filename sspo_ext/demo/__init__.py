@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sspo-ext demo`: a small language model learns to reason right and short, offline, in under three minutes.
 
 The start model has two layers and ships with the package; `sspo_ext.demo.imitate` made it. It imitates a wordy teacher

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the demo and the compression benchmark share: a start model, its training by `SSPOTrainer`, and numbers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes a start model: a small Llama imitates the wordy teacher of `sspo_ext.demo.tasks`.
 
     python -m sspo_ext.demo.imitate --output-dir sspo_ext/demo/start

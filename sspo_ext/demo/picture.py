@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo's picture: accuracy against tokens while it trains, and one problem's steps before and after."""
 
 from __future__ import annotations

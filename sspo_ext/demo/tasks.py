@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generated reasoning tasks: problems, a wordy teacher's solutions in steps, a verifier, and a tokenizer.
 
 A problem applies operations to a state, one line for each, and ends with an answer line:

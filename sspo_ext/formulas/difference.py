@@ -1,4 +1,5 @@
-"""Heads of the difference of the two scores (and the first four of the table, whose numbers stay)."""
+# SPDX-License-Identifier: Apache-2.0
+"""Formulas of the difference of the two scores (and the first four of the table, whose numbers stay)."""
 
 from __future__ import annotations
 

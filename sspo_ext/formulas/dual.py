@@ -1,7 +1,13 @@
-"""Values with their derivatives: differentiates an elementwise definition where autograd cannot record, below the
-dispatcher's autograd keys in an op that torch.compile runs."""
+# SPDX-License-Identifier: Apache-2.0
+"""Values with their derivatives: differentiates an elementwise definition where autograd cannot record.
+
+That is inside an op, below the dispatcher's autograd keys.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -10,7 +16,7 @@ from torch import Tensor
 class Dual:
     """value + slope * e with e * e = 0, elementwise: a function of it carries its derivative as the slope.
 
-    Knows what the policy losses are made of, and raises for anything else.
+    It knows the operations of the policy losses and raises NotImplementedError for any other.
     """
 
     def __init__(self, value: Tensor, slope: Tensor):
@@ -51,6 +57,11 @@ class Dual:
         return rule(*args, **(kwargs or {}))
 
 
+def derivative(fn: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """The derivative of an elementwise function at a tensor; `fn` sees a Dual in the tensor's place."""
+    return cast(Dual, fn(cast(Tensor, Dual.variable(at)))).slope
+
+
 def _parts(x) -> tuple[Tensor | float, Tensor | float]:
     return (x.value, x.slope) if isinstance(x, Dual) else (x, 0.0)
 
@@ -70,12 +81,12 @@ def _square(x: Dual) -> Dual:
 
 def _clamp(x: Dual, min: float | None = None, max: float | None = None) -> Dual:
     y = torch.clamp(x.value, min, max)
-    return Dual(y, torch.where(y == x.value, x.slope, 0.0))  # at a bound the slope passes, as torch's does
+    return Dual(y, torch.where(y == x.value, x.slope, 0.0))  # torch too passes the gradient on at a bound
 
 
-def _minimum(x, y) -> Dual:
-    """Where the two are equal, the mean of their slopes, as torch has it."""
-    (a, da), (b, db) = _parts(x), _parts(y)
+def _minimum(x: Dual | Tensor, y: Dual | Tensor) -> Dual:
+    """The slope is the mean of both where the two are equal, as in torch."""
+    (a, da), (b, db) = ((v.value, v.slope) if isinstance(v, Dual) else (v, torch.zeros_like(v)) for v in (x, y))
     return Dual(torch.minimum(a, b), torch.where(a < b, da, torch.where(b < a, db, (da + db) / 2)))
 
 

@@ -1,4 +1,5 @@
-"""Heads with a likelihood term: SFT regularisers to mix in, and the reference-free losses that bring their own."""
+# SPDX-License-Identifier: Apache-2.0
+"""Formulas with a likelihood term: SFT regularisers to mix in, and reference-free losses that have one already."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from .numerics import MAX_MEAN_LOGP, log1mexp, log_odds, logistic
 from .registry import NOT_NEGATIVE, PairScores, pair_formula
 
-_BETA_UNUSED = {"beta": 0.1}  # scales the rewards of the metrics; the loss does not have it
+_BETA_UNUSED = {"beta": 0.1}  # scales the rewards of the metrics; the loss does not use it
 
 
 @pair_formula(

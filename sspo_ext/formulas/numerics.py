@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pieces that several formulas share, written so that nothing overflows or cancels at any finite score."""
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_EXPONENT = 80.0  # exp of it is finite in float32, with room for beta and sums over pairs; TRL clamps there too
-MAX_MEAN_LOGP = -1e-6  # closer to 0, a token mean in float32 has no digits left of its odds
+MAX_EXPONENT = 80.0  # its exp is finite in float32, with room for beta and sums over pairs; TRL clamps there too
+MAX_MEAN_LOGP = -1e-6  # closer to 0, the odds of a float32 token mean have no correct digit
 
 
 def logistic(z: Tensor, label: Tensor) -> Tensor:
@@ -18,8 +19,11 @@ def logistic(z: Tensor, label: Tensor) -> Tensor:
 
 
 def log1mexp(m: Tensor) -> Tensor:
-    """log(1 - e^m) for m < 0. Each branch sees only arguments it is accurate for, so that the other's infinities never
-    meet a zero in the gradient."""
+    """log(1 - e^m) for m < 0.
+
+    Each branch sees only arguments for which it is accurate. Otherwise the unused branch would put an infinity times
+    zero, NaN, into the gradient.
+    """
     near = m > -math.log(2)
     small = torch.where(near, m, torch.full_like(m, -1.0))
     large = torch.where(near, torch.full_like(m, -1.0), m)
@@ -27,11 +31,11 @@ def log1mexp(m: Tensor) -> Tensor:
 
 
 def log_odds(mean_logp: Tensor) -> Tensor:
-    """log(p / (1 - p)) of a token-mean log-prob; p is held below 1 by 1e-6, where its gradient ends."""
+    """log(p / (1 - p)) of a token-mean log-prob, which is clamped to -1e-6; the gradient is 0 above that."""
     m = torch.clamp(mean_logp, max=MAX_MEAN_LOGP)
     return m - log1mexp(m)
 
 
 def bounded_exp(x: Tensor) -> Tensor:
-    """e^x, its exponent held at 80, where its gradient ends."""
+    """e^x with the exponent clamped to 80; the gradient is 0 above that."""
     return torch.exp(torch.clamp(x, max=MAX_EXPONENT))

@@ -1,7 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
 """The policy-gradient losses as formulas of token log-probs: one definition each, in torch ops.
 
-A definition is elementwise over scored tokens, given its ratio and constants. Autograd differentiates it on the logits
-route, `Dual` inside the linear route's op.
+A definition is elementwise over scored tokens, given their ratios and constants. Autograd differentiates it on the
+logits route, `Dual` inside the linear route's op.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .._checks import check_choice, describe
 
-MAX_LOG_RATIO = 20.0  # exp of it is finite with room to spare; a ratio beyond is a training run that is lost anyway
+MAX_LOG_RATIO = 20.0  # its exp is far from overflow; a training run with a larger ratio is lost anyway
 
 LEVELS = ("token", "step", "sequence")
 
@@ -25,24 +26,25 @@ class PolicyScores(NamedTuple):
     """What a policy formula sees of N tokens; (N,) each."""
 
     logp: Tensor
-    ratio: Tensor  # of the token, or of its step or sequence
+    ratio: Tensor  # of the token, or of its step or sequence; None where the formula has no ratio
     advantage: Tensor  # constant
 
 
 @dataclass(frozen=True)
 class PolicyFormula:
-    """A policy loss: its definition, and what it may be asked for."""
+    """A policy loss: its definition, and what it takes."""
 
     name: str
     fn: Callable[..., Tensor]  # (PolicyScores, **options) -> (N,), to be minimised
     options: Mapping[str, float | None]  # option -> default
-    has_ratio: bool  # whether old log-probs and a level mean anything
+    has_ratio: bool  # whether it uses old log-probs and a level
     formula: str
     source: str
     use: str  # where it is the right choice
+    resolve: Callable[..., tuple[float, ...]] | None = None  # checked options -> their values, where None is one
 
     def check_options(self, given: Mapping[str, float | None]) -> tuple[float, ...]:
-        """Option values in order. One that this loss does not have raises."""
+        """Option values in order; TypeError for an option that this loss does not have."""
         unknown = sorted(set(given) - set(self.options))
         if unknown:
             has = ", ".join(self.options) or "none"
@@ -57,29 +59,26 @@ class PolicyFormula:
                 raise TypeError(f"{name}: expected a number, got {describe(value)}")
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name}: expected a finite number, 0 or above, got {value!r}")
-        if self.name == "ppo":
-            epsilon = values["epsilon"]
-            if epsilon > 1:
-                raise ValueError(f"epsilon: expected a number in [0, 1], got {epsilon!r}")
-            high = values["epsilon_high"] = epsilon if values["epsilon_high"] is None else values["epsilon_high"]
-            if values["delta"] is not None and values["delta"] <= 1 + high:
-                raise ValueError(f"delta: expected more than 1 + epsilon_high = {1 + high:g}, got {values['delta']!r}")
-            values["delta"] = math.inf if values["delta"] is None else values["delta"]
-        return tuple(float(v) for v in values.values())
+        if self.resolve is not None:
+            return self.resolve(**values)
+        return tuple(float(v) for v in values.values() if v is not None)
 
 
 POLICY_FORMULAS: dict[str, PolicyFormula] = {}
 
 
-def _policy_formula(name, *, options, has_ratio, formula, source, use):
+def _policy_formula(name: str, *, options: Mapping[str, float | None], **facts):
+    """Registers the decorated definition; `facts` are further fields of PolicyFormula."""
+
     def register(fn):
-        POLICY_FORMULAS[name] = PolicyFormula(name, fn, options, has_ratio, formula, source, use)
+        POLICY_FORMULAS[name] = PolicyFormula(name, fn, options, **facts)
         return fn
 
     return register
 
 
 def get_policy_formula(name: str) -> PolicyFormula:
+    """The formula of this name; ValueError for an unknown one."""
     check_choice("loss_type", name, tuple(POLICY_FORMULAS))
     return POLICY_FORMULAS[name]
 
@@ -96,9 +95,20 @@ def _reinforce(s: PolicyScores):
     return -(s.advantage * s.logp)
 
 
+def _ppo_options(epsilon: float, epsilon_high: float | None, delta: float | None) -> tuple[float, ...]:
+    """Without epsilon_high the range is symmetric; without delta there is no dual clip."""
+    if epsilon > 1:
+        raise ValueError(f"epsilon: expected a number in [0, 1], got {epsilon!r}")
+    high = epsilon if epsilon_high is None else epsilon_high
+    if delta is not None and delta <= 1 + high:
+        raise ValueError(f"delta: expected more than 1 + epsilon_high = {1 + high:g}, got {delta!r}")
+    return float(epsilon), float(high), math.inf if delta is None else float(delta)
+
+
 @_policy_formula(
     "ppo",
     options={"epsilon": 0.2, "epsilon_high": None, "delta": None},
+    resolve=_ppo_options,
     has_ratio=True,
     formula="-min(min(r, delta) A, clip(r, 1 - epsilon, 1 + epsilon_high) A)",
     source="PPO-clip (arXiv 1707.06347); epsilon_high: clip-higher of DAPO (2503.14476); delta: dual clip "
@@ -130,6 +140,6 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
 """Estimates of KL(pi || ref) at a token sampled from pi, from d = log pi - log ref (Schulman 2020, "Approximating KL
 divergence").
 
-All but k2 are unbiased as values. Differentiated as a term of a loss, k2 has the expected gradient of the KL, k3 that
-of KL(ref || pi), and k1 none: it is for reports.
+As values k1 and k3 are unbiased. As a term of a loss, the expected gradient of k2 is that of KL(pi || ref), that of k3
+is the gradient of KL(ref || pi), and that of k1 is zero, so k1 is for reports.
 """

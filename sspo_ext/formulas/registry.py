@@ -1,4 +1,5 @@
-"""What a pair loss is: scores of a pair in, its loss out, with everything it may be asked for declared beside it."""
+# SPDX-License-Identifier: Apache-2.0
+"""What a pair loss is: scores of a pair in, its loss out, and beside it a declaration of what it takes."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class PairFormula:
-    """A pair loss: its definition, and what it may be asked for."""
+    """A pair loss: its definition, and what it takes."""
 
     name: str
     fn: Callable[..., Tensor]  # (PairScores, **options) -> (P,)
@@ -45,11 +46,11 @@ class PairFormula:
     soft_labels: bool = False
     margins: bool = True
     per_token_reward: bool = False  # rewards in the metrics are beta * u / n
-    by_winner_tokens: bool = False  # pairs weigh in by their winner's tokens, so that the mean is one over tokens
+    by_winner_tokens: bool = False  # a pair's weight is its winner's tokens, so that the mean is one over tokens
     limits: Mapping[str, Limit] = field(default_factory=dict)
 
     def check_options(self, beta: float, given: Mapping[str, float]) -> list[float]:
-        """Option values in kernel order. An option that this loss does not have raises."""
+        """Option values in kernel order; TypeError for an option that this loss does not have."""
         unknown = sorted(set(given) - set(self.options))
         if unknown:
             has = ", ".join(self.options)
@@ -75,7 +76,7 @@ NOT_NEGATIVE = Limit(lambda v: v >= 0, "0 or a number above")
 
 
 def pair_formula(name: str, *, options: Mapping[str, float], **facts):
-    """Registers the decorated definition; the rest are PairFormula's fields."""
+    """Registers the decorated definition; `facts` are further fields of PairFormula."""
 
     def register(fn):
         assert next(iter(options)) == "beta" and len(options) <= MAX_OPTIONS and name not in PAIR_FORMULAS
@@ -90,7 +91,7 @@ def formula_id(name: str) -> int:
     return list(PAIR_FORMULAS).index(name)
 
 
-# TRL's names of what needs more than two scores a pair, and where that is here
+# TRL's names of losses that need more than two scores a pair, and the function that computes each here
 _ELSEWHERE = {
     "aot": "aot_loss",
     "aot_unpaired": "aot_unpaired_loss",
@@ -100,6 +101,7 @@ _ELSEWHERE = {
 
 
 def get_pair_formula(name: str) -> PairFormula:
+    """The formula of this name; ValueError for an unknown one."""
     if isinstance(name, str) and name in _ELSEWHERE:
         raise ValueError(
             f"loss_type: {name!r} needs more than a pair at a time; call "

@@ -1,4 +1,5 @@
-"""Heads that push each of the two scores against the reference itself, and not only their difference."""
+# SPDX-License-Identifier: Apache-2.0
+"""Formulas that push each of the two scores on its own against the reference, not only their difference."""
 
 from __future__ import annotations
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hidden states and the LM head of Hugging Face causal LMs, wrapped or not, without a patched `forward`."""
 
 from .check import check_head

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The start-up check of an LM head: do its weight, scale and softcap give the model's own logits?"""
 
 from __future__ import annotations

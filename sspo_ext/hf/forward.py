@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One forward of the outermost model, for its hidden states or for its logits at some positions.
 
 The model runs as usual. A temporary pre-hook on its output embeddings keeps the hidden states that the LM head was

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The LM head of a causal LM: its own parameters, with the scale and softcap that the config declares."""
 
 from __future__ import annotations

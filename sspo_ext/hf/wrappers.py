@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The wrappers around a model: how to look through them, where the LM head is, and which models are refused."""
 
 from __future__ import annotations

@@ -1,28 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
 """The base of layouts and pairs: a frozen bundle of tensors that moves between devices as one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TensorBundle:
-    """Moves its tensor fields together; `host_...` fields stay on the host, where plans are made."""
+    """A dataclass whose tensors move together. Fields named `host_...` stay on the host, where plans are made."""
 
-    def _map(self, fn):
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> Self:
         mine = [f.name for f in fields(self) if not f.name.startswith("host_")]
         return replace(self, **{name: fn(v) for name in mine if isinstance(v := getattr(self, name), Tensor)})
 
-    def to(self, device: torch.device | str):
-        """The same object with its tensors on `device`. Never waits, except for copies to the host."""
+    def to(self, device: torch.device | str) -> Self:
+        """The same object with its tensors on `device`.
+
+        Only a copy to the host waits for the device.
+        """
         non_blocking = torch.device(device).type != "cpu"
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self, device=None):
-        """Called by DataLoader(pin_memory=True)."""
+    def pin_memory(self, device=None) -> Self:
+        """The same object with its tensors in pinned memory; `DataLoader(pin_memory=True)` calls it."""
         return self._map(lambda t: t.pin_memory())
 
 
@@ -33,13 +42,15 @@ class Steps(TensorBundle):
 
     @property
     def num_steps(self) -> int:
+        """S."""
         raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
+        """Where the tensors are."""
         raise NotImplementedError
 
 
 def constant(values: Tensor) -> Tensor:
-    """Detached, in float32, or in float64 if it came so."""
+    """The values detached, in float64 if they came so, else in float32."""
     return values.detach().to(torch.float64 if values.dtype == torch.float64 else torch.float32)

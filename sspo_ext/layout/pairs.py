@@ -1,4 +1,5 @@
-"""Which step should be preferred to which: (winner, loser) indices into a layout's steps, built on the host."""
+# SPDX-License-Identifier: Apache-2.0
+"""Which step should be preferred to which: (winner, loser) indices of a layout's steps, built on the host."""
 
 from __future__ import annotations
 
@@ -14,7 +15,14 @@ from .bundle import Steps, TensorBundle, constant
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StepPairs(TensorBundle):
-    """P pairs of steps, with what launch 2 needs to find them from either side. Build it with `from_index`."""
+    """P pairs of steps. Build it with `from_index`.
+
+    The adjacency (`adj_offsets`, `adj_pairs`) lists the pairs of each step; the kernels read it.
+
+    Example:
+        >>> pairs = StepPairs.from_index(layout, torch.tensor([[0, 1], [0, 2]]), weights=torch.tensor([1.0, 0.5]))
+        >>> out = step_pref_loss(logits, layout, pairs)
+    """
 
     index: Tensor  # (P, 2) int32: winner step, loser step
     adj_offsets: Tensor  # (S + 1,) int32, CSR: the pairs each step is in
@@ -30,15 +38,17 @@ class StepPairs(TensorBundle):
 
     @property
     def num_steps(self) -> int:
+        """S of the layout they were made for."""
         return self.host_step_offsets.shape[0] - 1
 
     @property
     def num_pairs(self) -> int:
+        """P, dropped pairs included."""
         return self.index.shape[0]
 
     @property
     def num_dropped(self) -> int:
-        """Pairs with an empty step: they add nothing to the loss and are not counted in its mean."""
+        """Pairs with an empty step. They add nothing to the loss and do not count in its mean."""
         return self.num_pairs - self.num_valid
 
     def __repr__(self) -> str:
@@ -49,17 +59,32 @@ class StepPairs(TensorBundle):
     def from_index(
         cls,
         layout: Steps,
-        index: Tensor,  # (P, 2) int: winner step, loser step, as numbered in the layout
+        index: Tensor,
         *,
-        weights: Tensor | None = None,  # (P,) float: multiplies a pair's loss
-        margins: Tensor | None = None,  # (P,) float: subtracted from the reward margin
-        soft_labels: Tensor | None = None,  # (P,) float in [0, 1]
+        weights: Tensor | None = None,
+        margins: Tensor | None = None,
+        soft_labels: Tensor | None = None,
     ) -> StepPairs:
-        """Checks the pairs against the layout and moves them to its device. An index on a device is copied to the host
-        once (a sync).
+        """Checks the pairs against the layout and moves them to its device.
 
-        A step may be in any number of pairs. Raises ValueError for an index outside [0, S) or a step paired with
-        itself.
+        A step may be in any number of pairs. An index on a device is copied to the host once (a sync).
+
+        Args:
+            layout: the StepLayout whose steps are paired.
+            index: (P, 2) int: winner step and loser step, as numbered in the layout.
+            weights: (P,) float, multiply the pairs' losses.
+            margins: (P,) float, subtracted from the difference of the rewards.
+            soft_labels: (P,) float in [0, 1], the probability that the winner is the better step.
+
+        Returns:
+            StepPairs on the layout's device.
+
+        Raises:
+            TypeError: The index is not of integers, or a constant not of floats.
+            ValueError: An index is outside [0, S), a step is paired with itself, or a shape does not fit.
+
+        Example:
+            >>> pairs = StepPairs.from_index(layout, torch.tensor([[0, 1]]))
         """
         index = index if isinstance(index, Tensor) else torch.as_tensor(index, device="cpu")
         if index.numel() == 0:
@@ -107,7 +132,23 @@ class StepPairs(TensorBundle):
     def with_values(
         self, *, weights: Tensor | None = None, margins: Tensor | None = None, soft_labels: Tensor | None = None
     ) -> StepPairs:
-        """The same pairs with these per-pair constants (P,) float; None keeps what was there."""
+        """The same pairs with other constants; None keeps what was there.
+
+        Args:
+            weights: (P,) float, multiply the pairs' losses.
+            margins: (P,) float, subtracted from the difference of the rewards.
+            soft_labels: (P,) float in [0, 1], the probability that the winner is the better step.
+
+        Returns:
+            StepPairs with these constants, detached.
+
+        Raises:
+            TypeError: A constant is no float tensor.
+            ValueError: A shape does not fit, or a soft label is no probability.
+
+        Example:
+            >>> with_margins = pairs.with_values(margins=torch.zeros(pairs.num_pairs))
+        """
         given = {"weights": weights, "margins": margins, "soft_labels": soft_labels}
         for name, value in given.items():
             if value is not None:
@@ -119,19 +160,23 @@ class StepPairs(TensorBundle):
                 raise ValueError(f"soft_labels: expected probabilities in [0, 1], got {outside[0].item()}")
         device = self.index.device
         constants = {k: constant(v).to(device, non_blocking=True) for k, v in given.items() if v is not None}
-        if weights is not None:  # a dropped pair's weight, NaN perhaps, reaches no backend
+        if weights is not None:  # the weight of a dropped pair may be NaN; no backend sees it
             constants["weights"] = torch.where(self.valid, constants["weights"], 0)
         return replace(self, **constants)
 
     def units(self) -> np.ndarray:
-        """(S,) int64: the connected component of each step, -1 for a step in no pair. Losses of different units are
-        independent."""
+        """(S,) int64: the connected component of each step, -1 for a step in no pair.
+
+        Losses of different components are independent.
+        """
         return connected_steps(self.host_index.numpy(), self.num_steps)
 
 
 def connected_steps(index: np.ndarray, num_steps: int) -> np.ndarray:
-    """(S,) int64: the smallest step of the connected component of each step, -1 for a step in no pair of `index` (P,
-    2)."""
+    """(S,) int64: the smallest step of each step's connected component.
+
+    It is -1 for a step in no pair of `index` (P, 2).
+    """
     parent = np.arange(num_steps)
 
     def root(i: int) -> int:

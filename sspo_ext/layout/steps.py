@@ -1,8 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which rows of the logits are scored, and which step each belongs to: built once, on the host.
 
-Everything that would need a device sync later (validation, compaction, step boundaries) happens here, so that a loss is
-only kernels. Build layouts in the collator: labels and step ids are then already on the host, and `.to(device)` is a
-handful of small async copies.
+Everything that would need a device sync later (validation, compaction, step boundaries) happens here, so that a loss
+consists of kernels alone. Build layouts in the collator: labels and step ids are then already on the host, and
+`.to(device)` is a handful of small async copies.
 """
 
 from __future__ import annotations
@@ -16,14 +17,20 @@ from torch import Tensor
 from .._checks import check_float, check_integer, check_shape, check_tensor, describe
 from .bundle import Steps, constant
 from .pairs import StepPairs
+from .spans import checked_spans, sequence_of_spans, step_of_token
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StepLayout(Steps):
     """Rows and steps of a batch of B sequences of padded length T. Build it with a `from_...` classmethod.
 
-    `labels` are unshifted, like Hugging Face's: the logits at position t - 1 predict the label at t, in the same
-    sequence. A sequence's first token has no row. Rows are ascending, and the rows of a step are contiguous.
+    A row is the logits of one position, and a scored row has a label. `labels` are unshifted, like Hugging Face's: the
+    logits at position t - 1 predict the label at t, in the same sequence. A sequence's first token has no row. Rows are
+    ascending, and the rows of a step are contiguous.
+
+    Example:
+        >>> layout = StepLayout.from_step_ids(labels, step_ids)
+        >>> layout = layout.to("cpu")  # all its tensors at once
     """
 
     rows: Tensor  # (N,) int64: position b*T + t of the logits that predict the scored token
@@ -32,7 +39,7 @@ class StepLayout(Steps):
     step_offsets: Tensor  # (S + 1,) int32, CSR over rows; an empty step has equal neighbours
     step_of_row: Tensor  # (N,) int64
     step_sequence: Tensor  # (S,) int32: the sequence each step is in
-    row_of: Tensor  # (B*T,) int32: the row a position is, -1 where it is none
+    row_of: Tensor  # (B*T,) int32: the row of a position, -1 where nothing is scored
     shape: tuple[int, int]  # (B, T); (1, total) for a packed batch
     num_sequences: int
     host_step_offsets: Tensor  # (S + 1,) int64
@@ -42,10 +49,12 @@ class StepLayout(Steps):
 
     @property
     def num_rows(self) -> int:
+        """N, the number of scored rows."""
         return self.rows.shape[0]
 
     @property
     def num_steps(self) -> int:
+        """S, the number of steps, empty ones included."""
         return self.step_sequence.shape[0]
 
     @property
@@ -55,6 +64,7 @@ class StepLayout(Steps):
 
     @property
     def device(self) -> torch.device:
+        """Where the tensors are."""
         return self.rows.device
 
     def __repr__(self) -> str:
@@ -67,32 +77,42 @@ class StepLayout(Steps):
     @classmethod
     def from_step_ids(
         cls,
-        labels: Tensor,  # (B, T) int: unshifted; ignore_index where nothing is scored
-        step_ids: Tensor,  # (B, T) int: 0, 1, 2, ... along each sequence, -1 where nothing is scored
+        labels: Tensor,
+        step_ids: Tensor,
         *,
-        token_weights: Tensor | None = None,  # (B, T) float: constant weight of each token; a zero leaves it unscored
+        token_weights: Tensor | None = None,
         ignore_index: int = -100,
-        vocab_size: int | None = None,  # checks labels here and not first at the loss
+        vocab_size: int | None = None,
     ) -> StepLayout:
-        """Layout of a padded batch. Tensors on a device are copied to the host once (a sync); the result lives where
-        `labels` does.
+        """Layout of a padded batch.
 
-        A step is the tokens of one sequence with the same id. Unscored tokens inside it (a tool's output) leave it one
-        step; an id that is left out, or whose tokens are all unscored, is an empty step. Raises ValueError, naming
-        sequence and position, for a label outside [0, vocab_size), step ids that go backwards and shapes that do not
-        agree.
+        A step is the tokens of one sequence with the same id. Unscored tokens inside it (a tool's output) do not split
+        it. An id that is left out, or whose tokens are all unscored, is an empty step. Tensors on a device are copied
+        to the host once (a sync).
 
-        Example::
+        Args:
+            labels: (B, T) int, unshifted; `ignore_index` where nothing is scored.
+            step_ids: (B, T) int: 0, 1, 2, ... along each sequence, -1 where nothing is scored.
+            token_weights: (B, T) float, the constant weight of each token; a weight of 0 leaves the token unscored.
+            ignore_index: the label that is not scored.
+            vocab_size: V, to check the labels here and not first at the loss.
 
-            >>> labels = torch.tensor([[5, 6, 7, 8]]); step_ids = torch.tensor([[-1, 0, 0, 1]])
-            >>> StepLayout.from_step_ids(labels, step_ids).rows
+        Returns:
+            A StepLayout on the device of `labels`.
+
+        Raises:
+            TypeError: An argument is no tensor, or of a wrong dtype.
+            ValueError: A label is outside [0, vocab_size), step ids go backwards, or shapes do not agree. The message
+                names sequence and position.
+
+        Example:
+            >>> StepLayout.from_step_ids(torch.tensor([[5, 6, 7, 8]]), torch.tensor([[-1, 0, 0, 1]])).rows
             tensor([0, 1, 2])
         """
         check_integer("labels", labels, ndim=2)
         check_integer("step_ids", step_ids)
         check_shape("step_ids", step_ids, tuple(labels.shape))
         batch, length = labels.shape
-        device = labels.device
         ids = step_ids.cpu().numpy().astype(np.int64)
         running = np.maximum.accumulate(ids, axis=1)
         _refuse(ids < -1, ids, "step_ids", "0, 1, 2, ... or -1 (not scored)")
@@ -100,107 +120,92 @@ class StepLayout(Steps):
         _refuse(ids >= length, ids, "step_ids", f"ids below the sequence length {length}")
         steps = running[:, -1] + 1 if length else np.zeros(batch, np.int64)
         base = np.cumsum(steps) - steps
-        step = np.where(ids >= 0, ids + base[:, None], -1)
-        position = np.broadcast_to(np.arange(length), ids.shape)
-        sequence = np.broadcast_to(np.arange(batch)[:, None], ids.shape)
-        return cls._build(
-            labels, step, sequence, position, np.repeat(np.arange(batch), steps), (batch, length), batch, token_weights,
-            ignore_index, vocab_size, device,
-        )  # fmt: skip
+        tokens = _Tokens(
+            step=np.where(ids >= 0, ids + base[:, None], -1),
+            sequence=np.broadcast_to(np.arange(batch)[:, None], ids.shape),
+            position=np.broadcast_to(np.arange(length), ids.shape),
+        )
+        step_sequence = np.repeat(np.arange(batch), steps)
+        return cls._build(labels, tokens, step_sequence, batch, token_weights, ignore_index, vocab_size)
 
     @classmethod
     def from_offsets(
         cls,
-        labels: Tensor,  # (total,) int: unshifted labels of all sequences, one after the other
-        cu_seqlens: Tensor,  # (B + 1,) int: where each sequence starts; the last entry is total
-        step_offsets: Tensor,  # (S + 1,) int: step k is tokens [step_offsets[k], step_offsets[k + 1]); or (S, 2) spans
+        labels: Tensor,
+        cu_seqlens: Tensor,
+        step_offsets: Tensor,
         *,
-        token_weights: Tensor | None = None,  # (total,) float
+        token_weights: Tensor | None = None,
         ignore_index: int = -100,
         vocab_size: int | None = None,
     ) -> StepLayout:
         """Layout of a packed (padding-free) batch, whose logits are (total, V) or (1, total, V).
 
-        With S + 1 offsets steps follow each other from 0 to total without gaps (prompt tokens in them carry
-        ignore_index), so every sequence starts a step; with (S, 2) spans, tokens between spans are not scored. A step
-        that crosses a sequence boundary raises
-        ValueError: no label is ever predicted from another sequence. An empty step belongs to the sequence in which it
-        starts.
+        With S + 1 offsets, steps follow each other from 0 to total without gaps, so every sequence starts a step, and
+        prompt tokens carry `ignore_index`. With (S, 2) spans, tokens between spans are not scored. No label is ever
+        predicted from another sequence. An empty step belongs to the sequence in which it starts.
+
+        Args:
+            labels: (total,) int, unshifted: the labels of all sequences, one after the other.
+            cu_seqlens: (B + 1,) int: where each sequence starts; the last entry is total.
+            step_offsets: (S + 1,) int: step k is tokens [step_offsets[k], step_offsets[k + 1]); or (S, 2) spans.
+            token_weights: (total,) float, the constant weight of each token; a weight of 0 leaves the token unscored.
+            ignore_index: the label that is not scored.
+            vocab_size: V, to check the labels here and not first at the loss.
+
+        Returns:
+            A StepLayout of shape (1, total) on the device of `labels`.
+
+        Raises:
+            TypeError: An argument is no tensor, or of a wrong dtype.
+            ValueError: A step crosses a sequence boundary, offsets are not ascending, or a label is out of range.
+
+        Example:
+            >>> packed = torch.tensor([-100, 6, 7, -100, 9])
+            >>> StepLayout.from_offsets(packed, torch.tensor([0, 3, 5]), torch.tensor([[1, 3], [4, 5]])).rows
+            tensor([0, 1, 3])
         """
         check_integer("labels", labels, ndim=1)
         check_integer("cu_seqlens", cu_seqlens, ndim=1)
         check_integer("step_offsets", step_offsets, ndim=(1, 2))
-        total, device = labels.shape[0], labels.device
+        total = labels.shape[0]
         cu = cu_seqlens.cpu().numpy().astype(np.int64)
         if len(cu) < 1 or cu[0] != 0 or cu[-1] != total or (np.diff(cu) < 0).any():
             raise ValueError(
                 f"cu_seqlens: expected 0 <= ... <= {total} (the length of labels), never falling, got {cu.tolist()}"
             )
-        spans = step_offsets.cpu().numpy().astype(np.int64)
-        if spans.ndim == 1:
-            if len(spans) == 0:
-                raise ValueError("step_offsets: expected S + 1 offsets or (S, 2) spans, got an empty tensor")
-            if spans[0] != 0 or spans[-1] != total:
-                raise ValueError(
-                    f"step_offsets: expected S + 1 offsets from 0 to {total} (the length of labels), got {spans[0]} to "
-                    f"{spans[-1]}; pass (S, 2) spans to leave tokens out"
-                )
-            spans = np.stack([spans[:-1], spans[1:]], axis=1)
-        if spans.shape[1:] != (2,):
-            raise ValueError(f"step_offsets: expected shape (S + 1,) or (S, 2), got {tuple(step_offsets.shape)}")
-        start, end = spans[:, 0], spans[:, 1]
-        bad = (start < 0) | (end < start) | (end > total)
-        bad[1:] |= start[1:] < end[:-1]
-        if bad.any():
-            k = int(np.flatnonzero(bad)[0])
-            raise ValueError(
-                f"step_offsets: expected ascending spans within [0, {total}], got {spans[k].tolist()} for step {k}"
-            )
-        # side="right" - 1 skips zero-length sequences; an empty step at the very end belongs to the last sequence
-        owner = np.minimum(np.searchsorted(cu, start, side="right") - 1, max(len(cu) - 2, 0))
-        if len(spans) and len(cu) < 2:
-            raise ValueError("step_offsets: expected no steps, since cu_seqlens names no sequence")
-        crossing = (end > start) & (end > cu[np.minimum(owner + 1, len(cu) - 1)])
-        if crossing.any():
-            k = int(np.flatnonzero(crossing)[0])
-            raise ValueError(
-                f"step_offsets: expected every step inside one sequence, got step {k} = {spans[k].tolist()}, "
-                f"which crosses the boundary at {int(cu[owner[k] + 1])}"
-            )
-        step = np.full(total, -1, np.int64)
-        lengths = end - start
-        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        step[np.repeat(start, lengths) + within] = np.repeat(np.arange(len(spans)), lengths)
-        seq_lengths = np.diff(cu)
-        sequence = np.repeat(np.arange(len(seq_lengths)), seq_lengths)
-        position = np.arange(total) - np.repeat(cu[:-1], seq_lengths)
-        return cls._build(
-            labels[None], step[None], sequence[None], position[None], owner, (1, total), len(cu) - 1,
-            None if token_weights is None else _packed_weights(token_weights, total), ignore_index, vocab_size, device,
-        )  # fmt: skip
+        spans = checked_spans(step_offsets.cpu().numpy().astype(np.int64), total)
+        step_sequence = sequence_of_spans(spans, cu)
+        lengths = np.diff(cu)
+        tokens = _Tokens(
+            step=step_of_token(spans, total)[None],
+            sequence=np.repeat(np.arange(len(lengths)), lengths)[None],
+            position=(np.arange(total) - np.repeat(cu[:-1], lengths))[None],
+        )
+        if token_weights is not None:
+            check_shape("token_weights", token_weights, (total,))
+            token_weights = token_weights[None]
+        return cls._build(labels[None], tokens, step_sequence, len(lengths), token_weights, ignore_index, vocab_size)
 
     @classmethod
     def _build(
         cls,
-        labels: Tensor,
-        step: np.ndarray,  # (B, T): step of each token in the batch's numbering, -1 for none
-        sequence: np.ndarray,  # (B, T)
-        position: np.ndarray,  # (B, T): position within the sequence
+        labels: Tensor,  # (B, T)
+        tokens: _Tokens,
         step_sequence: np.ndarray,  # (S,)
-        shape: tuple[int, int],
         num_sequences: int,
-        token_weights: Tensor | None,
+        token_weights: Tensor | None,  # (B, T)
         ignore_index: int,
         vocab_size: int | None,
-        device: torch.device,
     ) -> StepLayout:
+        step, (batch, length), device = tokens.step, labels.shape, labels.device
         label = labels.cpu().numpy().astype(np.int64)
         real = label != ignore_index
-        scored = (step >= 0) & real & (position > 0)
+        scored = (step >= 0) & real & (tokens.position > 0)
         weight = None
         if token_weights is not None:
             check_float("token_weights", token_weights)
-            check_shape("token_weights", token_weights, tuple(labels.shape))
+            check_shape("token_weights", token_weights, (batch, length))
             weight = constant(token_weights).cpu().numpy()
             if not np.isfinite(weight).all():
                 raise ValueError("token_weights: expected finite weights, got inf or nan")
@@ -209,8 +214,7 @@ class StepLayout(Steps):
         if vocab_size is not None:
             bad |= real & (label >= vocab_size)
         if bad.any():
-            at = tuple(np.argwhere(bad)[0])
-            where = (int(label[at]), int(sequence[at]), int(position[at]))
+            where = tokens.described(label, np.argwhere(bad)[0])
             raise ValueError(_label_message(where, vocab_size, ignore_index))
 
         flat = np.flatnonzero(scored)
@@ -220,36 +224,44 @@ class StepLayout(Steps):
         np.cumsum(np.bincount(of_row, minlength=num_steps), out=offsets[1:])
         row_of = np.full(step.size, -1, np.int32)
         row_of[flat - 1] = np.arange(len(flat))
-        row_labels = label.reshape(-1)[flat]
-        max_label = None
-        if real.any():
-            at = np.unravel_index(np.where(real, label, -1).argmax(), label.shape)
-            max_label = (int(label[at]), int(sequence[at]), int(position[at]))
+        largest = np.unravel_index(np.where(real, label, -1).argmax(), label.shape) if real.any() else None
 
         def tensor(array, dtype):
             return torch.from_numpy(np.ascontiguousarray(array)).to(dtype=dtype).to(device, non_blocking=True)
 
         return cls(
             rows=tensor(flat - 1, torch.int64),
-            labels=tensor(row_labels, torch.int64),
+            labels=tensor(label.reshape(-1)[flat], torch.int64),
             weights=None if weight is None else tensor(weight.reshape(-1)[flat], None),
             step_offsets=tensor(offsets, torch.int32),
             step_of_row=tensor(of_row, torch.int64),
             step_sequence=tensor(step_sequence, torch.int32),
             row_of=tensor(row_of, torch.int32),
-            shape=shape,
+            shape=(batch, length),
             num_sequences=num_sequences,
             host_step_offsets=torch.from_numpy(offsets),
             host_step_sequence=torch.from_numpy(np.array(step_sequence, np.int64)),
-            max_label=max_label,
+            max_label=None if largest is None else tokens.described(label, largest),
             one_row_per_step=bool((np.diff(offsets) == 1).all()),
         )
 
     def with_row_weights(self, weights: Tensor) -> StepLayout:
-        """The same layout with constant weights (N,) on its rows, or (B, T) on the tokens, replacing any it had.
+        """The same layout with other constant weights on its rows.
 
-        Nothing is compacted away, so a weight of 0 would still count as a scored token: ValueError on the host,
-        unchecked on a device. Weights with zeros belong to `from_step_ids(..., token_weights=)`.
+        Args:
+            weights: (N,) float on the rows, or (B, T) on the tokens. Every row stays scored, so a weight must not be 0:
+                weights with zeros belong to `from_step_ids(..., token_weights=)`.
+
+        Returns:
+            A StepLayout with these weights instead of any it had.
+
+        Raises:
+            TypeError: The weights are no float tensor.
+            ValueError: The shape does not fit, or a weight on the host is 0 or not finite. On a device the values are
+                not checked.
+
+        Example:
+            >>> halved = layout.with_row_weights(torch.full((layout.num_rows,), 0.5))
         """
         check_float("token_weights", weights)
         if weights.ndim == 2:
@@ -268,8 +280,19 @@ class StepLayout(Steps):
         return replace(self, weights=constant(weights).to(self.device))
 
     def pair_by_index(self) -> StepPairs:
-        """Pairs step k of sequence i (chosen) with step k of sequence i + B/2 (rejected); steps without a partner are
-        left out."""
+        """Pairs step k of sequence i (chosen) with step k of sequence i + B/2 (rejected).
+
+        Steps without a partner are left out.
+
+        Returns:
+            StepPairs, on the layout's device.
+
+        Raises:
+            ValueError: The number of sequences is odd.
+
+        Example:
+            >>> out = step_pref_loss(logits, layout, layout.pair_by_index())
+        """
         half, odd = divmod(self.num_sequences, 2)
         if odd:
             raise ValueError(
@@ -299,18 +322,31 @@ class StepLayout(Steps):
         return logits if logits.stride(-1) == 1 or vocab <= 1 else logits.contiguous()
 
     def check_vocab(self, vocab: int) -> None:
-        """Raises if a label is not below `vocab`. Skipped while compiling (a guard on a label's value would recompile
-        for every batch): the kernels then give NaN for such a label and never read out of bounds."""
+        """Raises if a label is not below `vocab`.
+
+        Skipped while compiling, where a guard on a label's value would recompile for every batch. The kernels then give
+        NaN for such a label and never read out of bounds.
+        """
         if not torch.compiler.is_compiling() and self.max_label is not None and self.max_label[0] >= vocab:
             raise ValueError(_label_message(self.max_label, vocab, None))
 
 
-def _packed_weights(weights: Tensor, total: int) -> Tensor:
-    check_shape("token_weights", weights, (total,))
-    return weights[None]
+@dataclass(frozen=True, eq=False)
+class _Tokens:
+    """Where each token of a (B, T) batch stands."""
+
+    step: np.ndarray  # (B, T): step in the batch's numbering, -1 for none
+    sequence: np.ndarray  # (B, T)
+    position: np.ndarray  # (B, T): position within the sequence
+
+    def described(self, label: np.ndarray, index) -> tuple[int, int, int]:
+        """(value, sequence, position) of a label, for an error message."""
+        at = tuple(index)
+        return int(label[at]), int(self.sequence[at]), int(self.position[at])
 
 
 def _refuse(bad: np.ndarray, ids: np.ndarray, name: str, expected: str) -> None:
+    """Raises for the first entry that is bad."""
     if bad.any():
         b, t = (int(i) for i in np.argwhere(bad)[0])
         raise ValueError(f"{name}: expected {expected}, got {int(ids[b, t])} in sequence {b} at position {t}")

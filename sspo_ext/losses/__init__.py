@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The public losses: `step_pref_loss` and its kin, and every loss that is a function of step log-probs."""
 
 from ..routes.linear.plan import LinearPlan, policy_plan, pref_plan

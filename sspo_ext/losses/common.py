@@ -1,7 +1,8 @@
-"""What the losses of torch ops on step log-probs share: log-ratios, sums over steps and sequences, normalisers.
+# SPDX-License-Identifier: Apache-2.0
+"""What the losses of step log-probs share: log-ratios, sums over steps and sequences, normalisers.
 
-These losses work on (S,) sums or (N,) tokens of `step_logps` or `linear_step_logps`: tiny beside N x V, so autograd
-does, and they run on either route, whoever made the log-probs.
+These losses are torch ops on (S,) sums or (N,) tokens of `step_logps` or `linear_step_logps`. Such tensors are tiny
+beside N x V, so autograd is fast enough.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from ..objective.values import divided, reference_sums, reference_tokens
 
 @dataclass(frozen=True, eq=False)
 class StepLossOutput:
-    """What a loss over step log-probs returns. `loss` carries the gradient; everything else is detached."""
+    """What a loss of step log-probs returns. `loss` carries the gradient; everything else is detached."""
 
     loss: Tensor  # () float32 (float64 for float64 log-probs)
-    losses: Tensor  # (U,) unweighted loss of each unit (step, sequence, pair or list); 0 for one with nothing to score
+    losses: Tensor  # (U,) unweighted loss of each unit (step, sequence, pair or list); 0 for a unit without tokens
     rewards: Tensor  # (S,) beta * (S_k - S_k_ref)
     metrics: dict[str, Tensor] = field(repr=False, default_factory=dict)  # 0-dim, on the device
 
@@ -48,6 +49,8 @@ LOSS_FUNCTIONS: dict[str, LossFunction] = {}
 
 
 def loss_function(name: str, **facts):
+    """Registers the decorated function; `facts` are further fields of LossFunction."""
+
     def register(fn):
         assert name not in LOSS_FUNCTIONS
         LOSS_FUNCTIONS[name] = LossFunction(name, fn, **facts)
@@ -56,7 +59,9 @@ def loss_function(name: str, **facts):
     return register
 
 
-def log_ratios(logps: StepLogps, layout: StepLayout, ref, needed_by: str | None = None) -> Tensor:
+def log_ratios(
+    logps: StepLogps, layout: StepLayout, ref: StepLogps | Tensor | None, needed_by: str | None = None
+) -> Tensor:
     """(S,): u_k = S_k - S_k_ref, or S_k without a reference."""
     check_logps("logps", logps, layout)
     if ref is None and needed_by is not None:
@@ -66,13 +71,13 @@ def log_ratios(logps: StepLogps, layout: StepLayout, ref, needed_by: str | None 
 
 
 def row_log_ratios(logps: StepLogps, layout: StepLayout, ref: StepLogps | Tensor, needed_by: str) -> Tensor:
-    """(N,): log(pi / ref) of each scored token, from a reference with tokens, detached."""
+    """(N,): log(pi / ref) of each scored token, detached; the reference must have tokens."""
     tokens = reference_tokens(ref, layout, needed_by)
     return (logps.tokens - tokens.to(logps.tokens.dtype)).detach()
 
 
 class StepGrid:
-    """Steps as (B, K): one sequence a row, so that sums along a sequence are ordered and need no atomics."""
+    """Steps as a grid (B, K), one sequence a row, so that sums along a sequence are ordered and need no atomics."""
 
     def __init__(self, layout: StepLayout):
         sequence = layout.host_step_sequence
@@ -101,7 +106,7 @@ class StepGrid:
 
 
 def per_unit(name: str, value: Tensor, size: int, like: Tensor) -> Tensor:
-    """A constant (size,) argument, in the log-probs' dtype."""
+    """A constant argument of shape (size,), checked, in the dtype of `like`."""
     check_float(name, value)
     check_shape(name, value, (size,))
     check_device(name, value, like.device, "the log-probs")
@@ -109,8 +114,10 @@ def per_unit(name: str, value: Tensor, size: int, like: Tensor) -> Tensor:
 
 
 def unit_numbers(name: str, index: Tensor, layout: StepLayout, *, unit: str = "step", padded: bool = False) -> Tensor:
-    """The int64 numbers of steps, or of sequences; `padded`: a negative one is none. Checked where they are on the
-    host."""
+    """Numbers of steps, or of sequences, as int64; checked if they are on the host.
+
+    With `padded`, a negative number stands for no unit.
+    """
     check_integer(name, index)
     check_device(name, index, layout.device, "the layout")
     if index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel():
@@ -129,7 +136,10 @@ def reduce_units(
     reduction: str,
     num_items: float | Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss (), losses (U,) with zeros where not valid). A mean is over valid units, or divides by num_items."""
+    """Loss (), and losses (U,) with zeros where not valid.
+
+    A mean is over valid units; num_items, if given, divides instead.
+    """
     check_choice("reduction", reduction, ("mean", "sum"))
     losses = torch.where(valid, losses, torch.zeros_like(losses))
     total = (losses if weights is None else losses * per_unit("weights", weights, len(losses), losses)).sum()
@@ -139,13 +149,13 @@ def reduce_units(
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """() over the elements of `mask`, 0 where there are none; detached."""
+    """(): mean over the elements of `mask`, 0 where there are none; detached."""
     values = values.detach()
     return torch.where(mask, values, torch.zeros_like(values)).sum() / mask.sum().clamp(min=1)
 
 
 def all_reduce(values: Tensor, group) -> Tensor:
-    """The sum over the ranks of `group`; None is this rank alone."""
+    """The sum over the ranks of `group`; None: this rank alone."""
     if group is not None:
         values = values.clone()
         dist.all_reduce(values, group=group)

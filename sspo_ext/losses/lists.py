@@ -1,4 +1,5 @@
-"""Losses of more than two responses of one prompt, and pairs made from ranked levels."""
+# SPDX-License-Identifier: Apache-2.0
+"""Losses of more than two responses to one prompt, and pairs made from ranked levels."""
 
 from __future__ import annotations
 
@@ -10,15 +11,17 @@ from .._checks import check_not_negative, check_positive, check_shape, describe
 from ..formulas.numerics import logistic
 from ..layout.pairs import StepPairs
 from ..layout.steps import StepLayout
-from ..objective.pair_arguments import resolve_pairs
+from ..objective.pair_arguments import check_smoothing, resolve_pairs
 from ..objective.sums import StepLogps
 from .common import StepLossOutput, log_ratios, loss_function, per_unit, reduce_units, unit_numbers
 
-_NOBODY = -1e30  # the reward of a list's padding
+_NOBODY = -1e30  # the reward of padding; an infinity would have no gradient through logcumsumexp
 
 
-def _list_scores(logps, layout: StepLayout, lists: Tensor, ref, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """u (S,); beta * u of each list's members (G, n), very small where there is none; which there are (G, n)."""
+def _list_scores(
+    logps: StepLogps, layout: StepLayout, lists: Tensor, ref: StepLogps | Tensor | None, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-ratios u (S,), rewards beta * u of each list's members (G, n), and a mask (G, n) of those that exist."""
     check_positive("beta", beta)
     u = log_ratios(logps, layout, ref)
     lists = unit_numbers("lists", lists, layout, padded=True)
@@ -26,7 +29,6 @@ def _list_scores(logps, layout: StepLayout, lists: Tensor, ref, beta: float) -> 
         raise ValueError(f"lists: expected (G, n) step numbers, got {describe(lists)}")
     there = (lists >= 0) & (layout.counts > 0)[lists.clamp(min=0)]
     rewards = beta * u[lists.clamp(min=0)]
-    # an infinity would have no gradient through logcumsumexp
     return u, torch.where(there, rewards, torch.full_like(rewards, _NOBODY)), there
 
 
@@ -41,15 +43,36 @@ def _list_scores(logps, layout: StepLayout, lists: Tensor, ref, beta: float) -> 
 def plackett_luce_loss(
     logps: StepLogps,
     layout: StepLayout,
-    lists: Tensor,  # (G, n) int: step numbers, best first; -1 pads a shorter list
+    lists: Tensor,
     *,
     ref: StepLogps | Tensor | None = None,
     beta: float = 0.1,
-    weights: Tensor | None = None,  # (G,)
+    weights: Tensor | None = None,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
 ) -> StepLossOutput:
-    """Negative log-likelihood of each ranking, over lists with two or more non-empty steps."""
+    """Negative log-likelihood of each ranking, over lists with two or more non-empty steps.
+
+    Args:
+        logps: StepLogps of `step_logps` or `linear_step_logps`.
+        layout: the StepLayout that made them.
+        lists: (G, n) int: step numbers, best first; -1 pads a shorter list.
+        ref: the reference, as in `step_pref_loss`.
+        beta: reward scale.
+        weights: (G,) multiply the lists' losses.
+        reduction: 'mean' over lists, or 'sum'.
+        num_items: divides the sum instead of their number, as in `step_pref_loss`.
+
+    Returns:
+        StepLossOutput; `.losses` is (G,).
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype. The message names the argument.
+        ValueError: A value, shape or device does not fit.
+
+    Example:
+        >>> plackett_luce_loss(step_logps(logits, layout), layout, lists=torch.tensor([[0, 2, 1]])).loss.backward()
+    """
     u, rewards, there = _list_scores(logps, layout, lists, ref, beta)
     rest = rewards.flip(1).logcumsumexp(1).flip(1)
     losses = torch.where(there, rest - rewards, torch.zeros_like(rest)).sum(1)
@@ -68,17 +91,41 @@ def plackett_luce_loss(
 def listwise_loss(
     logps: StepLogps,
     layout: StepLayout,
-    lists: Tensor,  # (G, n) int: step numbers; -1 pads a shorter list
-    scores: Tensor,  # (G, n) float: constants; of padding they do not matter
+    lists: Tensor,
+    scores: Tensor,
     *,
     ref: StepLogps | Tensor | None = None,
     beta: float = 0.1,
     score_temperature: float = 1.0,
-    weights: Tensor | None = None,  # (G,)
+    weights: Tensor | None = None,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
 ) -> StepLossOutput:
-    """Cross-entropy of the rewards' softmax on the scores' softmax, over lists with two or more non-empty steps."""
+    """Cross-entropy of the rewards' softmax on the scores' softmax, over lists with two or more non-empty steps.
+
+    Args:
+        logps: StepLogps of `step_logps` or `linear_step_logps`.
+        layout: the StepLayout that made them.
+        lists: (G, n) int: step numbers; -1 pads a shorter list.
+        scores: (G, n) float, constants; those of padding are not used.
+        ref: the reference, as in `step_pref_loss`.
+        beta: reward scale.
+        score_temperature: divides the scores.
+        weights: (G,) multiply the lists' losses.
+        reduction: 'mean' over lists, or 'sum'.
+        num_items: divides the sum instead of their number, as in `step_pref_loss`.
+
+    Returns:
+        StepLossOutput; `.losses` is (G,).
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype. The message names the argument.
+        ValueError: A value, shape or device does not fit.
+
+    Example:
+        >>> lists, scores = torch.tensor([[0, 1, 2]]), torch.tensor([[1.0, 0.0, 0.5]])
+        >>> listwise_loss(step_logps(logits, layout), layout, lists, scores).loss.backward()
+    """
     check_positive("score_temperature", score_temperature)
     u, rewards, there = _list_scores(logps, layout, lists, ref, beta)
     check_shape("scores", scores, tuple(rewards.shape))
@@ -103,7 +150,7 @@ def tpo_loss(
     logps: StepLogps,
     layout: StepLayout,
     pairs: StepPairs | Tensor,
-    gold: Tensor,  # (G,) int: steps of the gold responses
+    gold: Tensor,
     *,
     beta: float = 0.01,
     tpo_alpha: float = 1.0,
@@ -111,8 +158,31 @@ def tpo_loss(
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
 ) -> StepLossOutput:
-    """Triple preference optimisation: a reference-free logistic loss and the gold responses' token-mean NLL."""
-    return _tpo(logps, layout, pairs, gold, False, beta, 0.0, tpo_alpha, label_smoothing, reduction, num_items)
+    """Triple preference optimisation: a reference-free logistic loss, and the gold responses' token-mean NLL.
+
+    Args:
+        logps: StepLogps of `step_logps` or `linear_step_logps`.
+        layout: the StepLayout that made them.
+        pairs: StepPairs or (P, 2) int: winner step, loser step.
+        gold: (G,) int: the steps of the gold responses.
+        beta: reward scale.
+        tpo_alpha: weight of the gold responses' NLL.
+        label_smoothing: probability in [0, 0.5) that a pair's order is wrong.
+        reduction: 'mean' over pairs, or 'sum'.
+        num_items: divides the sum instead of their number, as in `step_pref_loss`.
+
+    Returns:
+        StepLossOutput; `.losses` is (P,), without the NLL, which is in `.metrics`.
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype. The message names the argument.
+        ValueError: A value, shape or device does not fit.
+
+    Example:
+        >>> tpo_loss(step_logps(logits, layout), layout, pairs, gold=torch.tensor([0])).loss.backward()
+    """
+    sums = log_ratios(logps, layout, None)
+    return _tpo(sums, layout, pairs, gold, sums, beta, 0.0, tpo_alpha, label_smoothing, reduction, num_items)
 
 
 @loss_function(
@@ -127,7 +197,7 @@ def tpo_l_loss(
     logps: StepLogps,
     layout: StepLayout,
     pairs: StepPairs | Tensor,
-    gold: Tensor,  # (G,) int
+    gold: Tensor,
     *,
     beta: float = 2.0,
     tpo_l_gamma: float = 0.5,
@@ -136,18 +206,41 @@ def tpo_l_loss(
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
 ) -> StepLossOutput:
-    """TPO on token means, with a target margin in units of the reward."""
-    return _tpo(logps, layout, pairs, gold, True, beta, tpo_l_gamma, tpo_alpha, label_smoothing, reduction, num_items)
+    """TPO on token means, with a target margin in units of the reward.
+
+    Args:
+        logps: StepLogps of `step_logps` or `linear_step_logps`.
+        layout: the StepLayout that made them.
+        pairs: StepPairs or (P, 2) int: winner step, loser step.
+        gold: (G,) int: the steps of the gold responses.
+        beta: reward scale.
+        tpo_l_gamma: target margin.
+        tpo_alpha: weight of the gold responses' NLL.
+        label_smoothing: probability in [0, 0.5) that a pair's order is wrong.
+        reduction: 'mean' over pairs, or 'sum'.
+        num_items: divides the sum instead of their number, as in `step_pref_loss`.
+
+    Returns:
+        StepLossOutput; `.losses` is (P,), without the NLL, which is in `.metrics`.
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype. The message names the argument.
+        ValueError: A value, shape or device does not fit.
+
+    Example:
+        >>> tpo_l_loss(step_logps(logits, layout), layout, pairs, gold=torch.tensor([0])).loss.backward()
+    """
+    sums = log_ratios(logps, layout, None)
+    means = sums / layout.counts.clamp(min=1)
+    return _tpo(sums, layout, pairs, gold, means, beta, tpo_l_gamma, tpo_alpha, label_smoothing, reduction, num_items)
 
 
-def _tpo(logps, layout, pairs, gold, means, beta, gamma, alpha, label_smoothing, reduction, num_items):
+def _tpo(sums, layout, pairs, gold, scores, beta, gamma, alpha, label_smoothing, reduction, num_items):
+    """The logistic loss of `scores` (S,) and the gold responses' NLL, from log-probs `sums` (S,)."""
     check_positive("beta", beta)
     check_not_negative("tpo_alpha", alpha)
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing: expected a number in [0, 0.5), got {label_smoothing!r}")
-    sums = log_ratios(logps, layout, None)
-    pairs = resolve_pairs(layout, pairs, None, None, None)
-    scores = sums / layout.counts.clamp(min=1) if means else sums
+    check_smoothing(label_smoothing)
+    pairs = resolve_pairs(layout, pairs)
     winner, loser = pairs.index.long().unbind(1)
     z = beta * (scores[winner] - scores[loser]) - gamma
     loss, losses = reduce_units(
@@ -171,7 +264,7 @@ def trpa_loss(
     logps: StepLogps,
     layout: StepLayout,
     pairs: StepPairs | Tensor,
-    top: Tensor,  # (P,) bool: the winner is of the best level
+    top: Tensor,
     *,
     ref: StepLogps | Tensor | None = None,
     beta: float = 1.0,
@@ -179,11 +272,36 @@ def trpa_loss(
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
 ) -> StepLossOutput:
-    """Logistic loss of token-mean log-ratios between levels."""
+    """Logistic loss of token-mean log-ratios between levels.
+
+    Args:
+        logps: StepLogps of `step_logps` or `linear_step_logps`.
+        layout: the StepLayout that made them.
+        pairs: (P, 2) int of `level_pairs`, or StepPairs.
+        top: (P,) bool: whether the winner is of the best level.
+        ref: the reference, as in `step_pref_loss`. TRPA needs one.
+        beta: reward scale.
+        top_scale: factor on beta where the winner is of the best level.
+        reduction: 'mean' over pairs, or 'sum'.
+        num_items: divides the sum instead of their number, as in `step_pref_loss`.
+
+    Returns:
+        StepLossOutput; `.losses` is (P,).
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype. The message names the argument.
+        ValueError: A value, shape or device does not fit.
+
+    Example:
+        >>> ref = step_logps(logits.detach(), layout)
+        >>> levels = torch.arange(layout.num_steps) + 1
+        >>> index, top = level_pairs(levels, groups=torch.zeros_like(levels))
+        >>> trpa_loss(step_logps(logits, layout), layout, index, top, ref=ref).loss.backward()
+    """
     check_positive("beta", beta)
     check_positive("top_scale", top_scale)
     u = log_ratios(logps, layout, ref, "TRPA")
-    pairs = resolve_pairs(layout, pairs, None, None, None)
+    pairs = resolve_pairs(layout, pairs)
     check_shape("top", top, (pairs.num_pairs,))
     means = u / layout.counts.clamp(min=1)
     winner, loser = pairs.index.long().unbind(1)
@@ -194,8 +312,24 @@ def trpa_loss(
 
 
 def level_pairs(levels: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs (P, 2) of steps of one group whose levels differ, the smaller level (1 is best) winning, and (P,) whether
-    the winner is of level 1. levels, groups: (S,) int on the host; a level below 1 leaves a step out."""
+    """Pairs of steps of one group whose levels differ; the smaller level wins.
+
+    Args:
+        levels: (S,) int on the host; 1 is best, and a level below 1 leaves a step out.
+        groups: (S,) int on the host: the group of each step, its prompt for example.
+
+    Returns:
+        Pairs (P, 2) int, and (P,) bool: whether the winner is of level 1.
+
+    Raises:
+        TypeError: `groups` is no tensor.
+        ValueError: The shapes differ.
+
+    Example:
+        >>> index, top = level_pairs(torch.tensor([1, 2, 2]), torch.tensor([0, 0, 0]))
+        >>> index.tolist(), top.tolist()
+        ([[0, 1], [0, 2]], [True, True])
+    """
     check_shape("groups", groups, tuple(levels.shape))
     better = (groups[:, None] == groups[None]) & (levels[:, None] < levels[None]) & (levels[:, None] >= 1)
     index = better.nonzero()

@@ -1,4 +1,5 @@
-"""The public policy losses, from logits and from hidden states: arguments in, loss and metrics out."""
+# SPDX-License-Identifier: Apache-2.0
+"""The public policy losses, from logits and from hidden states: arguments in, loss out."""
 
 from __future__ import annotations
 
@@ -23,7 +24,12 @@ from .logps import step_logps
 
 @dataclass(frozen=True, eq=False)
 class StepPolicyOutput:
-    """What a policy loss returns. `loss` carries the gradient; everything else is detached."""
+    """What a policy loss returns. `loss` carries the gradient; everything else is detached.
+
+    Example:
+        >>> out = step_policy_loss(logits, layout, advantages)
+        >>> mean_advantage = out.metrics["advantages/mean"]
+    """
 
     loss: Tensor  # () float32 (float64 for float64 inputs)
     tokens: Tensor  # (N,) log-prob of each scored token, in row order
@@ -37,10 +43,11 @@ class StepPolicyOutput:
     def metrics(self) -> dict[str, Tensor]:
         """0-dim tensors on the device, made when asked for, without a host sync.
 
-        policy_loss: the formula's part of the loss; kl (with ref) and entropy (with entropy_coef): means over tokens;
-        ratio/mean (with old); clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean (ppo): shares of tokens
-        whose gradient the clip has cut off, TRL's names; advantages/mean; tokens/count; steps/logps (mean S_k),
-        steps/tokens (mean length), steps/count, steps/empty. Tokens that prob_threshold leaves out do not count.
+        policy_loss: the loss without KL and entropy; kl (with ref) and entropy (with entropy_coef): means over tokens;
+        ratio/mean (with old); advantages/mean; tokens/count; steps/logps (mean S_k), steps/tokens (mean length),
+        steps/count, steps/empty. Ppo also has clip_ratio/low_mean, clip_ratio/high_mean and clip_ratio/region_mean
+        (TRL's names), the shares of tokens whose gradient the clip has removed. Tokens that prob_threshold leaves out
+        do not count.
         """
         if self._metrics:
             return self._metrics
@@ -51,7 +58,7 @@ class StepPolicyOutput:
         def mean(x: Tensor) -> Tensor:
             return torch.where(counted, x, 0.0).sum() / tokens.clamp(min=1)
 
-        made = {"policy_loss": p.total(p.surrogate(self.tokens))}
+        made: dict[str, Tensor] = {"policy_loss": p.total(p.surrogate(self.tokens))}
         if p.ref is not None:
             made["kl"] = mean(p.kl(self.tokens))
         if self.entropy is not None:
@@ -106,61 +113,69 @@ def step_policy_loss(
 ) -> StepPolicyOutput:
     """Policy-gradient loss of a batch of logits with an advantage for each step, or each token.
 
-    Equal to (but one read of the scored rows forward, one read and one write backward, and no stored softmax)::
+    The same as this, with one read of the scored rows forward, one read and one write backward, and no stored softmax:
 
         logp = log_softmax(logits)[row, label]                     # scored tokens only
         A    = advantages[step_of_row]
-        r    = exp(logp - old)                                     # or of the step's, the sequence's mean
+        r    = exp(logp - old)                                     # or of the mean over the step or sequence
         L_t  = formula(logp, r, A) + kl_coef * kl(logp - ref) - entropy_coef * H_t
         loss = aggregate(token_weights * L)
 
-    Without old log-probs a ratio is pi / stop_grad(pi): 1, with the gradient of the first update.
+    Without old log-probs a ratio is pi / stop_grad(pi): its value is 1, its gradient that of the first update.
 
     Args:
         logits: (B, T, V), or (total, V) for a packed layout. float32, bfloat16, float16 or float64. Copied once if its
             last dimension is not contiguous.
-        layout: StepLayout, or unshifted labels (B, T) beside `step_ids` (B, T); build the layout in the collator to
-            avoid the copy to the host.
+        layout: StepLayout, or unshifted labels (B, T) int beside `step_ids`; build the layout in the collator to avoid
+            the copy to the host.
         advantages: (S,) for each step, or for each token (N,) in row order or (B, T) aligned with the labels; detached.
+        step_ids: (B, T) int, beside plain labels.
         old: log-probs of the policy that sampled the tokens: StepLogps, (N,) or (B, T); detached. For losses with a
             ratio, and for prob_threshold.
-        ref: log-probs of the policy that KL is measured from, in the same forms (`old`'s for a soft trust region).
-            With kl_coef = 0 it is only measured.
-        loss_type: 'reinforce', 'ppo' or 'cispo'; see `sspo_ext.formulas.policy.POLICY_FORMULAS` for formula, source and options.
-        importance_sampling_level: whose ratio it is: 'token', 'step' or 'sequence' (GSPO). A step's or sequence's
-            moves each of its tokens by that token's own advantage (GSPO-token). Clip ranges of means are far smaller
-            than of tokens: GSPO uses epsilon=3e-4, epsilon_high=4e-4.
+        ref: log-probs of the policy that KL is measured from, in the same forms; pass `old` here for a soft trust
+            region. With kl_coef = 0 the KL is only measured.
+        loss_type: 'reinforce', 'ppo' or 'cispo'; `sspo_ext.formulas.policy.POLICY_FORMULAS` has formula, source and
+            options.
+        importance_sampling_level: whose ratio it is: 'token', 'step' or 'sequence' (GSPO). The ratio of a step or
+            sequence moves each of its tokens by that token's own advantage (GSPO-token). Clip ranges of means are far
+            smaller than those of tokens: GSPO uses epsilon=3e-4, epsilon_high=4e-4.
         length_normalize: a step's or sequence's ratio is exp of the mean log-ratio; False: of the sum (RLOO in TRL).
         prob_threshold: only tokens whose old probability is below it count (0.9 in SPO, arXiv 2505.23564).
-        kl_coef, kl_estimator: KL term, 'k1', 'k2' or 'k3'; differentiated as it stands, so that k1's gradient is zero
-            on average, and k2's that of KL(pi || ref).
-        entropy_coef: bonus on the entropy of each scored row.
+        kl_coef: weight of the KL term.
+        kl_estimator: 'k1', 'k2' or 'k3' (Schulman 2020), differentiated as it stands: on average the gradient of k1 is
+            zero, that of k2 is the gradient of KL(pi || ref).
+        entropy_coef: weight of a bonus on the entropy of each scored row.
         aggregation: 'token': mean over all tokens of the batch (DAPO in TRL and verl); 'step': mean within a step, then
-            over steps; 'sequence': mean within a sequence, then over sequences (GRPO); 'sum'. Steps and sequences in
-            which nothing counts are left out. Head, KL and entropy share it.
-        num_items: divides instead of the number of tokens, steps or sequences in this batch (a global one, under
+            over steps; 'sequence': mean within a sequence, then over sequences (GRPO); 'sum'. Formula, KL and entropy
+            share it. Steps and sequences in which nothing counts are left out.
+        num_items: divides instead of the number of tokens, steps or sequences in this batch (a global number, under
             gradient accumulation or data parallel); with 'sum' any constant (B * max_completion_length: Dr. GRPO). A
             number or a 0-dim tensor. DDP and FSDP average gradients: there, multiply the loss by the world size.
-        temperature, logit_softcap, logit_scale, token_weights, backend, inplace_backward: as in `step_pref_loss`. Token
-            weights multiply L_t; they enter neither ratios nor counts.
-        **loss_options: options of the loss type (`epsilon`, `epsilon_high`, `delta`). One that it does not have raises
-            TypeError.
+        temperature: as in `step_pref_loss`.
+        logit_softcap: as in `step_pref_loss`.
+        logit_scale: as in `step_pref_loss`.
+        token_weights: as in `step_pref_loss`. They multiply L_t and enter neither ratios nor counts.
+        backend: as in `step_pref_loss`.
+        inplace_backward: as in `step_pref_loss`.
+        **loss_options: options of the loss type: `epsilon`, `epsilon_high`, `delta`.
 
     Returns:
-        StepPolicyOutput; `.loss` is float32 (float64 for float64 logits). With nothing to score it is 0, with zero
+        StepPolicyOutput; `.loss` is () float32 (float64 for float64 logits). With nothing to score it is 0, with zero
         gradients. Differentiable once: create_graph=True raises.
 
-    Example::
+    Raises:
+        TypeError: An argument has a wrong type, or the loss type has no such option. The message names the argument.
+        ValueError: A value, shape or device does not fit.
 
+    Example:
         >>> with torch.no_grad():
-        ...     old = step_logps(model(ids).logits, layout)
-        >>> out = step_policy_loss(model(ids).logits, layout, advantages, old=old, loss_type="ppo", epsilon_high=0.28)
+        ...     old = step_logps(model(input_ids).logits, layout)
+        >>> out = step_policy_loss(logits, layout, advantages, old=old, loss_type="ppo", epsilon_high=0.28)
         >>> out.loss.backward()
     """
     if isinstance(layout, StepLayout) and step_ids is not None:
         raise TypeError("step_ids: given beside a StepLayout, which holds them already")
-    labels = None if isinstance(layout, StepLayout) else layout
-    layout = layout_of(logits, layout if labels is None else None, labels, step_ids, token_weights)
+    layout = layout_of(logits, layout, None, step_ids, token_weights)
     check_float("logits", logits)
     name = backends.select(backend, logits.device.type, logits.dtype)
     options = PolicyOptions(
@@ -176,6 +191,7 @@ def step_policy_loss(
 
 
 def policy_output(loss: Tensor, scored: StepLogps, layout: StepLayout, problem: PolicyProblem) -> StepPolicyOutput:
+    """The public output, from what a route returns."""
     entropy = None if scored.entropy is None else scored.entropy.detach()
     return StepPolicyOutput(loss, scored.tokens.detach(), scored.sums.detach(), layout, problem, entropy)
 
@@ -211,16 +227,49 @@ def linear_step_policy_loss(
 ) -> StepPolicyOutput:
     """`step_policy_loss(hidden @ weight.T + bias, layout, advantages)`, without ever storing the (N, V) logits.
 
-    Only scored rows enter a GEMM. 1 GEMM (N x H x V) without gradients, 2 with a frozen head, 3 with a trained one:
-    what ties tokens together is at most the ratio of a step or sequence, and one larger than a chunk costs 4 (3 with a
-    frozen head and an entropy bonus), as it does in float16, whose gradients wait for the loss scale.
-    `sspo_ext.losses.policy_plan(layout, ...)` prints it. The losses' options are as in `step_policy_loss`, those
-    of the linear route as in `linear_step_pref_loss`.
+    Only scored rows enter a GEMM. It costs 1 GEMM (N x H x V) without gradients, 2 with a frozen head and 3 with a
+    trained one. Tokens interact only through the ratio of their step or sequence; one that is larger than a chunk costs
+    4 (3 with a frozen head and an entropy bonus). In float16, where gradients wait for the loss scale, a trained head
+    costs 4 too. `sspo_ext.losses.policy_plan(layout, ...)` prints all this.
 
-    Example::
+    Args:
+        hidden: (B, T, H), or (total, H) with a packed layout: the model's last hidden states.
+        weight: (V, H), the LM head's.
+        layout: StepLayout.
+        advantages: as in `step_policy_loss`.
+        bias: (V,), the LM head's.
+        old: as in `step_policy_loss`.
+        ref: as in `step_policy_loss`.
+        loss_type: as in `step_policy_loss`.
+        importance_sampling_level: as in `step_policy_loss`.
+        length_normalize: as in `step_policy_loss`.
+        prob_threshold: as in `step_policy_loss`.
+        kl_coef: as in `step_policy_loss`.
+        kl_estimator: as in `step_policy_loss`.
+        entropy_coef: as in `step_policy_loss`.
+        aggregation: as in `step_policy_loss`.
+        num_items: as in `step_policy_loss`.
+        temperature: as in `step_pref_loss`; the logits are hidden @ weight.T + bias.
+        logit_softcap: as in `step_pref_loss`.
+        logit_scale: as in `step_pref_loss`.
+        token_weights: as in `step_policy_loss`.
+        chunk_bytes: as in `linear_step_pref_loss`.
+        accum_dtype: as in `linear_step_pref_loss`.
+        weight_grad: as in `linear_step_pref_loss`.
+        tp_group: as in `linear_step_pref_loss`.
+        backend: as in `step_pref_loss`.
+        **loss_options: as in `step_policy_loss`.
 
+    Returns:
+        StepPolicyOutput.
+
+    Raises:
+        TypeError: An argument has a wrong type, or the loss type has no such option. The message names the argument.
+        ValueError: A value, shape or device does not fit.
+
+    Example:
         >>> hidden = model.model(input_ids).last_hidden_state
-        >>> out = linear_step_policy_loss(hidden, model.lm_head.weight, layout, advantages, old=old, loss_type="ppo")
+        >>> out = linear_step_policy_loss(hidden, model.lm_head.weight, layout, advantages, loss_type="ppo")
         >>> out.loss.backward()
     """
     if token_weights is not None and isinstance(layout, StepLayout):

@@ -1,4 +1,5 @@
-"""State that a loss carries from batch to batch: a module whose buffers are saved with the model; nothing is hidden."""
+# SPDX-License-Identifier: Apache-2.0
+"""State that a loss carries from batch to batch, in a module whose buffers are saved with the model."""
 
 from __future__ import annotations
 
@@ -6,23 +7,31 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_positive
+from ..layout.pairs import StepPairs
 from .common import all_reduce
 from .pref import StepPrefOutput
 
 
 class RewardMean(nn.Module):
-    """BCO's reward shift: a running mean of chosen and rejected rewards, in buffers (`state_dict` saves them).
+    """BCO's reward shift (arXiv 2404.04656): a running mean of chosen and rejected rewards, saved by `state_dict`.
 
-    `momentum=None` is the mean over everything seen; a number in (0, 1] is an exponential moving average's step. The
-    shift that a batch is trained with comes from the batches before it; TRL's former BCO trainer took this batch in
-    first.
+    A batch is trained with the shift of the batches before it. TRL's former BCO trainer added the batch first.
 
-    Example::
+    Args:
+        momentum: None: the mean over everything seen; a number in (0, 1]: the step of an exponential moving average.
 
-        >>> shift = RewardMean()
+    Raises:
+        TypeError: The momentum is no number.
+        ValueError: The momentum is outside (0, 1].
+
+    Example:
+        >>> shift, ref = RewardMean(), step_logps(torch.randn_like(logits), layout)
         >>> out = step_pref_loss(logits, layout, pairs, ref=ref, loss_type="bco_pair", margins=shift.margins(pairs))
         >>> shift.update(out)
     """
+
+    mean: Tensor  # () float64
+    count: Tensor  # () float64: rewards seen
 
     def __init__(self, momentum: float | None = None):
         super().__init__()
@@ -34,13 +43,25 @@ class RewardMean(nn.Module):
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
-    def margins(self, pairs) -> Tensor:
-        """(P,) float32: the shift for every pair."""
+    def margins(self, pairs: StepPairs) -> Tensor:
+        """The shift for every pair.
+
+        Args:
+            pairs: StepPairs.
+
+        Returns:
+            (P,) float32, on the device of the pairs.
+        """
         return self.mean.to(pairs.index.device, torch.float32).expand(pairs.num_pairs).contiguous()
 
     @torch.no_grad()
     def update(self, out: StepPrefOutput, group=None) -> None:
-        """Takes in the rewards of a batch's valid pairs, both sides; of all ranks of `group`. No host sync."""
+        """Adds the rewards of a batch's valid pairs, both sides. No host sync.
+
+        Args:
+            out: the batch's StepPrefOutput.
+            group: data-parallel ranks whose rewards to add; None: this rank alone.
+        """
         rewards, valid = out.rewards[out.pairs.index.long()].double(), out.pairs.valid
         total = torch.where(valid[:, None], rewards, torch.zeros_like(rewards)).sum()
         total, count = all_reduce(torch.stack([total, 2.0 * valid.sum()]), group).to(self.mean.device)
@@ -51,4 +72,5 @@ class RewardMean(nn.Module):
         self.count.copy_(seen)
 
     def extra_repr(self) -> str:
+        """The momentum."""
         return f"momentum={self.momentum}"

@@ -1,4 +1,5 @@
-"""Losses that fit steps to targets: values and advantages that came from elsewhere, or the outcome itself."""
+# SPDX-License-Identifier: Apache-2.0
+"""Losses that fit steps to targets: given values or advantages, or the outcome itself."""
 
 from __future__ import annotations
 
@@ -24,19 +25,35 @@ from .common import StepGrid, StepLossOutput, log_ratios, loss_function, masked_
 def direct_advantage_loss(
     logps: StepLogps,
     layout: StepLayout,
-    advantages: Tensor,  # (S,) float, constants
+    advantages: Tensor,
     *,
-    ref: StepLogps | Tensor | None = None,  # as in step_pref_loss
+    ref: StepLogps | Tensor | None = None,
     beta: float = 0.1,
-    weights: Tensor | None = None,  # (S,)
+    weights: Tensor | None = None,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
 ) -> StepLossOutput:
     """Squared distance of each step's log-ratio to its scaled advantage, over steps with tokens.
 
-    Example::
+    Args:
+        logps: StepLogps of `step_logps` or `linear_step_logps`.
+        layout: the StepLayout that made them.
+        advantages: (S,) float, constants.
+        ref: the reference, as in `step_pref_loss`.
+        beta: reward scale.
+        weights: (S,) multiply the steps' losses.
+        reduction: 'mean' over steps with tokens, or 'sum'.
+        num_items: divides the sum instead of their number, as in `step_pref_loss`.
 
-        >>> direct_advantage_loss(step_logps(logits, layout), layout, advantages, ref=ref_sums).loss.backward()
+    Returns:
+        StepLossOutput; `.losses` is (S,).
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype. The message names the argument.
+        ValueError: A value, shape or device does not fit.
+
+    Example:
+        >>> direct_advantage_loss(step_logps(logits, layout), layout, advantages).loss.backward()
     """
     check_positive("beta", beta)
     u = log_ratios(logps, layout, ref)
@@ -59,27 +76,48 @@ def direct_advantage_loss(
 def oreo_loss(
     logps: StepLogps,
     layout: StepLayout,
-    values: Tensor,  # (S,) V of the state in which step k begins; constants here
-    rewards: Tensor,  # (B,) outcome of each sequence
+    values: Tensor,
+    rewards: Tensor,
     *,
     ref: StepLogps | Tensor | None = None,
     beta: float = 0.03,
     kl_coef: float = 0.0,
-    kl: Tensor | None = None,  # (N,) divergence of each scored token, with gradient
+    kl: Tensor | None = None,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
 ) -> StepLossOutput:
-    """OREO's policy loss: each step's log-ratio takes up what value, outcome and later steps leave unexplained.
+    """OREO's policy loss: each step's log-ratio explains what value, outcome and later steps leave unexplained.
 
-    kl_coef times the mean of a divergence over this batch's scored tokens is added. The paper's is KL(pi || ref), which
-    no fused reduction makes: pass it as `kl`, at the price of its own (N, V). Without `kl` it is `logps.kl`, KL(ref ||
-    pi), of log-probs made with `kl_ref_logits=` (or `kl_ref_hidden=`). ValueError where neither is there.
+    With kl_coef, the mean of a divergence over this batch's scored tokens is added. The paper's is KL(pi || ref), which
+    no fused reduction computes: pass it as `kl`, at the cost of an (N, V) of your own. Without `kl` the divergence is
+    `logps.kl`, KL(ref || pi), of log-probs made with `kl_ref_logits=` (or `kl_ref_hidden=`).
 
-    Example::
+    Args:
+        logps: StepLogps of `step_logps` or `linear_step_logps`.
+        layout: the StepLayout that made them.
+        values: (S,) float, constants: V of the state in which step k begins.
+        rewards: (B,) float: the outcome of each sequence.
+        ref: the reference, as in `step_pref_loss`. OREO needs one.
+        beta: reward scale.
+        kl_coef: weight of the divergence.
+        kl: (N,) float: a divergence of each scored token, with gradient.
+        reduction: 'mean' over steps with tokens, or 'sum'.
+        num_items: divides the sum instead of their number, as in `step_pref_loss`.
 
+    Returns:
+        StepLossOutput; `.losses` is (S,).
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype. The message names the argument.
+        ValueError: A value, shape or device does not fit, or kl_coef is given without a divergence.
+
+    Example:
+        >>> ref_logits, values, rewards = torch.randn_like(logits), torch.zeros_like(advantages), torch.ones(4)
         >>> rows = layout.rows.long()
         >>> p, q = (x.flatten(0, 1)[rows].log_softmax(-1) for x in (logits, ref_logits))
-        >>> oreo_loss(logps, layout, values, rewards, ref=ref, kl_coef=0.1, kl=(p.exp() * (p - q)).sum(-1))
+        >>> kl = (p.exp() * (p - q)).sum(-1)
+        >>> logps, ref = step_logps(logits, layout), step_logps(ref_logits, layout)
+        >>> oreo_loss(logps, layout, values, rewards, ref=ref, kl_coef=0.1, kl=kl).loss.backward()
     """
     u, outcome, grid = _oreo_parts(logps, layout, rewards, ref, beta)
     check_not_negative("kl_coef", kl_coef)
@@ -90,13 +128,13 @@ def oreo_loss(
     metrics = {"rewards/mean": masked_mean(beta * u, valid)}
     if kl is not None:
         check_shape("kl", kl, (layout.num_rows,))
-    kl = logps.kl if kl is None else kl
-    if kl_coef and kl is None:
-        raise ValueError("logps: expected .kl beside kl_coef (step_logps(..., kl_ref_logits=)), or kl=, got None")
     if kl_coef:
-        kl = kl.to(loss.dtype).sum() / max(layout.num_rows, 1)
-        loss = loss + kl_coef * kl
-        metrics["kl"] = kl.detach()
+        kl = logps.kl if kl is None else kl
+        if kl is None:
+            raise ValueError("logps: expected .kl beside kl_coef (step_logps(..., kl_ref_logits=)), or kl=, got None")
+        mean = kl.to(loss.dtype).sum() / max(layout.num_rows, 1)
+        loss = loss + kl_coef * mean
+        metrics["kl"] = mean.detach()
     return StepLossOutput(loss, losses.detach(), beta * u.detach(), metrics)
 
 
@@ -111,15 +149,37 @@ def oreo_loss(
 def oreo_value_loss(
     logps: StepLogps,
     layout: StepLayout,
-    values: Tensor,  # (S,) the value model's, with gradient
-    rewards: Tensor,  # (B,)
+    values: Tensor,
+    rewards: Tensor,
     *,
     ref: StepLogps | Tensor | None = None,
     beta: float = 0.03,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
 ) -> StepLossOutput:
-    """OREO's critic loss; its gradient goes to `values` alone."""
+    """OREO's critic loss; its gradient goes to `values` alone.
+
+    Args:
+        logps: StepLogps of `step_logps` or `linear_step_logps`.
+        layout: the StepLayout that made them.
+        values: (S,) float: the value model's, with gradient.
+        rewards: (B,) float: the outcome of each sequence.
+        ref: the reference, as in `step_pref_loss`. OREO needs one.
+        beta: reward scale.
+        reduction: 'mean' over steps with tokens, or 'sum'.
+        num_items: divides the sum instead of their number, as in `step_pref_loss`.
+
+    Returns:
+        StepLossOutput; `.losses` is (S,).
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype. The message names the argument.
+        ValueError: A value, shape or device does not fit.
+
+    Example:
+        >>> values, logps = torch.zeros(layout.num_steps, requires_grad=True), step_logps(logits, layout)
+        >>> oreo_value_loss(logps, layout, values, torch.ones(4), ref=step_logps(logits, layout)).loss.backward()
+    """
     u, outcome, grid = _oreo_parts(logps, layout, rewards, ref, beta)
     per_unit("values", values, layout.num_steps, u)
     residual = values.to(u.dtype) - outcome + beta * grid.suffix_sums(u.detach())
@@ -127,7 +187,10 @@ def oreo_value_loss(
     return StepLossOutput(loss, losses.detach(), beta * u.detach())
 
 
-def _oreo_parts(logps, layout: StepLayout, rewards: Tensor, ref, beta: float) -> tuple[Tensor, Tensor, StepGrid]:
+def _oreo_parts(
+    logps: StepLogps, layout: StepLayout, rewards: Tensor, ref: StepLogps | Tensor | None, beta: float
+) -> tuple[Tensor, Tensor, StepGrid]:
+    """Log-ratios u (S,), the outcome (S,) of each step's sequence, and the layout's grid."""
     check_positive("beta", beta)
     u = log_ratios(logps, layout, ref, "OREO")
     outcome = per_unit("rewards", rewards, layout.num_sequences, u)[layout.step_sequence.long()]
@@ -145,15 +208,37 @@ def _oreo_parts(logps, layout: StepLayout, rewards: Tensor, ref, beta: float) ->
 def implicit_prm_loss(
     logps: StepLogps,
     layout: StepLayout,
-    outcomes: Tensor,  # (B,) in [0, 1]
+    outcomes: Tensor,
     *,
     ref: StepLogps | Tensor | None = None,
     beta: float = 0.05,
-    weights: Tensor | None = None,  # (B,)
+    weights: Tensor | None = None,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
 ) -> StepLossOutput:
-    """Cross-entropy of sigmoid(beta * sequence log-ratio) on the outcome, over sequences with scored tokens."""
+    """Cross-entropy of sigmoid(beta * sequence log-ratio) on the outcome, over sequences with scored tokens.
+
+    Args:
+        logps: StepLogps of `step_logps` or `linear_step_logps`.
+        layout: the StepLayout that made them.
+        outcomes: (B,) float in [0, 1].
+        ref: the reference, as in `step_pref_loss`. The implicit PRM needs one.
+        beta: reward scale.
+        weights: (B,) multiply the sequences' losses.
+        reduction: 'mean' over sequences with scored tokens, or 'sum'.
+        num_items: divides the sum instead of their number, as in `step_pref_loss`.
+
+    Returns:
+        StepLossOutput; `.losses` is (B,), `.rewards` (S,) are the step rewards.
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype. The message names the argument.
+        ValueError: A value, shape or device does not fit.
+
+    Example:
+        >>> ref, outcomes = step_logps(torch.randn_like(logits), layout), torch.tensor([1.0, 1.0, 0.0, 0.0])
+        >>> implicit_prm_loss(step_logps(logits, layout), layout, outcomes, ref=ref).loss.backward()
+    """
     check_positive("beta", beta)
     u = log_ratios(logps, layout, ref, "the implicit PRM")
     grid = StepGrid(layout)

@@ -1,7 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses that look at single tokens or at the whole distribution of each: TDPO, WPO, Full-Step-DPO.
 
-The second reductions (KL, sum of squared probabilities) come with the log-probs: `step_logps(..., kl_ref_logits=)`,
-`step_logps(..., sum_p2=True)` and their linear twins.
+KL and the sum of squared probabilities come with the log-probs: `step_logps(..., kl_ref_logits=)`,
+`step_logps(..., sum_p2=True)` and the same of `linear_step_logps`.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ from .common import (
 
 
 def _tdpo(logps: StepLogps, layout: StepLayout, pairs, ref, beta, weights, reduction, num_items, shift):
+    """TDPO with `shift(K_w, K_l)` beside the log-ratios, K the summed divergence of a step."""
     check_positive("beta", beta)
     u = log_ratios(logps, layout, ref, "TDPO")
     if logps.kl is None:
         raise ValueError("logps: expected .kl (step_logps(..., kl_ref_logits=)), got None")
-    pairs = resolve_pairs(layout, pairs, weights, None, None)
+    pairs = resolve_pairs(layout, pairs, weights)
     winner, loser = pairs.index.long().unbind(1)
     kl = sums_over_steps(logps.kl, layout)
     z = beta * (u[winner] - u[loser] + shift(kl[winner], kl[loser]))
@@ -53,22 +55,39 @@ def _tdpo(logps: StepLogps, layout: StepLayout, pairs, ref, beta, weights, reduc
     needs="pairs, reference, `StepLogps.kl`",
 )
 def tdpo1_loss(
-    logps: StepLogps,  # with .kl
+    logps: StepLogps,
     layout: StepLayout,
     pairs: StepPairs | Tensor | None = None,
     *,
     ref: StepLogps | Tensor | None = None,
     beta: float = 0.1,
-    weights: Tensor | None = None,  # (P,)
+    weights: Tensor | None = None,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
 ) -> StepLossOutput:
-    """Token-level DPO. Token weights, where the layout has them, weigh the divergences as they do the log-probs.
+    """Token-level DPO. The layout's token weights also multiply the divergences.
 
-    Example::
+    Args:
+        logps: StepLogps with `.kl`.
+        layout: the StepLayout that made them.
+        pairs: StepPairs or (P, 2) int: winner step, loser step. Default: pair by index.
+        ref: the reference, as in `step_pref_loss`. TDPO needs one.
+        beta: reward scale.
+        weights: (P,) multiply the pairs' losses.
+        reduction: 'mean' over pairs, or 'sum'.
+        num_items: divides the sum instead of their number, as in `step_pref_loss`.
 
-        >>> logps = step_logps(logits, layout, kl_ref_logits=ref_logits)
-        >>> tdpo1_loss(logps, layout, pairs, ref=step_logps(ref_logits, layout)).loss.backward()
+    Returns:
+        StepLossOutput; `.losses` is (P,).
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype. The message names the argument.
+        ValueError: A value, shape or device does not fit.
+
+    Example:
+        >>> ref_logits = torch.randn_like(logits)
+        >>> logps, ref = step_logps(logits, layout, kl_ref_logits=ref_logits), step_logps(ref_logits, layout)
+        >>> tdpo1_loss(logps, layout, pairs, ref=ref).loss.backward()
     """
     return _tdpo(logps, layout, pairs, ref, beta, weights, reduction, num_items, lambda k_w, k_l: k_w - k_l)
 
@@ -82,18 +101,42 @@ def tdpo1_loss(
     needs="pairs, reference, `StepLogps.kl`",
 )
 def tdpo2_loss(
-    logps: StepLogps,  # with .kl
+    logps: StepLogps,
     layout: StepLayout,
     pairs: StepPairs | Tensor | None = None,
     *,
     ref: StepLogps | Tensor | None = None,
     beta: float = 0.1,
     tdpo_alpha: float = 0.5,
-    weights: Tensor | None = None,  # (P,)
+    weights: Tensor | None = None,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
 ) -> StepLossOutput:
-    """TDPO1 with the chosen response's divergence as a constant and a factor on both."""
+    """TDPO1 with the chosen response's divergence as a constant, and a factor on both.
+
+    Args:
+        logps: StepLogps with `.kl`.
+        layout: the StepLayout that made them.
+        pairs: StepPairs or (P, 2) int: winner step, loser step. Default: pair by index.
+        ref: the reference, as in `step_pref_loss`. TDPO needs one.
+        beta: reward scale.
+        tdpo_alpha: factor on the divergences.
+        weights: (P,) multiply the pairs' losses.
+        reduction: 'mean' over pairs, or 'sum'.
+        num_items: divides the sum instead of their number, as in `step_pref_loss`.
+
+    Returns:
+        StepLossOutput; `.losses` is (P,).
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype. The message names the argument.
+        ValueError: A value, shape or device does not fit.
+
+    Example:
+        >>> ref_logits = torch.randn_like(logits)
+        >>> logps, ref = step_logps(logits, layout, kl_ref_logits=ref_logits), step_logps(ref_logits, layout)
+        >>> tdpo2_loss(logps, layout, pairs, ref=ref).loss.backward()
+    """
     check_not_negative("tdpo_alpha", tdpo_alpha)
     return _tdpo(
         logps, layout, pairs, ref, beta, weights, reduction, num_items,
@@ -102,20 +145,31 @@ def tdpo2_loss(
 
 
 def wpo_weights(logps: StepLogps, layout: StepLayout, pairs: StepPairs | Tensor | None = None) -> Tensor:
-    """(P,): WPO's pair weights w_w * w_l, w = exp mean_t (log pi_t - log sum_v pi_v^2), detached (arXiv 2406.11827).
+    """WPO's pair weights w_w * w_l, w = exp mean_t (log pi_t - log sum_v pi_v^2) (arXiv 2406.11827).
 
-    `logps` must have `.sum_p2` (`step_logps(..., sum_p2=True)`). Any pair loss takes them as `weights=`; TRL's
-    `use_weighting`. The mean is over scored tokens, whatever the layout's token weights.
+    Any pair loss takes them as `weights=`; TRL's `use_weighting`. The mean is over scored tokens, without the layout's
+    token weights.
 
-    Example::
+    Args:
+        logps: StepLogps with `.sum_p2` (`step_logps(..., sum_p2=True)`).
+        layout: the StepLayout that made them.
+        pairs: StepPairs or (P, 2) int: winner step, loser step. Default: pair by index.
 
+    Returns:
+        (P,) float, detached.
+
+    Raises:
+        TypeError: An argument has a wrong type.
+        ValueError: `logps` has no `.sum_p2`, or does not fit the layout.
+
+    Example:
         >>> logps = step_logps(logits, layout, sum_p2=True)
-        >>> pref_loss(logps, layout, pairs, ref=ref, weights=wpo_weights(logps, layout, pairs)).loss.backward()
+        >>> pref_loss(logps, layout, pairs, weights=wpo_weights(logps, layout, pairs)).loss.backward()
     """
     check_logps("logps", logps, layout)
     if logps.sum_p2 is None:
         raise ValueError("logps: expected .sum_p2 (step_logps(..., sum_p2=True)), got None")
-    pairs = resolve_pairs(layout, pairs, None, None, None)
+    pairs = resolve_pairs(layout, pairs)
     aligned = logps.tokens.detach() - logps.sum_p2.detach().log()
     mean = sums_over_steps(aligned, replace(layout, weights=None)) / layout.counts.clamp(min=1)
     winner, loser = pairs.index.long().unbind(1)
@@ -134,26 +188,52 @@ def wpo_weights(logps: StepLogps, layout: StepLayout, pairs: StepPairs | Tensor 
 def full_step_dpo_loss(
     logps: StepLogps,
     layout: StepLayout,
-    pairs: Tensor,  # (P, 2) int: sequence numbers, the better solution first
-    step_rewards: Tensor,  # (S,) float, constants
+    pairs: Tensor,
+    step_rewards: Tensor,
     *,
-    ref: StepLogps | Tensor | None = None,  # with tokens
+    ref: StepLogps | Tensor | None = None,
     beta: float = 0.1,
     tau: float = 1.0,
     kappa: float = 0.1,
-    weights: Tensor | None = None,  # (P,)
+    weights: Tensor | None = None,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
 ) -> StepLossOutput:
-    """Full-Step-DPO. Its value is that of the printed surrogate, whose gradient is what matters: the sigmoid, the step
-    weights and the token weights are constants.
+    """Full-Step-DPO: all steps of both solutions learn, each weighted by its reward.
 
-    With one step reward everywhere and kappa 0 its gradient is DPO's on token means, up to factors.
+    The value is that of the printed surrogate, but only its gradient matters: the sigmoid, the step weights and the
+    token weights are constants. With equal step rewards and kappa 0 it is DPO's gradient on token means, up to factors.
+
+    Args:
+        logps: StepLogps of `step_logps` or `linear_step_logps`.
+        layout: the StepLayout that made them.
+        pairs: (P, 2) int: sequence numbers, the better solution first.
+        step_rewards: (S,) float, constants.
+        ref: a reference with tokens: StepLogps, (N,) or (B, T).
+        beta: reward scale.
+        tau: inverse temperature of the step weights.
+        kappa: strength of the token weights.
+        weights: (P,) multiply the pairs' losses.
+        reduction: 'mean' over pairs, or 'sum'.
+        num_items: divides the sum instead of their number, as in `step_pref_loss`.
+
+    Returns:
+        StepLossOutput; `.losses` is (P,).
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype. The message names the argument.
+        ValueError: A value, shape or device does not fit.
+
+    Example:
+        >>> logps, ref = step_logps(logits, layout), step_logps(torch.randn_like(logits), layout)
+        >>> rewards = torch.rand(layout.num_steps)
+        >>> full_step_dpo_loss(logps, layout, torch.tensor([[0, 2], [1, 3]]), rewards, ref=ref).loss.backward()
     """
     check_positive("beta", beta)
     for name, value in (("tau", tau), ("kappa", kappa)):
         check_not_negative(name, value)
     u = log_ratios(logps, layout, ref, "Full-Step-DPO")
+    assert ref is not None
     ratios = kappa * row_log_ratios(logps, layout, ref, "Full-Step-DPO")
     rewards = tau * per_unit("step_rewards", step_rewards, layout.num_steps, u)
     grid = StepGrid(layout)

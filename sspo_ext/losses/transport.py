@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AOT: losses on log-ratios sorted over the batch (optimal transport in one dimension)."""
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from .._checks import check_positive
 from ..formulas.numerics import logistic
 from ..layout.pairs import StepPairs
 from ..layout.steps import StepLayout
-from ..objective.pair_arguments import resolve_pairs
+from ..objective.pair_arguments import check_smoothing, resolve_pairs
 from ..objective.sums import StepLogps
 from .common import StepLossOutput, log_ratios, loss_function, reduce_units
 
 
 def _over_ranks(values: Tensor, group) -> Tensor:
-    """(W * P,): every rank's values, with gradient to this rank's. All ranks must bring as many."""
+    """(W * P,): the values of all W ranks, with gradient to this rank's. All ranks must have equally many."""
     if group is None:
         return values
     world, rank = dist.get_world_size(group), dist.get_rank(group)
@@ -28,15 +29,14 @@ def _over_ranks(values: Tensor, group) -> Tensor:
 
 
 def _sorted_last(values: Tensor, valid: Tensor) -> Tensor:
-    """Ascending, with what is not valid (and a gradient of 0) at the end."""
+    """Ascending; the invalid ones are at the end and get no gradient."""
     return torch.where(valid, values, torch.full_like(values, torch.inf)).sort().values
 
 
 def _aot(high: Tensor, low: Tensor, valid: Tensor, beta, label_smoothing, reduction, num_items, group):
-    """Smoothed logistic of sorted values of (P,) pairs; a mean over all ranks."""
+    """Smoothed logistic of the differences of sorted values (P,); a mean over all ranks."""
     check_positive("beta", beta)
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing: expected a number in [0, 0.5), got {label_smoothing!r}")
+    check_smoothing(label_smoothing)
     high, low, valid = (_over_ranks(v, group) for v in (high, low, valid.to(high.dtype)))
     valid = valid > 0
     placed = torch.arange(len(valid), device=valid.device) < valid.sum()
@@ -44,7 +44,7 @@ def _aot(high: Tensor, low: Tensor, valid: Tensor, beta, label_smoothing, reduct
     label = torch.full_like(high, 1 - label_smoothing)
     loss, losses = reduce_units(logistic(beta * (high - low), label), placed, None, reduction, num_items)
     if group is not None:
-        # data parallel averages gradients, while each rank sees only its own part of this loss's
+        # each rank sees only its own part of the gradient, and data parallel divides by the number of ranks
         loss = loss + (dist.get_world_size(group) - 1) * (loss - loss.detach())
     return loss, losses.detach()
 
@@ -69,10 +69,33 @@ def aot_loss(
     num_items: float | Tensor | None = None,
     group=None,
 ) -> StepLossOutput:
-    """Alignment by optimal transport of margins. `losses` are in the sorted order, of all ranks of `group`, which must
-    bring equally many pairs; gradients are then those of the mean over all ranks once data parallel has averaged."""
+    """Alignment by optimal transport of margins.
+
+    Args:
+        logps: StepLogps of `step_logps` or `linear_step_logps`.
+        layout: the StepLayout that made them.
+        pairs: StepPairs or (P, 2) int: winner step, loser step. Default: pair by index.
+        ref: the reference, as in `step_pref_loss`. AOT needs one.
+        beta: reward scale.
+        label_smoothing: probability in [0, 0.5) that a pair's order is wrong.
+        reduction: 'mean' over pairs, or 'sum'.
+        num_items: divides the sum instead of their number, as in `step_pref_loss`.
+        group: data-parallel ranks over which to sort; they must have equally many pairs. Once data parallel has
+            averaged the gradients, they are those of the mean over all ranks.
+
+    Returns:
+        StepLossOutput; `.losses` is in the sorted order, of all ranks of `group`.
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype. The message names the argument.
+        ValueError: A value, shape or device does not fit.
+
+    Example:
+        >>> ref = step_logps(torch.randn_like(logits), layout)
+        >>> aot_loss(step_logps(logits, layout), layout, pairs, ref=ref).loss.backward()
+    """
     u = log_ratios(logps, layout, ref, "AOT")
-    pairs = resolve_pairs(layout, pairs, None, None, None)
+    pairs = resolve_pairs(layout, pairs)
     winner, loser = pairs.index.long().unbind(1)
     sums, ref_sums = logps.sums, (logps.sums - u).detach()
     loss, losses = _aot(
@@ -102,9 +125,33 @@ def aot_unpaired_loss(
     num_items: float | Tensor | None = None,
     group=None,
 ) -> StepLossOutput:
-    """Alignment by optimal transport of rewards; arguments as in `aot_loss`."""
+    """Alignment by optimal transport of rewards.
+
+    Args:
+        logps: StepLogps of `step_logps` or `linear_step_logps`.
+        layout: the StepLayout that made them.
+        pairs: StepPairs or (P, 2) int: winner step, loser step. Default: pair by index.
+        ref: the reference, as in `step_pref_loss`. AOT needs one.
+        beta: reward scale.
+        label_smoothing: probability in [0, 0.5) that a pair's order is wrong.
+        reduction: 'mean' over pairs, or 'sum'.
+        num_items: divides the sum instead of their number, as in `step_pref_loss`.
+        group: data-parallel ranks over which to sort; they must have equally many pairs. Once data parallel has
+            averaged the gradients, they are those of the mean over all ranks.
+
+    Returns:
+        StepLossOutput; `.losses` is in the sorted order, of all ranks of `group`.
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype. The message names the argument.
+        ValueError: A value, shape or device does not fit.
+
+    Example:
+        >>> ref = step_logps(torch.randn_like(logits), layout)
+        >>> aot_unpaired_loss(step_logps(logits, layout), layout, pairs, ref=ref).loss.backward()
+    """
     u = log_ratios(logps, layout, ref, "AOT")
-    pairs = resolve_pairs(layout, pairs, None, None, None)
+    pairs = resolve_pairs(layout, pairs)
     winner, loser = pairs.index.long().unbind(1)
     loss, losses = _aot(u[winner], u[loser], pairs.valid, beta, label_smoothing, reduction, num_items, group)
     return StepLossOutput(loss, losses, beta * u.detach())

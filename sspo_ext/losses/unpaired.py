@@ -1,7 +1,7 @@
-"""Losses of more than a pair at a time: unpaired (KTO), sorted over the batch (AOT), listwise, with a third response.
+# SPDX-License-Identifier: Apache-2.0
+"""Losses of single responses with a thumb up or down: KTO, and APO-zero without pairs.
 
-What depends on the whole batch is explicit: a reference point or a running mean is passed in and comes back, and
-`group=` names the data-parallel ranks it is taken over. Nothing is remembered between calls.
+The reference point, which depends on the whole batch, is an argument. Nothing is remembered between calls.
 """
 
 from __future__ import annotations
@@ -16,15 +16,32 @@ from .common import StepLossOutput, all_reduce, log_ratios, loss_function, maske
 
 
 def kto_reference_point(
-    logps: StepLogps,  # of the mismatched completions
+    logps: StepLogps,
     layout: StepLayout,
     ref: StepLogps | Tensor,
     *,
     group=None,
 ) -> Tensor:
-    """(): KTO's z0 = max(0, mean log-ratio of mismatched completions), detached; a mean over all ranks of `group`.
+    """KTO's z0 = max(0, mean log-ratio of mismatched completions), detached.
 
     KTO pairs each prompt with another prompt's completion. Build a layout of those sequences and pass their log-probs.
+
+    Args:
+        logps: StepLogps of the mismatched completions.
+        layout: the StepLayout that made them.
+        ref: the reference on the same sequences, as in `step_pref_loss`.
+        group: data-parallel ranks over which to average; None: this rank alone.
+
+    Returns:
+        () float.
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype. The message names the argument.
+        ValueError: A shape or device does not fit.
+
+    Example:
+        >>> ref = step_logps(torch.randn_like(logits), layout)
+        >>> z0 = kto_reference_point(step_logps(logits, layout), layout, ref)
     """
     u = log_ratios(logps, layout, ref, "the reference point").detach()
     valid = layout.counts > 0
@@ -44,22 +61,41 @@ def kto_reference_point(
 def kto_loss(
     logps: StepLogps,
     layout: StepLayout,
-    desirable: Tensor,  # (S,) bool
+    desirable: Tensor,
     *,
     ref: StepLogps | Tensor | None = None,
-    reference_point: Tensor | float = 0.0,  # () z0, a constant
+    reference_point: Tensor | float = 0.0,
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
 ) -> StepLossOutput:
-    """KTO over steps with tokens (sequences, with one step each).
+    """KTO over steps with tokens; with one step a sequence, over sequences.
 
-    Example::
+    Args:
+        logps: StepLogps of `step_logps` or `linear_step_logps`.
+        layout: the StepLayout that made them.
+        desirable: (S,) bool.
+        ref: the reference, as in `step_pref_loss`. KTO needs one.
+        reference_point: () z0 of `kto_reference_point`, a constant.
+        beta: reward scale.
+        desirable_weight: factor on the losses of desirable steps.
+        undesirable_weight: factor on the losses of the other steps.
+        reduction: 'mean' over steps with tokens, or 'sum'.
+        num_items: divides the sum instead of their number, as in `step_pref_loss`.
 
-        >>> z0 = kto_reference_point(step_logps(mismatched_logits, other), other, mismatched_ref)
-        >>> kto_loss(step_logps(logits, layout), layout, desirable, ref=ref, reference_point=z0).loss.backward()
+    Returns:
+        StepLossOutput; `.losses` is (S,).
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype. The message names the argument.
+        ValueError: A value, shape or device does not fit.
+
+    Example:
+        >>> logps, ref = step_logps(logits, layout), step_logps(torch.randn_like(logits), layout)
+        >>> desirable = torch.arange(layout.num_steps) % 2 == 0
+        >>> kto_loss(logps, layout, desirable, ref=ref, reference_point=0.1).loss.backward()
     """
     u, sign = _unpaired(logps, layout, desirable, ref, beta, "KTO")
     if isinstance(reference_point, Tensor):
@@ -82,7 +118,7 @@ def kto_loss(
 def apo_zero_unpaired_loss(
     logps: StepLogps,
     layout: StepLayout,
-    desirable: Tensor,  # (S,) bool
+    desirable: Tensor,
     *,
     ref: StepLogps | Tensor | None = None,
     beta: float = 0.1,
@@ -91,7 +127,30 @@ def apo_zero_unpaired_loss(
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
 ) -> StepLossOutput:
-    """APO-zero over single steps with tokens."""
+    """APO-zero over single steps with tokens.
+
+    Args:
+        logps: StepLogps of `step_logps` or `linear_step_logps`.
+        layout: the StepLayout that made them.
+        desirable: (S,) bool.
+        ref: the reference, as in `step_pref_loss`. APO needs one.
+        beta: reward scale.
+        desirable_weight: factor on the losses of desirable steps.
+        undesirable_weight: factor on the losses of the other steps.
+        reduction: 'mean' over steps with tokens, or 'sum'.
+        num_items: divides the sum instead of their number, as in `step_pref_loss`.
+
+    Returns:
+        StepLossOutput; `.losses` is (S,).
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype. The message names the argument.
+        ValueError: A value, shape or device does not fit.
+
+    Example:
+        >>> logps, ref = step_logps(logits, layout), step_logps(torch.randn_like(logits), layout)
+        >>> apo_zero_unpaired_loss(logps, layout, torch.arange(layout.num_steps) % 2 == 0, ref=ref).loss.backward()
+    """
     u, sign = _unpaired(logps, layout, desirable, ref, beta, "APO")
     return _unpaired_output(
         torch.sigmoid(-beta * sign * u), u, layout, desirable, beta, desirable_weight, undesirable_weight, reduction,
@@ -99,7 +158,15 @@ def apo_zero_unpaired_loss(
     )  # fmt: skip
 
 
-def _unpaired(logps, layout: StepLayout, desirable: Tensor, ref, beta: float, who: str) -> tuple[Tensor, Tensor]:
+def _unpaired(
+    logps: StepLogps,
+    layout: StepLayout,
+    desirable: Tensor,
+    ref: StepLogps | Tensor | None,
+    beta: float,
+    who: str,
+) -> tuple[Tensor, Tensor]:
+    """Log-ratios u (S,), and a sign (S,): 1 for desirable steps, -1 for others."""
     check_positive("beta", beta)
     u = log_ratios(logps, layout, ref, who)
     check_shape("desirable", desirable, (layout.num_steps,))
@@ -109,9 +176,17 @@ def _unpaired(logps, layout: StepLayout, desirable: Tensor, ref, beta: float, wh
 
 
 def _unpaired_output(
-    losses, u: Tensor, layout: StepLayout, desirable: Tensor, beta: float, weight: float, other: float, reduction: str,
-    num_items,
-) -> StepLossOutput:  # fmt: skip
+    losses: Tensor,
+    u: Tensor,
+    layout: StepLayout,
+    desirable: Tensor,
+    beta: float,
+    weight: float,
+    other: float,
+    reduction: str,
+    num_items: float | Tensor | None,
+) -> StepLossOutput:
+    """The loss with `weight` on desirable steps and `other` on the rest."""
     check_not_negative("desirable_weight", weight)
     check_not_negative("undesirable_weight", other)
     valid = layout.counts > 0

@@ -1,4 +1,8 @@
-"""A pair loss as a weighted sum of formulas over the same step sums: one pass over the logits, a small launch per formula."""
+# SPDX-License-Identifier: Apache-2.0
+"""A pair loss as a weighted sum of formulas over the same step sums.
+
+One pass over the logits makes the sums; each formula is a small launch.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,11 @@ from ..backends.arguments import StepLossArguments
 from ..formulas.registry import MAX_OPTIONS
 from ..layout.pairs import StepPairs
 from ..layout.steps import StepLayout
-from .sums import launch_sums
+from .sums import in_dtype, launch_sums
 
-_NUMBERS = 2 + MAX_OPTIONS
+_NUMBERS = 2 + MAX_OPTIONS  # of a term, as `pack_terms` lays them out
+
+StepLoss = tuple[Tensor, Tensor, Tensor, Tensor]  # loss (), sums (S,), pair losses (P,) or (C, P), d loss/d logp (N,)
 
 
 @dataclass(frozen=True)
@@ -34,23 +40,23 @@ class LossTerm:
 
 @dataclass(frozen=True, eq=False)
 class PairLossSpec:
-    """What launch 2 computes besides step sums."""
+    """What launch 2 computes beside the step sums."""
 
     pairs: StepPairs
     terms: tuple[LossTerm, ...]
     scale: Tensor  # () multiplies the sum over pairs
     ref: Tensor | None  # (S,)
-    winner_token_share: Tensor | None  # (P,) what the terms by winner tokens weigh pairs with, beside their weights
+    winner_token_share: Tensor | None  # (P,) a further factor on pair weights, in the terms by winner tokens
 
     @property
     def token_pair_weights(self) -> Tensor | None:
-        """(P,): pair weights of the terms by winner tokens."""
+        """(P,): pair weights in the terms by winner tokens."""
         share, weights = self.winner_token_share, self.pairs.weights
         return share if share is None or weights is None else share * weights
 
 
 def pack_terms(terms: tuple[LossTerm, ...]) -> tuple[str, list[float], list[int]]:
-    """Terms as an op's schema can say them."""
+    """Terms as an op's schema can express them: their formulas, numbers and flags."""
     numbers, flags = [], []
     for t in terms:
         numbers += [t.weight, t.label, *t.options, *[0.0] * (MAX_OPTIONS - len(t.options))]
@@ -59,6 +65,7 @@ def pack_terms(terms: tuple[LossTerm, ...]) -> tuple[str, list[float], list[int]
 
 
 def unpack_terms(formulas: str, numbers: list[float], flags: list[int]) -> list[LossTerm]:
+    """The terms that `pack_terms` packed."""
     terms = []
     for i, (formula, flag) in enumerate(zip(formulas.split(","), flags, strict=True)):
         weight, label, *options = numbers[i * _NUMBERS : (i + 1) * _NUMBERS]
@@ -69,29 +76,23 @@ def unpack_terms(formulas: str, numbers: list[float], flags: list[int]) -> list[
 
 
 def evaluate_terms(
-    step_loss_fwd: Callable[[StepLossArguments], tuple[Tensor, Tensor, Tensor, Tensor]],  # a backend's, or the op
+    step_loss_fwd: Callable[[StepLossArguments], StepLoss],  # a backend's, or the op
     terms: Sequence[LossTerm],
-    given: StepLossArguments,  # its formula, options and label are the terms'
-    token_pair_weights: Tensor | None,  # (P,) instead of pair_weights, for terms by winner tokens
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss (), sums (S,), pair losses (C, P) of the C terms, unweighted, and d loss/d logp (N,)."""
+    given: StepLossArguments,  # formula, options and label are taken from the terms
+    token_pair_weights: Tensor | None,  # (P,) instead of pair_weights, in terms by winner tokens
+) -> StepLoss:
+    """The sum of C terms; pair losses are (C, P), unweighted."""
     results = [
         step_loss_fwd(
-            StepLossArguments(
-                given.logps,
-                given.weights,
-                given.step_offsets,
-                given.ref if t.ref else None,
-                given.pair_index,
-                given.adj_offsets,
-                given.adj_pairs,
-                token_pair_weights if t.by_winner_tokens else given.pair_weights,
-                given.pair_margins if t.margins else None,
-                given.pair_labels if t.soft_labels else None,
-                given.scale if t.weight == 1 else given.scale * t.weight,
-                t.formula,
-                list(t.options),
-                t.label,
+            given._replace(
+                ref=given.ref if t.ref else None,
+                pair_weights=token_pair_weights if t.by_winner_tokens else given.pair_weights,
+                pair_margins=given.pair_margins if t.margins else None,
+                pair_labels=given.pair_labels if t.soft_labels else None,
+                scale=given.scale if t.weight == 1 else given.scale * t.weight,
+                formula=t.formula,
+                options=list(t.options),
+                label=t.label,
             )
         )
         for t in terms
@@ -106,31 +107,31 @@ def evaluate_terms(
 
 def step_loss(
     tokens: Tensor, weights: Tensor | None, layout: StepLayout, spec: PairLossSpec | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch 2: (loss, sums, pair losses, d loss/d logp); without a spec only the sums mean anything."""
+) -> StepLoss:
+    """Launch 2; without a spec only the sums are computed, and the rest is empty or 0."""
     if spec is None:
         return launch_sums(tokens, weights, layout.step_offsets, backend)
-    pairs = spec.pairs
+    pairs, dtype = spec.pairs, tokens.dtype
 
-    def cast(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.to(tokens.dtype).contiguous()
-
-    def launch(given: StepLossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def launch(given: StepLossArguments) -> StepLoss:
         return ops.step_loss_fwd(*given, backend)
 
     given = StepLossArguments(
-        tokens, weights, layout.step_offsets, cast(spec.ref), pairs.index, pairs.adj_offsets, pairs.adj_pairs,
-        cast(pairs.weights), cast(pairs.margins), cast(pairs.soft_labels), cast(spec.scale), "", [], 1.0,
+        tokens, weights, layout.step_offsets, in_dtype(spec.ref, dtype), pairs.index, pairs.adj_offsets,
+        pairs.adj_pairs, in_dtype(pairs.weights, dtype), in_dtype(pairs.margins, dtype),
+        in_dtype(pairs.soft_labels, dtype), in_dtype(spec.scale, dtype), "", [], 1.0,
     )  # fmt: skip
-    return evaluate_terms(launch, spec.terms, given, cast(spec.token_pair_weights))
+    return evaluate_terms(launch, spec.terms, given, in_dtype(spec.token_pair_weights, dtype))
 
 
 def mixed_pair_losses(term_losses: Tensor, spec: PairLossSpec) -> Tensor:
-    """(P,): the terms' pair losses (C, P) added up with their weights, pair weights left out."""
-    rows = [
-        t.weight * (losses * spec.winner_token_share.to(losses.dtype) if t.by_winner_tokens else losses)
-        for t, losses in zip(spec.terms, term_losses, strict=True)
-    ]
+    """(P,): the terms' pair losses (C, P) added up with the terms' weights; pair weights are left out."""
+    rows = []
+    for t, losses in zip(spec.terms, term_losses, strict=True):
+        if t.by_winner_tokens:
+            assert spec.winner_token_share is not None
+            losses = losses * spec.winner_token_share.to(losses.dtype)
+        rows.append(t.weight * losses)
     return rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
 
 

@@ -1,10 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a pair loss's public arguments to what its launches need: pairs, terms, normaliser, the reference's sums.
 
-Shared by both routes; everything that can be wrong with an argument is found here.
+Both routes use it. Every wrong argument is found here.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -22,7 +25,7 @@ from .values import one_over, reference_sums
 def chosen_formulas(
     loss_type: str | Sequence[str], loss_weights: Sequence[float] | None
 ) -> list[tuple[PairFormula, float]]:
-    """The formulas of a loss and their weights; one name is a list of one."""
+    """The formulas of a loss, with their weights; one name gives a list of one."""
     if isinstance(loss_type, str):
         if loss_weights is not None:
             raise ValueError(f"loss_weights: expected None beside one loss_type, got {describe(loss_weights)}")
@@ -42,8 +45,14 @@ def chosen_formulas(
     return [(get_pair_formula(name), float(weight)) for name, weight in zip(loss_type, weights, strict=True)]
 
 
-def resolve_pairs(layout: StepLayout, pairs, weights, margins, soft_labels) -> StepPairs:
-    """StepPairs from whatever was given; per-pair options given beside a StepPairs replace its own."""
+def resolve_pairs(
+    layout: StepLayout,
+    pairs: StepPairs | Tensor | None,
+    weights: Tensor | None = None,
+    margins: Tensor | None = None,
+    soft_labels: Tensor | None = None,
+) -> StepPairs:
+    """StepPairs from StepPairs, an index (P, 2) or None; constants given beside a StepPairs replace its own."""
     per_pair = {"weights": weights, "margins": margins, "soft_labels": soft_labels}
     if pairs is None:
         pairs = layout.pair_by_index()
@@ -61,10 +70,22 @@ def resolve_pairs(layout: StepLayout, pairs, weights, margins, soft_labels) -> S
 
 
 def pair_loss_spec(
-    formulas: Sequence[tuple[PairFormula, float]], layout: StepLayout, pairs: StepPairs, dtype: torch.dtype, ref, beta,
-    label_smoothing, reduction, num_items, loss_options,
-) -> PairLossSpec:  # fmt: skip
-    """Validated arguments of one call. With several formulas each takes the options it has; one that none has raises."""
+    formulas: Sequence[tuple[PairFormula, float]],
+    layout: StepLayout,
+    pairs: StepPairs,
+    dtype: torch.dtype,
+    ref: StepLogps | Tensor | None,
+    beta: float | None,
+    label_smoothing: float,
+    reduction: str,
+    num_items: float | Tensor | None,
+    loss_options: Mapping[str, float],
+    reference_free: bool = False,
+) -> PairLossSpec:
+    """The checked arguments of one call.
+
+    Each of several formulas takes the options that it has; an option that none has raises.
+    """
     names = [definition.name for definition, _ in formulas]
     options = checked_options(formulas, beta, loss_options)
     label = checked_label(formulas, names, label_smoothing, pairs.soft_labels is not None)
@@ -75,6 +96,7 @@ def pair_loss_spec(
     needing = [definition.name for definition, _ in formulas if definition.reference == "required"]
     if ref is None and needing:
         raise ValueError(f"ref: loss_type {needing[0]!r} needs a reference, got None")
+    _check_reference_free(ref, reference_free, [d.name for d, _ in formulas if d.reference == "optional"])
     terms = tuple(
         LossTerm(
             definition.name,
@@ -92,11 +114,32 @@ def pair_loss_spec(
     return PairLossSpec(pairs, terms, _scale(pairs, reduction, num_items, dtype), reference_sums(ref, layout), share)
 
 
+def _check_reference_free(ref, reference_free: bool, taking: Sequence[str]) -> None:
+    """A forgotten reference gives another loss and no error, so leaving it out must be said. `taking`: the losses."""
+    if not isinstance(reference_free, bool):
+        raise TypeError(f"reference_free: expected True or False, got {describe(reference_free)}")
+    if reference_free and ref is not None:
+        raise ValueError(f"reference_free: expected False beside a ref, got ref {describe(ref)}")
+    if ref is None and taking and not reference_free and not torch.compiler.is_compiling():
+        _warn_reference_free(taking[0])
+
+
+@functools.cache
+def _warn_reference_free(name: str) -> None:
+    warnings.warn(
+        f"ref: loss_type {name!r} takes a reference and got None, so a reward is beta * log pi; pass the reference's "
+        "log-probs, or reference_free=True if that is meant (said once)",
+        stacklevel=5,
+    )
+
+
 def _named(names: Sequence[str]) -> str:
     return repr(names[0]) if len(names) == 1 else repr(list(names))
 
 
-def checked_options(formulas, beta: float | None, given: Mapping[str, float]) -> list[list[float]]:
+def checked_options(
+    formulas: Sequence[tuple[PairFormula, float]], beta: float | None, given: Mapping[str, float]
+) -> list[list[float]]:
     """Each formula's option values, in its order."""
     known = {name for definition, _ in formulas for name in definition.options}
     unknown = sorted(set(given) - known)
@@ -115,6 +158,7 @@ def checked_options(formulas, beta: float | None, given: Mapping[str, float]) ->
 
 
 def check_logps(name: str, logps: StepLogps, layout: StepLayout) -> None:
+    """TypeError or ValueError unless `logps` are step log-probs of this layout."""
     if not isinstance(logps, StepLogps):
         raise TypeError(f"{name}: expected a StepLogps (of step_logps or linear_step_logps), got {describe(logps)}")
     check_shape(f"{name}.sums", logps.sums, (layout.num_steps,))
@@ -122,12 +166,19 @@ def check_logps(name: str, logps: StepLogps, layout: StepLayout) -> None:
     check_device(f"{name}.sums", logps.sums, layout.device, "the layout")
 
 
-def checked_label(formulas, names: Sequence[str], label_smoothing: float, soft_labels: bool) -> float:
-    """1 - label_smoothing, the share of pairs whose order is right; ValueError for what the losses do not have."""
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
-        raise TypeError(f"label_smoothing: expected a number, got {describe(label_smoothing)}")
+def check_smoothing(label_smoothing: float) -> None:
+    """ValueError unless it is in [0, 0.5)."""
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing: expected a number in [0, 0.5), got {label_smoothing!r}")
+
+
+def checked_label(
+    formulas: Sequence[tuple[PairFormula, float]], names: Sequence[str], label_smoothing: float, soft_labels: bool
+) -> float:
+    """1 - label_smoothing, the share of pairs in the right order; ValueError for an option that no loss has."""
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"label_smoothing: expected a number, got {describe(label_smoothing)}")
+    check_smoothing(label_smoothing)
     if label_smoothing and all(definition.smoothing == "none" for definition, _ in formulas):
         raise ValueError(f"label_smoothing: loss_type {_named(names)} does not have it")
     if soft_labels and not any(definition.soft_labels for definition, _ in formulas):
@@ -143,13 +194,13 @@ def checked_label(formulas, names: Sequence[str], label_smoothing: float, soft_l
 
 
 def _winner_token_share(layout: StepLayout, pairs: StepPairs, dtype: torch.dtype) -> Tensor:
-    """(P,): n_w over its mean over valid pairs, so that a mean over pairs is one over winners' tokens."""
+    """(P,): n_w over its mean over valid pairs, which turns a mean over pairs into one over winners' tokens."""
     tokens = layout.counts[pairs.index[:, 0].long()].to(dtype) * pairs.valid
     return tokens * (pairs.valid.sum() / tokens.sum().clamp(min=1))
 
 
 def _scale(pairs: StepPairs, reduction: str, num_items: float | Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(): what the sum over pairs is multiplied by; 0 when there is nothing to divide by."""
+    """(): the factor on the sum over pairs; 0 when there is nothing to divide by."""
     check_choice("reduction", reduction, ("mean", "sum"))
     device = pairs.index.device
     if num_items is not None:

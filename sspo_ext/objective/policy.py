@@ -1,13 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
 """A policy loss over scored rows: its formula, its constants, and its sum.
 
-Everything of it but the log-probs is constant. Autograd differentiates it on the logits route, `Dual` inside the linear
-route's op.
+Only the log-probs vary. Autograd differentiates it on the logits route, `Dual` inside the linear route's op.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -28,19 +29,19 @@ class Segments:
 
 @dataclass(frozen=True, eq=False)
 class PolicyProblem:
-    """A policy loss over N rows, all of it but the log-probs."""
+    """A policy loss over N rows: everything but the log-probs."""
 
     formula: str
     options: tuple[float, ...]
     kl_estimator: str
     kl_coef: float
     entropy_coef: float
-    length_normalize: bool  # the ratio of a segment is of the mean log-ratio, not of the sum
+    length_normalize: bool  # a segment's ratio is exp of its mean log-ratio, not of the sum
     advantage: Tensor  # (N,)
     old: Tensor | None  # (N,)
     ref: Tensor | None  # (N,)
-    scale: Tensor  # (N,): token weight over the tokens of what is averaged first; 0 where the token does not count
-    norm: Tensor  # (): one over the number of what is averaged last
+    scale: Tensor  # (N,): token weight, over the tokens of its step or sequence; 0 where the token does not count
+    norm: Tensor  # (): 1 / number of tokens, steps or sequences of the last mean
     segments: Segments | None = field(repr=False)  # None: each token has its own ratio
     step_offsets: Tensor = field(repr=False)  # (S + 1,) int32
     backend: str
@@ -67,9 +68,9 @@ class PolicyProblem:
     def log_ratio(self, logp: Tensor) -> Tensor:
         """(N,): log pi - log old of each token, or of its segment.
 
-        The value is the segment's; the gradient goes through the token's own log-prob (GSPO-token, arXiv 2507.18071,
-        section 4.3), so that each token is moved by its own advantage. Where a segment's advantages and weights are
-        equal this is the gradient of the segment's ratio.
+        The value is the segment's. The gradient goes through the token's own log-prob (GSPO-token, arXiv 2507.18071,
+        section 4.3), so that each token is moved by its own advantage. Where all advantages and weights of a segment
+        are equal, this is the gradient of the segment's ratio.
         """
         fixed = logp.detach()
         if self.segments is None:
@@ -87,19 +88,21 @@ class PolicyProblem:
         return torch.clamp(moved + sums[of_row], -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
     def surrogate(self, logp: Tensor) -> Tensor:
-        """(N,): the formula alone."""
+        """(N,): the formula without KL and entropy."""
         definition = POLICY_FORMULAS[self.formula]
-        ratio = torch.exp(self.log_ratio(logp)) if definition.has_ratio else None
+        # a formula without a ratio does not read it
+        ratio = torch.exp(self.log_ratio(logp)) if definition.has_ratio else cast(Tensor, None)
         return definition.fn(
             PolicyScores(logp, ratio, self.advantage), **dict(zip(definition.options, self.options, strict=True))
         )
 
     def kl(self, logp: Tensor) -> Tensor:
         """(N,): the estimate of KL(pi || ref) at each token."""
+        assert self.ref is not None
         return KL_ESTIMATORS[self.kl_estimator](logp - self.ref)
 
     def rows(self, logp: Tensor) -> Tensor:
-        """(N,): formula and KL term of each token, before scale and norm; a Tensor or a Dual, as `logp` is."""
+        """(N,): formula and KL term of each token, before scale and norm."""
         terms = self.surrogate(logp)
         return terms + self.kl_coef * self.kl(logp) if self.kl_coef else terms
 
@@ -108,12 +111,19 @@ class PolicyProblem:
         return total(rows * self.scale, self.step_offsets, self.backend) * self.norm
 
     def loss(self, logp: Tensor, entropy: Tensor | None) -> Tensor:
+        """(): the loss of token log-probs (N,) and, with a coefficient, of the rows' entropy (N,)."""
         rows = self.rows(logp)
-        return self.total(rows - self.entropy_coef * entropy if self.entropy_coef else rows)
+        if not self.entropy_coef:
+            return self.total(rows)
+        assert entropy is not None
+        return self.total(rows - self.entropy_coef * entropy)
 
 
 def pack_problem(problem: PolicyProblem) -> tuple:
-    """A problem as the linear route's op takes it, in the order of POLICY_SCHEMA; the norm is multiplied into the scale."""
+    """A problem as the linear route's op takes it, in the order of POLICY_SCHEMA.
+
+    The norm is multiplied into the scale.
+    """
     units = problem.segments
     return (
         *((None,) * 3 if units is None else (units.offsets, units.of_row, units.host_offsets)), problem.step_offsets,
@@ -143,7 +153,7 @@ def unpack_problem(packed: Sequence, backend: str) -> PolicyProblem:
 
 
 def segments_of(layout: StepLayout, level: str) -> Segments:
-    """The layout's steps, or its sequences, as runs of rows."""
+    """The layout's steps, or its sequences, as segments."""
     if level == "step":
         return Segments(layout.step_offsets, layout.step_of_row, layout.host_step_offsets)
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a policy loss's public arguments to the checked problem that a route minimises."""
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class PolicyOptions:
     loss_options: Mapping[str, float | None]
 
     def check(self, definition: PolicyFormula, has_old: bool, has_ref: bool) -> None:
-        """Raises for an option that is out of range, or that the loss does not have."""
+        """Raises for an option that is out of range or that the loss does not have."""
         level, loss_type = self.importance_sampling_level, self.loss_type
         check_choice("importance_sampling_level", level, LEVELS)
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
@@ -75,7 +76,7 @@ def policy_problem(
     ref: StepLogps | Tensor | None,
     options: PolicyOptions,
 ) -> PolicyProblem:
-    """Validated arguments of one policy loss, shared by the routes."""
+    """The checked arguments of one policy loss, for either route."""
     definition = get_policy_formula(options.loss_type)
     values = definition.check_options(options.loss_options)
     options.check(definition, old is not None, ref is not None)
@@ -107,7 +108,7 @@ def policy_problem(
 def _scale(
     layout: StepLayout, counted: Tensor | None, aggregation: str, num_items: float | Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(N,) weight of each token within what is averaged first, and () one over the number of what is averaged last."""
+    """Scale (N,) and norm () of a PolicyProblem."""
     device = layout.device
     scale = torch.ones(layout.num_rows, dtype=dtype, device=device)
     if layout.weights is not None:
@@ -122,7 +123,7 @@ def _scale(
         of_row, number = layout.step_of_row, layout.num_steps
         if aggregation == "sequence":
             of_row, number = layout.step_sequence.long()[of_row], layout.num_sequences
-        # integers: their sum has no order
+        # the order of the sum does not matter, because these are integers
         tokens = torch.zeros(number, dtype=torch.int64, device=device).index_add(0, of_row, ones)
         scale = scale / tokens.clamp(min=1)[of_row].to(dtype)
         items = (tokens > 0).sum()

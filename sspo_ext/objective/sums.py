@@ -1,9 +1,11 @@
-"""Sums of token log-probs over steps and other runs of rows, differentiable and in a fixed order."""
+# SPDX-License-Identifier: Apache-2.0
+"""Sums of token log-probs over steps and other segments of rows, differentiable and in a fixed order."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -15,7 +17,14 @@ from ..layout.steps import StepLayout
 
 @dataclass(frozen=True, eq=False)
 class StepLogps:
-    """Log-probabilities of a batch's steps and of their tokens. 16-bit ones, of a cache, are widened to float32."""
+    """Log-probabilities of a batch's steps and of their tokens.
+
+    16-bit values, of a cache for example, are widened to float32.
+
+    Example:
+        >>> logps = step_logps(logits, layout)
+        >>> per_token = logps.means  # (S,)
+    """
 
     sums: Tensor  # (S,) float32 (float64 for float64 logits): sum of w * log pi over the step, 0 for an empty one
     counts: Tensor  # (S,) int32: scored tokens
@@ -25,7 +34,7 @@ class StepLogps:
     kl: Tensor | None = None  # (N,): KL(reference || pi), in nats
 
     def __post_init__(self):
-        # sums, counts and means of them are not to be made in 16 bits by any loss
+        # no loss may add up or average in 16 bits
         for name in ("sums", "tokens", "entropy", "sum_p2", "kl"):
             value = getattr(self, name)
             if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
@@ -40,7 +49,7 @@ class StepLogps:
 def with_reductions(
     tokens: Tensor, sums: Tensor, layout: StepLayout, values: Sequence[Tensor | None], wanted: tuple[bool, bool, bool]
 ) -> StepLogps:
-    """StepLogps with those of entropy, sum_p2 and kl that are wanted."""
+    """StepLogps; of entropy, sum_p2 and kl it has those that are wanted."""
     entropy, sum_p2, kl = (value if wants else None for value, wants in zip(values, wanted, strict=True))
     return StepLogps(sums, layout.counts, tokens, entropy, sum_p2, kl)
 
@@ -51,22 +60,29 @@ class StepSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens: Tensor, layout: StepLayout, backend: str):
         ctx.layout = layout
-        return launch_sums(tokens, row_weights(layout, tokens.dtype), layout.step_offsets, backend)[1]
+        return launch_sums(tokens, in_dtype(layout.weights, tokens.dtype), layout.step_offsets, backend)[1]
 
     @staticmethod
-    def backward(ctx, d_sums):
+    def backward(ctx, *upstream):
+        (d_sums,) = upstream
         per_row = d_sums[ctx.layout.step_of_row]
         weights = ctx.layout.weights
         return per_row if weights is None else per_row * weights.to(per_row.dtype), None, None
 
 
-def row_weights(layout: StepLayout, dtype: torch.dtype) -> Tensor | None:
-    """(N,) token weights as a launch takes them."""
-    return None if layout.weights is None else layout.weights.to(dtype).contiguous()
+@overload
+def in_dtype(values: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def in_dtype(values: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
+def in_dtype(values, dtype):
+    """Constants as a launch takes them: contiguous, in this dtype."""
+    return None if values is None else values.to(dtype).contiguous()
 
 
-def launch_sums(values: Tensor, weights: Tensor | None, offsets: Tensor, backend: str) -> tuple[Tensor, ...]:
-    """`step_loss_fwd` without pairs: of (loss, sums, pair losses, coef) only the sums (S,) mean anything."""
+def launch_sums(
+    values: Tensor, weights: Tensor | None, offsets: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`step_loss_fwd` without pairs: of (loss, sums, pair losses, coef) only the sums (S,) are of use."""
     no_pairs, no_adj = offsets.new_empty((0, 2)), offsets.new_empty(0)
     return ops.step_loss_fwd(
         values, weights, offsets, None, no_pairs, torch.zeros_like(offsets), no_adj, None, None, None,
@@ -75,22 +91,23 @@ def launch_sums(values: Tensor, weights: Tensor | None, offsets: Tensor, backend
 
 
 def step_sums(tokens: Tensor, layout: StepLayout, backend: str) -> Tensor:
-    """(S,): sum of w * value over each step's rows (N,), in row order; differentiable."""
+    """(S,): sum of w * value over the rows of each step, in row order; differentiable in the values (N,)."""
     if backend == "reference":
         return reference.step_sums(tokens, layout.weights, layout.step_of_row, layout.num_steps)
     return StepSums.apply(tokens, layout, backend)
 
 
 def sums_over_steps(values: Tensor, layout: StepLayout) -> Tensor:
-    """`step_sums` by whichever backend runs there."""
+    """`step_sums` by the backend that "auto" selects."""
     values = values if values.dtype == torch.float64 else values.float()
     name = backends.select("auto", values.device.type, values.dtype)
     return step_sums(values if name == "reference" else values.contiguous(), layout, name)
 
 
 def segment_sums(values: Tensor, offsets: Tensor, of_row: Tensor | None, backend: str) -> Tensor:
-    """(U,) sums of constants (N,) by the backend's ordered reduction: the same bits whatever the threads do."""
+    """(U,) sums of constants (N,) by the backend's ordered reduction: the same bits with any number of threads."""
     if backend == "reference":
+        assert of_row is not None
         return reference.step_sums(values, None, of_row, offsets.shape[0] - 1)
     return launch_sums(values.contiguous(), None, offsets, backend)[1]
 
@@ -107,10 +124,10 @@ class OrderedTotal(torch.autograd.Function):
         return segment_sums(sums, whole, None, backend).sum()
 
     @staticmethod
-    def backward(ctx, upstream):
-        return upstream.expand(ctx.size), None, None
+    def backward(ctx, *upstream):
+        return upstream[0].expand(ctx.size), None, None
 
 
 def total(values: Tensor, step_offsets: Tensor, backend: str) -> Tensor:
-    """(): sum of (N,) values, differentiable; in a fixed order unless torch itself does it."""
+    """(): sum of (N,) values, differentiable; in a fixed order, except on the reference backend."""
     return values.sum() if backend == "reference" else OrderedTotal.apply(values, step_offsets, backend)

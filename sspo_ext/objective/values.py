@@ -1,4 +1,5 @@
-"""Constants of a loss in whatever form they come, and what a sum is divided by."""
+# SPDX-License-Identifier: Apache-2.0
+"""Constants of a loss in every form that callers may pass, and what a sum is divided by."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from .sums import StepLogps, sums_over_steps
 
 
 def one_over(items: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(): 1 / items, or 0 when there is nothing to divide by. A tensor is not waited for."""
+    """(): 1 / items, or 0 when there is nothing to divide by. The host does not wait for a tensor."""
     check_num_items(items)
     if not isinstance(items, Tensor):
         return torch.full((), 1.0 / items if items else 0.0, dtype=dtype, device=device)
@@ -29,8 +30,10 @@ def divided(total: Tensor, items: float | Tensor) -> Tensor:
 
 
 def aligned_rows(name: str, value: Tensor, layout: StepLayout, others: tuple[int, ...]) -> Tensor | None:
-    """(N,) in row order from (B, T) values aligned with the labels, or (total,) of a packed batch; None for another
-    form. `others` are the lengths that a 1-D value of another form has."""
+    """(N,) in row order from (B, T) values aligned with the labels, or (total,) of a packed batch.
+
+    None for another form; `others` are the lengths of 1-D values of other forms.
+    """
     packed = value.ndim == 1 and layout.shape == (1, value.shape[0]) and value.shape[0] not in others
     if value.ndim != 2 and not packed:
         return None
@@ -43,7 +46,7 @@ def reference_sums(ref: StepLogps | Tensor | None, layout: StepLayout) -> Tensor
     if ref is None:
         return None
     if isinstance(ref, StepLogps):
-        # from the tokens, so that the reference is weighted as this loss is
+        # from the tokens, so that the reference gets this loss's token weights
         check_shape("ref.tokens", ref.tokens, (layout.num_rows,))
         return sums_over_steps(ref.tokens.detach().to(layout.device), layout)
     check_float("ref", ref)
@@ -84,7 +87,7 @@ def reference_tokens(ref: StepLogps | Tensor, layout: StepLayout, needed_by: str
 def token_values(
     name: str, value: StepLogps | Tensor, layout: StepLayout, dtype: torch.dtype, *, steps: bool = False
 ) -> Tensor:
-    """(N,) constants in row order; with `steps`, also from one value a step."""
+    """(N,) constants in row order; with `steps` one value a step is allowed too."""
     rows, num_steps = layout.num_rows, layout.num_steps
     if isinstance(value, StepLogps):
         name, value = f"{name}.tokens", value.tokens

@@ -1,4 +1,5 @@
-"""What the autograd.Functions of the routes share."""
+# SPDX-License-Identifier: Apache-2.0
+"""What both routes share: the logit map, the scaling of kept gradients, and the coefficients of a row's gradient."""
 
 from __future__ import annotations
 
@@ -7,13 +8,15 @@ from torch import Tensor
 
 from .._checks import check_positive
 
-_BLOCK_ELEMENTS = 1 << 18  # float32 temporaries of 1 MiB: near a core, and nothing beside the gradients
+_BLOCK_ELEMENTS = 1 << 18  # float32 temporaries of 1 MiB fit a core's cache and are small beside the gradients
 
 
 def refuse_double_backward() -> None:
-    """Raises inside a backward that is itself being recorded. `once_differentiable` would not do: it refuses only a
-    gradient that comes in with a graph, which that of a loss has not, and the result would then be taken for a
-    constant, silently."""
+    """Raises inside a backward that autograd records.
+
+    `once_differentiable` raises only if the incoming gradient requires grad. A loss's does not, so a second derivative
+    would be silently wrong.
+    """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "sspo_ext: create_graph=True asks for a second derivative, and step losses and log-probabilities have only "
@@ -22,18 +25,17 @@ def refuse_double_backward() -> None:
 
 
 def scale_kept(kept: Tensor, scale: Tensor) -> Tensor:
-    """scale * kept for a gradient (R, C) kept from forward and a scale () or (R, 1): the product in float32, rounded
-    once.
+    """The gradient kept from forward, (R, C), times a scale () or (R, 1), in float32 and rounded once.
 
-    Over `kept` itself unless the graph is kept for another backward, so that no second copy of it exists. A row whose
-    scale is 0 is zeros, whatever it held.
+    It overwrites `kept`, unless the graph is kept for another backward, so that no second copy exists. A row whose
+    scale is 0 becomes zeros, whatever it held.
     """
     if torch.compiler.is_compiling():
-        # the 0-dim scale alone would not widen the product
+        # a 0-dim scale does not widen the product by itself
         product = kept.to(torch.promote_types(kept.dtype, scale.dtype)) * scale
         return torch.where(scale == 0, 0.0, product).to(kept.dtype)
     if scale.ndim == 0 and scale.device.type == "cpu" and scale.item() == 1:
-        # a read of host memory, not a sync: the usual upstream gradient of 1 costs nothing
+        # reading host memory is no sync, and the usual upstream gradient of 1 then costs nothing
         return kept.clone() if _graph_is_kept() else kept
     out = torch.empty_like(kept) if _graph_is_kept() else kept
     block = max(1, _BLOCK_ELEMENTS // max(1, kept[:1].numel()))
@@ -46,7 +48,8 @@ def scale_kept(kept: Tensor, scale: Tensor) -> Tensor:
 
 
 def _graph_is_kept() -> bool:
-    known = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]  # torch's stubs leave it out
+    known = getattr(autograd, "_get_current_graph_task_keep_graph", None)
     return True if known is None else known()
 
 
@@ -64,17 +67,22 @@ def logit_map(temperature: float, logit_softcap: float | None, logit_scale: floa
 
 
 def gradient_coefs(
-    entropy: Tensor,  # (N,) and so are the others; not read where no gradient arrives at it
+    entropy: Tensor,  # (N,), as are the others; not read where no gradient arrives at it
     sum_p2: Tensor | None,
     d_tokens: Tensor | None,
     d_entropy: Tensor | None,
     d_sum_p2: Tensor | None,
     d_kl: Tensor | None,
 ) -> Tensor:  # (N, 5) of entropy's dtype
-    """g, constant, log_p, square and kappa of each row, from what arrives at its log-prob and its reductions."""
+    """The five numbers of each row's gradient, g, constant, log_p, square and kappa, as in `logits/reductions.py`.
+
+    They come from the gradients that arrive at the row's log-prob, entropy, sum of squares and KL.
+    """
     given = next(d for d in (d_tokens, d_entropy, d_sum_p2, d_kl) if d is not None)
     zeros = torch.zeros_like(given, dtype=entropy.dtype)
     g, d_H, d_s, d_kl_ = (zeros if d is None else d.to(zeros.dtype) for d in (d_tokens, d_entropy, d_sum_p2, d_kl))
     constant = d_kl_ if d_entropy is None else d_kl_ - d_H * entropy
-    constant = constant if d_sum_p2 is None else constant - 2 * d_s * sum_p2
+    if d_sum_p2 is not None:
+        assert sum_p2 is not None
+        constant = constant - 2 * d_s * sum_p2
     return torch.stack([g, constant, -d_H, 2 * d_s, d_kl_], dim=1)

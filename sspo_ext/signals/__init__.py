@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Signals without gradient: where the steps of a response are, and what each of them is worth.
 
 steps        split_text, token_step_ids; inside a trainer delimiter_mask, step_ids_from_tokens

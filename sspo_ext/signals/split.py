@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 r"""Where the steps of a response begin and end, found in two ways with the same answer.
 
 From text, when data is prepared: `split_text` cuts the response into spans, and `token_step_ids` maps them to tokens by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values of the states between steps, and the sequences that they belong to.
 
 A state is a question with the first k steps of an answer. A probe measures the value of each state

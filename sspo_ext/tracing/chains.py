@@ -1,15 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chains of reasoning from JSONL: a prompt, a response in steps, and the right answer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
+from ..data.chat import COLUMNS, chat_columns, chat_options
 from ..data.graders import Grader, answer_texts, grade
 from ..data.rows import Source, parse_rows, raise_bad_rows, separate_steps
-from ..data.tokenize import UnusableRow, encode_response, prompt_text, response_text
+from ..data.special import SpecialTokens
+from ..data.tokenize import UnusableRow, encode_prompt, encode_response, response_text
 from ..signals.split import SplitBy, token_step_ids
 from ..signals.values import StepBatch
 
@@ -25,6 +28,7 @@ class Chain:
     steps: list[str]
     prompt_ids: list[int]
     step_ids: list[list[int]]
+    template: dict[str, Any] = field(default_factory=dict)  # columns of a row: what its chat template was given
 
     @property
     def num_tokens(self) -> int:
@@ -40,15 +44,17 @@ def load_chains(
     max_length: int | None = None,
     grader: Grader | None = None,
     chat_template_kwargs: Mapping | None = None,
+    special_tokens: str = "error",
 ) -> tuple[list[Chain], list[str]]:
     """Read, check and tokenize chains.
 
     A row is {"prompt": text or chat messages, "response": text or list of steps, "answer": a text, a number or a list
-    of accepted ones}. Optional keys: "id"; "reward", a number in [0, 1], the scale of values, or "is_correct", a bool.
-    Without a reward the `grader` gives it. A response of null or "" has no steps.
+    of accepted ones}. Optional keys: "id"; "reward", a number in [0, 1], the scale of values, or "is_correct", a bool;
+    "tools" and "chat_template_kwargs", the row's options of the chat template. Without a reward the `grader` gives it.
+    A response of null or "" has no steps.
 
     Tokens are those of `tokenize_row`, without an end of sequence. A step that owns no token is joined to the step
-    before it.
+    before it, and the text of a token that spans two steps belongs to the first.
 
     Args:
         source: a path of a JSONL file, several paths, or mappings in memory.
@@ -56,7 +62,8 @@ def load_chains(
         split_by: how a text becomes steps, see `split_text`. A list of steps is taken as it is.
         max_length: most tokens of prompt and response; None: no limit.
         grader: of `load_grader`, for rows without a reward.
-        chat_template_kwargs: extra options of the chat template.
+        chat_template_kwargs: options of the chat template for all rows.
+        special_tokens: as for `tokenize_row`; an answer may spell no special token either.
 
     Returns:
         The chains; the ids of the rows over `max_length`, which are left out.
@@ -65,8 +72,9 @@ def load_chains(
         ValueError: some rows cannot be used. The message names file, line and reason of each.
         OSError: a file cannot be read.
     """
+    special = SpecialTokens(tokenizer, special_tokens)
     chains, bad = parse_rows(
-        source, lambda where, row: _chain(row, where, tokenizer, split_by, grader, chat_template_kwargs)
+        source, lambda where, row: _chain(row, where, tokenizer, split_by, grader, chat_template_kwargs, special)
     )
     raise_bad_rows(bad, len(chains) + len(bad))
     if max_length is None:
@@ -81,7 +89,13 @@ def step_batch(chains: Sequence[Chain]) -> StepBatch:
 
 
 def _chain(
-    row: Mapping, where: str, tokenizer, split_by: SplitBy, grader: Grader | None, template: Mapping | None
+    row: Mapping,
+    where: str,
+    tokenizer,
+    split_by: SplitBy,
+    grader: Grader | None,
+    template: Mapping | None,
+    special: SpecialTokens,
 ) -> Chain:
     prompt, answer = row.get("prompt"), row.get("answer")
     if not prompt or not isinstance(prompt, str | list):
@@ -90,20 +104,24 @@ def _chain(
         raise ValueError(f"answer: expected a text, a number or a list of them, got {answer!r}")
     texts = answer_texts(answer)
     response = _response(row.get("response"))
-    text, first = prompt_text(prompt, tokenizer, template)
-    prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    special.check_prompt(prompt, **{name: row.get(name) for name in COLUMNS})
+    special.check_answers(texts)
+    special.check_response("response", response, chat=not isinstance(prompt, str))
+    options = chat_options(row, template)
+    encoded = encode_prompt(prompt, tokenizer, options)
     steps, ids = [], []
     if "".join(response).strip():
-        body, edges, _ = response_text(prompt, text, response, tokenizer, split_by, False, template)
+        body, edges, _ = response_text(prompt, encoded.text, response, tokenizer, split_by, False, options)
         try:
-            tokens, offsets = encode_response(tokenizer, text, prompt_ids, body)
+            tokens, offsets = encode_response(tokenizer, encoded, body)
         except UnusableRow as error:
             raise ValueError(f"response: {error}") from error
         steps, ids = _by_step(body, list(pairwise(edges)), tokens, offsets)
-    prompt_ids = prompt_ids if prompt_ids[: len(first)] == first else first + prompt_ids
     source = where if row.get("id") is None else str(row["id"])
     answer = texts if isinstance(answer, list | tuple) else texts[0]
-    return Chain(source, prompt, answer, _reward(row, "".join(steps), texts, grader), steps, prompt_ids, ids)
+    reward = _reward(row, "".join(steps), texts, grader)
+    columns = {} if isinstance(prompt, str) else chat_columns(options)
+    return Chain(source, prompt, answer, reward, steps, encoded.ids, ids, columns)
 
 
 def _response(response: Any) -> str | list[str]:
@@ -124,7 +142,9 @@ def _by_step(
     """The text and the tokens of each step that owns a token."""
     owners = token_step_ids(text, offsets, spans, dense=False)
     starts = sorted(set(owners))
-    edges = [0, *(spans[s][0] for s in starts[1:]), len(text)]
+    reached = [0, *accumulate((end for _, end in offsets), max)]
+    # a token over the border belongs to the step before, and so does its text
+    edges = [0, *(max(spans[s][0], reached[owners.index(s)]) for s in starts[1:]), len(text)]
     steps = [text[a:b] for a, b in pairwise(edges)]
     return steps, [[t for t, owner in zip(tokens, owners, strict=True) if owner == s] for s in starts]
 

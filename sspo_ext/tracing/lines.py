@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """JSONL files that appear only when complete, and whose writing can be resumed after a kill."""
 
 from __future__ import annotations

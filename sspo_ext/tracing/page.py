@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One HTML page of traced chains. It loads no scripts or fonts, and shows any alphabet and any length."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A picture of one traced chain: its steps coloured by advantage, and the values beside them."""
 
 from __future__ import annotations

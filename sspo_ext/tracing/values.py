@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values of the steps of given chains, and step preferences from them, offline and from file to file."""
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data.chat import row_probe
 from ..signals.credit.gae import step_gae
 from ..signals.pairing.candidates import trace_candidates
 from ..signals.pairing.pairs import pair_candidates, pair_rows
 from ..signals.pairing.rollouts import nodes_from_rollouts
 from ..signals.probing.probe import probe_step_values
-from ..signals.probing.texts import Probe
+from ..signals.probing.texts import Probe, as_probe
 from .chains import Chain, step_batch
 from .lines import LineStore, write_lines
 
@@ -74,8 +76,9 @@ def trace_values(
         if progress is not None:
             progress(len(chains) - len(todo) + start, len(chains))
         some = todo[start : start + batch_size]
+        probes = [row_probe(as_probe(probe), chain.template) for chain in some]
         values = probe_step_values(
-            model, step_batch(some), probe, [c.answer for c in some], tokenizer=tokenizer, **options
+            model, step_batch(some), probes, [c.answer for c in some], tokenizer=tokenizer, **options
         )
         rewards = torch.tensor([c.reward for c in some], device=values.values.device)
         advantages = step_gae(values, rewards, gamma=gamma, lam=lam).split(values.steps_per_sequence.tolist())
@@ -142,11 +145,13 @@ def trace_pairs(
             progress(len(chains) - len(todo) + done, len(chains))
         every = range(max(len(chain.steps), 1))
         some = random.Random(f"{seed}:{chain.source}").sample(every, min(states_per_chain, len(every)))
+        asked = {"probe": row_probe(as_probe(options.get("probe", "en")), chain.template)}
         nodes = trace_candidates(
             model, tokenizer, step_batch([chain]), [chain.answer], states=[(0, k) for k in sorted(some)], seed=seed,
-            **options,
+            **{**options, **asked},
         )  # fmt: skip
         rows = pair_rows(pair_candidates(nodes, **(pairing or {})), [chain.prompt], [chain.steps])
+        rows = [{**row, **chain.template} for row in rows]
         candidates = [[dataclasses.asdict(c) for c in node.candidates] for node in nodes]
         store.add([{"key": chain.source, "states": sorted(some), "candidates": candidates, "pairs": rows}])
     if progress is not None:
@@ -176,7 +181,8 @@ def rollout_pairs(
     nodes = nodes_from_rollouts(step_batch(chains), advantages, tokenizer)
     pairs = pair_candidates(nodes, **pairing)
     rows = pair_rows(pairs, [c.prompt for c in chains], [c.steps for c in chains])
-    rows = [{**row, "source": chains[p.node.sequence].source} for row, p in zip(rows, pairs, strict=True)]
+    whose = [chains[pair.node.sequence] for pair in pairs]
+    rows = [{**row, **chain.template, "source": chain.source} for row, chain in zip(rows, whose, strict=True)]
     write_lines(path, rows)
     return rows
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Thin trainers on `transformers.Trainer`, and what they need.
 
 Names are imported when they are first used, so that the command line's help does not wait for transformers.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What both trainers change in `transformers.Trainer`."""
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from ..layout.bundle import TensorBundle
 from ..objective.sums import StepLogps
 from .model_call import batch_logps
+from .models import check_trainable
 
 
 class StepTrainer(Trainer):
@@ -28,6 +30,11 @@ class StepTrainer(Trainer):
     train_dataset: Any
     eval_dataset: Any
     route: str
+
+    def train(self, *args, **kwargs):
+        """Trainer's, of a model that has something to train."""
+        check_trainable(self.model)
+        return super().train(*args, **kwargs)
 
     def step_logps(self, model: nn.Module, batch: dict) -> StepLogps:
         """Runs the model on a batch and returns its log-probs, as the loss sees them.

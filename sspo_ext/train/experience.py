@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From completions to advantages: what an update of SSPO learns from, in plain lists, easy to print and send."""
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from ..data.chat import COLUMNS, chat_options
 from ..data.graders import Grader, answer_grader, answer_texts
 from ..data.prompts import prompt_tokens
 from ..layout.steps import StepLayout
@@ -127,11 +129,14 @@ def split_steps(completions: Sequence[Sequence[int]], delimiters: Tensor) -> lis
     return found
 
 
-def prompt_ids(prompts: Sequence[Any], tokenizer, template_options: dict) -> list[list[int]]:
-    """The token ids of the prompts. Equal prompts, which a group has, are tokenized once."""
-    keys = [(isinstance(prompt, str), str(prompt)) for prompt in prompts]
-    known = dict(zip(keys, prompts, strict=True))
-    ids = {key: prompt_tokens(prompt, tokenizer, template_options) for key, prompt in known.items()}
+def prompt_ids(rows: Sequence[Mapping], tokenizer, chat_template_kwargs: dict) -> list[list[int]]:
+    """The token ids of the rows' prompts. Equal prompts, which a group has, are tokenized once."""
+    keys = [(isinstance(row["prompt"], str), str([row.get(name) for name in ("prompt", *COLUMNS)])) for row in rows]
+    known = dict(zip(keys, rows, strict=True))
+    ids = {
+        key: prompt_tokens(row["prompt"], tokenizer, chat_options(row, chat_template_kwargs))
+        for key, row in known.items()
+    }
     return [ids[key] for key in keys]
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Means of metrics over the pairs, steps or rows that they describe, whatever the sizes of the batches."""
 
 from __future__ import annotations

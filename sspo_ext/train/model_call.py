@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the trainers call a model: the route to its log-probs, and the part of a batch that the model reads."""
 
 from __future__ import annotations

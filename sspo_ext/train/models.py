@@ -1,9 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loads any Hugging Face causal LM, by name or path, ready to be trained and saved."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file, find_adapter_config_file
 
 
 def load_model(
@@ -24,21 +27,23 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal LM and its tokenizer.
 
-    GGUF weights are dequantised to `dtype` and put into an ordinary model.
+    GGUF weights are dequantised to `dtype` and put into an ordinary model. An adapter is loaded onto its base model,
+    ready to be trained on.
 
     Args:
-        name_or_path: A name on the hub, a folder, a folder with one .gguf file, or a .gguf file.
+        name_or_path: A name on the hub, a folder, a folder with one .gguf file, or a .gguf file. The folder, or the
+            name, may be that of an adapter (PEFT), which names its base model.
         dtype: The dtype of the weights. "auto" keeps the checkpoint's; for GGUF it is float32.
         attn_implementation: "eager", "sdpa", "flash_attention_2", ...; None is the model's default.
         trust_remote_code: Whether to run code that comes with the model.
         tokenizer: The tokenizer, if it is loaded already (`load_tokenizer`).
 
     Returns:
-        The model in evaluation mode, and the tokenizer. A tokenizer without a padding token pads with its
-        end-of-sequence token.
+        The model in evaluation mode, a PeftModel for an adapter, and the tokenizer. A tokenizer without a padding token
+        pads with its end-of-sequence token.
 
     Raises:
-        ValueError: If a path holds no model, or several .gguf files.
+        ValueError: If a path holds no model, or several .gguf files, or an adapter that names no base model.
         OSError: If a model on the hub cannot be reached, or a file cannot be read.
 
     Example:
@@ -51,6 +56,11 @@ def load_model(
     """
     if tokenizer is None:
         tokenizer = load_tokenizer(name_or_path, trust_remote_code=trust_remote_code)
+    base = adapter_base(name_or_path)
+    if base is not None:
+        loading = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+        model, _ = load_model(base, dtype=dtype, tokenizer=tokenizer, **loading)
+        return _load_adapter(model, name_or_path), tokenizer
     folder, gguf = _folder(name_or_path)
     options = {"trust_remote_code": trust_remote_code, **gguf}
     if gguf and dtype == "auto":
@@ -73,22 +83,63 @@ def model_and_tokenizer(model, tokenizer) -> tuple[Any, Any]:
 def with_adapter(model: nn.Module, peft_config) -> Any:
     """Wraps the model in a new adapter."""
     from peft import PeftModel, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     if isinstance(model, PeftModel):
         raise ValueError("peft_config: expected None for a PeftModel, which has an adapter; or merge that")
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "peft_config: expected a model without an adapter, got one with adapter layers, which a new adapter could "
+            "overwrite; load it as a PeftModel and give no peft_config, or merge the adapter first"
+        )
     return get_peft_model(cast(PreTrainedModel, model), peft_config)
+
+
+def adapter_base(name_or_path: str | os.PathLike) -> str | None:
+    """The base model that an adapter names.
+
+    Args:
+        name_or_path: As in `load_model`.
+
+    Returns:
+        The name or path of the base model; None if `name_or_path` is no adapter.
+
+    Raises:
+        ValueError: For an adapter that names no base model.
+    """
+    if Path(name_or_path).suffix == ".gguf":
+        return None
+    file = find_adapter_config_file(str(name_or_path))
+    if file is None:
+        return None
+    base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"model: expected base_model_name_or_path in the adapter's {file}, got {base!r}")
+    return base
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raises ValueError for a model of which nothing would be trained. Otherwise only backward would fail."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "model: expected parameters that require a gradient, got none; load an adapter by its folder or with "
+            "PeftModel.from_pretrained(..., is_trainable=True), give peft_config, or call model.requires_grad_(True)"
+        )
 
 
 def load_tokenizer(name_or_path: str | os.PathLike, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Loads only the tokenizer of `load_model`, so that rows can be checked before a model is loaded.
 
     Args:
-        name_or_path: As in `load_model`.
+        name_or_path: As in `load_model`. An adapter saved without a tokenizer has its base model's.
         trust_remote_code: Whether to run code that comes with the tokenizer.
 
     Returns:
         The tokenizer, with a padding token.
     """
+    base = adapter_base(name_or_path)
+    if base is not None and not _has_tokenizer(name_or_path):
+        return load_tokenizer(base, trust_remote_code=trust_remote_code)
     folder, gguf = _folder(name_or_path)
     with _named(name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **gguf)
@@ -111,6 +162,33 @@ def rebuild_gguf(model: PreTrainedModel) -> PreTrainedModel:
     dense.tie_weights()
     dense.generation_config = copy.deepcopy(model.generation_config)
     return dense.eval()
+
+
+def _load_adapter(model: PreTrainedModel, name_or_path: str | os.PathLike) -> Any:
+    """The model with the adapter, trainable, in evaluation mode."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ValueError(
+            f"model: {str(name_or_path)!r} is an adapter: {error}; install it with: pip install peft"
+        ) from error
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"model: expected an adapter of a whole model, got {str(name_or_path)!r}, whose base model is an adapter "
+            "itself; merge that first"
+        )
+    return PeftModel.from_pretrained(model, str(name_or_path), is_trainable=True).eval()
+
+
+def _has_tokenizer(name_or_path: str | os.PathLike) -> bool:
+    found = cached_file(
+        str(name_or_path),
+        "tokenizer_config.json",
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return found is not None
 
 
 def _folder(name_or_path: str | os.PathLike) -> tuple[str, dict[str, str]]:

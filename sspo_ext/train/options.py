@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the two configs document and read their options."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of StepPreferenceTrainer."""
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class StepPreferenceConfig(TrainingArguments):
         temperature: Divides the logits.
         reference_free: Train without a reference model: a reward is beta * log pi.
         reference_cache: The folder of cached reference log-probs; None means OUTPUT_DIR/reference_cache.
+        disable_dropout: Whether dropout is turned off in the model as given and in its adapter, in place, as in TRL.
+            With False the policy is trained with dropout, and the reference has none.
         packing: Padding-free batches: all sequences end to end in one row.
         backend: Who computes the loss: "auto", "cpu", "triton", "cuda" or "reference".
         route: "linear" computes log-probs from hidden states and never stores the logits. It raises UnsupportedHead
@@ -63,6 +66,7 @@ class StepPreferenceConfig(TrainingArguments):
     temperature: float = 1.0
     reference_free: bool = False
     reference_cache: str | None = None
+    disable_dropout: bool = True
     packing: bool = False
     backend: str = "auto"
     route: str = "linear"

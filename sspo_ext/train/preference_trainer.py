@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """StepPreferenceTrainer: `transformers.Trainer` with a step-wise preference loss.
 
 It adds to Trainer the loss, its normaliser over accumulated micro-batches, the reference's log-probs, and metrics.
@@ -21,9 +22,10 @@ from ..data.collator import StepPreferenceCollator
 from ..losses.pref import StepPrefOutput, linear_step_pref_loss, step_pref_loss
 from ..objective.pair_arguments import checked_options, chosen_formulas
 from .base import StepTrainer
+from .dropout import disable_dropout
 from .means import Means
 from .model_call import call_model, check_processes, choose_route, router_loss, uses_flash_attention
-from .models import model_and_tokenizer, with_adapter
+from .models import check_trainable, model_and_tokenizer, with_adapter
 from .options import dictionary
 from .preference_config import StepPreferenceConfig
 from .reference_cache import TOKEN_COLUMNS, ReferenceCache, add_reference, reference_key
@@ -37,7 +39,8 @@ class StepPreferenceTrainer(StepTrainer):
     reference model.
 
     Args:
-        model: A causal LM, a PeftModel, or a name or path, which `load_model` loads together with its tokenizer.
+        model: A causal LM, a PeftModel, or a name or path, which `load_model` loads together with its tokenizer. It
+            has parameters that require a gradient, as an adapter has that is loaded by its path.
         args: The options.
         train_dataset: Features that `tokenize_rows` made: a list or a datasets.Dataset. It must have a length, unless
             the loss needs no reference or the features have `ref_chosen` and `ref_rejected` already.
@@ -97,6 +100,10 @@ class StepPreferenceTrainer(StepTrainer):
         self._new_adapter = peft_config is not None
         if self._new_adapter:
             policy = with_adapter(policy, peft_config)
+        if train_dataset is not None:
+            check_trainable(policy)
+        if args.disable_dropout:
+            disable_dropout(policy)
         if data_collator is None:
             pad = getattr(tokenizer, "pad_token_id", None)
             data_collator = StepPreferenceCollator(
@@ -105,6 +112,10 @@ class StepPreferenceTrainer(StepTrainer):
         named = ("loss_type", "loss_weights", "beta", "label_smoothing", "temperature")
         self._loss_options = {**{name: getattr(args, name) for name in named}, **dictionary(args.loss_options)}
         self._means = {"train": Means(), "eval": Means()}
+        takes = any(formula.reference != "forbidden" for formula, _ in formulas)
+        self._takes_reference = takes and not args.reference_free
+        self._reference_key: str | None = None
+        self._untrained = True
         super().__init__(policy, args, data_collator, train_dataset, eval_dataset, tokenizer, **trainer_kwargs)
         check_processes(args)
         # Versions of Trainer without loss_is_scaled_for_ga decide by this whether to divide by the accumulation steps.
@@ -112,8 +123,7 @@ class StepPreferenceTrainer(StepTrainer):
         self.route = choose_route(self.model, args.route, args.device)
         if args.packing:
             self._check_packing(train_dataset if train_dataset is not None else eval_dataset)
-        if not args.reference_free and any(formula.reference != "forbidden" for formula, _ in formulas):
-            self._add_references()
+        self._add_references()
 
     def preference_loss(self, model: nn.Module, batch: dict, num_items: float | Tensor | None) -> StepPrefOutput:
         """Runs the model on a batch and computes the loss.
@@ -127,7 +137,8 @@ class StepPreferenceTrainer(StepTrainer):
             The loss and its metrics.
         """
         args, layout, pairs = self.args, batch["layout"], batch["pairs"]
-        options = {"ref": batch.get("ref"), "num_items": num_items, "backend": args.backend, **self._loss_options}
+        options = {"num_items": num_items, "backend": args.backend, **self._loss_options}
+        options |= {"ref": self._reference_of(batch), "reference_free": not self._takes_reference}
         call = call_model(model, batch, self.route, args.chunk_bytes)
         if self.route == "linear":
             hidden, weight = call.inputs
@@ -140,6 +151,18 @@ class StepPreferenceTrainer(StepTrainer):
             inplace = inplace and torch.is_grad_enabled()
             out = step_pref_loss(logits, layout, pairs, inplace_backward=inplace, **options)
         return self._with_router_loss(out, call.outputs, num_items)
+
+    def _reference_of(self, batch: dict) -> Tensor | None:
+        """The reference's step log-probs of a batch, if the loss takes them."""
+        if not self._takes_reference:
+            return None
+        if batch.get("ref") is None:
+            raise ValueError(
+                f"ref: loss_type {self.args.loss_type} takes a reference, and the batch has none; data_collator must "
+                "keep ref_chosen and ref_rejected as batch['ref'] (StepPreferenceCollator does), or give "
+                "reference_free=True"
+            )
+        return batch["ref"]
 
     def _with_router_loss(self, out: StepPrefOutput, outputs, num_items: float | Tensor | None) -> StepPrefOutput:
         """Adds the balance loss of a mixture of experts, weighted by this batch's share of the pairs."""
@@ -178,11 +201,18 @@ class StepPreferenceTrainer(StepTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
 
-    def _get_dataloader(self, dataset, *args, is_training: bool = False, **kwargs):
+    def train(self, *args, **kwargs):
+        """Trainer's, with the reference's log-probs for datasets that were set after the start."""
+        self._add_references()
+        self._untrained = False
+        return super().train(*args, **kwargs)
+
+    def _get_dataloader(self, dataset, description: str, *args, is_training: bool = False, **kwargs):
+        dataset = self._with_reference(dataset, f"{description.lower()} dataset")
         if not is_training and self.accelerator.num_processes > 1:
             # accelerate fills the last batches with repeated rows, which would count in the means
             dataset = whole_batches(dataset, self.args.eval_batch_size * self.accelerator.num_processes)
-        return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        return super()._get_dataloader(dataset, description, *args, is_training=is_training, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """Adds to Trainer's metrics the loss as a mean over pairs, whatever the batch size, and the loss's metrics."""
@@ -215,7 +245,19 @@ class StepPreferenceTrainer(StepTrainer):
         super().log(logs, *args, **kwargs)
 
     def _add_references(self) -> None:
-        """Adds the reference's log-probs to all datasets that lack them."""
+        """Adds the reference's log-probs to the trainer's datasets that lack them."""
+        for name in ("train_dataset", "eval_dataset"):
+            dataset = getattr(self, name)
+            if isinstance(dataset, dict):
+                added = {key: self._with_reference(value, f"{name}[{key!r}]") for key, value in dataset.items()}
+            else:
+                added = self._with_reference(dataset, name)
+            setattr(self, name, added)
+
+    def _with_reference(self, dataset: Any, name: str) -> Any:
+        """The dataset with the reference's log-probs of its rows, if the loss takes them."""
+        if not self._takes_reference or _has_reference(dataset):
+            return dataset
         assert self.args.output_dir is not None
         cache = ReferenceCache(
             folder=self.args.reference_cache or os.path.join(self.args.output_dir, "reference_cache"),
@@ -225,31 +267,36 @@ class StepPreferenceTrainer(StepTrainer):
             barrier=self.accelerator.wait_for_everyone,
             progress=self.is_world_process_zero() and not self.args.disable_tqdm,
         )
+        known = self._untrained and not self._is_sharded
+        if self._reference_key is None and known:
+            self._reference_key = self._key_of_reference()
+        if self._reference_key is None:
+            raise self._unknown_reference(name)
+
+        def step_sums(batch: dict) -> Tensor:
+            nonlocal known
+            # rows that are in the cache need no model, whatever training has done to it
+            known = known or not self._is_sharded and self._key_of_reference() == self._reference_key
+            if not known:
+                raise self._unknown_reference(name)
+            return self.logps_without_grad(model, batch).sums
+
+        with self._reference_model() as model:
+            return add_reference(dataset, self._reference_key, cache, self.data_collator, step_sums, name)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return (self.is_fsdp_enabled or self.is_deepspeed_enabled) and bool(self.accelerator._models)
+
+    def _key_of_reference(self) -> str:
         settings = {"temperature": self.args.temperature, "mixed_precision": str(self.accelerator.mixed_precision)}
-        model_key = None
+        return reference_key(self.model, settings, adapters=not self._new_adapter)
 
-        def reference(dataset, name: str):
-            nonlocal model_key
-            has_length = hasattr(dataset, "__len__")
-            if dataset is None or has_length and len(dataset) and {"ref_chosen", "ref_rejected"} <= set(dataset[0]):
-                return dataset
-            model_key = model_key or reference_key(self.model, settings, adapters=not self._new_adapter)
-            with self._reference_model() as model:
-                return add_reference(
-                    dataset,
-                    model_key,
-                    cache,
-                    self.data_collator,
-                    lambda b: self.logps_without_grad(model, b).sums,
-                    name,
-                )
-
-        for name in ("train_dataset", "eval_dataset"):
-            dataset = getattr(self, name)
-            if isinstance(dataset, dict):
-                setattr(self, name, {key: reference(value, f"{name}[{key!r}]") for key, value in dataset.items()})
-            else:
-                setattr(self, name, reference(dataset, name))
+    def _unknown_reference(self, name: str) -> ValueError:
+        return ValueError(
+            f"{name}: expected rows with ref_chosen and ref_rejected, or rows that the trainer was given before "
+            "training; the reference is the model before training, which is no longer there"
+        )
 
     @contextlib.contextmanager
     def _reference_model(self):
@@ -290,3 +337,14 @@ class StepPreferenceTrainer(StepTrainer):
                 f"packing: {name} gives other log-probs for packed sequences (by {difference:.3g} in a step); "
                 "use packing=False"
             )
+
+
+def _has_reference(dataset) -> bool:
+    """Whether the rows of a dataset, judged by the first one, have the reference's log-probs; so has no dataset."""
+    if dataset is None:
+        return True
+    if hasattr(dataset, "__len__"):
+        first = dataset[0] if len(dataset) else {}
+    else:
+        first = next(iter(dataset), {})
+    return {"ref_chosen", "ref_rejected"} <= set(first)

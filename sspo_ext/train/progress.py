@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training run in one picture: accuracy against tokens, and both over updates."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reference step log-probs: computed once and kept on disk, under a hash of everything that they depend on."""
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ _FORMAT = 1
 _SAVE_EVERY_S = 30.0
 
 _NOTHING = (np.zeros(0, np.float32), 0)
+
+_LAYER_STATES = ("active_adapters", "merged_adapters", "disable_adapters", "scaling")
+
+_NOT_OF_THE_FUNCTION = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
 
 _PARTS = ("input_ids", "labels", "step_ids")
 
@@ -65,7 +70,7 @@ def reference_key(model: nn.Module, settings: dict, *, adapters: bool = False) -
     Args:
         model: The reference model.
         settings: Anything else that the log-probs depend on, as JSON.
-        adapters: Whether the weights of its adapters count.
+        adapters: Whether its adapters count: their weights, their configs, and which of them act how strongly.
 
     Returns:
         40 hex digits.
@@ -75,6 +80,8 @@ def reference_key(model: nn.Module, settings: dict, *, adapters: bool = False) -
         config.pop(name, None)
     header = json.dumps([_FORMAT, config, settings], sort_keys=True, default=str)
     digest = hashlib.blake2b(header.encode(), digest_size=20)
+    if adapters:
+        digest.update(_adapter_state(model))
     prefix = None
     if hasattr(model, "peft_config") and not adapters:
         prefix = getattr(getattr(model, "base_model", None), "prefix", None)
@@ -87,6 +94,30 @@ def reference_key(model: nn.Module, settings: dict, *, adapters: bool = False) -
         for name, tensor_digest in zip(weights, pool.map(_tensor_digest, weights.values()), strict=True):
             digest.update(name.encode() + tensor_digest)
     return digest.hexdigest()
+
+
+def _adapter_state(model: nn.Module) -> bytes:
+    """What adapters do beside their weights; empty for a model without any.
+
+    The layers say it, since a config may differ from what `set_adapter` or `set_scale` did later. The configs say the
+    rest, such as LoRA's `use_dora`.
+    """
+    layers = {
+        name: [getattr(module, state, None) for state in _LAYER_STATES]
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "disable_adapters", None), bool)
+    }
+    given = getattr(model, "peft_config", None) or {}
+    configs = {
+        name: {key: value for key, value in config.to_dict().items() if key not in _NOT_OF_THE_FUNCTION}
+        for name, config in given.items()
+    }
+    if not layers and not configs:
+        return b""
+    # the wrapper's own choice, which prompt learning has instead of layers
+    active = getattr(model, "active_adapters", None)
+    state = [layers, configs, None if callable(active) else active]
+    return json.dumps(state, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x)).encode()
 
 
 def _tensor_digest(value: Tensor) -> bytes:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rollouts: completions sampled from the policy, behind an interface small enough for any engine.
 
 A completion depends only on the policy, the row's prompt and the row's seed. Each token takes one uniform number, which

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How completions are sampled, and what a rollout engine must offer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of SSPOTrainer."""
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .._checks import check_choice, check_count, check_not_negative, check_positive
+from ..data.special import SPECIAL_TOKENS
 from ..formulas.policy import KL_ESTIMATORS, LEVELS, get_policy_formula
 from ..objective.policy_arguments import AGGREGATIONS
 from ..signals.credit.baselines import BASELINES, UNGROUPED
@@ -47,6 +49,8 @@ class SSPOConfig(TrainingArguments):
         rollout_batch_size: The most rows completed at once on a device; None means all of the update. Not for "vllm".
         rollout_options: Arguments of `vllm.LLM`, for "vllm" alone.
         chat_template_kwargs: Arguments of the chat template, such as `{"enable_thinking": False}`.
+        special_tokens: What happens to a row with a text that spells a special token, such as "<|im_end|>": "error", or
+            "allow", and the text becomes the token.
         split_by: What ends a step: "newline", "blank_line" or a regular expression, see `sspo_ext.signals.split`.
         probe: What asks the model for its answer: a language of `sspo_ext.signals.PROBES`, a text, or a Probe.
         probe_end: A text that must follow the answer for it to count, such as the end of sequence, or several, any of
@@ -73,6 +77,8 @@ class SSPOConfig(TrainingArguments):
         entropy_coef: The weight of the entropy bonus.
         aggregation: The mean that the loss is: over "token", "step" or "sequence", or "sum", which divides by a
             constant (Dr. GRPO). See `sspo_ext.step_policy_loss`.
+        disable_dropout: Whether dropout is turned off in the model as given and in its adapter, in place, as in TRL.
+            With False the policy is trained with dropout, and the reference has none.
         num_iterations: Updates on each batch of rollouts. Above 1 the loss type needs a ratio.
         route: "linear" computes log-probs from hidden states and never stores the logits. It raises UnsupportedHead
             for a model whose LM head it cannot use. "logits" reads the model's own logits. "auto" is "linear" where
@@ -108,6 +114,7 @@ class SSPOConfig(TrainingArguments):
     rollout_batch_size: int | None = None
     rollout_options: dict | str | None = None
     chat_template_kwargs: dict | str | None = None
+    special_tokens: str = "error"
 
     split_by: str = "newline"
     probe: str = "en"
@@ -130,6 +137,7 @@ class SSPOConfig(TrainingArguments):
     kl_estimator: str = "k3"
     entropy_coef: float = 0.0
     aggregation: str = "token"
+    disable_dropout: bool = True
     num_iterations: int = 1
     route: str = "linear"
     backend: str = "auto"
@@ -176,6 +184,7 @@ class SSPOConfig(TrainingArguments):
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
         check_count("top_k", self.top_k, 0)
         check_count("max_completion_length", self.max_completion_length)
+        check_choice("special_tokens", self.special_tokens, SPECIAL_TOKENS)
         check_choice("rollout_engine", self.rollout_engine, ENGINES)
         for name in ("num_generations", "num_iterations"):
             if getattr(self, name) < 1:

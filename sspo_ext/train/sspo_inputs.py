@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What SSPOTrainer is given: checked, and prepared for use."""
 
 from __future__ import annotations
@@ -35,8 +36,15 @@ def check_datasets(args: SSPOConfig, tokenizer: Any, train_dataset, eval_dataset
     """Checks every row. With `own_values` a subclass estimates the values, and needs no answer as a text."""
     chat, probed = has_chat(tokenizer), args.combine != "outcome"
     by_text = probed and not own_values and dictionary(args.probe_options).get("mode", "likelihood") == "likelihood"
-    check_rows("train_dataset", train_dataset, chat=chat, answers=probed, texts=by_text)
-    check_rows("eval_dataset", eval_dataset, chat=chat)
+    rendering = rendering_of(args, tokenizer)
+    check_rows("train_dataset", train_dataset, chat=chat, answers=probed, texts=by_text, **rendering)
+    check_rows("eval_dataset", eval_dataset, chat=chat, **rendering)
+
+
+def rendering_of(args: SSPOConfig, tokenizer: Any) -> dict[str, Any]:
+    """How `check_rows` looks at the texts of rows."""
+    template = dictionary(args.chat_template_kwargs)
+    return {"tokenizer": tokenizer, "chat_template_kwargs": template, "special_tokens": args.special_tokens}
 
 
 def check_batch(args: SSPOConfig, rows_per_update: int) -> None:

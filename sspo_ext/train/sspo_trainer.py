@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SSPOTrainer: self-traced step-wise policy optimisation on `transformers.Trainer`.
 
 The methods stand in the order of one update: rollouts and grading (`roll_out`), values (`step_values`), advantages
@@ -18,6 +19,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.chat import row_probe
 from ..data.graders import Grader, grade_rows
 from ..data.prompts import check_rows
 from ..hf.wrappers import eval_mode
@@ -25,6 +27,7 @@ from ..losses.policy import StepPolicyOutput, linear_step_policy_loss, step_poli
 from ..signals.probing.probe import probe_step_values
 from ..signals.values import StepBatch
 from .base import StepTrainer
+from .dropout import disable_dropout
 from .experience import (
     PromptSampler,
     Rollout,
@@ -41,12 +44,20 @@ from .experience import (
 )
 from .means import Sums
 from .model_call import call_model, check_processes, choose_route, router_loss
-from .models import model_and_tokenizer, with_adapter
+from .models import check_trainable, model_and_tokenizer, with_adapter
 from .options import dictionary
 from .rollout import end_tokens, make_engine
 from .sampling import RolloutEngine, Sampling
 from .sspo_config import SSPOConfig
-from .sspo_inputs import check_batch, check_datasets, check_given, frozen_copy, has_chat, step_delimiters
+from .sspo_inputs import (
+    check_batch,
+    check_datasets,
+    check_given,
+    frozen_copy,
+    has_chat,
+    rendering_of,
+    step_delimiters,
+)
 
 
 class SSPOTrainer(StepTrainer):
@@ -60,7 +71,8 @@ class SSPOTrainer(StepTrainer):
     Override `step_values` for another estimate of a prefix's value, and `on_rollouts` to look at the rollouts.
 
     Args:
-        model: A causal LM, a PeftModel, or a name or path, which `load_model` loads together with its tokenizer.
+        model: A causal LM, a PeftModel, or a name or path, which `load_model` loads together with its tokenizer. It
+            has parameters that require a gradient, as an adapter has that is loaded by its path.
         args: The options.
         reward_func: `reward(prompt, completion, answer) -> float`, or TRL's form `reward(prompts, completions,
             **columns) -> list[float]`; see `sspo_ext.data.graders`. Rewards are in [0, 1], the scale of the values;
@@ -121,6 +133,10 @@ class SSPOTrainer(StepTrainer):
             policy = with_adapter(policy, peft_config)
         elif args.beta:
             self.ref_model = frozen_copy(policy)
+        if train_dataset is not None:
+            check_trainable(policy)
+        if args.disable_dropout:
+            disable_dropout(policy)
         self.reward_func = reward_func
         self._unit_rewards = args.combine != "outcome" and not own_values
         self.pad_token_id = tokenizer.pad_token_id or 0
@@ -198,7 +214,7 @@ class SSPOTrainer(StepTrainer):
             args.top_p, args.top_k,
         )  # fmt: skip
         with self._sums.phase("rollout"), torch.no_grad(), self.accelerator.autocast():
-            prompts = prompt_ids([row["prompt"] for row in rows], tokenizer, dictionary(args.chat_template_kwargs))
+            prompts = prompt_ids(rows, tokenizer, dictionary(args.chat_template_kwargs))
             completions = self.engine.complete(self.model, prompts, sampling, seeds)
         with self._sums.phase("grade"):
             grader = functools.partial(grade_rows, self.reward_func, unit=self._unit_rewards, trainer_state=self.state)
@@ -219,7 +235,8 @@ class SSPOTrainer(StepTrainer):
         answers, grader = probe_answers(rollouts, self.args, self.reward_func)
         options = {"tokenizer": self.processing_class, **dictionary(self.args.probe_options), **grader}
         with torch.no_grad(), self.accelerator.autocast():
-            values = probe_step_values(self.model, states, self.args.asked, answers, **options).to_lists()
+            probes = [row_probe(self.args.asked, r.row) for r in rollouts]
+            values = probe_step_values(self.model, states, probes, answers, **options).to_lists()
         return [[*v, 0.0] if r.steps else v for r, v in zip(rollouts, values, strict=True)]
 
     def advantages(
@@ -328,7 +345,8 @@ class SSPOTrainer(StepTrainer):
         """
         args = self.args
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        check_rows("eval_dataset", dataset, chat=has_chat(self.processing_class), required=True)
+        tokenizer = self.processing_class
+        check_rows("eval_dataset", dataset, chat=has_chat(tokenizer), required=True, **rendering_of(args, tokenizer))
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         rows = [dataset[i] for i in range(rank, len(dataset), world)]
         # vLLM makes its own batches, and the weights are loaded into it in every call.

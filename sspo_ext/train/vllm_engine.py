@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vLLM as rollout engine, inside the trainer's own processes ("colocate").
 
 Each process has one engine. Before every batch of rollouts the policy's weights are loaded into it. It needs a GPU and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pads evaluation with empty rows so that accelerate repeats no real one."""
 
 from __future__ import annotations

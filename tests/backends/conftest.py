@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each instruction set that this machine has."""
 
 import pytest

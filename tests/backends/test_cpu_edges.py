@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The log-prob kernels of csrc/cpu at the edges: labels, rows and numbers out of range, thread counts."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """csrc/cpu on rows whose logits are huge finite numbers: a row masked throughout with its dtype's lowest number, say.
 
 Every instruction set this machine has, against a softmax of exact differences in float64.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """csrc/cpu's entropy, sum of squares and KL, every instruction set this machine has, against float64.
 
 Mutations tried in csrc/cpu/row_reductions.h (edit, rebuild, AVX-512, run with -x) and the test that failed:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The step kernel of csrc/cpu against the reference."""
 
 import math

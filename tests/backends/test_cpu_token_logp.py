@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The log-prob kernels of csrc/cpu, every instruction set this machine has, against float64.
 
 Mutations tried in csrc/cpu (edit, rebuild, run with -x, AVX-512) and the first test that failed:

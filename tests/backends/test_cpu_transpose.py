@@ -1,4 +1,5 @@
-"""The 16-bit transpose of the CPU module, which turns a block of gradients round for the weight's GEMM."""
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU module's transpose of 16-bit matrices, which the linear route needs for a GEMM with a block of gradients."""
 
 import pytest
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """nvcc compiles every CUDA source for every architecture without a warning; the build chooses architectures from its
 settings alone. Nothing here needs a GPU.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels, run by the emulation in tests/cuda_emulation through the package's own binding and wrapper, against
 float64. Sanitizers and planted faults: test_sanitizers.py. None of these passes what `check` holds a gradient to: one
 rounded from the truth with all elements but the label's times 0, 0.5, 0.9, 1.1, 1.5, 2, 3 or -1 (bfloat16 and float16,

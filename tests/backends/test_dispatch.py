@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which backend runs: argument > SSPO_BACKEND > the table; a reason for everything that cannot.
 
 Mutations of sspo_ext/backends/__init__.py, each caught by the test named (on a copy of the package):

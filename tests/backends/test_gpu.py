@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every backend against float64 on a GPU, at real sizes: `pytest -m gpu` needs a GPU and nothing else. The same checks
 run small on the CPU in the default tests, so that they are known to work before a GPU meets them.
 

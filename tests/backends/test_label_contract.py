@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One contract for labels, in every backend that can run here, forward and backward, plain rows and reductions.
 
 A label in [0, V) is a column. A label of -1 is in another shard of the vocabulary: its log-prob is -lse, which

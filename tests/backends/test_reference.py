@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reference backend is the specification: tested against hand-made numbers and loops over tokens.
 
 Mutations of sspo_ext/backends/reference.py and logps.logit_map, each caught by the test named (on a copy of the

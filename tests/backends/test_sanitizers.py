@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The C++ and CUDA kernels as programs under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; and that
 these, and the comparison with float64 inside the programs, see the faults that they are there for.
 """

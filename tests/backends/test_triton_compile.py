@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton kernels compile ahead of time, without a GPU, to the machine code that they were written for.
 
 benchmarks/kernels/machine_code.py reads it. The bounds on instructions are above what Triton 3.9 gives (forward 5.7,

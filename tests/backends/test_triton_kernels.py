@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files of triton_interpreted/ on a machine with a GPU.
 
 Triton reads its switch when kernels are defined, so the interpreted ones need a process of their own beside a GPU's.

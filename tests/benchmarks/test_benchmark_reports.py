@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Raw results and reports: a report made again from the stored numbers equals the committed one, so a rerun keeps
 every sentence; and what happens to a table when a command is killed, or when two run at once.
 

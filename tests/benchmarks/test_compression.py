@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The compression benchmark's controls, arithmetic and report; one pair-form update.
 
 Mutations that turned a test red: 1.96 for Student's quantile, n for n - 1 (test_interval); the first language's runs

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m benchmarks gpu` as far as it goes without a GPU: every line of it runs small on the CPU, and what it would
 print beside a GPU's times comes from the predictions on disk.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The instruments of docs/gpu.md on inputs whose answers are known by hand, and that page's numbers against the results
 it quotes.
 

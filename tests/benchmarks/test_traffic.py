@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the Triton kernels read and write, against the least that the work needs.
 
 benchmarks/kernels/traffic.py counts it.

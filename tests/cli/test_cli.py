@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The console script: a whole training from files, and one message instead of a traceback for every mistake."""
 
 import json

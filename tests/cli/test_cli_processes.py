@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sspo-ext rl` and `sspo-ext train` under torchrun on CPUs: one job, which trains what one process trains.
 
 The differences of the weights are printed (pytest -s). Mutations: no use_cpu in a command -> its test, by the trainer's

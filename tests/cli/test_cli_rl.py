@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sspo-ext rl`: a whole run from a file, resume, and one message for every mistake."""
 
 import argparse

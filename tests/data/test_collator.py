@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches of the collator, padded and packed.
 
 Mutations, each caught by the test named:

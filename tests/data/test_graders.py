@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Graders: what counts as the same answer, and how the answers of a probe are handed to them.
 
 Mutations of sspo_ext/train/grade.py that turned a test red: gold answers parsed as they are (9 cases of

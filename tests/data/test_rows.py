@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of files: their forms, and messages that name all bad rows.
 
 Mutation, caught by the test named:

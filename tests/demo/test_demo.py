@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The generated tasks by hand-made examples, and the whole demo at toy size. Its measured effect is the slow test."""
 
 import json

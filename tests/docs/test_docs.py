@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """README and docs/, as written: their code runs and prints what they say, links lead somewhere, no line is long.
 
 The blocks of a page run in order, in one folder and one namespace. A block with `title="NAME"` is written to that file;
@@ -53,7 +54,7 @@ def run_shell(block: Block) -> str:
         if program == "sspo-ext":
             with contextlib.redirect_stdout(printed), mock.patch.object(sys, "argv", ["sspo-ext", *arguments]):
                 with pytest.raises(SystemExit) as end:
-                    runpy.run_module("sspo_ext.cli.main", run_name="__main__", alter_sys=True)
+                    runpy.run_module("sspo_ext.cli", run_name="__main__", alter_sys=True)
             assert not end.value.code, line
         elif program in ("python", "torchrun"):
             launcher = ["-m", "torch.distributed.run"] if program == "torchrun" else []

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The examples in the docstrings of the package run, and print what stands below them.
 
 An example may use torch, every public name of sspo_ext, its losses, signals and hf, and the names of `given` below.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/integrating.md, as written: its snippets run, and do what the page says of them.
 
 Mutations of the page, each caught by the test named:

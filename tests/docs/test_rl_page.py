@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/rl.md against what the trainer logs.
 
 Mutations that turned the test red: a name taken out of the page; a metric of the loss logged beside the others.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loss definitions: golden values worked out by hand, closed forms, gradcheck; generated forms against definitions.
 
 Mutations of sspo_ext/heads/ and backends/generate.py, each caught by the test named (on a copy of the package):

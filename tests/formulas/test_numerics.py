@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pieces that heads share, in float32 against the same in Python's floats, each where its argument is hard; DiscoPOP.
 
 Mutations of sspo_ext/formulas/numerics.py and of discopop, each caught by the test named (on a copy of the package).

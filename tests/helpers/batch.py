@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random ragged batches, and an oracle for them: Python loops over tokens, which share no code with the package.
 
 Every test that needs a batch takes it from here, so that all of them meet the awkward cases: prompts of different

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows for the kernels of csrc/cpu, and their check against float64."""
 
 import math

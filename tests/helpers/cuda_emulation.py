@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles the CUDA kernels against the emulation: as the Python module sspo_ext._C_cuda, and as a program of checks
 for the sanitizers.
 """

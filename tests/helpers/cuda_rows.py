@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows for the CUDA kernels, and their check against float64."""
 
 from __future__ import annotations

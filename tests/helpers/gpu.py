@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What test_gpu.py holds a backend to on real sizes: log-probs and gradients of sampled rows against float64."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton's interpreter, quicker and nearer to the hardware. Patches of the whole process, for tests/conftest.py."""
 
 import dataclasses

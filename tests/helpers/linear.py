@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches for the linear route, its truth in float64, and profilers that see inside the package's ops.
 
 The truth is the reference backend on float64 logits, which tests/backends/test_reference.py holds to an oracle. The

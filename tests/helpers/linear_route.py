@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One batch of several units for the linear route, its loss and gradients, and the rule that they are held to."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A call of every loss on step log-probs."""
 
 import torch

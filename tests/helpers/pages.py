@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The code blocks of a page of the documentation."""
 
 from __future__ import annotations

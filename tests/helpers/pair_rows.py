@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A row of pairs, a byte tokenizer with a chat template, and the steps of what is made of them."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Independent implementations called on our batches: the unbound loss code of TRL's trainers, and Liger's losses.
 
 Each peer gives a loss as a function of logits (or hidden states and head), to be differentiated by autograd.

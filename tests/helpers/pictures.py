@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures drawn again from stored numbers, against the committed ones."""
 
 from pathlib import Path

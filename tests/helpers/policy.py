@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Policy losses that every route is held to."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """step_pref_loss with its gradient, and a comparison, for its tests."""
 
 # ruff: noqa: E501 (tables of calls and their messages)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tiny random Llama, rows of pairs and a short training: for StepPreferenceTrainer's tests."""
 
 import numpy as np

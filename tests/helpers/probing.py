@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model whose answers have known probabilities, a batch for it and a tokenizer."""
 
 from types import SimpleNamespace

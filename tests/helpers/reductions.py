@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows for the kernels with further reductions, their truth in float64 and the check that every backend must pass."""
 
 from __future__ import annotations

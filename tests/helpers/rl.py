@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tiny random Llama with a character tokenizer, and rollout engines that say what they are told: for SSPO's tests."""
 
 import torch

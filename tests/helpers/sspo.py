@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An SSPOTrainer whose completions and values are known."""
 
 from helpers.rl import ROWS, Says, make_tokenizer, make_trainer

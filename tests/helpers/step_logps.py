@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Step log-probs written by hand."""
 
 # ruff: noqa: E501 (tables of calls and their messages)

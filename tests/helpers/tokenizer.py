@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tokenizer of 256 bytes: every text, Chinese and emoji in several tokens each, and nothing to download."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chains, a tokenizer and a call of `sspo-ext trace`, for its tests."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the kernels of every backend are held to against float64: the rule, and a bound for each gradient element.
 
 docs/numerics.md says what each part of the suite is held to.

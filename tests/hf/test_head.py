@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hidden states and heads of real model classes, and the check that they give the model's own logits.
 
 Mutations of sspo_ext/hf that these tests catch: softcap before scale; a field name forgotten; Granite multiplied; the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wrapped models: adapters, compiled parts, hooks, several processes.
 
 Mutations of sspo_ext/hf that these tests catch: the hook left behind after an error; the hook narrowing another

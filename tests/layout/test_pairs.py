@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """StepPairs: by index, explicit, what launch 2 reads of them, units, and the messages.
 
 Mutations of sspo_ext/pairs.py and StepLayout.pair_by_index, each caught by the test named (on a copy of the package):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """StepLayout: which tokens are scored, where, and every message of the validation.
 
 Mutations of sspo_ext/layout.py, each caught by the test named (on a copy of the package):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.set_default_device names another device than the tensors': nothing here may follow it.
 
 "meta" stands for a GPU: whatever is made without a device meets a host tensor there, and raises. A host kernel that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The edges at which other libraries crash, give NaN or, silently, a wrong number (each case names who).
 
 Mutations, each caught by the test named (on a copy of the package):

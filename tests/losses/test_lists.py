@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses of lists of responses: golden values by hand.
 
 Mutation of sspo_ext/losses/lists.py, caught by the test named (on a copy of the package):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All losses of torch ops on step log-probs: gradients, both routes, nothing to score, limits, messages.
 
 Mutations, each caught by the test named (on a copy of the package):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every loss that Liger has too: its code as the oracle, loss and gradient with autograd in float64.
 
 Where it differs from us, on purpose:

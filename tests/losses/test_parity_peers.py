@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Against independent authors, where their packages are installed. One step per sequence is what they compute.
 
 Where they differ from us on purpose:

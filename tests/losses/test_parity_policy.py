@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Policy losses against TRL 1.16's own GRPOTrainer._compute_loss and RLOOTrainer._compute_loss, where it is installed.
 
 One step per sequence, whose advantage is the sequence's, is what they compute. Where they differ from us on purpose:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Policy losses on the logits route: golden values and an oracle that loops over tokens.
 
 Mutations of sspo_ext/objective/policy.py, each caught by the test named:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Policy losses on the logits route: gradcheck, forms of the arguments, limits, messages.
 
 Mutations of sspo_ext/objective/policy.py, each caught by the test named:

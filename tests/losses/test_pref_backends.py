@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """step_pref_loss and step_logps: every fused backend against the reference, each gradient alone.
 
 Mutations, each caught by the test named (on a copy of the package):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """step_pref_loss: what it refuses, and the messages.
 
 Mutations, each caught by the test named (on a copy of the package):

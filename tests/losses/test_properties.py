@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What must hold for any batch, found out by hypothesis: invariances, conservation, finite differences.
 
 Mutations, each caught by the test named (on a copy of the package):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """State of the whole batch: BCO's running mean by hand and saved, and what two ranks agree on.
 
 Mutations of sspo_ext/losses/{state,unpaired,transport,lists}.py, each caught by the test named (on a copy of the

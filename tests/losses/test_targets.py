@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses of steps against targets: golden values by hand.
 
 Mutations of sspo_ext/losses/targets.py, each caught by the test named (on a copy of the package):

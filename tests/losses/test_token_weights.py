@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token weights that make a method of a loss: by hand, and what they cost.
 
 Mutations of sspo_ext/token_weights.py, each caught by the test named (on a copy of the package). 38 were tried; the 14

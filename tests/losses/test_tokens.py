@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TDPO, WPO and Full-Step-DPO: golden values by hand, and a loop over tokens.
 
 Mutations of sspo_ext/losses/tokens.py, each caught by the test named (on a copy of the package):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """KTO, APO-zero and AOT: golden values by hand.
 
 Mutations of sspo_ext/losses/{unpaired,transport}.py, each caught by the test named (on a copy of the package):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mixtures of losses over one pass: the sum of its parts on every route and backend, and what raises.
 
 Mutations of sspo_ext/{terms,pair_spec,losses}.py, each caught by the test named (on a copy of the package):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packaging: what sdist and wheel hold, the switches of setup.py, what the compiled objects export, and the type stubs
 of the C++ modules.
 """

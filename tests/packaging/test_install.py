@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`pip install .` with and without nvcc: what the wheel holds, and what `sspo-ext info` then says.
 
 About two minutes of CPU time, so not among the default tests; the kernels are compiled for one architecture.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A source folder without its compiled module: the installed package is used, or what to type is said.
 
 Mutations that turned a test red: `_is_built` always true; the search through sys.path left out; no warning.

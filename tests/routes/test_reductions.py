@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entropy, sum of squares and KL from step_logps and linear_step_logps: closed forms, gradcheck, both routes against
 the specification in float64, torch.compile, and what is refused. The kernels: test_cpu_reductions.py and
 test_triton_reductions.py.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Outcome advantages and their combination with the step signal: golden values, TRL's formula, degenerate groups.
 
 Mutations of sspo_ext/signals/baselines.py, each caught by the test named:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Log-probs of branches: three engines, one answer, on small models of many families.
 
 Mutations of sspo_ext/signals/{branches,support}.py that turned a test red: the cached engine's mask without its hole

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GAE over steps: closed forms, a plain loop, normalisation.
 
 Mutations of sspo_ext/signals/gae.py, each caught by the test named:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Step preferences traced from a model: candidates, their values, pairs, rows, divergence.
 
 Mutations that turned a test red: no gap asked for (test_only_within_a_node_and_above_the_gap); no discount

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values from probing: worked out by hand on a fake model, equal by every engine on real classes, defined at the edges.
 
 Mutations of sspo_ext/signals/probe.py that turned a test red: answers that begin with another are added too

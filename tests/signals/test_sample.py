@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sampled continuations against transformers' own generate, and by every engine alike.
 
 Mutation of sspo_ext/signals/sample.py that turned a test red: positions that do not advance

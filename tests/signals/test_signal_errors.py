@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Probes: what cannot be used, or has no effect, is an error that names it, and so is what is not a number.
 
 All were red on the code without these checks but the answers [] and [None], the rotary positions and the grader of NaN,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Splitting into steps: both ways against a line-by-line oracle, on a real tokenizer and on small ones trained here.
 
 Mutations of sspo_ext/signals/split.py, each caught by the test named:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sspo-ext trace`, file to file: chains in, values, pairs and pictures out, killed and resumed.
 
 Mutation of sspo_ext/train/lines.py that turned a test red: a torn last line is not cut off

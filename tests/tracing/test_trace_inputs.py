@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sspo-ext trace`: what is wrong is told before a model is loaded, and leaves nothing behind; chats, their template's
 options and their contents in parts; answers that are numbers.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of both configs are documented once, in the docstring, and `HfArgumentParser` shows the same texts."""
 
 from dataclasses import fields

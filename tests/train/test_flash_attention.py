@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packed batches through FlashAttention's interface: a stand-in in its place sees what it is given and computes it.
 
 flash-attn needs a GPU. transformers reaches it by name, so the stand-in is put where transformers keeps the functions;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The weights that a rollout engine is given: names and values of the checkpoint, whatever PEFT calls them meanwhile.
 
 What was broken -> what went red: adapters known by "lora_" in their names -> test_names_and_values[tokens, ia3, vera,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several loss types in the trainer and on its command line: the sum of the losses, TRL's names, what raises.
 
 Mutations of sspo_ext/train/trainer.py and cli.py, each caught by the test named (on a copy of the package):

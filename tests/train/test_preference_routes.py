@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The trainer's two routes: the linear one by default, with the same loss and update as the logits route.
 
 Mutations tried, and what caught each: `head.options` left out -> test_routes_agree[gemma2]; linear falls back and auto

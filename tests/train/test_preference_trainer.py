@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """StepPreferenceTrainer: updates, evaluation, packing and resume, on a tiny random Llama.
 
 The traps of transformers.Trainer each have a test here: accumulation scaling, dropped columns, a missing eval_loss, a

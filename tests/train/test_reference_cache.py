@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """StepPreferenceTrainer's reference: computed once, without dropout and adapters, shared, given, refused."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What SSPOTrainer and its rollouts are given: rows, options, models, end tokens. What has no effect is refused.
 
 Mutations that turned a test red: see each test's name; the cache's length not looked at, the model's generation_config

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SSPOTrainer: the update by hand, resume, one process against two, accumulation, adapters, and what is at the edges.
 
 Mutations tried (what was broken -> which test went red):

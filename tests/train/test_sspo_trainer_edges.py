@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SSPOTrainer: ends of turn, references of adapters, what divides the loss, evaluation in batches, composite models,
 and what is refused before anything is trained.
 

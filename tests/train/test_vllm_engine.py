@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The vLLM engine against a stand-in for the parts of vLLM it uses: LLM, LLM.generate, SamplingParams, the worker's
 model and its load_weights, reset_prefix_cache, named as in vLLM's sources. What vLLM does with them needs a GPU.
 

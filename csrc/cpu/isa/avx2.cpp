@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #define SSPO_AVX2
 #define SSPO_LANES 8
 #include "../row_reductions.h"

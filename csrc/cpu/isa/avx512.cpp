@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #define SSPO_AVX512
 #define SSPO_LANES 16
 #include "../row_reductions.h"

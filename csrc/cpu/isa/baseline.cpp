@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #define SSPO_LANES 4
 #include "../row_reductions.h"
 #include "../token_logp.h"

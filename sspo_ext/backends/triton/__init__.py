@@ -1,5 +1,7 @@
-"""Triton backend: the three launches of the logits route, and the row kernels with further reductions over the
-vocabulary. It can be imported without Triton and without a GPU; `why_not` says what is missing.
+# SPDX-License-Identifier: Apache-2.0
+"""Triton backend: the launches of the logits route, and the row kernels with further reductions.
+
+It can be imported without Triton and without a GPU; `why_not` says what is missing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Row backward for gradients that arrive at the log-prob, entropy, sum of squares and KL together: one read of each
-tensor, one write.
+# SPDX-License-Identifier: Apache-2.0
+"""Row backward with further reductions: one read of each tensor, one write.
 
+The gradients arrive at the log-prob, entropy, sum of squares and KL together.
 Rows are walked by the gradient's 16-byte boundaries, as in token_logp_bwd.py.
 """
 
@@ -36,7 +37,7 @@ def _grad(
     x, y, a, scale, shift, ref_shift, power, constant, log_p, square, kappa,
     SOFTCAP: tl.constexpr, HAS_REF: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """p (constant + log_p t + square p) - kappa q, times the softcap's share of dz/dx, where p = power * 2^t."""
+    """P (constant + log_p t + square p) - kappa q, times the softcap's share of dz/dx, where p = power * 2^t."""
     if SOFTCAP:
         u, sech2 = tanh_sech2(a * x, VEC > 4)
     else:

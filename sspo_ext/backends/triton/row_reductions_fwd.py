@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Row forward with entropy, sum of squares and KL from a reference, in one read of the row (and of the reference's).
 
 There is one program a row. Rows are walked by the 16-byte boundaries of the logits, as in token_logp_fwd.py.
@@ -54,7 +55,7 @@ def _moved_reference(m, top, s, srt, scale):
 
 @triton.jit
 def _et(t, e, total):
-    """total + e t, where 0 times -inf is 0."""
+    """Total + e t, where 0 times -inf is 0."""
     return tl.fma(e, tl.maximum(t, LEAST_EXPONENT), total)
 
 
@@ -144,9 +145,13 @@ def _over_groups(
 
 
 @triton.jit
-def _with_edges(top, e, et, ee, top_ref, s, srt, u, y, scale, HAS_REF: tl.constexpr):
-    """Maxima and sums of the groups, with those of the edges u and y (2 * VEC,), made relative to the whole row's
-    maxima."""
+def _with_edges(
+    top, e, et, ee, top_ref, s, srt, row_ptr, ref_row_ptr, lead, groups, V, a, scale,
+    SOFTCAP: tl.constexpr, HAS_REF: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Adds the row's edges to the maxima and sums of its groups, all relative to the whole row's maxima."""
+    columns, at_edge = edge_columns(lead, groups, V, VEC)
+    u = mapped_edges(row_ptr, columns, at_edge, a, SOFTCAP, VEC)
     top_all = tl.maximum(top, tl.max(u, axis=0))
     e, et, ee, srt = _moved(top, top_all, e, et, ee, srt, s, scale)
     t = tl.fma(u, scale, -(top_all * scale))
@@ -155,6 +160,7 @@ def _with_edges(top, e, et, ee, top_ref, s, srt, u, y, scale, HAS_REF: tl.conste
     et += tl.sum(_et(t, power, 0.0), axis=0)
     ee += tl.sum(power * power, axis=0)
     if HAS_REF:
+        y = mapped_edges(ref_row_ptr, columns, at_edge, a, SOFTCAP, VEC)
         top_ref_all = tl.maximum(top_ref, tl.max(y, axis=0))
         s, srt = _moved_reference(top_ref, top_ref_all, s, srt, scale)
         top_ref = top_ref_all
@@ -168,8 +174,11 @@ def _with_edges(top, e, et, ee, top_ref, s, srt, u, y, scale, HAS_REF: tl.conste
 def _in_two_passes(
     row_ptr, ref_ptr, V, a, scale, SOFTCAP: tl.constexpr, HAS_REF: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr
 ):
-    """Maxima and sums, the maxima first. For rows so large that scale * x overflows or its rounding matters, rows that
-    lie below LOWEST altogether, and rows that forbid what the reference may allow."""
+    """Maxima and sums, the maxima first.
+
+    For rows so large that scale * x overflows or its rounding matters, rows that
+    lie below LOWEST altogether, and rows that forbid what the reference may allow.
+    """
     o = tl.arange(0, BLOCK)
     top = max_of_row(row_ptr, V, a, SOFTCAP, BLOCK, VEC)
     top_ref = top
@@ -248,14 +257,10 @@ def _row_reductions_fwd_kernel(
     top, total, total_et, total_ee, top_ref, total_s, total_srt = _over_groups(
         body_ptr, ref_body_ptr, groups, a, scale, SOFTCAP, HAS_REF, REF_ALIGNED, LANES, VEC
     )
-    columns, at_edge = edge_columns(lead, groups, V, VEC)
-    u = mapped_edges(row_ptr, columns, at_edge, a, SOFTCAP, VEC)
-    y = u
-    if HAS_REF:
-        y = mapped_edges(ref_row_ptr, columns, at_edge, a, SOFTCAP, VEC)
     top, total, total_et, total_ee, top_ref, total_s, total_srt = _with_edges(
-        top, total, total_et, total_ee, top_ref, total_s, total_srt, u, y, scale, HAS_REF
-    )
+        top, total, total_et, total_ee, top_ref, total_s, total_srt, row_ptr, ref_row_ptr, lead, groups, V, a, scale,
+        SOFTCAP, HAS_REF, VEC,
+    )  # fmt: skip
     ordinary = (total > 0.0) & (total < float("inf"))
     if HAS_REF:
         ordinary = ordinary & (total_s > 0.0) & (total_s < float("inf")) & (total_srt < float("inf"))
@@ -291,9 +296,11 @@ def row_reductions_fwd(
     wants_entropy: bool = True,
     wants_sum_p2: bool = True,
 ) -> tuple[torch.Tensor, ...]:
-    """logp, lse as `token_logp_fwd`; entropy, sum of p^2 and KL(ref || p), (N,) float32; the reference's lse, (N,)
-    float64. What is not asked for is empty, as the last two are without a reference. It is computed all the same:
-    a row waits for memory, not for arithmetic."""
+    """logp, lse as `token_logp_fwd`, entropy, sum of p^2, KL(ref || p), and the reference's lse.
+
+    The log-sum-exps are (N,) float64, the rest (N,) float32. What is not asked for is empty, as the last two are
+    without a reference. It is computed all the same: a row waits for memory, not for arithmetic.
+    """
     assert ref is None or (ref.shape == logits.shape and ref.dtype == logits.dtype)
     N, (_, T, V) = rows.shape[0], logits.shape
     M = 0 if ref is None else N

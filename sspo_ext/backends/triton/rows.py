@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the Triton kernels share: how a row of logits is walked, its label and its edges, launch settings.
 
 A row is [lead | groups of 16 bytes | tail]. The groups begin at the row's first 16-byte boundary, so the loops move 16
@@ -42,8 +43,9 @@ def jit(fn):
 
 
 def row_launch(V: int, dtype: torch.dtype, warp: int = WARP) -> dict[str, int | bool]:
-    """LANES, VEC and compile options of the row kernels. They depend on V and dtype alone, so there are few binaries
-    and every call gives the same bits.
+    """LANES, VEC and compile options of the row kernels.
+
+    They depend on V and dtype alone, so there are few binaries and every call gives the same bits.
 
     A thread is a lane: it owns VEC elements (16 bytes) of each of four tiles, so a pass of the loop has 64 bytes a
     thread in flight. Four warps and not more: about eight programs then share a multiprocessor, and the loop of one
@@ -57,8 +59,10 @@ def row_launch(V: int, dtype: torch.dtype, warp: int = WARP) -> dict[str, int | 
 
 
 def column_shares(positions: int, V: int, step: int) -> int:
-    """Programs per row of a backward: where rows are few, enough for ten programs on each of about 130
-    multiprocessors, but no program with less than one full pass of `step` elements.
+    """Programs per row of a backward.
+
+    Where rows are few, they are enough for ten programs on each of about 130 multiprocessors, but no program has less
+    than one full pass of `step` elements.
     """
     return max(1, min(triton.cdiv(1320, positions), V // step))
 
@@ -75,7 +79,7 @@ def on_device(tensor: torch.Tensor):
 
 
 def two_floats(x: float) -> tuple[float, float]:
-    """x as a float32 and the rest: kernels take no float64 scalars."""
+    """X as a float32 and the rest: kernels take no float64 scalars."""
     high = torch.tensor(x, dtype=torch.float32, device="cpu").item()
     return high, x - high
 
@@ -217,7 +221,7 @@ def tanh_sech2(y, NARROW: tl.constexpr):
 
 @triton.jit
 def mapped(x, a, SOFTCAP: tl.constexpr, VEC: tl.constexpr):
-    """u of the logits x."""
+    """U of the logits x."""
     if SOFTCAP:
         x, _ = tanh_sech2(a * x, VEC > 4)
     return x
@@ -234,7 +238,7 @@ def mapped_tiles(
     ptr, lanes, a, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr,
     VEC: tl.constexpr,
 ):  # fmt: skip
-    """u of the four tiles (LANES, VEC) that `load_tiles` gives, and the largest of each lane, (LANES,)."""
+    """U of the four tiles (LANES, VEC) that `load_tiles` gives, and the largest of each lane, (LANES,)."""
     x0, x1, x2, x3 = load_tiles(ptr, lanes, MASKED, ALIGNED, LANES, VEC)
     if SOFTCAP:
         x0 = mapped(x0, a, SOFTCAP, VEC)
@@ -258,7 +262,7 @@ def mapped_edges(row_ptr, columns, at_edge, a, SOFTCAP: tl.constexpr, VEC: tl.co
 
 @triton.jit
 def mapped_label(row_ptr, label, V, a, SOFTCAP: tl.constexpr, VEC: tl.constexpr):
-    """u at the label; NaN for a label outside [0, V)."""
+    """U at the label; NaN for a label outside [0, V)."""
     x = tl.load(row_ptr + label, mask=(label >= 0) & (label < V), other=float("nan"))
     return mapped(x.to(tl.float32), a, SOFTCAP, VEC)
 
@@ -277,7 +281,7 @@ def max_of_row(row_ptr, V, a, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, VEC: t
 
 @triton.jit
 def row_lse(top, log_total, factor, factor_lost):
-    """factor * top + log_total. float64: the backward subtracts it from logits as large as itself."""
+    """Factor * top + log_total. float64: the backward subtracts it from logits as large as itself."""
     wide = top.to(tl.float64)
     return wide * factor + wide * factor_lost + log_total
 
@@ -292,7 +296,7 @@ def _sum_and_rounding(x, y):
 
 @triton.jit
 def log_prob(u_label, label, top, log_total, lse, factor, factor_lost):
-    """factor * (u_label - top) - log_total, with what every rounding lost added back; -lse for a label of -1.
+    """Factor * (u_label - top) - log_total, with what every rounding lost added back; -lse for a label of -1.
 
     The difference comes before the factor, so a constant added to the whole row costs no digits.
     """

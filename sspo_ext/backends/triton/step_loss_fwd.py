@@ -1,5 +1,5 @@
-"""Step kernel: from the log-probs of rows to step sums, pair losses, the total loss and dL/dlogp of every row, in one
-launch.
+# SPDX-License-Identifier: Apache-2.0
+"""Step kernel: from the log-probs of rows to step sums, losses and the gradient of every log-prob, in one launch.
 
 There is a program per step. It sums its own rows, and once more the rows of every step it is paired with. Those sums
 cost less than a second launch or a grid barrier. The same instructions make them in the same order, so they are bit for
@@ -147,7 +147,7 @@ def _step_loss_fwd_kernel(
 
 
 def step_loss_fwd(given: StepLossArguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """loss (), sums (S,), pair_loss (P,) unweighted, coef (N,) = dloss/dlogp; all float32.
+    """Loss (), sums (S,), pair_loss (P,) unweighted, coef (N,) = dloss/dlogp; all float32.
 
     A pair with an empty step has loss 0 and gives no gradient.
     """

@@ -1,6 +1,7 @@
-"""Row backward: the gradient of every position's logits, written once. A row with a coefficient is read once, the other
-rows not at all.
+# SPDX-License-Identifier: Apache-2.0
+"""Row backward: the gradient of every position's logits, written once.
 
+A row with a coefficient is read once, the other rows not at all.
 Rows are walked by the 16-byte boundaries of the *gradient's* row (rows.py). Where the logits' row has its boundaries at
 other columns (a slice of a larger tensor with an odd V), its loads are narrow and the stores are still wide.
 """
@@ -32,7 +33,7 @@ from .rows import (
 
 @triton.jit
 def _grad(x, a, scale, shift, weight, SOFTCAP: tl.constexpr, VEC: tl.constexpr):
-    """weight * softmax(z) * dz/dx; `weight` has the factors that are constant in the row."""
+    """Weight * softmax(z) * dz/dx; `weight` has the factors that are constant in the row."""
     if SOFTCAP:
         u, sech2 = tanh_sech2(a * x, VEC > 4)
         return tl.exp2(tl.fma(u, scale, shift)) * (weight * sech2)

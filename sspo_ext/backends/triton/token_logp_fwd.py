@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Row forward: the log-probability of one label per row, and the row's log-sum-exp, in one read of the row.
 
 Rows are walked by their own 16-byte boundaries (rows.py).
@@ -74,8 +75,11 @@ def _merge(m, total, m_new, total_new, scale):
 
 @triton.jit
 def _max_and_sum_in_two_passes(row_ptr, V, a, scale, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):
-    """(max, sum of exp2(scale * (u - max))), the max first. For rows so large that scale * u overflows or its rounding
-    matters, and rows that lie below LOWEST altogether."""
+    """(max, sum of exp2(scale * (u - max))), the max first.
+
+    For rows so large that scale * u overflows or its rounding
+    matters, and rows that lie below LOWEST altogether.
+    """
     o = tl.arange(0, BLOCK)
     top = max_of_row(row_ptr, V, a, SOFTCAP, BLOCK, VEC)
     s = tl.zeros([BLOCK], tl.float32)

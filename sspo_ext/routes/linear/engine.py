@@ -1,13 +1,15 @@
-"""The chunked engine behind the linear route: hidden rows x head weight -> log-probs, loss and gradients; the logits
-never exist at once.
+# SPDX-License-Identifier: Apache-2.0
+"""The chunked engine behind the linear route: hidden rows x head weight -> log-probs, loss and gradients.
 
-GEMMs are torch's (cuBLAS, MKL, oneDNN); between them the row kernels of the chosen backend work in place on one reused
-buffer. Runs inside `torch.library` ops, below autograd, so it may plan on the host and write into what it likes.
+The logits exist a chunk at a time. GEMMs are torch's (cuBLAS, MKL, oneDNN); between them the row kernels of the chosen
+backend work in place on one reused buffer. The engine runs inside `torch.library` ops, below autograd, so it may plan
+on the host and write in place.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,9 +37,12 @@ class Rows:
     ):
         self.order = None if plan.order is None else torch.from_numpy(plan.order).to(rows.device, non_blocking=True)
         self.source, self.dtype = hidden, dtype
-        self.rows, self.labels, self.weights = (
-            t if t is None or self.order is None else t.index_select(0, self.order) for t in (rows, labels, weights)
-        )
+        self.rows, self.labels = self._ordered(rows), self._ordered(labels)
+        self.weights = None if weights is None else self._ordered(weights)
+
+    def _ordered(self, values: Tensor) -> Tensor:
+        """From the layout's row order to the plan's."""
+        return values if self.order is None else values.index_select(0, self.order)
 
     def chunk(self, start: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         """(n, H) hidden states, (n,) labels, (n,) rows of the batch."""
@@ -51,15 +56,15 @@ class Rows:
 
 @dataclass
 class PairProblem:
-    """The pair loss of a whole call; `evaluate` takes it a group at a time. See ops.py for the fields."""
+    """The pair loss of a whole call; `evaluate` computes it a group at a time."""
 
     weights: Tensor | None  # (N,) token weights in the plan's row order
-    ref: Tensor | None
-    pair_weights: Tensor | None
+    ref: Tensor | None  # (S,) step sums of the reference
+    pair_weights: Tensor | None  # (P,), as are the next three
     pair_margins: Tensor | None
     pair_labels: Tensor | None
     token_pair_weights: Tensor | None
-    scale: Tensor
+    scale: Tensor  # () multiplies the sum over pairs
     terms: list[LossTerm]
     backend: str
 
@@ -75,7 +80,7 @@ class PairProblem:
         self.tables = [[next(pieces) for _ in group] for group in tables]
 
     def evaluate(self, number: int, group: Group, logps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(loss, sums, pair losses (C, p), d loss/d logp) of a group with rows `logps`, steps one after the other."""
+        """(loss, sums, pair losses (C, p), d loss/d logp) of a group; `logps` are its rows, step by step."""
         steps, pairs, offsets, index, adj_offsets, adj_pairs = self.tables[number]
 
         def pick(values: Tensor | None, which: Tensor) -> Tensor | None:
@@ -92,7 +97,7 @@ class PairProblem:
 
 
 def _group_tables(group: Group, offsets: np.ndarray, index: np.ndarray) -> list[np.ndarray]:
-    """steps, pairs, step offsets, pair index, and the pairs each step is in, of one group, in its own numbering."""
+    """Tables of one group: steps, pairs, then step offsets, pair index and adjacency in the group's own numbering."""
     counts = np.diff(offsets)[group.steps]
     place = np.zeros(len(offsets) - 1, np.int64)
     place[group.steps] = np.arange(len(group.steps))
@@ -104,10 +109,25 @@ def _group_tables(group: Group, offsets: np.ndarray, index: np.ndarray) -> list[
     return [group.steps, group.pairs, own_offsets, own, adj_offsets, np.argsort(flat, kind="stable")]
 
 
+class Chunk(NamedTuple):
+    """Scored rows whose logits are in the head's buffer."""
+
+    hidden: Tensor  # (n, H)
+    labels: Tensor  # (n,)
+    places: Tensor  # (n,) rows of the batch
+    logits: Tensor  # (n, V)
+
+
+def compute_chunk(head: Head, rows: Rows, start: int, end: int) -> Chunk:
+    """One product: the logits of rows [start, end) of the plan."""
+    hidden, labels, places = rows.chunk(start, end)
+    return Chunk(hidden, labels, places, head.logits(hidden))
+
+
 def run_pref(
     head: Head, rows: Rows, plan: LinearPlan, problem: PairProblem, gradients: Gradients
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss (), sums (S,), pair losses (C, P), and coef (N,) = d loss/d logp, in the layout's row order."""
+    """Loss (), sums (S,), pair losses (C, P), and coef (N,) = d loss/d logp, in the layout's row order."""
     device, dtype = rows.labels.device, head.acc_dtype
     tokens, coef = (torch.zeros(plan.num_rows, dtype=dtype, device=device) for _ in range(2))
     lse = torch.empty(plan.num_rows, dtype=torch.float64, device=device)
@@ -118,12 +138,12 @@ def run_pref(
     loss = torch.zeros((), dtype=dtype, device=device)
     head.allocate(plan)
     for number, group in enumerate(plan.groups):
+        in_buffer = None
         for start, end in group.chunks:
-            chunk = rows.chunk(start, end)
-            logits = head.logits(chunk[0])
-            tokens[start:end], lse[start:end] = head.logps(logits, chunk[1])
+            in_buffer = compute_chunk(head, rows, start, end)
+            tokens[start:end], lse[start:end] = head.logps(in_buffer.logits, in_buffer.labels)
             if group.kind == "frozen":
-                _add_chunk(head, gradients, chunk, logits, lse[start:end], None)
+                _add_chunk(head, gradients, in_buffer, lse[start:end], None)
         span = slice(group.start, group.end)
         group_loss, group_sums, group_pairs, coef[span] = problem.evaluate(number, group, tokens[span])
         steps, pairs = problem.tables[number][:2]
@@ -132,11 +152,10 @@ def run_pref(
         pair_losses.index_copy_(1, pairs.long(), group_pairs)
         if group.kind not in ("complete", "recompute"):
             continue
-        for i, (start, end) in enumerate(reversed(group.chunks)):
-            if i:  # the last chunk's logits are still in the buffer
-                chunk = rows.chunk(start, end)
-                logits = head.logits(chunk[0])
-            _add_chunk(head, gradients, chunk, logits, lse[start:end], coef[start:end])
+        for start, end in reversed(group.chunks):  # the last chunk's logits are still in the buffer
+            chunk = in_buffer or compute_chunk(head, rows, start, end)
+            _add_chunk(head, gradients, chunk, lse[start:end], coef[start:end])
+            in_buffer = None
     return loss, sums, pair_losses, rows.restore(coef)
 
 
@@ -147,21 +166,20 @@ def run_logps(head: Head, rows: Rows, plan: LinearPlan, gradients: Gradients) ->
     head.allocate(plan)
     for group in plan.groups:
         for start, end in group.chunks:
-            chunk = rows.chunk(start, end)
-            logits = head.logits(chunk[0])
-            tokens[start:end], lse[start:end] = head.logps(logits, chunk[1])
+            chunk = compute_chunk(head, rows, start, end)
+            tokens[start:end], lse[start:end] = head.logps(chunk.logits, chunk.labels)
             if group.kind == "frozen":
-                _add_chunk(head, gradients, chunk, logits, lse[start:end], None)
+                _add_chunk(head, gradients, chunk, lse[start:end], None)
     return tokens, lse
 
 
 def run_backward(head: Head, rows: Rows, plan: LinearPlan, lse: Tensor, coef: Tensor, gradients: Gradients) -> None:
-    """Gradients for d/dlogp known only now: the logits are computed again."""
+    """Gradients for a d/dlogp that is known only now: the logits are computed again."""
     head.allocate(plan)
     for group in plan.groups:
         for start, end in group.chunks:
-            chunk = rows.chunk(start, end)
-            _add_chunk(head, gradients, chunk, head.logits(chunk[0]), lse[start:end], coef[start:end])
+            chunk = compute_chunk(head, rows, start, end)
+            _add_chunk(head, gradients, chunk, lse[start:end], coef[start:end])
 
 
 @dataclass
@@ -184,21 +202,15 @@ def _allocate(head: Head, ref: Reference | None, plan: LinearPlan) -> None:
 
 def run_reductions(head: Head, rows: Rows, plan: LinearPlan, ref: Reference | None) -> tuple[Tensor, ...]:
     """logp, lse, entropy, sum_p2, kl and the reference's lse; (N,) each, the last two empty without a reference."""
-    N, M, device = plan.num_rows, 0 if ref is None else plan.num_rows, rows.labels.device
-    sizes = (
-        (N, head.acc_dtype),
-        (N, torch.float64),
-        *[(N, head.acc_dtype)] * 2,
-        (M, head.acc_dtype),
-        (M, torch.float64),
-    )
-    out = tuple(torch.empty(size, dtype=dtype, device=device) for size, dtype in sizes)
+    N, M, acc = plan.num_rows, 0 if ref is None else plan.num_rows, head.acc_dtype
+    sizes = ((N, acc), (N, torch.float64), (N, acc), (N, acc), (M, acc), (M, torch.float64))
+    out = tuple(torch.empty(size, dtype=dtype, device=rows.labels.device) for size, dtype in sizes)
     _allocate(head, ref, plan)
     for group in plan.groups:
         for start, end in group.chunks:
-            hidden, labels, _ = rows.chunk(start, end)
+            chunk = compute_chunk(head, rows, start, end)
             ref_logits = None if ref is None else ref.logits(start, end)
-            parts = head.reductions(head.logits(hidden), labels, ref_logits)
+            parts = head.reductions(chunk.logits, chunk.labels, ref_logits)
             for whole, part in zip(out, parts, strict=True):
                 if len(whole):
                     whole[start:end] = part
@@ -206,28 +218,27 @@ def run_reductions(head: Head, rows: Rows, plan: LinearPlan, ref: Reference | No
 
 
 def run_reductions_backward(
-    head: Head, rows: Rows, plan: LinearPlan, ref: Reference | None, lse: Tensor, ref_lse: Tensor, coefs: Tensor,
+    head: Head,
+    rows: Rows,
+    plan: LinearPlan,
+    ref: Reference | None,
+    lse: Tensor,
+    ref_lse: Tensor,
+    coefs: Tensor,
     gradients: Gradients,
-) -> None:  # fmt: skip
-    """Gradients for coefs (N, 5), see reductions.py: the logits are computed again, the reference's too."""
+) -> None:
+    """Gradients for coefs (N, 5) of `shared.gradient_coefs`: the logits are computed again, the reference's too."""
     _allocate(head, ref, plan)
     for group in plan.groups:
         for start, end in group.chunks:
-            hidden, labels, places = rows.chunk(start, end)
-            logits, ref_logits = head.logits(hidden), None if ref is None else ref.logits(start, end)
+            chunk = compute_chunk(head, rows, start, end)
+            ref_logits = None if ref is None else ref.logits(start, end)
             head.reductions_to_gradient(
-                logits, labels, lse[start:end], ref_logits, ref_lse[start:end], coefs[start:end]
+                chunk.logits, chunk.labels, lse[start:end], ref_logits, ref_lse[start:end], coefs[start:end]
             )
-            gradients.add(head, logits, hidden, places)
+            gradients.add(head, chunk.logits, chunk.hidden, chunk.places)
 
 
-def _add_chunk(
-    head: Head,
-    gradients: Gradients,
-    chunk: tuple[Tensor, Tensor, Tensor],
-    logits: Tensor,
-    lse: Tensor,
-    coef: Tensor | None,
-) -> None:
-    hidden, labels, rows = chunk
-    gradients.add(head, head.to_gradient(logits, labels, lse, coef), hidden, rows)
+def _add_chunk(head: Head, gradients: Gradients, chunk: Chunk, lse: Tensor, coef: Tensor | None) -> None:
+    gradient = head.to_gradient(chunk.logits, chunk.labels, lse, coef)
+    gradients.add(head, gradient, chunk.hidden, chunk.places)

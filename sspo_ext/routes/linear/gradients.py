@@ -1,4 +1,5 @@
-"""Where the gradients of hidden states, weight and bias add up over the chunks."""
+# SPDX-License-Identifier: Apache-2.0
+"""The gradients of hidden states, weight and bias, added up over the chunks."""
 
 from __future__ import annotations
 
@@ -13,17 +14,20 @@ from .plan import LinearPlan
 
 
 def scale_rows(directions: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
-    """(N0, H): directions[rows] times scale (N,); rows that are not scored are zeros already."""
+    """(N0, H): directions[rows] times scale (N,); rows that are not scored are already zeros."""
     everywhere = scale.new_zeros(directions.shape[0]).index_copy_(0, rows, scale)
     return scale_kept(directions, everywhere[:, None])
 
 
-_BLOCK_BYTES = 4 << 20  # temporaries of the gradients' reductions: near the size of a core's cache
+_BLOCK_BYTES = 4 << 20  # temporaries of the gradients' reductions: about the size of a core's cache
 
 
 class WeightGradient:
-    """Sum over chunks of G^T @ hidden. A 16-bit sum of several products goes through float32, a block of vocabulary
-    rows at a time, so that no second (V, H) exists; otherwise GEMMs add straight into place."""
+    """Sum over chunks of G^T @ hidden.
+
+    GEMMs add into it directly, except to a 16-bit weight: several 16-bit products are added up in float32, a block of
+    vocabulary rows at a time, so that no second (V, H) exists.
+    """
 
     def __init__(self, head: Head, plan: LinearPlan, accum_dtype: torch.dtype):
         weight, chunks = head.weight, plan.weight_chunks
@@ -33,7 +37,7 @@ class WeightGradient:
             self.total.zero_()
         self.first = True
         self.straight = weight.dtype == head.acc_dtype
-        # oneDNN multiplies a transposed 16-bit operand at half its speed; transposing a block of it is cheaper
+        # oneDNN is half as fast on a transposed 16-bit operand; transposing a block of it costs less
         self.transposed = head.kernels.transposed if head.backend == "cpu" and not self.straight else None
         widest = max(1, weight.shape[1], min(plan.chunk_rows, plan.num_rows))
         self.block = max(1, min(_BLOCK_BYTES, plan.buffer_bytes) // (widest * weight.itemsize))
@@ -42,6 +46,7 @@ class WeightGradient:
         )
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
+        """Adds gradient (n, V)^T @ hidden (n, H)."""
         if self.straight:
             torch.mm(gradient.t(), hidden, out=self.total) if self.first else self.total.addmm_(gradient.t(), hidden)
         else:
@@ -59,14 +64,14 @@ class WeightGradient:
 
 @dataclass
 class Gradients:
-    """What a call accumulates; a field that was not asked for is None."""
+    """What a call accumulates; None where no gradient was asked for."""
 
     hidden: Tensor | None  # (N0, H), zeros where nothing is scored
     weight: WeightGradient | None
     bias: Tensor | None  # (V,) float32
 
     def add(self, head: Head, gradient: Tensor, hidden: Tensor, rows: Tensor) -> None:
-        """A chunk's d/dlogits (n, V), hidden states (n, H) and their rows (n,) of the batch."""
+        """Adds a chunk: its d/dlogits (n, V), its hidden states (n, H), and their rows (n,) of the batch."""
         if self.hidden is not None:
             d_hidden = torch.mm(gradient, head.weight)
             if head.shard is not None:
@@ -75,7 +80,7 @@ class Gradients:
         if self.weight is not None:
             self.weight.add(gradient, hidden)
         if self.bias is not None:
-            # a block of columns at a time, because a sum in a wider dtype may first copy what it sums
+            # a block of columns at a time, because a sum in a wider dtype may copy its input first
             budget = min(_BLOCK_BYTES, gradient.nbytes)
             block = max(1, budget // (max(1, len(rows)) * self.bias.itemsize))
             for v in range(0, head.vocab, block):
@@ -85,6 +90,7 @@ class Gradients:
 def start_gradients(
     head: Head, plan: LinearPlan, hidden: Tensor, hidden_dtype: torch.dtype, accum_dtype: torch.dtype
 ) -> Gradients:
+    """Empty gradients of what the plan asks for."""
     device = head.weight.device
     return Gradients(
         torch.zeros(hidden.shape, dtype=hidden_dtype, device=device) if plan.hidden_gradient else None,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The LM head applied to a chunk of rows: logits, log-probs, gradients."""
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .shards import VocabShard
 
 @dataclass
 class Head:
-    """The LM head of one call, in the dtype its GEMMs run in, with the row kernels that work on its logits."""
+    """The LM head of one call, in the dtype of its GEMMs, and the row kernels for its logits."""
 
     weight: Tensor  # (V, H), or this rank's rows of it
     bias: Tensor | None  # (V,)
@@ -30,6 +31,7 @@ class Head:
         self.acc_dtype = accumulator(self.weight.dtype)
 
     def allocate(self, plan: LinearPlan) -> None:
+        """Allocates the logits buffer and its row numbers for the plan's chunks."""
         rows, device = min(plan.chunk_rows, plan.num_rows), self.weight.device
         self.buffer = self.empty((rows, self.vocab), self.weight.dtype)
         self.row_ids = torch.arange(rows, device=device)
@@ -37,6 +39,7 @@ class Head:
         self.ones = torch.ones(rows, dtype=self.acc_dtype, device=device)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """torch.empty on the weight's device."""
         if self.backend == "cpu":
             return self.kernels.empty(shape, dtype)
         return torch.empty(shape, dtype=dtype, device=self.weight.device)
@@ -49,7 +52,7 @@ class Head:
         return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
 
     def logps(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(n,) log-probs and log-sum-exps of a chunk, over the whole vocabulary when this is a shard of it."""
+        """(n,) log-probs and log-sum-exps of a chunk, always over the whole vocabulary."""
         row_ids = self.row_ids[: logits.shape[0]]
         if self.shard is None:
             return self.kernels.token_logp_fwd(logits[None], row_ids, labels, self.a, self.c)
@@ -58,7 +61,7 @@ class Head:
         return self.shard.combine(logps, lse, local)
 
     def to_gradient(self, logits: Tensor, labels: Tensor, lse: Tensor, coef: Tensor | None) -> Tensor:
-        """Turns the chunk's logits into d/dlogits, in place; without `coef`, d logp/dlogits."""
+        """Overwrites the chunk's logits with d/dlogits for d/dlogp `coef` (n,); without it, with d logp/dlogits."""
         n = logits.shape[0]
         labels = labels if self.shard is None else self.shard.local_labels(labels)
         coef = self.ones[:n] if coef is None else coef
@@ -69,21 +72,22 @@ class Head:
     def reductions(
         self, logits: Tensor, labels: Tensor, ref_logits: Tensor | None, sum_p2: bool = True
     ) -> tuple[Tensor, ...]:
-        """`row_reductions_fwd` of a chunk, over the whole vocabulary when this is a shard of it."""
+        """`row_reductions_fwd` of a chunk, always over the whole vocabulary."""
         row_ids, a, c = self.row_ids[: logits.shape[0]], self.a, self.c
         labels = labels if self.shard is None else self.shard.local_labels(labels)
         ref = None if ref_logits is None else ref_logits[None]
         parts = self.kernels.row_reductions_fwd(logits[None], row_ids, labels, ref, a, c, True, sum_p2)
         if self.shard is None:
             return parts
-        if ref is not None:  # where the policy has no probability in a shard, its kernel looks no further
-            parts = (*parts[:-1], self.kernels.token_logp_fwd(ref, row_ids, labels, a, c)[1])
-        return self.shard.combine_reductions(*parts, labels)
+        logps, lse, entropy, squares, kl, ref_lse = parts
+        if ref is not None:  # the kernel does not read the reference where the policy has no probability in a shard
+            ref_lse = self.kernels.token_logp_fwd(ref, row_ids, labels, a, c)[1]
+        return self.shard.combine_reductions(logps, lse, entropy, squares, kl, ref_lse, labels)
 
     def reductions_to_gradient(
         self, logits: Tensor, labels: Tensor, lse: Tensor, ref_logits: Tensor | None, ref_lse: Tensor, coefs: Tensor
     ) -> None:
-        """Turns the chunk's logits into d/dlogits for coefs (n, 5), see reductions.py, in place."""
+        """Overwrites the chunk's logits with d/dlogits for coefs (n, 5) of `shared.gradient_coefs`."""
         labels = labels if self.shard is None else self.shard.local_labels(labels)
         ref, out = None if ref_logits is None else ref_logits[None], logits[None]
         row_of = self.row_of[: logits.shape[0]]

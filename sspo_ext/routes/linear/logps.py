@@ -1,6 +1,7 @@
-"""Log-probs from hidden states: by the autograd.Function whose gradients are known only in backward, or by the reference.
+# SPDX-License-Identifier: Apache-2.0
+"""Log-probs from hidden states: by an autograd.Function that gets d/dlogp in backward, or by the reference.
 
-The choice between the two is made here and nowhere else.
+`logps` chooses between the two.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ def token_logps(call: LinearCall) -> Tensor:
 
 
 class LinearLogpsRoute(torch.autograd.Function):
-    """(N0, H) hidden, (V, H) weight, (V,) bias -> token log-probs (N,), for gradients known only in backward.
+    """(N0, H) hidden, (V, H) weight, (V,) bias -> token log-probs (N,).
 
-    With a frozen head the gradient is a row scalar times a direction kept from forward; else backward computes the
-    logits again.
+    With a frozen head a row's gradient is a scalar times a direction, which forward keeps. Otherwise backward computes
+    the logits again.
     """
 
     @staticmethod
@@ -54,7 +55,8 @@ class LinearLogpsRoute(torch.autograd.Function):
         return tokens
 
     @staticmethod
-    def backward(ctx, d_tokens):
+    def backward(ctx, *upstream):
+        (d_tokens,) = upstream
         refuse_double_backward()
         needs, settings, (dtype, bias_dtype) = ctx.needs, ctx.settings, ctx.dtypes
         if linear_ops.is_frozen(needs):

@@ -1,8 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
 """Private torch.library ops of the linear route. Each plans on the host from CPU tensors, then runs the chunked engine.
 
 `needs` says which gradients to accumulate: hidden, weight, bias. What was not asked for comes back empty. GEMMs run in
-`dtype`; the weight's gradient accumulates over chunks in `accum_dtype` and is cast once, to `grad_dtype`. `vocab_rows`
-is the size of the largest vocabulary shard, so that all ranks cut the same chunks.
+`dtype`; the weight's gradient accumulates over chunks in `accum_dtype` and is cast once, to `grad_dtype`. All ranks cut
+the same chunks because `vocab_rows` is the size of the largest vocabulary shard.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from ...objective.pair import unpack_terms
 from . import engine
 from .gradients import Gradients, start_gradients
 from .head import Head
-from .plan import LinearPlan, make_plan, rows_per_chunk
+from .plan import LinearPlan, Products, make_plan, rows_per_chunk
 from .shards import VocabShard
 
 
 @dataclass(frozen=True, eq=False)
 class HeadCall:
-    """What every op of the route begins with, in the order of SCHEMA: the scored rows, the LM head, and how to apply it."""
+    """The first arguments of every op of the route, in the order of SCHEMA: scored rows, LM head, and its settings."""
 
     hidden: Tensor  # (N0, H)
     weight: Tensor  # (V, H), or this rank's rows of it
@@ -47,24 +48,28 @@ class HeadCall:
 
     @property
     def acc_dtype(self) -> torch.dtype:
+        """The dtype of log-probs and losses."""
         return accumulator(self.dtype)
 
     @property
     def hidden_gradient_dtype(self) -> torch.dtype:
-        """A frozen plan keeps directions, still to be scaled, in the GEMMs' dtype; otherwise rows are final."""
+        """The GEMMs' dtype with a frozen head, since backward still scales the rows; else that of the hidden states."""
         return self.dtype if is_frozen(self.needs) else self.hidden.dtype
 
     def head(self) -> Head:
-        """The LM head in the GEMMs' dtype; a weight of another dtype is copied once a call."""
+        """The LM head in the GEMMs' dtype; a weight of another dtype is copied, once a call."""
         shard = VocabShard(self.tp_group, self.vocab_start, self.weight.shape[0]) if self.tp_group else None
         bias = None if self.bias is None else self.bias.to(self.dtype)
         return Head(self.weight.to(self.dtype), bias, self.a, self.c, self.backend, shard)
 
-    def chunk_rows(self, buffers: int = 1) -> int:
-        """Rows of a chunk, when so many buffers share the budget."""
-        return rows_per_chunk(self.vocab_rows * buffers, self.dtype, self.chunk_bytes or None, self.weight.device.type)
+    def products(self, buffers: int = 1) -> Products:
+        """The call's GEMMs, in chunks for which this many logits buffers fit in the budget."""
+        (vocab, size), device = self.weight.shape, self.weight.device.type
+        rows = rows_per_chunk(self.vocab_rows * buffers, self.dtype, self.chunk_bytes or None, device)
+        return Products(rows, vocab, size, self.dtype, *self.needs)
 
     def gathered(self, plan: LinearPlan, token_weights: Tensor | None = None) -> engine.Rows:
+        """The scored rows in the plan's order."""
         return engine.Rows(self.hidden, self.rows, self.labels, token_weights, plan, self.dtype)
 
     def results(self, head: Head, gradients: Gradients) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +84,7 @@ class HeadCall:
         )
 
     def fake_results(self, hidden_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """What `results` gives, without values."""
+        """The shapes and dtypes of `results`."""
         hidden, weight, needs = self.hidden, self.weight, self.needs
         kept = self.hidden_gradient_dtype if hidden_dtype is None else hidden_dtype
         return (
@@ -98,8 +103,10 @@ _LEADING = len(fields(HeadCall))
 
 
 def register_head_op(name: str, more: str, returns: str, fn: Callable, fake: Callable):
-    """Registers an op whose arguments are a HeadCall's fields and then those of the schema `more`; `fn` and `fake` are
-    given the HeadCall as one."""
+    """Registers an op whose arguments are a HeadCall's fields, then those of the schema `more`.
+
+    `fn` and `fake` get the fields as one HeadCall.
+    """
 
     def split(function: Callable) -> Callable:
         return lambda *args: function(HeadCall(*args[:_LEADING]), *args[_LEADING:])
@@ -110,7 +117,7 @@ def register_head_op(name: str, more: str, returns: str, fn: Callable, fake: Cal
 
 @dataclass
 class Work:
-    """What an op works with: the head, the plan, the rows in the plan's order, and where gradients add up."""
+    """What an op works with: the head, the plan, the rows in the plan's order, and the gradients."""
 
     head: Head
     plan: LinearPlan
@@ -123,20 +130,13 @@ def set_up(
 ) -> Work:
     """Head, plan, rows and gradients of a call.
 
-    `buffers` is how many logits buffers share the budget where entropy and the like are asked for, and 0 where they are
-    not.
+    `buffers`: with entropy, sum_p2 or kl, how many logits buffers share the budget; 0 without them.
     """
     head = call.head()
     plan = make_plan(
         call.host_step_offsets.numpy(),
         None if pair_index is None else pair_index.numpy(),
-        vocab=head.vocab,
-        hidden=call.weight.shape[1],
-        dtype=call.dtype,
-        chunk_rows=call.chunk_rows(max(buffers, 1)),
-        hidden_gradient=call.needs[0],
-        weight_gradient=call.needs[1],
-        bias_gradient=call.needs[2],
+        call.products(max(buffers, 1)),
         reductions=buffers > 0,
     )
     gradients = start_gradients(head, plan, call.hidden, call.hidden_gradient_dtype, call.accum_dtype)
@@ -144,7 +144,7 @@ def set_up(
 
 
 def is_frozen(needs: list[bool]) -> bool:
-    """Whether the hidden states alone want a gradient."""
+    """Whether only the hidden states need a gradient."""
     return needs[0] and not needs[1] and not needs[2]
 
 

@@ -1,13 +1,17 @@
-"""The schedule of the linear route: which rows share a chunk, and how many GEMMs each costs. Made on the host, before
-any work.
+# SPDX-License-Identifier: Apache-2.0
+"""The schedule of the linear route: which rows share a chunk, and how many GEMMs each costs. Made on the host.
 
-A GEMM is N x H x V. Without gradients a row costs one (its logits); with a frozen head two, since d loss/d hidden is a
-scalar times a direction known at once; with a trained head three, when its unit fits in a chunk, because the head's
-derivative is then known while the chunk's logits are still there; only a unit larger than the budget is computed twice
-(four). A step in no pair has no gradient and costs one. Where entropy, sum_p2 or kl are asked for beside the log-probs,
-a gradient is known only in backward, with a frozen head too: three with a frozen head, four with a trained one; the
-reference's logits for kl are a product of their own (N x H of the reference x V) in each direction. In float16 the
-gradients of a trained head wait for the caller's loss scale, and so are always made in backward (four).
+A GEMM is N x H x V. What a row costs:
+
+* One GEMM, its logits, without gradients, and for a step in no pair.
+* Two with a frozen head: d loss/d hidden is a scalar times a direction, which is known at once.
+* Three with a trained head, if the row's unit fits in a chunk: the head's derivative is then known while the chunk's
+  logits are still there. A unit is a connected set of pairs, or the step or sequence that shares a ratio.
+* Four for a unit larger than a chunk, which is computed twice.
+* With entropy, sum_p2 or kl beside the log-probs, gradients are known only in backward: three with a frozen head, four
+  with a trained one. The reference's logits for kl are a GEMM of their own (N x H of the reference x V) in each
+  direction.
+* Four with a trained head in float16, whose gradients wait for the caller's loss scale and are made in backward.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from ...layout.pairs import StepPairs, connected_steps
 from ...layout.steps import StepLayout
 from ...objective.policy import segments_of
 
-# Enough rows for a GEMM to run at speed at vocabularies of 150k, small beside any model with such a head.
+# At a vocabulary of 150k this is enough rows for a fast GEMM, and small beside any model with such a head.
 DEFAULT_CHUNK_BYTES = {"cpu": 128 << 20}
 
 _OTHER_DEVICES = 512 << 20
@@ -35,28 +39,25 @@ def rows_per_chunk(vocab: int, dtype: torch.dtype, chunk_bytes: int | None, devi
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Rows that are worked on together: their steps' losses depend on each other and on no step outside.
+    """Rows that are worked on together: the losses of their steps depend on no step outside the group.
 
-    kind: "logps" (logits only), "frozen" (logits and direction), "complete" (the head's derivative is known inside the
-    one chunk), "recompute" (all log-probs first, then the chunks again), "later" (gradients known only in backward).
+    kind: "logps" (logits only), "frozen" (logits and direction), "complete" (one chunk, in which the head's derivative
+    is known), "recompute" (all log-probs first, then the chunks again), "later" (gradients known only in backward).
     """
 
     kind: str
     start: int  # its rows are [start, end) of the plan's row order
     end: int
     chunks: list[tuple[int, int]]  # of rows, in the plan's order
-    steps: np.ndarray = field(repr=False)  # the layout's steps, in the order their rows stand
+    steps: np.ndarray = field(repr=False)  # the layout's steps, in the order of their rows
     pairs: np.ndarray = field(repr=False)  # indices of pairs
 
 
 @dataclass(frozen=True, eq=False)
-class LinearPlan:
-    """What a call of the linear route is about to do. `print(plan)` shows it."""
+class Products:
+    """The sizes of a call's GEMMs, and the gradients that are wanted."""
 
-    order: np.ndarray | None = field(repr=False)  # (N,) the layout's row at each place; None when they keep their order
-    groups: list[Group] = field(repr=False)
     chunk_rows: int
-    num_rows: int
     vocab: int
     hidden: int
     dtype: torch.dtype
@@ -65,8 +66,28 @@ class LinearPlan:
     bias_gradient: bool
 
     @property
+    def trained(self) -> bool:
+        """Whether the head itself gets a gradient."""
+        return self.weight_gradient or self.bias_gradient
+
+
+@dataclass(frozen=True, eq=False)
+class LinearPlan(Products):
+    """What a call of the linear route is about to do. `print(plan)` shows it.
+
+    Example:
+        >>> from sspo_ext.losses import pref_plan
+        >>> plan = pref_plan(layout, pairs, vocab=32_000, hidden=2048)
+        >>> text, flops = str(plan), plan.flops
+    """
+
+    num_rows: int
+    order: np.ndarray | None = field(repr=False)  # (N,) the layout's row at each place; None when they keep their order
+    groups: list[Group] = field(repr=False)
+
+    @property
     def gemm_rows(self) -> int:
-        """Rows times the GEMMs they enter."""
+        """Sum over rows of the GEMMs that each enters."""
         total, gradients = 0, self.weight_gradient + self.hidden_gradient
         for group in self.groups:
             rows = group.end - group.start
@@ -79,6 +100,7 @@ class LinearPlan:
 
     @property
     def flops(self) -> int:
+        """Floating-point operations of all GEMMs."""
         return 2 * self.hidden * self.vocab * self.gemm_rows
 
     @property
@@ -88,7 +110,7 @@ class LinearPlan:
 
     @property
     def weight_chunks(self) -> int:
-        """Products that the weight's gradient is the sum of."""
+        """How many products add up to the weight's gradient."""
         return sum(len(group.chunks) for group in self.groups if group.kind != "logps")
 
     def __str__(self) -> str:
@@ -110,18 +132,13 @@ class LinearPlan:
 def make_plan(
     host_step_offsets: np.ndarray,  # (S + 1,)
     host_pair_index: np.ndarray | None,  # (P, 2); None: gradients of single steps, known only in backward
+    products: Products,
     *,
-    vocab: int,
-    hidden: int,
-    dtype: torch.dtype,
-    chunk_rows: int,
-    hidden_gradient: bool,
-    weight_gradient: bool,
-    bias_gradient: bool,
     reductions: bool = False,
 ) -> LinearPlan:
-    num_rows, num_steps = int(host_step_offsets[-1]), len(host_step_offsets) - 1
-    trained = weight_gradient or bias_gradient
+    """The plan of a pair loss, or of log-probs alone."""
+    num_rows, num_steps, chunk_rows = int(host_step_offsets[-1]), len(host_step_offsets) - 1, products.chunk_rows
+    trained, hidden_gradient = products.trained, products.hidden_gradient
     order = None
     if host_pair_index is None or not (hidden_gradient or trained):
         later = trained or (reductions and hidden_gradient)
@@ -130,18 +147,19 @@ def make_plan(
         groups = [Group(kind, 0, num_rows, cut_evenly(0, num_rows, chunk_rows), np.arange(num_steps), pairs)]
     else:
         order, groups = _groups_by_unit(host_step_offsets, host_pair_index, chunk_rows, frozen=not trained)
-    return LinearPlan(
-        order, groups, chunk_rows, num_rows, vocab, hidden, dtype, hidden_gradient, weight_gradient, bias_gradient
-    )
+    return LinearPlan(**vars(products), num_rows=num_rows, order=order, groups=groups)
 
 
 def _groups_by_unit(
     offsets: np.ndarray, index: np.ndarray, chunk_rows: int, frozen: bool
 ) -> tuple[np.ndarray, list[Group]]:
-    """Rows ordered by unit, whole units packed into chunks first fit in order; a unit larger than a chunk stands alone.
-    With a frozen head all units are one group, since their chunks may be cut anywhere. Steps in no pair come last."""
+    """(row order, groups): rows are ordered by unit, and whole units in order fill chunks.
+
+    A unit larger than a chunk is a group of its own. With a frozen head all units are one group, since its chunks may
+    be cut anywhere. Steps in no pair come last.
+    """
     counts = np.diff(offsets)
-    # a pair with an empty step is no part of the loss, so it ties no steps together
+    # a pair with an empty step is not in the loss, so it connects no steps
     live_pairs = np.flatnonzero((counts[index] > 0).all(axis=1)) if len(index) else np.zeros(0, np.int64)
     unit = connected_steps(index[live_pairs], len(counts))
     steps_of: dict[int, list[int]] = {}
@@ -193,54 +211,21 @@ def cut_evenly(start: int, end: int, size: int) -> list[tuple[int, int]]:
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 
-def plan_for(
-    layout: StepLayout,
-    pairs: StepPairs | None,
-    *,
-    vocab: int,
-    hidden: int,
-    dtype: torch.dtype,
-    chunk_bytes: int | None,
-    hidden_gradient: bool,
-    weight_gradient: bool,
-    bias_gradient: bool,
-    reductions: bool,
-) -> LinearPlan:
-    late = dtype == torch.float16 and (weight_gradient or bias_gradient)
-    return make_plan(
-        layout.host_step_offsets.numpy(),
-        None if pairs is None or late else pairs.host_index.numpy(),
-        vocab=vocab,
-        hidden=hidden,
-        dtype=dtype,
-        chunk_rows=rows_per_chunk(vocab, dtype, chunk_bytes, layout.device.type),
-        hidden_gradient=hidden_gradient,
-        weight_gradient=weight_gradient,
-        bias_gradient=bias_gradient,
-        reductions=reductions,
-    )
-
-
 def make_policy_plan(
     host_unit_offsets: np.ndarray | None,  # (U + 1,) rows of the units, one after the other; None: each row is one
-    *,
     num_rows: int,
-    vocab: int,
-    hidden: int,
-    dtype: torch.dtype,
-    chunk_rows: int,
-    hidden_gradient: bool,
-    weight_gradient: bool,
-    bias_gradient: bool,
+    products: Products,
 ) -> LinearPlan:
-    """Groups of whole units that fit in a chunk, in the layout's order; a larger unit stands alone and is computed
-    twice."""
-    nothing = np.zeros(0, np.int64)
+    """The plan of a policy loss: groups of whole units that fit in a chunk, in the layout's order.
+
+    A larger unit is a group of its own and is computed twice.
+    """
+    nothing, chunk_rows = np.zeros(0, np.int64), products.chunk_rows
 
     def group(kind: str, start: int, end: int) -> Group:
         return Group(kind, start, end, cut_evenly(start, end, chunk_rows), nothing, nothing)
 
-    if not (hidden_gradient or weight_gradient or bias_gradient):
+    if not (products.hidden_gradient or products.trained):
         groups = [group("logps", 0, num_rows)]
     elif host_unit_offsets is None:
         groups = [group("complete", start, end) for start, end in cut_evenly(0, num_rows, chunk_rows)]
@@ -248,13 +233,11 @@ def make_policy_plan(
         groups, start = [], 0
         ends = host_unit_offsets[1:].tolist()
         for end, after in zip(ends, [*ends, None][1:], strict=True):
-            # close the group when it is too large already, or the next unit would make it so
+            # close the group if it is already too large, or if the next unit would make it so
             if end > start and (after is None or after - start > chunk_rows):
                 groups.append(group("complete" if end - start <= chunk_rows else "recompute", start, end))
                 start = end
-    return LinearPlan(
-        None, groups, chunk_rows, num_rows, vocab, hidden, dtype, hidden_gradient, weight_gradient, bias_gradient
-    )
+    return LinearPlan(**vars(products), num_rows=num_rows, order=None, groups=groups)
 
 
 def pref_plan(
@@ -275,25 +258,30 @@ def pref_plan(
 
     Args:
         layout: the batch's StepLayout.
-        pairs: default pair by index, as there.
+        pairs: its StepPairs; default: pair by index.
         vocab: V, rows of the head's weight.
         hidden: H, columns of the head's weight.
-        dtype: the dtype that GEMMs run in.
-        chunk_bytes: budget of the logits buffer, bytes; default as there.
-        hidden_gradient: whether the hidden states want a gradient.
-        weight_gradient: whether the head's weight wants a gradient.
-        bias_gradient: whether the head's bias wants a gradient.
+        dtype: the dtype of the GEMMs.
+        chunk_bytes: budget of the logits buffer, in bytes; default: that of `linear_step_pref_loss`.
+        hidden_gradient: whether the hidden states need a gradient.
+        weight_gradient: whether the head's weight needs a gradient.
+        bias_gradient: whether the head's bias needs a gradient.
         logps_only: plan `linear_step_logps` instead.
         reductions: plan `linear_step_logps` with entropy, sum_p2 or kl (for kl without the reference's own products).
+
+    Returns:
+        LinearPlan.
+
+    Example:
+        >>> plan = pref_plan(layout, pairs, vocab=32_000, hidden=2048, dtype=torch.bfloat16)
+        >>> text = str(plan)
     """
-    logps_only = logps_only or reductions
-    if pairs is None and not logps_only:
-        pairs = layout.pair_by_index()
-    return plan_for(
-        layout, None if logps_only else pairs, vocab=vocab, hidden=hidden, dtype=dtype, chunk_bytes=chunk_bytes,
-        hidden_gradient=hidden_gradient, weight_gradient=weight_gradient, bias_gradient=bias_gradient,
-        reductions=reductions,
-    )  # fmt: skip
+    rows = rows_per_chunk(vocab, dtype, chunk_bytes, layout.device.type)
+    products = Products(rows, vocab, hidden, dtype, hidden_gradient, weight_gradient, bias_gradient)
+    index = None
+    if not (logps_only or reductions):
+        index = (layout.pair_by_index() if pairs is None else pairs).host_index.numpy()
+    return _waiting_plan(layout, index, products, reductions)
 
 
 def policy_plan(
@@ -308,18 +296,38 @@ def policy_plan(
     weight_gradient: bool = True,
     bias_gradient: bool = False,
 ) -> LinearPlan:
-    """What `linear_step_policy_loss` will do with a trained head: rows, chunks, GEMMs, FLOPs, bytes. Print it."""
+    """What `linear_step_policy_loss` will do with a trained head: rows, chunks, GEMMs, FLOPs, bytes. Print it.
+
+    Args:
+        layout: the batch's StepLayout.
+        importance_sampling_level: that of the loss: 'token', 'step' or 'sequence'.
+        vocab: V, rows of the head's weight.
+        hidden: H, columns of the head's weight.
+        dtype: the dtype of the GEMMs.
+        chunk_bytes: budget of the logits buffer, in bytes; default: that of `linear_step_pref_loss`.
+        hidden_gradient: whether the hidden states need a gradient.
+        weight_gradient: whether the head's weight needs a gradient.
+        bias_gradient: whether the head's bias needs a gradient.
+
+    Returns:
+        LinearPlan.
+
+    Example:
+        >>> plan = policy_plan(layout, importance_sampling_level="sequence", vocab=32_000, hidden=2048)
+        >>> text = str(plan)
+    """
+    rows = rows_per_chunk(vocab, dtype, chunk_bytes, layout.device.type)
+    products = Products(rows, vocab, hidden, dtype, hidden_gradient, weight_gradient, bias_gradient)
     if dtype == torch.float16:
-        return plan_for(
-            layout, None, vocab=vocab, hidden=hidden, dtype=dtype, chunk_bytes=chunk_bytes,
-            hidden_gradient=hidden_gradient, weight_gradient=weight_gradient, bias_gradient=bias_gradient,
-            reductions=False,
-        )  # fmt: skip
+        return _waiting_plan(layout, None, products, False)
     offsets = None
     if importance_sampling_level != "token":
         offsets = segments_of(layout, importance_sampling_level).host_offsets.numpy()
-    return make_policy_plan(
-        offsets, num_rows=layout.num_rows, vocab=vocab, hidden=hidden, dtype=dtype,
-        chunk_rows=rows_per_chunk(vocab, dtype, chunk_bytes, layout.device.type), hidden_gradient=hidden_gradient,
-        weight_gradient=weight_gradient, bias_gradient=bias_gradient,
-    )  # fmt: skip
+    return make_policy_plan(offsets, layout.num_rows, products)
+
+
+def _waiting_plan(layout: StepLayout, index: np.ndarray | None, products: Products, reductions: bool) -> LinearPlan:
+    """The plan of a call whose gradients wait for backward where they must, as in float16 with a trained head."""
+    if products.dtype == torch.float16 and products.trained:
+        index = None
+    return make_plan(layout.host_step_offsets.numpy(), index, products, reductions=reductions)

@@ -1,8 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
 """The policy losses from hidden states and the LM head, without ever storing the logits.
 
 Tokens interact only through the ratio of their step or sequence; normalisers are constants of the layout. So the rows
-of whole steps or sequences share a chunk. The loss's derivative is known while the chunk's logits are there, and a
-trained head costs three GEMMs. The choice between kernels and reference is made here and nowhere else.
+of whole steps or sequences share a chunk, whose derivative is known while its logits are still there, and a trained
+head costs three GEMMs. `policy` chooses between kernels and reference.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...formulas.dual import Dual
+from ...formulas.dual import derivative
 from ...layout.steps import StepLayout
 from ...objective.policy import POLICY_SCHEMA, PolicyProblem, pack_problem, unpack_problem
 from ...objective.sums import StepLogps, segment_sums
@@ -29,17 +30,8 @@ from .settings import LinearCall, LinearSettings
 def _linear_policy_fwd(call: HeadCall, *packed):
     head, problem = call.head(), unpack_problem(packed, call.backend)
     units = problem.segments
-    plan = make_policy_plan(
-        None if units is None else units.host_offsets.numpy(),
-        num_rows=call.rows.shape[0],
-        vocab=head.vocab,
-        hidden=call.weight.shape[1],
-        dtype=call.dtype,
-        chunk_rows=call.chunk_rows(),
-        hidden_gradient=call.needs[0],
-        weight_gradient=call.needs[1],
-        bias_gradient=call.needs[2],
-    )
+    offsets = None if units is None else units.host_offsets.numpy()
+    plan = make_policy_plan(offsets, call.rows.shape[0], call.products())
     gradients = start_gradients(head, plan, call.hidden, call.hidden.dtype, call.accum_dtype)
     tokens, entropy = run_policy(head, call.gathered(plan), plan, problem, gradients)
     return tokens, entropy, *call.results(head, gradients)
@@ -66,58 +58,56 @@ linear_policy_fwd = register_head_op(
 def run_policy(
     head: Head, rows: engine.Rows, plan: LinearPlan, problem: PolicyProblem, gradients: Gradients
 ) -> tuple[Tensor, Tensor]:
-    """tokens (N,), entropy (N,) or empty; gradients of sum(scale * rows) - entropy_coef * sum(scale * entropy)."""
+    """Tokens (N,), entropy (N,) or empty; gradients of sum(scale * rows) - entropy_coef * sum(scale * entropy)."""
     device, wants_entropy = rows.labels.device, problem.entropy_coef != 0
     tokens = torch.empty(plan.num_rows, dtype=head.acc_dtype, device=device)
     lse = torch.empty_like(tokens, dtype=torch.float64)
     entropy = torch.empty(plan.num_rows * wants_entropy, dtype=head.acc_dtype, device=device)
     head.allocate(plan)
 
-    def forward(start: int, end: int) -> tuple:
-        hidden, labels, places = rows.chunk(start, end)
-        logits = head.logits(hidden)
+    def forward(start: int, end: int) -> engine.Chunk:
+        chunk = engine.compute_chunk(head, rows, start, end)
         if wants_entropy:
-            parts = head.reductions(logits, labels, None, sum_p2=False)
+            parts = head.reductions(chunk.logits, chunk.labels, None, sum_p2=False)
             tokens[start:end], lse[start:end], entropy[start:end] = parts[:3]
         else:
-            tokens[start:end], lse[start:end] = head.logps(logits, labels)
-        return hidden, labels, places, logits
+            tokens[start:end], lse[start:end] = head.logps(chunk.logits, chunk.labels)
+        return chunk
 
-    def backward(start: int, end: int, chunk: tuple, coef: Tensor) -> None:
-        hidden, labels, places, logits = chunk
+    def backward(start: int, end: int, chunk: engine.Chunk, coef: Tensor) -> None:
         if wants_entropy:
             d_entropy = -problem.entropy_coef * problem.scale[start:end]
             coefs = gradient_coefs(entropy[start:end], None, coef, d_entropy, None, None)
-            head.reductions_to_gradient(logits, labels, lse[start:end], None, lse[:0], coefs)
+            head.reductions_to_gradient(chunk.logits, chunk.labels, lse[start:end], None, lse[:0], coefs)
         else:
-            head.to_gradient(logits, labels, lse[start:end], coef)
-        gradients.add(head, logits, hidden, places)
+            head.to_gradient(chunk.logits, chunk.labels, lse[start:end], coef)
+        gradients.add(head, chunk.logits, chunk.hidden, chunk.places)
 
     for group in plan.groups:
-        for span in group.chunks:
-            chunk = forward(*span)
+        in_buffer = None
+        for start, end in group.chunks:
+            in_buffer = forward(start, end)
         if group.kind == "logps":
             continue
         part = problem.part(group.start, group.end)
-        coef = part.rows(Dual.variable(tokens[group.start : group.end])).slope * part.scale
-        for i, (start, end) in enumerate(reversed(group.chunks)):
-            if i:  # the last chunk's logits are still in the buffer
-                hidden, labels, places = rows.chunk(start, end)
-                chunk = hidden, labels, places, head.logits(hidden)
+        coef = derivative(part.rows, tokens[group.start : group.end]) * part.scale
+        for start, end in reversed(group.chunks):  # the last chunk's logits are still in the buffer
+            chunk = in_buffer or engine.compute_chunk(head, rows, start, end)
             backward(start, end, chunk, coef[start - group.start : end - group.start])
+            in_buffer = None
     return tokens, entropy
 
 
 def policy(call: LinearCall, problem: PolicyProblem) -> tuple[Tensor, StepLogps]:
-    """loss () and the step log-probs it is of; with an entropy bonus, their entropy too."""
+    """Loss () and step log-probs; with an entropy bonus, their entropy too."""
     layout, settings, wants_entropy = call.layout, call.settings, problem.entropy_coef != 0
-    # float16 waits for the loss scale, which is known in backward
     needs = call.needs
+    # float16 gradients wait for the loss scale, which is known in backward
     in_forward = any(needs) and (wants_entropy or not is_frozen(needs)) and settings.dtype != torch.float16
     name = backends.with_reductions(settings.requested, settings.backend) if wants_entropy else settings.backend
     if name == "reference" or not in_forward:
         if wants_entropy:
-            scored = logps_with_reductions(call, (None, None, None), entropy=True, sum_p2=False)
+            scored = logps_with_reductions(call, None, entropy=True, sum_p2=False)
         else:
             tokens, sums = logps(call)
             scored = StepLogps(sums, layout.counts, tokens)
@@ -130,7 +120,7 @@ def policy(call: LinearCall, problem: PolicyProblem) -> tuple[Tensor, StepLogps]
 
 
 class LinearPolicyRoute(torch.autograd.Function):
-    """(N0, H) hidden, (V, H) weight, (V,) bias -> loss (), tokens (N,), entropy (N,), with gradients from forward."""
+    """(N0, H) hidden, (V, H) weight, (V,) bias -> loss (), tokens (N,), entropy (N,); gradients made in forward."""
 
     @staticmethod
     def forward(
@@ -156,7 +146,8 @@ class LinearPolicyRoute(torch.autograd.Function):
         return problem.loss(tokens, entropy), tokens, entropy
 
     @staticmethod
-    def backward(ctx, d_loss, *_):
+    def backward(ctx, *upstream):
+        d_loss = upstream[0]
         if d_loss is None:
             return (None,) * 6
         refuse_double_backward()

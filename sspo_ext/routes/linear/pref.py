@@ -1,6 +1,7 @@
-"""The pair loss from hidden states: by the autograd.Function whose gradients are made in forward, or by the reference.
+# SPDX-License-Identifier: Apache-2.0
+"""The pair loss from hidden states: by an autograd.Function that makes its gradients in forward, or by the reference.
 
-The choice between the two is made here and nowhere else.
+`pref` chooses between the two.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import Tensor
 from ...backends.addresses import accumulator
 from ...layout.steps import StepLayout
 from ...objective.pair import PairLossSpec, pack_terms, reference_loss, step_loss
-from ...objective.sums import row_weights
+from ...objective.sums import in_dtype
 from ..shared import refuse_double_backward, scale_kept
 from . import ops as linear_ops
 from .gradients import scale_rows
@@ -21,7 +22,7 @@ from .settings import LinearCall, LinearSettings
 
 
 def pref(call: LinearCall, spec: PairLossSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """loss (), step sums (S,), pair losses of each term (C, P)."""
+    """Loss (), step sums (S,), pair losses of each term (C, P)."""
     layout, settings = call.layout, call.settings
     if settings.backend == "reference":
         return reference_loss(reference_tokens(call), layout, spec)
@@ -31,8 +32,7 @@ def pref(call: LinearCall, spec: PairLossSpec) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class LinearPrefRoute(torch.autograd.Function):
-    """(N0, H) hidden, (V, H) weight, (V,) bias -> loss (), sums (S,), term losses (C, P), with gradients from
-    forward."""
+    """(N0, H) hidden, (V, H) weight, (V,) bias -> loss (), sums (S,), pair losses (C, P); gradients made in forward."""
 
     @staticmethod
     def forward(
@@ -45,14 +45,10 @@ class LinearPrefRoute(torch.autograd.Function):
         settings: LinearSettings,
     ):
         needs, acc, pairs = settings.needs(ctx), accumulator(settings.dtype), spec.pairs
-
-        def cast(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value.to(acc).contiguous()
-
         loss, sums, pair_losses, coef, d_hidden, d_weight, d_bias = linear_ops.linear_pref_fwd(
             *settings.op_args(hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, needs),
-            cast(layout.weights), cast(spec.ref), pairs.host_index, cast(pairs.weights),
-            cast(pairs.margins), cast(pairs.soft_labels), cast(spec.token_pair_weights),
+            in_dtype(layout.weights, acc), in_dtype(spec.ref, acc), pairs.host_index, in_dtype(pairs.weights, acc),
+            in_dtype(pairs.margins, acc), in_dtype(pairs.soft_labels, acc), in_dtype(spec.token_pair_weights, acc),
             spec.scale.to(acc), *pack_terms(spec.terms),
         )  # fmt: skip
         if any(needs):
@@ -64,7 +60,8 @@ class LinearPrefRoute(torch.autograd.Function):
         return loss, sums, pair_losses
 
     @staticmethod
-    def backward(ctx, d_loss, *_):
+    def backward(ctx, *upstream):
+        d_loss = upstream[0]
         if d_loss is None:
             return (None,) * 6
         refuse_double_backward()
@@ -89,13 +86,13 @@ class TokensLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tokens: Tensor, layout: StepLayout, spec: PairLossSpec, backend: str):
-        weights = row_weights(layout, tokens.dtype)
+        weights = in_dtype(layout.weights, tokens.dtype)
         loss, sums, pair_losses, coef = step_loss(tokens, weights, layout, spec, backend)
         ctx.save_for_backward(coef)
         ctx.mark_non_differentiable(sums, pair_losses)
         return loss, sums, pair_losses
 
     @staticmethod
-    def backward(ctx, d_loss, *_):
+    def backward(ctx, *upstream):
         (coef,) = ctx.saved_tensors
-        return coef * d_loss, None, None, None
+        return coef * upstream[0], None, None, None

@@ -1,17 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
 """The linear route with entropy, sum of squared probabilities and KL from a reference: ops, and the autograd.Function.
 
-The gradient of a row is known only in backward and is no multiple of one direction, so backward computes the logits
-again, a chunk at a time, with a frozen head too. The reference's logits are a second product into a second buffer; the
-two share the budget.
+A row's gradient is known only in backward and is no multiple of one direction. So backward computes the logits again,
+a chunk at a time, even with a frozen head. The reference's logits are a second product into a second buffer; the two
+buffers share the budget. `logps_with_reductions` chooses between kernels and reference.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import backends
-from ..._checks import check_device, check_float, check_shape
+from ..._checks import check_device, check_float, check_shape, check_tensor
 from ...backends import reference
 from ...layout.steps import StepLayout
 from ...objective.sums import StepLogps, step_sums, with_reductions
@@ -31,6 +34,7 @@ def _set_up_both(
 ) -> tuple[Work, engine.Reference | None]:
     if ref_hidden is None:
         return set_up(call, buffers=1), None
+    assert ref_weight is not None
     work = set_up(call, buffers=2)
     bias = None if ref_bias is None else ref_bias.to(call.dtype)
     head = Head(ref_weight.to(call.dtype), bias, call.a, call.c, call.backend, None)
@@ -38,8 +42,8 @@ def _set_up_both(
     return work, engine.Reference(head, rows)
 
 
-def _linear_reductions_fwd(call: HeadCall, *reference):
-    work, ref = _set_up_both(call, *reference)
+def _linear_reductions_fwd(call: HeadCall, ref_hidden, ref_weight, ref_bias):
+    work, ref = _set_up_both(call, ref_hidden, ref_weight, ref_bias)
     return engine.run_reductions(work.head, work.rows, work.plan, ref)
 
 
@@ -73,11 +77,16 @@ linear_reductions_bwd = register_head_op(
 )
 
 
-KlReference = tuple[Tensor | None, Tensor | None, Tensor | None]  # hidden (N0, H'), weight (V, H'), bias (V,)
+class KlReference(NamedTuple):
+    """The model that kl is measured from; constants."""
+
+    hidden: Tensor  # (N0, H')
+    weight: Tensor  # (V, H')
+    bias: Tensor | None  # (V,)
 
 
-def logps_with_reductions(call: LinearCall, ref: KlReference, *, entropy: bool, sum_p2: bool) -> StepLogps:
-    """Step log-probs with the reductions that are asked for; kl where there is a reference."""
+def logps_with_reductions(call: LinearCall, ref: KlReference | None, *, entropy: bool, sum_p2: bool) -> StepLogps:
+    """Step log-probs with the reductions that are asked for, and with kl if there is a reference."""
     layout, settings = call.layout, call.settings
     name = backends.with_reductions(settings.requested, settings.backend)
     for argument, given in (("tp_group", settings.tp_group != ""), ("weight_grad", settings.weight_grad is not None)):
@@ -87,32 +96,31 @@ def logps_with_reductions(call: LinearCall, ref: KlReference, *, entropy: bool, 
             )
     if name == "reference":
         logits = reference_logits(call.hidden, call.weight, call.bias, layout, settings)
-        ref_logits = None if ref[0] is None else reference_logits(*ref, layout, settings)
+        ref_logits = None if ref is None else reference_logits(*ref, layout, settings)
         rows = torch.arange(layout.num_rows, device=call.hidden.device)
         tokens = reference.token_logps(logits, rows, layout.labels, settings.a, settings.c)
         values = reference.row_reductions(logits, rows, ref_logits, settings.a, settings.c)
     else:
         tokens, *values = LinearReductionsRoute.apply(call.hidden, call.weight, call.bias, ref, layout, settings)
-    return with_reductions(
-        tokens, step_sums(tokens, layout, name), layout, values, (entropy, sum_p2, ref[0] is not None)
-    )
+    wanted = (entropy, sum_p2, ref is not None)
+    return with_reductions(tokens, step_sums(tokens, layout, name), layout, values, wanted)
 
 
 def kl_reference(
     call: LinearCall, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None
-) -> KlReference:
-    """(N0, H') hidden states, (V, H') weight and (V,) bias of the reference; all None without one."""
+) -> KlReference | None:
+    """The reference from the public arguments, checked; its head is the policy's if none is given."""
     weight, bias, layout = call.weight, call.bias, call.layout
     if ref_hidden is None:
         if ref_weight is not None or ref_bias is not None:
             raise ValueError(
                 "kl_ref_hidden: expected the reference's hidden states beside its weight or bias, got None"
             )
-        return None, None, None
+        return None
     if ref_weight is None and ref_bias is None:
         ref_weight, ref_bias = weight, bias
-    ref_weight, ref_bias = local_part(ref_weight), local_part(ref_bias)
     check_float("kl_ref_hidden", ref_hidden, ndim=(2, 3))
+    ref_weight = local_part(check_tensor("kl_ref_weight", ref_weight))
     check_float("kl_ref_weight", ref_weight, ndim=2)
     check_shape("kl_ref_weight", ref_weight, (weight.shape[0], ref_hidden.shape[-1]))
     batch, length = layout.shape
@@ -120,18 +128,20 @@ def kl_reference(
     expected = (length, ref_hidden.shape[-1]) if flat else (batch, length, ref_hidden.shape[-1])
     check_shape("kl_ref_hidden", ref_hidden, expected)
     if ref_bias is not None:
+        ref_bias = local_part(check_tensor("kl_ref_bias", ref_bias)).detach()
         check_float("kl_ref_bias", ref_bias)
         check_shape("kl_ref_bias", ref_bias, (weight.shape[0],))
     for name, value in (("hidden", ref_hidden), ("weight", ref_weight), ("bias", ref_bias)):
         if value is not None:
             check_device(f"kl_ref_{name}", value, weight.device, "the weight")
-    ref_bias = None if ref_bias is None else ref_bias.detach()
-    return ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(), ref_bias
+    return KlReference(ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(), ref_bias)
 
 
 class LinearReductionsRoute(torch.autograd.Function):
-    """(N0, H) hidden, (V, H) weight, (V,) bias -> tokens, entropy, sum_p2, kl, (N,) each; kl is empty without a
-    reference, whose hidden states (N0, H'), weight (V, H') and bias are constants."""
+    """(N0, H) hidden, (V, H) weight, (V,) bias -> tokens, entropy, sum_p2, kl, (N,) each.
+
+    Without a reference kl is empty.
+    """
 
     @staticmethod
     def forward(
@@ -139,31 +149,34 @@ class LinearReductionsRoute(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        ref: tuple[Tensor | None, Tensor | None, Tensor | None],
+        ref: KlReference | None,
         layout: StepLayout,
         settings: LinearSettings,
     ):
         needs = settings.needs(ctx)
         args = (hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets)
-        tokens, lse, entropy, sum_p2, kl, ref_lse = linear_reductions_fwd(*settings.op_args(*args, [False] * 3), *ref)
+        ref_args = (None, None, None) if ref is None else tuple(ref)
+        tokens, lse, entropy, sum_p2, kl, ref_lse = linear_reductions_fwd(
+            *settings.op_args(*args, [False] * 3), *ref_args
+        )
         if any(needs):
-            ctx.save_for_backward(*args, *ref, lse, ref_lse, entropy, sum_p2)
+            ctx.save_for_backward(*args, *ref_args, lse, ref_lse, entropy, sum_p2)
         ctx.needs, ctx.settings, ctx.dtypes = needs, settings, (hidden.dtype, None if bias is None else bias.dtype)
-        if ref[0] is None:
+        if ref is None:
             ctx.mark_non_differentiable(kl)
         ctx.set_materialize_grads(False)
         return tokens, entropy, sum_p2, kl
 
     @staticmethod
-    def backward(ctx, d_tokens, d_entropy, d_sum_p2, d_kl):
-        upstream = (d_tokens, d_entropy, d_sum_p2, d_kl)
+    def backward(ctx, *upstream):
+        d_tokens, d_entropy, d_sum_p2, d_kl = upstream
         if all(d is None for d in upstream):
             return (None,) * 6
         refuse_double_backward()
         needs, settings, (dtype, bias_dtype) = ctx.needs, ctx.settings, ctx.dtypes
         *args, lse, ref_lse, entropy, sum_p2 = ctx.saved_tensors
         if args[6] is None:
-            d_kl = None  # compiled, the empty output gets an empty gradient
+            d_kl = None  # under torch.compile the empty output gets an empty gradient
         args, ref = args[:6], args[6:] if d_kl is not None else (None, None, None)
         coefs = gradient_coefs(entropy, sum_p2, d_tokens, d_entropy, d_sum_p2, d_kl)
         d_hidden, d_weight, d_bias = linear_reductions_bwd(*settings.op_args(*args, needs), *ref, lse, ref_lse, coefs)

@@ -1,4 +1,5 @@
-"""The linear route in plain torch: logits of the scored rows, differentiable by autograd."""
+# SPDX-License-Identifier: Apache-2.0
+"""The linear route in plain torch: the scored rows' logits, differentiable by autograd."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What every call of the linear route is given, checked: hidden states, LM head, layout and settings."""
+# SPDX-License-Identifier: Apache-2.0
+"""The checked arguments of every call of the linear route: hidden states, LM head, layout and settings."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from .shards import local_part, shard_of
 
 @dataclass(frozen=True, eq=False)
 class LinearSettings:
-    """How the head is applied and its gradients kept; the same for every function of the route."""
+    """How the head is applied and where its gradients go; the same for every function of the route."""
 
     a: float
     c: float
@@ -30,14 +31,17 @@ class LinearSettings:
     requested: str  # the backend that was asked for
     backend: str  # the one that runs
     weight_grad: Tensor | None
-    record: bool  # whether autograd was on; inside an autograd.Function it never is
+    record: bool  # whether autograd was on at the call; inside an autograd.Function it is always off
 
     def needs(self, ctx) -> list[bool]:
+        """Which of hidden, weight and bias need a gradient, from an autograd.Function's context."""
         return [need and self.record for need in ctx.needs_input_grad[:3]]
 
     def waits_for_loss_scale(self, weight: Tensor, bias: Tensor | None) -> bool:
-        """Whether gradients are made in backward: float16 is too narrow for a head's gradient, a sum over the batch,
-        before the caller's loss scale has brought it into range."""
+        """Whether gradients are made in backward.
+
+        A head's gradient is a sum over the batch, which fits float16 only under the caller's loss scale.
+        """
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         return self.dtype == torch.float16 and self.record and trained
 
@@ -45,15 +49,15 @@ class LinearSettings:
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor, offsets: Tensor,
         needs: list[bool],
     ) -> tuple:  # fmt: skip
-        """What every op of the route begins with: the fields of `ops.HeadCall`."""
+        """The first arguments of every op of the route: the fields of `ops.HeadCall`."""
         grad_dtype = weight.dtype if self.weight_grad is None else self.weight_grad.dtype
         return (
-            hidden, weight, bias, rows, labels, offsets, needs, self.a, self.c, self.dtype, self.accum_dtype, grad_dtype, self.chunk_bytes, self.tp_group, self.vocab_start,
-            self.vocab_rows, self.backend,
+            hidden, weight, bias, rows, labels, offsets, needs, self.a, self.c, self.dtype, self.accum_dtype,
+            grad_dtype, self.chunk_bytes, self.tp_group, self.vocab_start, self.vocab_rows, self.backend,
         )  # fmt: skip
 
     def deliver_weight(self, kept: Tensor, upstream: Tensor) -> Tensor | None:
-        """The weight's gradient, or None when it goes into the caller's buffer."""
+        """The weight's gradient, or None if it is added to the caller's buffer."""
         if self.weight_grad is None:
             return scale_kept(kept, upstream)
         self.weight_grad.add_(scale_kept(kept, upstream))
@@ -62,7 +66,7 @@ class LinearSettings:
 
 @dataclass(frozen=True, eq=False)
 class LinearCall:
-    """The checked arguments of one call; each function of the route is one choice of what to make of them."""
+    """The checked arguments of one call; every function of the route starts from them."""
 
     hidden: Tensor  # (N0, H)
     weight: Tensor  # (V, H), or this rank's rows of it
@@ -72,20 +76,31 @@ class LinearCall:
 
     @property
     def acc_dtype(self) -> torch.dtype:
+        """The dtype of log-probs and losses."""
         return accumulator(self.settings.dtype)
 
     @property
     def needs(self) -> list[bool]:
-        """Which of hidden, weight and bias want a gradient."""
+        """Which of hidden, weight and bias need a gradient."""
         tensors = (self.hidden, self.weight, self.bias)
         return [self.settings.record and t is not None and t.requires_grad for t in tensors]
 
 
 def prepare(
-    hidden, weight, bias, layout, temperature, logit_softcap, logit_scale, chunk_bytes, accum_dtype, weight_grad,
-    tp_group, backend,
-) -> LinearCall:  # fmt: skip
-    """Checks what every function of the linear route takes; DTensors become their local part."""
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: StepLayout,
+    temperature: float,
+    logit_softcap: float | None,
+    logit_scale: float,
+    chunk_bytes: int | None,
+    accum_dtype: torch.dtype | None,
+    weight_grad: Tensor | None,
+    tp_group,
+    backend: str,
+) -> LinearCall:
+    """Checks the arguments that every function of the linear route takes; DTensors become their local part."""
     if not isinstance(layout, StepLayout):
         raise TypeError(
             f"layout: expected a StepLayout, got {type(layout).__name__}; StepLayout.from_step_ids(labels, step_ids) "

@@ -1,8 +1,10 @@
-"""A vocabulary split over ranks: which label is whose, and the log-sum-exp and further reductions over all of it."""
+# SPDX-License-Identifier: Apache-2.0
+"""A vocabulary split over ranks: local labels, and log-sum-exp and further reductions over the whole of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -10,22 +12,22 @@ from torch import Tensor
 
 
 class VocabShard:
-    """Rows [start, start + size) of the head live on this rank of the named process group."""
+    """Rows [start, start + size) of the head are on this rank of the named process group."""
 
     def __init__(self, group_name: str, start: int, size: int):
         self.group = resolve_group(group_name)
         self.start, self.size = start, size
 
     def local_labels(self, labels: Tensor) -> Tensor:
-        """Labels within this shard, -1 (no label here) for those of other shards."""
+        """Labels within this shard, -1 for those of other shards."""
         local = labels - self.start
         return torch.where((local >= 0) & (local < self.size), local, -1)
 
     def combine(self, logps: Tensor, lse: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probs and log-sum-exp over the whole vocabulary from those over the shards (for a label of -1, logp is
-        -lse).
+        """Log-probs and log-sum-exp over the whole vocabulary, from those over the shards.
 
-        One all-gather of two floats a row; every rank then adds up in the same order, so all ranks hold the same bits.
+        In a shard, logp is -lse for a label of -1. One all-gather of two floats a row; every rank then adds up in the
+        same order, so all ranks hold the same bits.
         """
         lses, label_logits = self._gather(lse, _label_logit(logps, lse, local))
         total = torch.logsumexp(lses, dim=0)
@@ -34,11 +36,11 @@ class VocabShard:
     def combine_reductions(
         self, logps: Tensor, lse: Tensor, entropy: Tensor, sum_p2: Tensor, kl: Tensor, ref_lse: Tensor, local: Tensor
     ) -> tuple[Tensor, ...]:
-        """What `row_reductions_fwd` gives, over the whole vocabulary from that over the shards; as `combine`, in one
-        all-gather, and empty stays empty.
+        """The results of `row_reductions_fwd` over the whole vocabulary, from those over the shards.
 
-        With w = exp(lse of a shard - lse), the shard's probability, and q the same of the reference: H = sum w (H_shard
-        - log w), sum p^2 = sum w^2 s_shard, KL = sum q (KL_shard + log q - log w).
+        One all-gather, as in `combine`; what is empty stays empty. With w = exp(lse of a shard - lse), the shard's
+        probability, and q the same of the reference: H = sum w (H_shard - log w), sum p^2 = sum w^2 s_shard, and
+        KL = sum q (KL_shard + log q - log w).
         """
         lses, label_logits, entropies, squares, kls, ref_lses = self._gather(
             lse, _label_logit(logps, lse, local), entropy, sum_p2, kl, ref_lse
@@ -63,23 +65,29 @@ class VocabShard:
         return everyone.split([len(value) for value in mine], dim=1)
 
     def all_reduce(self, partial: Tensor) -> Tensor:
+        """The sum over the ranks, in place."""
         dist.all_reduce(partial, group=self.group)
         return partial
 
 
 def _label_logit(logps: Tensor, lse: Tensor, local: Tensor) -> Tensor:
-    """(N,) float64; 0 for a label of another shard."""
+    """(N,) float64: the label's logit, 0 for a label of another shard."""
     return torch.where(local >= 0, logps.double() + lse, 0.0)
 
 
 def _over_shards(weights: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """(ranks, N) -> (N,). A shard without probability counts 0, whatever its own distribution would be; what rounding
-    makes negative is 0; NaN stays."""
+    """(ranks, N) -> (N,): the sum over ranks, except where a shard has no probability.
+
+    A sum that rounding has made negative becomes 0; NaN stays.
+    """
     return torch.where(weights == 0, 0.0, values).sum(0).clamp(min=0).to(dtype)
 
 
 def resolve_group(name: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(name)
+    """The process group of this name."""
+    # torch has no public function for it
+    resolve = dist.distributed_c10d._resolve_process_group  # pyright: ignore[reportPrivateImportUsage]
+    return resolve(cast(Any, name))
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,7 @@ class ShardInfo:
 
 
 def shard_of(weight: Tensor, tp_group) -> ShardInfo:
+    """Where this rank's rows are: a DTensor knows, else the ranks' shards are equal and in order."""
     if hasattr(weight, "device_mesh"):
         return _shard_of_dtensor(weight, tp_group)
     size = weight.shape[0]
@@ -122,4 +131,4 @@ def _shard_of_dtensor(weight, tp_group) -> ShardInfo:
 
 def local_part(tensor: Tensor) -> Tensor:
     """The tensor, or the part of a DTensor on this rank (differentiable)."""
-    return tensor.to_local() if hasattr(tensor, "device_mesh") else tensor
+    return cast(Any, tensor).to_local() if hasattr(tensor, "device_mesh") else tensor

@@ -1,4 +1,5 @@
-"""What every call of the logits route is given, checked: logits, layout, logit map, backend."""
+# SPDX-License-Identifier: Apache-2.0
+"""The checked arguments of every call of the logits route: logits, layout, logit map, backend."""
 
 from __future__ import annotations
 
@@ -24,8 +25,7 @@ def layout_of(
         return layout if token_weights is None else layout.with_row_weights(token_weights)
     if layout is not None and labels is not None:
         raise TypeError("labels: given twice, by position and by name")
-    labels = labels if layout is None else layout
-    check_tensor("labels", labels, ndim=2)
+    labels = check_tensor("labels", labels if layout is None else layout, ndim=2)
     if step_ids is None:
         raise TypeError("step_ids: expected (B, T) step ids beside plain labels, got None; or pass a StepLayout")
     check_tensor("logits", logits, ndim=3)
@@ -35,7 +35,7 @@ def layout_of(
 
 @dataclass(frozen=True, eq=False)
 class LogitsCall:
-    """The checked arguments of one call; each function of the route is one choice of what to make of them."""
+    """The checked arguments of one call; every function of the route starts from them."""
 
     logits: Tensor  # (B, T, V), last dimension contiguous
     layout: StepLayout
@@ -54,7 +54,7 @@ def prepare(
     logits: Tensor, layout: StepLayout, temperature: float, logit_softcap: float | None, logit_scale: float,
     backend: str, inplace_backward: bool,
 ) -> LogitsCall:  # fmt: skip
-    """Checks what every function of the logits route takes."""
+    """Checks the arguments that every function of the logits route takes."""
     check_float("logits", logits)
     if logits.device != layout.device:
         raise ValueError(
@@ -72,13 +72,17 @@ def prepare(
 
 
 def no_inplace(logits: Tensor, others: str) -> str:
+    """The message for inplace_backward where the reference runs."""
     reasons = backends.reasons(logits.device, logits.dtype)
     return f"inplace_backward: the reference backend cannot write over the logits, and {others} ({reasons})"
 
 
 def _may_overlap(x: Tensor) -> bool:
-    """False where each stride is beyond the reach of all smaller ones, as in every view of a contiguous tensor that
-    names no element twice."""
+    """Whether two elements may share memory.
+
+    False where each stride exceeds the reach of all smaller ones together, as in every view of a contiguous tensor that
+    names no element twice.
+    """
     dims = [(n - 1, stride) for n, stride in zip(x.shape, x.stride(), strict=True) if n > 1]
     reach = [sum(m * s for j, (m, s) in enumerate(dims) if j != i and s <= dims[i][1]) for i in range(len(dims))]
     return x.numel() > 0 and any(stride <= far for (_, stride), far in zip(dims, reach, strict=True))

@@ -1,5 +1,7 @@
-"""Reductions over the vocabulary beside the log-prob, in the same read of the logits: entropy, sum of squared
-probabilities, KL from a reference.
+# SPDX-License-Identifier: Apache-2.0
+"""Entropy, sum of squared probabilities and KL from a reference, in the same read of the logits as the log-prob.
+
+`logps_with_reductions` chooses between kernels and reference.
 
 With p = softmax(z) and q the reference's, per row: H = -sum p log p, s = sum p^2, k = sum q (log q - log p). Then
 dH/dz = -p (log p + H), ds/dz = 2 p (p - s), dk/dz = p - q, so one pass writes
@@ -21,7 +23,7 @@ from .prepare import LogitsCall, no_inplace
 
 
 def logps_with_reductions(call: LogitsCall, ref_logits: Tensor | None, *, entropy: bool, sum_p2: bool) -> StepLogps:
-    """Step log-probs with the reductions that are asked for; kl where there are logits of a reference."""
+    """Step log-probs with the reductions that are asked for, and with kl if there are logits of a reference."""
     logits, layout = call.logits, call.layout
     if ref_logits is not None:
         ref_logits = _checked_reference(ref_logits, call)
@@ -51,10 +53,10 @@ def _checked_reference(ref_logits: Tensor, call: LogitsCall) -> Tensor:
 
 
 class ReductionsRoute(torch.autograd.Function):
-    """(B, T, V) logits -> tokens, entropy, sum_p2, kl, (N,) each; what is not asked for is empty, as kl without a
-    reference.
+    """(B, T, V) logits -> tokens, entropy, sum_p2, kl, (N,) each.
 
-    One read forward, one read and one write backward; kept beside the logits: two log-sum-exps, H and s a row.
+    What is not asked for is empty, and so is kl without a reference. One read forward, one read and one write backward.
+    Beside the logits each row keeps two log-sum-exps, H and s.
     """
 
     @staticmethod
@@ -81,10 +83,11 @@ class ReductionsRoute(torch.autograd.Function):
         return tokens, entropy, sum_p2, kl
 
     @staticmethod
-    def backward(ctx, d_tokens, d_entropy, d_sum_p2, d_kl):
+    def backward(ctx, *upstream):
+        d_tokens, d_entropy, d_sum_p2, d_kl = upstream
         logits, ref, lse, ref_lse, entropy, sum_p2, labels, row_of = ctx.saved_tensors
         a, c, wanted, backend, inplace_backward = ctx.settings
-        # compiled, an empty output gets an empty gradient
+        # under torch.compile an empty output gets an empty gradient
         d_entropy, d_sum_p2 = d_entropy if wanted[0] else None, d_sum_p2 if wanted[1] else None
         d_kl = None if ref is None else d_kl
         if all(d is None for d in (d_tokens, d_entropy, d_sum_p2, d_kl)):
@@ -94,7 +97,7 @@ class ReductionsRoute(torch.autograd.Function):
         args = (logits, row_of, labels, lse, None if d_kl is None else ref, ref_lse, coefs, a, c, backend)
         if inplace_backward:
             ops.row_reductions_bwd_(*args)
-            d_logits = logits.detach()  # the saved logits themselves would bring the model's graph along
+            d_logits = logits.detach()  # the saved logits would keep the model's graph alive
         else:
             d_logits = ops.row_reductions_bwd(*args)
         return d_logits, None, None, None, None, None, None, None

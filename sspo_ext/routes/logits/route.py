@@ -1,6 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
 """The logits route: log-probs and losses of a batch of logits, by one autograd.Function or by the reference.
 
-The choice between the two is made here and nowhere else.
+`pref` and `logps` choose between the two.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from torch import Tensor
 from ...backends import ops, reference
 from ...layout.steps import StepLayout
 from ...objective.pair import PairLossSpec, reference_loss, step_loss
-from ...objective.sums import row_weights, step_sums
+from ...objective.sums import in_dtype, step_sums
 from ..shared import refuse_double_backward
 from .prepare import LogitsCall
 
 
 def pref(call: LogitsCall, spec: PairLossSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """loss (), step sums (S,), pair losses of each term (C, P)."""
+    """Loss (), step sums (S,), pair losses of each term (C, P)."""
     if call.backend == "reference":
         return reference_loss(reference_tokens(call), call.layout, spec)
     loss, sums, _, losses = _apply(call, spec)
@@ -46,7 +47,7 @@ class LogitsRoute(torch.autograd.Function):
     """(B, T, V) logits -> loss (), step sums (S,), token log-probs (N,), pair losses of each term (C, P).
 
     Forward is launches 1 and 2: the log-probs with their log-sum-exp, then sums, loss and d loss/d logp. Backward is
-    launch 3. Only the log-sum-exp and d loss/d logp, one float each a row, are kept beside the logits.
+    launch 3. Beside the logits each row keeps only two numbers, its log-sum-exp and d loss/d logp.
     """
 
     @staticmethod
@@ -61,7 +62,7 @@ class LogitsRoute(torch.autograd.Function):
         inplace_backward: bool,
     ):
         tokens, lse = ops.token_logp_fwd(logits, layout.rows, layout.labels, a, c, backend)
-        weights = row_weights(layout, tokens.dtype)
+        weights = in_dtype(layout.weights, tokens.dtype)
         loss, sums, pair_losses, coef = step_loss(tokens, weights, layout, spec, backend)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(logits, lse, coef, weights, layout.labels, layout.row_of, layout.step_of_row)
@@ -71,7 +72,8 @@ class LogitsRoute(torch.autograd.Function):
         return loss, sums, tokens, pair_losses
 
     @staticmethod
-    def backward(ctx, d_loss, d_sums, d_tokens, _):
+    def backward(ctx, *upstream):
+        d_loss, d_sums, d_tokens, _ = upstream
         if d_loss is None and d_sums is None and d_tokens is None:
             return (None,) * 7
         refuse_double_backward()
@@ -83,14 +85,14 @@ class LogitsRoute(torch.autograd.Function):
         args = (logits, row_of, labels, lse, coef, d_loss, a, c, backend)
         if inplace_backward:
             ops.token_logp_bwd_(*args)
-            d_logits = logits.detach()  # the saved logits themselves would bring the model's graph along
+            d_logits = logits.detach()  # the saved logits would keep the model's graph alive
         else:
             d_logits = ops.token_logp_bwd(*args)
         return d_logits, None, None, None, None, None, None
 
 
 def _total_coef(coef, weights, step_of_row, d_loss, d_sums, d_tokens) -> Tensor:
-    """d/dlogp (N,) when gradient arrives at the sums or the tokens too, and not at the loss alone."""
+    """d/dlogp (N,) when gradients arrive at the sums or the tokens, not only at the loss."""
     total = torch.zeros_like(coef) if d_loss is None else coef * d_loss
     if d_sums is not None:
         per_row = d_sums[step_of_row]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trunks and branches: the types, their checks, and how branches are grouped into forwards.
 
 A trunk is a sequence of token ids. A branch leaves it after some of its tokens and goes on with tokens of its own.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Branches as rows of one forward that continues the key-value cache of their trunk."""
 
 from __future__ import annotations

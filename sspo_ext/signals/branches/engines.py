@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The three engines; `branch_logps` documents them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The 4-D attention masks of packed branches, in the form that a model takes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What engines need from a model: its logits at some positions, its dtype and its device."""
 
 from __future__ import annotations

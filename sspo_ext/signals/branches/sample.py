@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sampled continuations of many states: answers to a probe, candidates for the next step, the rest of a response."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`branch_logps`: log-probs of continuations that branch off from sequences."""
 
 from __future__ import annotations

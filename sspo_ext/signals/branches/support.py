@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which engines a model supports: known refusals, and a check against separate forwards.
 
 A wrong mask, a hole in a cache that a sliding window counts, or positions that a model computes by itself give numbers

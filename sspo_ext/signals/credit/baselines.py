@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Advantages from outcome rewards, and how they are combined with advantages of steps."""
 
 from __future__ import annotations

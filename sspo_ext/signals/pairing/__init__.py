@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Candidates for the next step, and the step pairs made from them."""

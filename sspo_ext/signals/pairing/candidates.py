@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Candidates for the next step that a model itself would take, with values: the source of step preferences."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The types of step preferences: a candidate for the next step, and the state that it follows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Step preferences from ranked candidates, and token weights for the place where two steps diverge."""
 
 from __future__ import annotations

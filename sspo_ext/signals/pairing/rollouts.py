@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Candidates from rollouts that were sampled anyway, without further samples."""
 
 from __future__ import annotations

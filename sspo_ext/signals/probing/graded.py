@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values by grades: the model answers a few times after each step, and a grader judges the answers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values by likelihood: the probability of the gold answer after the probe."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of `probe_step_values`, which can be checked without a model."""
 
 from __future__ import annotations

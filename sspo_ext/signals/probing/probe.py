@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Verbal value probing: what a state is worth to the model itself."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The states that are probed, as tokens: a prompt, the steps so far, the probe and an answer."""
 
 from __future__ import annotations

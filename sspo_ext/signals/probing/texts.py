@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Probe texts: what is appended to a state so that the model answers at once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The program that the sanitizers run: the CPU kernels of every instruction set that runs here, and the step kernel,
 // against float64. It prints what differs, and its exit status is then 1. Buffers end where their data ends.
 #include <math.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The emulated kernels against float64, as one program: what the sanitizers run. Prints what differs; exit status 1 if
 // anything does. Every buffer ends where its data ends, so that AddressSanitizer sees a step outside.
 #include <stdio.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // float16 as csrc/cuda uses it.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The part of the CUDA runtime that csrc/cuda calls, over emulation.h.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Blocks, fibers and barriers: see emulation.h. This file is compiled without ThreadSanitizer's instrumentation, since
 // the scheduler is no part of what is tested; with -DEMULATION_TSAN it tells ThreadSanitizer about fibers and barriers.
 #include <pthread.h>

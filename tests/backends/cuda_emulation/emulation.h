@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CUDA's execution model on the CPU, as much of it as csrc/cuda uses: for tests, so that the kernel sources themselves
 // run where there is no GPU, under the compiler's sanitizers too.
 //

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where kernels run on a GPU, test_triton_kernels.py runs these files in an interpreting process of their own."""
 
 import importlib.util

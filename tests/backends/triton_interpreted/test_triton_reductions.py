@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton row kernels with entropy, sum of squares and KL, interpreted, against float64.
 
 Shown to fail by breaking the kernels: sums of exponents, of squares or of KL not moved to a new maximum, KL's label

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton row kernels, interpreted, against float64.
 
 Shown to fail by breaking the kernel: no rescale of the lane sums, the masked pass dropped, a segment that begins late

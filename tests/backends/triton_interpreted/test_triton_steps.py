@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton step kernel, interpreted, against the reference in float64; and the whole route through the public loss.
 
 Shown to fail by breaking the kernel: a sum not continued beyond the first block (test_long_steps); pairs of the first

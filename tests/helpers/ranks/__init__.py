@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each process runs in tests of several processes, which import it by name."""
 
 import sys

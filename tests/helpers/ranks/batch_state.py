@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each process of losses/test_state.py runs."""
 
 from __future__ import annotations

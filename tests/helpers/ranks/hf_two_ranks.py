@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run by test_hf.py under torchrun: each rank has its half of a batch; gradients must be those of the whole batch.
 
 Loss: the sum over a rank's tokens, so that the mean over ranks (DDP, FSDP2) is half of the whole batch's gradient.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The preference trainer's evaluation, on one process and, under torchrun, on two."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SSPOTrainer's updates, on one process and, under torchrun, on two.
 
 The update's completions, and their order, are the same however many processes share them.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each process of routes/linear/test_tensor_parallel.py runs."""
 
 from __future__ import annotations

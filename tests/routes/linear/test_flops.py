@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The schedule is a fact: FLOPs of the matrix products that ran, counted by the profiler, equal the plan's and the
 number in design.
 

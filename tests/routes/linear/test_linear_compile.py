@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The linear route under torch.compile: ops that pass opcheck, no graph break, eager's results, no recompile for
 another batch.
 

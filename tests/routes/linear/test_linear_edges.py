@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The linear route where there is nothing to score, at labels and numbers out of range, and its error messages.
 
 Mutations of sspo_ext/routes/linear, and the test that catches each:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What enters the linear route and what comes back: chunks, masks, weights, layouts, strides, tied embeddings.
 
 Mutation of sspo_ext/routes/linear, and the test that catches it:

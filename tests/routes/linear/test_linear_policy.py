@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Policy losses on the linear route: equal to the logits route, at the FLOPs of the schedule; and the dual numbers that
 differentiate a definition inside its op.
 

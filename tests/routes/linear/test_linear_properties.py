@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Properties of the linear route over random layouts, pairs and chunk budgets.
 
 Mutations of sspo_ext/linear_engine.py, and the test that catches each:

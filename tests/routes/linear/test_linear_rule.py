@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The linear route against float64: every case of the schedule, every gradient, every dtype, under autocast too.
 
 Mutations of sspo_ext/routes/linear, and the test that catches each:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linear_step_logps: sums and tokens, their gradients, a policy loss on top.
 
 Mutation of sspo_ext/routes/linear, and the test that catches it:

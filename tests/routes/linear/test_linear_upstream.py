@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The upstream gradient of the linear route: scales of the loss, what is kept for backward, several backwards.
 
 Mutations of sspo_ext/routes, and the test that catches each:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Peak memory beyond the inputs is the chunk budget and the gradients asked for, at any sequence length: measured
 at the allocator.
 

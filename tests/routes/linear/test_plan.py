@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The schedule of the linear route, on layouts small enough to plan by hand.
 
 Mutations of sspo_ext/plan.py, and the test that catches each:

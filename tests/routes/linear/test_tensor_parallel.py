@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A vocabulary split over 2 and 4 gloo processes against one process: loss, log-probs, entropy, sum of squares, KL and
 every gradient, Megatron's layout and DTensor; and what the shards give put together in one process, for the edges.
 

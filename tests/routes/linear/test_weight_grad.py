@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The weight's gradient on the linear route: the caller's buffer, and the dtype it is accumulated in.
 
 Mutation of sspo_ext/routes/linear, and the test that catches it:

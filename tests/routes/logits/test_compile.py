@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The private ops under torch.library's own checks, and every public function under torch.compile(fullgraph=True).
 
 Mutations of sspo_ext/ops.py, each caught by the test named (on a copy of the package):

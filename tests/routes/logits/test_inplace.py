@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """inplace_backward: what the gradient handed out is, and what is refused. Values are in test_pref.py.
 
 Mutations, each caught by the test named:
