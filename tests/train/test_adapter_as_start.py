@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An adapter as the start: its folder as --model, and models of which nothing would be trained."""
 
 import json
