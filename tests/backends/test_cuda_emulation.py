@@ -265,7 +265,7 @@ def test_nothing():
 @pytest.mark.parametrize("weighted", [False, True])
 def test_public_loss(head, weighted):
     """Three launches through autograd on a ragged batch, against the reference in float64, upstream gradient not 1."""
-    batch = random_batch(seed=len(head), B=5, V=521, weighted=weighted)
+    batch = random_batch(seed=len(head), B=5, V=37, weighted=weighted)
     has, S = PAIR_FORMULAS[head], batch.layout.num_steps
     options = dict(loss_type=head, beta=0.3, temperature=0.8, logit_softcap=20.0 if weighted else None)
     if has.reference != "forbidden":
@@ -285,9 +285,9 @@ def test_public_loss(head, weighted):
     for inplace in (False, True):
         got = run(torch.float32, "cuda", inplace)
         for name, g, t, e in zip(("loss", "sums", "pair losses", "gradient"), got, by_torch, truth, strict=True):
-            assert_fp64_rule(g, t, e, 521, name)
-        again = run(torch.float32, "cuda", inplace)
-        assert all(torch.equal(x, y) for x, y in zip(got, again, strict=True)), "not the same bits"
+            assert_fp64_rule(g, t, e, 37, name)
+    again = run(torch.float32, "cuda")
+    assert all(torch.equal(x, y) for x, y in zip(got, again, strict=True)), "not the same bits, in place or not"
 
 
 def test_step_logps():

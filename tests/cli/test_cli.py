@@ -193,6 +193,12 @@ def test_help_names_each_default_once(command, capsys):
     assert not re.findall(r"default: (?:None|False|\[\]|\))|\(default[^()]*\) \(default", text)
 
 
-def test_info_and_help_need_no_transformers():
-    code = "import sys; from sspo_ext.cli.main import main; main(['info']); assert 'transformers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+def test_info_and_hf_import_neither_transformers_nor_peft():
+    code = """
+import sys, sspo_ext.hf.head
+from sspo_ext.cli.main import main
+main(["info"])
+assert not {"transformers", "peft"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -10,8 +10,8 @@ import pytest
 import torch
 from helpers.batch import random_batch, random_pairs
 from helpers.linear import problem
+from helpers.opcheck import opcheck
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.library import opcheck
 
 from sspo_ext.losses.logps import linear_step_logps
 from sspo_ext.losses.pref import linear_step_pref_loss
@@ -59,7 +59,7 @@ def test_opcheck(monkeypatch, op, needs, dtype):
         assert not calls, "a frozen head needs no second look at the logits"
         return
     (args,) = calls
-    opcheck(real, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
+    opcheck(real, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args), dtype)
 
 
 # ---- whole functions

@@ -19,9 +19,9 @@ import torch
 from helpers.batch import random_batch
 from helpers.linear import GRADIENTS, assert_linear_rule, collect, gemm_flops, layout_of_lengths
 from helpers.linear import problem as linear_problem
+from helpers.opcheck import opcheck
 from helpers.policy import AGGREGATIONS, VARIANTS, with_old
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.library import opcheck
 
 from sspo_ext.formulas.dual import Dual
 from sspo_ext.formulas.policy import POLICY_FORMULAS
@@ -310,7 +310,7 @@ def test_opcheck(monkeypatch, needs, entropy_coef, dtype):
         entropy_coef=entropy_coef, chunk_bytes=5 * V * dtype.itemsize,
     )  # fmt: skip
     (args,) = calls
-    opcheck(real, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
+    opcheck(real, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args), dtype)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ Mutations of sspo_ext/ops.py, each caught by the test named (on a copy of the pa
 import pytest
 import torch
 from helpers.batch import fused_backends, pack, random_batch, random_pairs
+from helpers.opcheck import opcheck
 
 from sspo_ext.backends import ops
 from sspo_ext.layout.steps import StepLayout
@@ -57,19 +58,17 @@ def test_opcheck_rows(backend, arrange, dtype):
     batch.logits = arrange(batch.logits)
     layout, tokens, lse = row_arguments(batch, backend)
     coef, upstream = torch.randn_like(tokens), torch.tensor(2.0)
-    torch.library.opcheck(ops.token_logp_fwd, (batch.logits, layout.rows, layout.labels, 0.7, 5.0, backend))
+    opcheck(ops.token_logp_fwd, (batch.logits, layout.rows, layout.labels, 0.7, 5.0, backend), dtype)
     for up in (upstream, None):
         args = (batch.logits, layout.row_of, layout.labels, lse, coef, up, 1.0, 0.0, backend)
-        torch.library.opcheck(ops.token_logp_bwd, args)
-        torch.library.opcheck(ops.token_logp_bwd_, (batch.logits.clone(), *args[1:]))
+        opcheck(ops.token_logp_bwd, args, dtype)
+        opcheck(ops.token_logp_bwd_, (batch.logits.clone(), *args[1:]), dtype)
 
 
 @pytest.mark.parametrize("given", [True, False])
 def test_opcheck_steps(backend, given):
     values = {"weights": torch.rand(5), "margins": torch.rand(5), "soft_labels": torch.rand(5)} if given else {}
-    torch.library.opcheck(
-        ops.step_loss_fwd, step_arguments(random_batch(0, B=2, T=7, weighted=given), backend, **values)
-    )
+    opcheck(ops.step_loss_fwd, step_arguments(random_batch(0, B=2, T=7, weighted=given), backend, **values))
 
 
 def test_opcheck_nothing(backend):
@@ -77,10 +76,8 @@ def test_opcheck_nothing(backend):
     batch.labels.fill_(-100)
     batch.step_ids.fill_(-1)
     layout, tokens, lse = row_arguments(batch, backend)
-    torch.library.opcheck(ops.token_logp_fwd, (batch.logits, layout.rows, layout.labels, 1.0, 0.0, backend))
-    torch.library.opcheck(
-        ops.token_logp_bwd, (batch.logits, layout.row_of, layout.labels, lse, tokens, None, 1.0, 0.0, backend)
-    )
+    opcheck(ops.token_logp_fwd, (batch.logits, layout.rows, layout.labels, 1.0, 0.0, backend))
+    opcheck(ops.token_logp_bwd, (batch.logits, layout.row_of, layout.labels, lse, tokens, None, 1.0, 0.0, backend))
 
 
 @pytest.mark.parametrize("arrange", [torch.clone, permuted], ids=["contiguous", "permuted"])
@@ -180,7 +177,8 @@ def test_compiled_step_logps_equal_eager(backend):
         assert torch.equal(got, want), what
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "simpo"])
+# hinge compiles in test_options_that_change_compile
+@pytest.mark.parametrize("loss_type", ["sigmoid", pytest.param("hinge", marks=pytest.mark.slow), "ipo", "simpo"])
 def test_every_loss_compiles(loss_type):
     """Also what takes another way: auto, packed, num_items as a tensor, a reference by token, weights, no gradient."""
     batch = random_batch(3)
@@ -249,7 +247,7 @@ def test_no_recompiles_over_batches():
     assert graphs() <= most, f"{graphs()} graphs for {len(shapes)} batch shapes"
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
 def test_options_that_change_compile(dynamic):
     """A schedule: torch.compile makes a symbol of a number that changed, or of every one with `dynamic`."""
     batch = random_batch(1)
