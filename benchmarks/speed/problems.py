@@ -117,8 +117,3 @@ class LinearProblem:
 
     def clear(self) -> None:
         self.hidden.grad = self.weight.grad = None
-
-    def gradient_mib(self) -> float:
-        """MiB of the gradients asked for, in the parameters' dtypes."""
-        tensors = [self.hidden] + [self.weight] * self.weight.requires_grad
-        return sum(t.numel() * t.element_size() for t in tensors) / 2**20
