@@ -46,7 +46,7 @@ class StepPreferenceCollator:
     Raises:
         ValueError: there are no features, a label is outside the vocabulary, or reference sums do not match the steps.
 
-    Example:
+    Examples:
         >>> from sspo_ext.data.collator import StepPreferenceCollator
         >>> from sspo_ext.data.tokenize import tokenize_rows
         >>> rows = [{"prompt": "6 + 13 = ", "chosen": "19", "rejected": "18"}]

@@ -55,7 +55,7 @@ def load_grader(name: str) -> Grader:
         ValueError: the name is none of these, or the module has no such function.
         ImportError: the package or module is not installed.
 
-    Example:
+    Examples:
         >>> from sspo_ext.data.graders import load_grader
         >>> load_grader("exact")("6 + 13 = ", "6 + 13 = 19\n#### 19", 19)
         1.0

@@ -31,7 +31,7 @@ def load_prompt_rows(source: Source, texts: bool = False) -> list[dict]:
         ValueError: there is no row, or some rows cannot be used. The message names file, line and reason of each.
         OSError: a file cannot be read.
 
-    Example:
+    Examples:
         >>> from sspo_ext.data.prompts import load_prompt_rows
         >>> load_prompt_rows([{"prompt": "1 + 1 = ", "answer": 2}], texts=True)
         [{'prompt': '1 + 1 = ', 'answer': 2}]

@@ -59,7 +59,7 @@ def load_preference_rows(source: Source, *, step_separator: str = "\n") -> list[
         TypeError: `source` holds something other than paths and mappings.
         OSError: a file cannot be read.
 
-    Example:
+    Examples:
         >>> from sspo_ext.data.rows import load_preference_rows
         >>> rows = load_preference_rows([{"prompt": "1 + 1 = ", "chosen": "2", "rejected": "3"}])
         >>> rows[0]["chosen"], rows[0]["weight"], rows[0]["source"]

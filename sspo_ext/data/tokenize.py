@@ -90,7 +90,7 @@ def tokenize_row(
         ValueError: an option or a value of the row does not fit.
         TypeError: the tokenizer is not a fast one.
 
-    Example:
+    Examples:
         >>> from sspo_ext.data.tokenize import tokenize_row
         >>> row = {"prompt": "6 + 13 = ", "chosen": "19", "rejected": "18"}
         >>> tokenize_row(row, tokenizer, pair_by="sequence")["pairs"]

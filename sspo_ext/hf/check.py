@@ -38,7 +38,7 @@ def check_head(model: nn.Module, sample_inputs: dict[str, Any]) -> LMHead:
             `model_head` or `forward_hidden` raises it.
         TypeError: as `forward_hidden`.
 
-    Example:
+    Examples:
         >>> head = check_head(model, {"input_ids": input_ids[:1]})
         >>> head.logit_scale, head.logit_softcap
         (1.0, None)

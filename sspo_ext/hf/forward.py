@@ -39,7 +39,7 @@ def forward_hidden(model: nn.Module, **inputs: Any) -> tuple[Tensor, Any]:
         UnsupportedHead: if the model is compiled as a whole, calls its head not exactly once, or has hidden states at
             other positions than its inputs.
 
-    Example:
+    Examples:
         >>> hidden, outputs = forward_hidden(model, input_ids=input_ids, attention_mask=attention_mask)
         >>> head = model_head(model)
         >>> out = linear_step_pref_loss(hidden, head.weight, layout, pairs, **head.options)
@@ -71,7 +71,7 @@ def forward_logits_at(
         TypeError: as `forward_hidden`.
         UnsupportedHead: as `forward_hidden`.
 
-    Example:
+    Examples:
         >>> last = torch.arange(1, 5) * 16 - 1  # the last position of each of the 4 rows of 16 tokens
         >>> logits, _ = forward_logits_at(model, last, input_ids=input_ids)
         >>> logits.shape[0]

@@ -99,7 +99,7 @@ def model_head(model: nn.Module) -> LMHead:
         UnsupportedHead: if the model has no output embeddings, an adapter on its head, virtual prompt tokens, or a
             quantised, offloaded or sharded weight.
 
-    Example:
+    Examples:
         >>> head = model_head(model)
         >>> head.weight is model.get_output_embeddings().weight
         True

@@ -31,7 +31,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     Returns:
         The innermost model that is not one of these wrappers. A PEFT model is returned as it is.
 
-    Example:
+    Examples:
         >>> unwrap(torch.nn.parallel.DataParallel(model)) is model
         True
     """
@@ -97,7 +97,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
 
-    Example:
+    Examples:
         >>> with torch.no_grad(), eval_mode(model):
         ...     logits = model(input_ids).logits
     """

@@ -19,7 +19,7 @@ class StepPairs(TensorBundle):
 
     The adjacency (`adj_offsets`, `adj_pairs`) lists the pairs of each step; the kernels read it.
 
-    Example:
+    Examples:
         >>> pairs = StepPairs.from_index(layout, torch.tensor([[0, 1], [0, 2]]), weights=torch.tensor([1.0, 0.5]))
         >>> out = step_pref_loss(logits, layout, pairs, reference_free=True)
     """
@@ -83,7 +83,7 @@ class StepPairs(TensorBundle):
             TypeError: The index is not of integers, or a constant not of floats.
             ValueError: An index is outside [0, S), a step is paired with itself, or a shape does not fit.
 
-        Example:
+        Examples:
             >>> pairs = StepPairs.from_index(layout, torch.tensor([[0, 1]]))
         """
         index = index if isinstance(index, Tensor) else torch.as_tensor(index, device="cpu")
@@ -146,7 +146,7 @@ class StepPairs(TensorBundle):
             TypeError: A constant is no float tensor.
             ValueError: A shape does not fit, or a soft label is no probability.
 
-        Example:
+        Examples:
             >>> with_margins = pairs.with_values(margins=torch.zeros(pairs.num_pairs))
         """
         given = {"weights": weights, "margins": margins, "soft_labels": soft_labels}

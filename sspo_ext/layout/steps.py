@@ -28,7 +28,7 @@ class StepLayout(Steps):
     logits at position t - 1 predict the label at t, in the same sequence. A sequence's first token has no row. Rows are
     ascending, and the rows of a step are contiguous.
 
-    Example:
+    Examples:
         >>> layout = StepLayout.from_step_ids(labels, step_ids)
         >>> layout = layout.to("cpu")  # all its tensors at once
     """
@@ -105,7 +105,7 @@ class StepLayout(Steps):
             ValueError: A label is outside [0, vocab_size), step ids go backwards, or shapes do not agree. The message
                 names sequence and position.
 
-        Example:
+        Examples:
             >>> StepLayout.from_step_ids(torch.tensor([[5, 6, 7, 8]]), torch.tensor([[-1, 0, 0, 1]])).rows
             tensor([0, 1, 2])
         """
@@ -160,7 +160,7 @@ class StepLayout(Steps):
             TypeError: An argument is no tensor, or of a wrong dtype.
             ValueError: A step crosses a sequence boundary, offsets are not ascending, or a label is out of range.
 
-        Example:
+        Examples:
             >>> packed = torch.tensor([-100, 6, 7, -100, 9])
             >>> StepLayout.from_offsets(packed, torch.tensor([0, 3, 5]), torch.tensor([[1, 3], [4, 5]])).rows
             tensor([0, 1, 3])
@@ -260,7 +260,7 @@ class StepLayout(Steps):
             ValueError: The shape does not fit, or a weight on the host is 0 or not finite. On a device the values are
                 not checked.
 
-        Example:
+        Examples:
             >>> halved = layout.with_row_weights(torch.full((layout.num_rows,), 0.5))
         """
         check_float("token_weights", weights)
@@ -290,7 +290,7 @@ class StepLayout(Steps):
         Raises:
             ValueError: The number of sequences is odd.
 
-        Example:
+        Examples:
             >>> out = step_pref_loss(logits, layout, layout.pair_by_index(), reference_free=True)
         """
         half, odd = divmod(self.num_sequences, 2)

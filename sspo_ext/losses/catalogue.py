@@ -36,7 +36,7 @@ def catalogue() -> list[Entry]:
     Returns:
         A list of Entry.
 
-    Example:
+    Examples:
         >>> names = [entry.name for entry in catalogue() if entry.kind == "pair"]
     """
     return [

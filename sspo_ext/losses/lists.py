@@ -70,7 +70,7 @@ def plackett_luce_loss(
         TypeError: An argument has a wrong type or dtype. The message names the argument.
         ValueError: A value, shape or device does not fit.
 
-    Example:
+    Examples:
         >>> plackett_luce_loss(step_logps(logits, layout), layout, lists=torch.tensor([[0, 2, 1]])).loss.backward()
     """
     u, rewards, there = _list_scores(logps, layout, lists, ref, beta)
@@ -122,7 +122,7 @@ def listwise_loss(
         TypeError: An argument has a wrong type or dtype. The message names the argument.
         ValueError: A value, shape or device does not fit.
 
-    Example:
+    Examples:
         >>> lists, scores = torch.tensor([[0, 1, 2]]), torch.tensor([[1.0, 0.0, 0.5]])
         >>> listwise_loss(step_logps(logits, layout), layout, lists, scores).loss.backward()
     """
@@ -178,7 +178,7 @@ def tpo_loss(
         TypeError: An argument has a wrong type or dtype. The message names the argument.
         ValueError: A value, shape or device does not fit.
 
-    Example:
+    Examples:
         >>> tpo_loss(step_logps(logits, layout), layout, pairs, gold=torch.tensor([0])).loss.backward()
     """
     sums = log_ratios(logps, layout, None)
@@ -227,7 +227,7 @@ def tpo_l_loss(
         TypeError: An argument has a wrong type or dtype. The message names the argument.
         ValueError: A value, shape or device does not fit.
 
-    Example:
+    Examples:
         >>> tpo_l_loss(step_logps(logits, layout), layout, pairs, gold=torch.tensor([0])).loss.backward()
     """
     sums = log_ratios(logps, layout, None)
@@ -292,7 +292,7 @@ def trpa_loss(
         TypeError: An argument has a wrong type or dtype. The message names the argument.
         ValueError: A value, shape or device does not fit.
 
-    Example:
+    Examples:
         >>> ref = step_logps(logits.detach(), layout)
         >>> levels = torch.arange(layout.num_steps) + 1
         >>> index, top = level_pairs(levels, groups=torch.zeros_like(levels))
@@ -325,7 +325,7 @@ def level_pairs(levels: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         TypeError: `groups` is no tensor.
         ValueError: The shapes differ.
 
-    Example:
+    Examples:
         >>> index, top = level_pairs(torch.tensor([1, 2, 2]), torch.tensor([0, 0, 0]))
         >>> index.tolist(), top.tolist()
         ([[0, 1], [0, 2]], [True, True])

@@ -72,7 +72,7 @@ def linear_step_logps(
         TypeError: An argument has a wrong type. The message names the argument.
         ValueError: A value, shape or device does not fit.
 
-    Example:
+    Examples:
         >>> with torch.no_grad():
         ...     hidden = model.model(input_ids).last_hidden_state
         ...     ref = linear_step_logps(hidden, model.lm_head.weight, layout)
@@ -135,7 +135,7 @@ def step_logps(
         TypeError: An argument has a wrong type or dtype. The message names the argument.
         ValueError: A shape or device does not fit the layout.
 
-    Example:
+    Examples:
         >>> with torch.no_grad():
         ...     ref = step_logps(model(input_ids).logits, layout)
     """

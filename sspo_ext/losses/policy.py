@@ -26,7 +26,7 @@ from .logps import step_logps
 class StepPolicyOutput:
     """What a policy loss returns. `loss` carries the gradient; everything else is detached.
 
-    Example:
+    Examples:
         >>> out = step_policy_loss(logits, layout, advantages)
         >>> mean_advantage = out.metrics["advantages/mean"]
     """
@@ -167,7 +167,7 @@ def step_policy_loss(
         TypeError: An argument has a wrong type, or the loss type has no such option. The message names the argument.
         ValueError: A value, shape or device does not fit.
 
-    Example:
+    Examples:
         >>> with torch.no_grad():
         ...     old = step_logps(model(input_ids).logits, layout)
         >>> out = step_policy_loss(logits, layout, advantages, old=old, loss_type="ppo", epsilon_high=0.28)
@@ -267,7 +267,7 @@ def linear_step_policy_loss(
         TypeError: An argument has a wrong type, or the loss type has no such option. The message names the argument.
         ValueError: A value, shape or device does not fit.
 
-    Example:
+    Examples:
         >>> hidden = model.model(input_ids).last_hidden_state
         >>> out = linear_step_policy_loss(hidden, model.lm_head.weight, layout, advantages, loss_type="ppo")
         >>> out.loss.backward()

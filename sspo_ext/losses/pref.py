@@ -27,7 +27,7 @@ from ..routes.logits.route import pref
 class StepPrefOutput:
     """What a preference loss returns. `loss` carries the gradient; everything else is detached.
 
-    Example:
+    Examples:
         >>> out = step_pref_loss(logits, layout, pairs, reference_free=True)
         >>> accuracy = out.metrics["rewards/accuracies"]
     """
@@ -177,7 +177,7 @@ def step_pref_loss(
         TypeError: An argument has a wrong type, or the loss type has no such option. The message names the argument.
         ValueError: A value, shape or device does not fit.
 
-    Example:
+    Examples:
         >>> out = step_pref_loss(logits, labels, step_ids, beta=0.1, reference_free=True)
         >>> out.loss.backward()
     """
@@ -251,7 +251,7 @@ def pref_loss(
         TypeError: An argument has a wrong type, or the loss type has no such option. The message names the argument.
         ValueError: A value, shape or device does not fit.
 
-    Example:
+    Examples:
         >>> logps = step_logps(logits, layout, sum_p2=True)
         >>> weights = wpo_weights(logps, layout, pairs)
         >>> pref_loss(logps, layout, pairs, weights=weights, reference_free=True).loss.backward()
@@ -286,7 +286,7 @@ class StepPrefLoss(nn.Module):
         beta: as in `step_pref_loss`.
         **options: further keyword arguments of `step_pref_loss`; checked at once.
 
-    Example:
+    Examples:
         >>> criterion = StepPrefLoss(loss_type="ipo", beta=0.2, reference_free=True)
         >>> criterion(logits, layout, pairs).loss.backward()
     """
@@ -403,7 +403,7 @@ def linear_step_pref_loss(
         TypeError: An argument has a wrong type, or the loss type has no such option. The message names the argument.
         ValueError: A value, shape or device does not fit.
 
-    Example:
+    Examples:
         >>> hidden = model.model(input_ids).last_hidden_state
         >>> out = linear_step_pref_loss(hidden, model.lm_head.weight, layout, pairs, reference_free=True)
         >>> out.loss.backward()

@@ -24,7 +24,7 @@ class RewardMean(nn.Module):
         TypeError: The momentum is no number.
         ValueError: The momentum is outside (0, 1].
 
-    Example:
+    Examples:
         >>> shift, ref = RewardMean(), step_logps(torch.randn_like(logits), layout)
         >>> out = step_pref_loss(logits, layout, pairs, ref=ref, loss_type="bco_pair", margins=shift.margins(pairs))
         >>> shift.update(out)

@@ -52,7 +52,7 @@ def direct_advantage_loss(
         TypeError: An argument has a wrong type or dtype. The message names the argument.
         ValueError: A value, shape or device does not fit.
 
-    Example:
+    Examples:
         >>> direct_advantage_loss(step_logps(logits, layout), layout, advantages).loss.backward()
     """
     check_positive("beta", beta)
@@ -111,7 +111,7 @@ def oreo_loss(
         TypeError: An argument has a wrong type or dtype. The message names the argument.
         ValueError: A value, shape or device does not fit, or kl_coef is given without a divergence.
 
-    Example:
+    Examples:
         >>> ref_logits, values, rewards = torch.randn_like(logits), torch.zeros_like(advantages), torch.ones(4)
         >>> rows = layout.rows.long()
         >>> p, q = (x.flatten(0, 1)[rows].log_softmax(-1) for x in (logits, ref_logits))
@@ -176,7 +176,7 @@ def oreo_value_loss(
         TypeError: An argument has a wrong type or dtype. The message names the argument.
         ValueError: A value, shape or device does not fit.
 
-    Example:
+    Examples:
         >>> values, logps = torch.zeros(layout.num_steps, requires_grad=True), step_logps(logits, layout)
         >>> oreo_value_loss(logps, layout, values, torch.ones(4), ref=step_logps(logits, layout)).loss.backward()
     """
@@ -235,7 +235,7 @@ def implicit_prm_loss(
         TypeError: An argument has a wrong type or dtype. The message names the argument.
         ValueError: A value, shape or device does not fit.
 
-    Example:
+    Examples:
         >>> ref, outcomes = step_logps(torch.randn_like(logits), layout), torch.tensor([1.0, 1.0, 0.0, 0.0])
         >>> implicit_prm_loss(step_logps(logits, layout), layout, outcomes, ref=ref).loss.backward()
     """

@@ -29,7 +29,7 @@ def ld_dpo_weights(labels: Tensor, ld_alpha: float, *, ignore_index: int = -100)
         TypeError: The labels are no integers.
         ValueError: ld_alpha is outside [0, 1], or the number of rows is odd.
 
-    Example:
+    Examples:
         >>> weighted = StepLayout.from_step_ids(labels, step_ids, token_weights=ld_dpo_weights(labels, 0.5))
     """
     check_integer("labels", labels, ndim=2)
@@ -64,7 +64,7 @@ def tgdpo_weights(guide: Tensor, chosen: Tensor, *, beta: float, tgdpo_alpha: fl
         TypeError: The guide is no float tensor.
         ValueError: The shapes do not agree.
 
-    Example:
+    Examples:
         >>> chosen = torch.tensor([True, True, False, False])
         >>> weights = tgdpo_weights(torch.randn(4, 16), chosen, beta=0.1, tgdpo_alpha=0.5)
     """
@@ -87,7 +87,7 @@ def spo_weights(old_logps: Tensor, threshold: float = 0.9) -> Tensor:
     Raises:
         TypeError: The log-probs are no float tensor.
 
-    Example:
+    Examples:
         >>> spo_weights(torch.tensor([[0.5, 0.95]]).log())
         tensor([[1., 0.]])
     """
@@ -112,7 +112,7 @@ def full_step_weights(step_rewards: Tensor, step_ids: Tensor, *, tau: float = 1.
     Raises:
         TypeError: The rewards are no float tensor, or the step ids no integers.
 
-    Example:
+    Examples:
         >>> weights = full_step_weights(torch.rand(4, 16), step_ids, better=True)
     """
     check_float("step_rewards", step_rewards, ndim=2)

@@ -84,7 +84,7 @@ def tdpo1_loss(
         TypeError: An argument has a wrong type or dtype. The message names the argument.
         ValueError: A value, shape or device does not fit.
 
-    Example:
+    Examples:
         >>> ref_logits = torch.randn_like(logits)
         >>> logps, ref = step_logps(logits, layout, kl_ref_logits=ref_logits), step_logps(ref_logits, layout)
         >>> tdpo1_loss(logps, layout, pairs, ref=ref).loss.backward()
@@ -132,7 +132,7 @@ def tdpo2_loss(
         TypeError: An argument has a wrong type or dtype. The message names the argument.
         ValueError: A value, shape or device does not fit.
 
-    Example:
+    Examples:
         >>> ref_logits = torch.randn_like(logits)
         >>> logps, ref = step_logps(logits, layout, kl_ref_logits=ref_logits), step_logps(ref_logits, layout)
         >>> tdpo2_loss(logps, layout, pairs, ref=ref).loss.backward()
@@ -162,7 +162,7 @@ def wpo_weights(logps: StepLogps, layout: StepLayout, pairs: StepPairs | Tensor 
         TypeError: An argument has a wrong type.
         ValueError: `logps` has no `.sum_p2`, or does not fit the layout.
 
-    Example:
+    Examples:
         >>> logps = step_logps(logits, layout, sum_p2=True)
         >>> weights = wpo_weights(logps, layout, pairs)
         >>> pref_loss(logps, layout, pairs, weights=weights, reference_free=True).loss.backward()
@@ -225,7 +225,7 @@ def full_step_dpo_loss(
         TypeError: An argument has a wrong type or dtype. The message names the argument.
         ValueError: A value, shape or device does not fit.
 
-    Example:
+    Examples:
         >>> logps, ref = step_logps(logits, layout), step_logps(torch.randn_like(logits), layout)
         >>> rewards = torch.rand(layout.num_steps)
         >>> full_step_dpo_loss(logps, layout, torch.tensor([[0, 2], [1, 3]]), rewards, ref=ref).loss.backward()

@@ -90,7 +90,7 @@ def aot_loss(
         TypeError: An argument has a wrong type or dtype. The message names the argument.
         ValueError: A value, shape or device does not fit.
 
-    Example:
+    Examples:
         >>> ref = step_logps(torch.randn_like(logits), layout)
         >>> aot_loss(step_logps(logits, layout), layout, pairs, ref=ref).loss.backward()
     """
@@ -146,7 +146,7 @@ def aot_unpaired_loss(
         TypeError: An argument has a wrong type or dtype. The message names the argument.
         ValueError: A value, shape or device does not fit.
 
-    Example:
+    Examples:
         >>> ref = step_logps(torch.randn_like(logits), layout)
         >>> aot_unpaired_loss(step_logps(logits, layout), layout, pairs, ref=ref).loss.backward()
     """

@@ -39,7 +39,7 @@ def kto_reference_point(
         TypeError: An argument has a wrong type or dtype. The message names the argument.
         ValueError: A shape or device does not fit.
 
-    Example:
+    Examples:
         >>> ref = step_logps(torch.randn_like(logits), layout)
         >>> z0 = kto_reference_point(step_logps(logits, layout), layout, ref)
     """
@@ -92,7 +92,7 @@ def kto_loss(
         TypeError: An argument has a wrong type or dtype. The message names the argument.
         ValueError: A value, shape or device does not fit.
 
-    Example:
+    Examples:
         >>> logps, ref = step_logps(logits, layout), step_logps(torch.randn_like(logits), layout)
         >>> desirable = torch.arange(layout.num_steps) % 2 == 0
         >>> kto_loss(logps, layout, desirable, ref=ref, reference_point=0.1).loss.backward()
@@ -147,7 +147,7 @@ def apo_zero_unpaired_loss(
         TypeError: An argument has a wrong type or dtype. The message names the argument.
         ValueError: A value, shape or device does not fit.
 
-    Example:
+    Examples:
         >>> logps, ref = step_logps(logits, layout), step_logps(torch.randn_like(logits), layout)
         >>> apo_zero_unpaired_loss(logps, layout, torch.arange(layout.num_steps) % 2 == 0, ref=ref).loss.backward()
     """

@@ -21,7 +21,7 @@ class StepLogps:
 
     16-bit values, of a cache for example, are widened to float32.
 
-    Example:
+    Examples:
         >>> logps = step_logps(logits, layout)
         >>> per_token = logps.means  # (S,)
     """

@@ -93,7 +93,7 @@ def split_text(text: str, by: SplitBy = "newline") -> list[tuple[int, int]]:
         ValueError: if `by` is a misspelt name or an invalid regular expression.
         TypeError: if `by` is neither a `str` nor a pattern over `str`.
 
-    Example:
+    Examples:
         >>> text = "2 + 3 = 5\n\n5 * 4 = 20\nA: 20"
         >>> [text[a:b] for a, b in split_text(text)]
         ['2 + 3 = 5\n\n', '5 * 4 = 20\n', 'A: 20']
@@ -145,7 +145,7 @@ def token_step_ids(
     Raises:
         ValueError: if the spans do not tile the text.
 
-    Example:
+    Examples:
         >>> text = "a = 1\nb = 2"
         >>> token_step_ids(text, [(0, 5), (5, 7), (7, 11)], split_text(text))
         [0, 0, 1]
@@ -209,7 +209,7 @@ def delimiter_mask(
             `len(tokenizer)`; or if no token has a newline (BERT's tokenizer drops them): then split the text.
         TypeError: if `by` is neither a `str` nor a pattern over `str`.
 
-    Example:
+    Examples:
         >>> delimiters = delimiter_mask(tokenizer, "newline")
         >>> step_ids = step_ids_from_tokens(input_ids, attention_mask, delimiters)
     """
@@ -288,7 +288,7 @@ def step_ids_from_tokens(input_ids: Tensor, response_mask: Tensor, delimiters: T
     Raises:
         ValueError: if the shapes differ, or `delimiters` is not (V,) uint8 or bool.
 
-    Example:
+    Examples:
         >>> delimiters = torch.tensor([False, False, True])
         >>> step_ids_from_tokens(torch.tensor([1, 0, 2, 1]), torch.tensor([0, 1, 1, 1]), delimiters)
         tensor([-1,  0,  0,  1])

@@ -49,7 +49,7 @@ class StepValues(TensorBundle):
         Raises:
             ValueError: if a list is not flat or is empty, or a value on the host is not finite.
 
-        Example:
+        Examples:
             >>> StepValues.from_lists([[0.2, 0.5, 0.9], [0.1]]).steps_per_sequence
             tensor([2, 0])
         """
@@ -80,7 +80,7 @@ class StepValues(TensorBundle):
                 a value on the host is not finite.
             TypeError: if `values` is not float or `offsets` not int.
 
-        Example:
+        Examples:
             >>> values = StepValues.from_tensor(torch.tensor([0.25, 0.5, 1.0]), torch.tensor([0, 3]))
             >>> values.to_lists()
             [[0.25, 0.5, 1.0]]
@@ -158,7 +158,7 @@ class StepBatch:
     Raises:
         ValueError: if the numbers of prompts and responses differ, or a prompt or a step is empty.
 
-    Example:
+    Examples:
         >>> batch = StepBatch(prompt_ids=[[5, 6]], step_ids=[[[7], [8, 9]]])
         >>> batch.sequence(0), batch.boundaries(0)
         ([5, 6, 7, 8, 9], [2, 3, 5])
@@ -196,7 +196,7 @@ class StepBatch:
             ValueError: if shapes differ, step ids decrease, or a prompt is empty.
             TypeError: if `input_ids` is not int.
 
-        Example:
+        Examples:
             >>> batch = StepBatch.from_tensors(torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[-1, -1, 0, 1, 1]]))
             >>> batch.prompt_ids, batch.step_ids
             ([[5, 6]], [[[7], [8, 9]]])

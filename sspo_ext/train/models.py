@@ -47,7 +47,7 @@ def load_model(
         ValueError: If a path holds no model, or several .gguf files, or an adapter that names no base model.
         OSError: If a model on the hub cannot be reached, or a file cannot be read.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from sspo_ext.train import load_model
         >>> with tempfile.TemporaryDirectory() as folder:

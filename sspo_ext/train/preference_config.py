@@ -46,7 +46,7 @@ class StepPreferenceConfig(TrainingArguments):
         ValueError: For `label_smoothing_factor`, which smooths tokens, not pairs.
         TypeError: For `loss_options` that are no dictionary.
 
-    Example:
+    Examples:
         >>> from sspo_ext.train import StepPreferenceConfig
         >>> args = StepPreferenceConfig("out", loss_type="simpo", loss_options={"simpo_gamma": 0.5})
         >>> args.loss_type

@@ -57,7 +57,7 @@ class StepPreferenceTrainer(StepTrainer):
             reference log-probs that are not finite, and `packing` with a model whose packed sequences see each other.
         UnsupportedHead: With route="linear", for a model whose LM head that route cannot use.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from sspo_ext.train import StepPreferenceConfig, StepPreferenceTrainer, load_preference_rows, tokenize_rows
         >>> pair = {"prompt": "2 + 3 = ? \n", "chosen": "2 + 3 = 5 \n #### 5", "rejected": "2 + 3 = 6 \n #### 6"}

@@ -41,7 +41,7 @@ def draw_progress(runs: Mapping[str, Mapping[str, Sequence[float]]], path: str |
     Raises:
         ImportError: If matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from sspo_ext.train.progress import curves, draw_progress
         >>> log = [{"step": k, "accuracy": k / 9, "completions/mean_length": 40.0 - k} for k in range(10)]

@@ -30,7 +30,7 @@ class Sampling:
         ValueError: For a value out of its range.
         TypeError: For a temperature that is no number.
 
-    Example:
+    Examples:
         >>> from sspo_ext.train.sampling import Sampling
         >>> Sampling(max_completion_length=256, eos_token_ids=(1,), temperature=0.7).top_p
         1.0
@@ -53,7 +53,7 @@ class Sampling:
 class RolloutEngine(Protocol):
     """Anything that completes prompts. Pass yours to `SSPOTrainer(engine=...)`.
 
-    Example:
+    Examples:
         An engine that writes the same tokens after every prompt:
 
         >>> class Parrot:

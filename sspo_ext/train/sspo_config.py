@@ -91,7 +91,7 @@ class SSPOConfig(TrainingArguments):
         ValueError: For an option out of its range, or one that has no effect beside the others.
         TypeError: For an option of the wrong type.
 
-    Example:
+    Examples:
         >>> from sspo_ext.train import SSPOConfig
         >>> args = SSPOConfig("out", num_generations=4, gamma=0.95, probe_options={"reduce": "mean"})
         >>> args.gamma

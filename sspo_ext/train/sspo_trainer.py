@@ -93,7 +93,7 @@ class SSPOTrainer(StepTrainer):
         ValueError: For rows, options or a tokenizer that cannot work together, naming the argument.
         UnsupportedHead: With route="linear", for a model whose LM head that route cannot use.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from sspo_ext.train import SSPOConfig, SSPOTrainer
         >>> rows = [{"prompt": f"{a} + {a} = ? \n", "answer": str(2 * a)} for a in range(2, 10)]

@@ -120,13 +120,15 @@ def _step_loss_fwd_kernel(
         u_other = tl.where(valid, u_other, 0.0)
         n_own = tl.maximum(end - begin, 1).to(tl.float32)
         n_other = tl.maximum(other_end - other_begin, 1).to(tl.float32)
+        margin = _given(pair_margins_ptr, pair, 0.0, HAS_MARGINS)
+        q = _given(pair_labels_ptr, pair, label, HAS_LABELS)  # a name makes a float32 of it in the interpreter too
         loss, du_w, du_l = _pair_formula(
             FORMULA,
             tl.where(is_loser, u_other, u_own),
             tl.where(is_loser, u_own, u_other),
             tl.where(is_loser, n_other, n_own),
             tl.where(is_loser, n_own, n_other),
-            _given(pair_margins_ptr, pair, 0.0, HAS_MARGINS), _given(pair_labels_ptr, pair, label, HAS_LABELS),
+            margin, q,
             o0, o1, o2, o3,
         )  # fmt: skip
         d = tl.where(is_loser, du_l, du_w)

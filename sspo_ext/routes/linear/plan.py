@@ -75,7 +75,7 @@ class Products:
 class LinearPlan(Products):
     """What a call of the linear route is about to do. `print(plan)` shows it.
 
-    Example:
+    Examples:
         >>> from sspo_ext.losses import pref_plan
         >>> plan = pref_plan(layout, pairs, vocab=32_000, hidden=2048)
         >>> text, flops = str(plan), plan.flops
@@ -272,7 +272,7 @@ def pref_plan(
     Returns:
         LinearPlan.
 
-    Example:
+    Examples:
         >>> plan = pref_plan(layout, pairs, vocab=32_000, hidden=2048, dtype=torch.bfloat16)
         >>> text = str(plan)
     """
@@ -312,7 +312,7 @@ def policy_plan(
     Returns:
         LinearPlan.
 
-    Example:
+    Examples:
         >>> plan = policy_plan(layout, importance_sampling_level="sequence", vocab=32_000, hidden=2048)
         >>> text = str(plan)
     """

@@ -28,7 +28,7 @@ class Branch(NamedTuple):
         ids: token ids of the branch.
         start: the first `start` tokens of `ids` are only context; the others are scored.
 
-    Example:
+    Examples:
         >>> branch = Branch(trunk=0, cut=2, ids=[7, 8, 9], start=1)  # log p(8 and 9 | trunk[:2], 7)
     """
 

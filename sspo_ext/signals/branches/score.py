@@ -51,7 +51,7 @@ def branch_logps(
             path is longer than the model's table of positions, or the model does not support the engine (the message
             has the reason).
 
-    Example:
+    Examples:
         >>> trunk = tokenizer("6 + 13 + 7 = ?").input_ids
         >>> branches = [Branch(0, len(trunk), tokenizer(text).input_ids) for text in ("26", "27")]
         >>> branch_logps(model, [trunk], branches).sums().shape

@@ -81,7 +81,7 @@ def why_not(model: nn.Module, engine: str, longest: int = 0) -> str | None:
     Raises:
         ValueError: if the engine is unknown.
 
-    Example:
+    Examples:
         >>> reason = why_not(model, "packed")  # None if the model supports it
     """
     check_choice("engine", engine, ENGINES)

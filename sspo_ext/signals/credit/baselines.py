@@ -105,7 +105,7 @@ def outcome_advantages(rewards: Tensor, name: str = "rloo", *, groups: Tensor | 
         ValueError: if the name is unknown, or a shape or device does not fit.
         TypeError: if an argument has the wrong type, or `groups` is missing.
 
-    Example:
+    Examples:
         >>> outcome_advantages(torch.tensor([1.0, 0.0, 0.0]), "dr_grpo", groups=torch.tensor([7, 7, 3]))
         tensor([ 0.5000, -0.5000,  0.0000])
     """
@@ -159,7 +159,7 @@ def combine_advantages(
             sequence that is not there.
         TypeError: if an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> combine_advantages(torch.tensor([0.5, 0.25]), torch.tensor([1.0]), torch.tensor([0, 0]))
         tensor([1.5000, 1.2500])
     """

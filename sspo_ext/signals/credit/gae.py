@@ -60,7 +60,7 @@ def step_gae(
         ValueError: if a shape, device or range does not fit, or `groups` is given without "group" or missing with it.
         TypeError: if an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> values = StepValues.from_lists([[0.25, 0.5, 0.75]])
         >>> step_gae(values, torch.tensor([1.0]), gamma=1.0, lam=0.0)
         tensor([0.2500, 0.5000])

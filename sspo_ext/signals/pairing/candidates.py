@@ -134,7 +134,7 @@ def trace_candidates(
         ValueError: if an argument does not fit, or a reward or probability is not finite.
         TypeError: if an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> batch = StepBatch([tokenizer("6 + 13 + 7 = ?\n").input_ids], [[]])
         >>> nodes = trace_candidates(
         ...     model, tokenizer, batch, ["26"], grader=lambda text, answer: float(answer in text),

@@ -88,7 +88,7 @@ def pair_candidates(
         ValueError: if an option does not fit, or a candidate's value is not finite.
         TypeError: if a number has the wrong type.
 
-    Example:
+    Examples:
         >>> right, wrong = Candidate((5,), "19", 3, True, value=1.0), Candidate((6,), "20", 1, True, value=0.0)
         >>> [pair] = pair_candidates([Node(0, 0, (right, wrong))])
         >>> pair.winner.text, pair.gap
@@ -121,7 +121,7 @@ def pair_rows(pairs: Sequence[TracedPair], prompts: Sequence[Any], steps: Sequen
         One row for each pair, as `sspo_ext.data.rows.load_preference_rows` reads them; "branch" means that only the
         last step counts. A row also has "values" of the two steps, and their "logps" by the traced model if known.
 
-    Example:
+    Examples:
         >>> right, wrong = Candidate((5,), "19", 3, True, value=1.0), Candidate((6,), "20", 1, True, value=0.0)
         >>> [row] = pair_rows(pair_candidates([Node(0, 0, (right, wrong))]), ["6 + 13 = ?"], [[]])
         >>> row["chosen"], row["rejected"]
@@ -158,7 +158,7 @@ def divergence_index(winner: Sequence[int], loser: Sequence[int]) -> int | None:
     Returns:
         The index, or None if one step is the beginning of the other.
 
-    Example:
+    Examples:
         >>> divergence_index([4, 5, 6], [4, 7])
         1
     """
@@ -185,7 +185,7 @@ def divergence_weights(labels: Tensor, step_ids: Tensor, pairs: Tensor) -> Tenso
             two pairs that differ at different places; then give each pair steps of its own.
         TypeError: if a tensor is not int.
 
-    Example:
+    Examples:
         >>> labels, steps = torch.tensor([[9, 4, 5, 6], [9, 4, 7, 6]]), torch.tensor([[-1, 0, 0, 0]] * 2)
         >>> divergence_weights(labels, steps, torch.tensor([[0, 1]]))
         tensor([[0., 0., 1., 0.],

@@ -33,7 +33,7 @@ def nodes_from_rollouts(batch: StepBatch, step_advantages: Tensor, tokenizer) ->
     Raises:
         ValueError: if `step_advantages` has another shape.
 
-    Example:
+    Examples:
         >>> question, right, wrong = (tokenizer(text).input_ids for text in ("6 + 13 = ?\n", "19\n", "20\n"))
         >>> batch = StepBatch([question, question], [[right], [wrong]])
         >>> nodes = nodes_from_rollouts(batch, torch.tensor([0.5, -0.5]), tokenizer)

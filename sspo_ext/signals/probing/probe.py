@@ -80,7 +80,7 @@ def probe_step_values(
             (on the host) a value is not finite.
         TypeError: if an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> batch = StepBatch([tokenizer("6 + 13 + 7 = ?\n").input_ids], [[tokenizer("6 + 13 = 19\n").input_ids]])
         >>> values = probe_step_values(model, batch, "####", ["26"], tokenizer=tokenizer)
         >>> [v_0, v_1] = values.to_lists()[0]

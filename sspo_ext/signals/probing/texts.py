@@ -25,7 +25,7 @@ class Probe:
             closes the model's turn and opens its next.
         chat_template_kwargs: with `turn`, the options of the chat template; they should be those of the prompt.
 
-    Example:
+    Examples:
         >>> Probe("####", ends=("\n", "."))  # an answer with an end after it
         Probe(text='####', lead='\n', separator=' ', ends=('\n', '.'), turn=False, chat_template_kwargs=None)
     """
@@ -79,7 +79,7 @@ def as_probe(probe: str | Probe) -> Probe:
             "zh-cn": the model would be asked with that word. To use the word itself, pass Probe("jp").
         TypeError: if `probe` is neither a text nor a Probe.
 
-    Example:
+    Examples:
         >>> as_probe("German").text
         'Die endgültige Antwort ist'
     """
