@@ -49,6 +49,7 @@ class LLM:
     gpu_memory_utilization: float = 0.9
     distributed_executor_backend: str | None = None
     max_model_len: int | None = None
+    generation_config: str = "auto"
     events: list = field(default_factory=list)
 
     def __post_init__(self):

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks that a model got all of its weights from a checkpoint. Otherwise the missing ones would be random numbers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def check_loaded(
+    model: nn.Module, where: str | os.PathLike, missing: Collection[str], unexpected: Iterable[str] = (), wrong=()
+) -> None:
+    """Checks what loading a state dict reported.
+
+    Weights tied to a loaded one are there. Weights in the file of parts that the model does not have, such as a value
+    head or a vision tower, are left out; of parts that it has, such as a bias or one more layer, they are an error:
+    the config is not that of the weights.
+
+    Args:
+        model: The model, loaded.
+        where: The checkpoint, for the message.
+        missing: Names of weights that the checkpoint has not.
+        unexpected: Names in the checkpoint that the model has not.
+        wrong: For each weight of another shape its name, the shape in the checkpoint, and that in the model.
+
+    Raises:
+        ValueError: Naming the checkpoint and the weights.
+    """
+    for name, there, here in wrong:
+        raise ValueError(
+            f"model: {str(where)!r}: weight {name}: expected shape {tuple(here)} as the config says, got {tuple(there)}"
+        )
+    absent = _not_tied(model, missing)
+    if absent:
+        raise ValueError(f"model: {str(where)!r} lacks {_some(absent)}; they would be random numbers")
+    extra = sorted(name for name in unexpected if _of_a_part(model, name))
+    if extra:
+        raise ValueError(f"model: {str(where)!r} has {_some(extra)}, for which the model of its config has no place")
+
+
+def check_adapter(model: Any, where: str | os.PathLike, adapter: str = "default") -> None:
+    """Checks that an adapter's file has the weights of the adapter, and no others.
+
+    Args:
+        model: The PeftModel, loaded.
+        where: The adapter's folder or name.
+        adapter: The adapter's name in the model.
+
+    Raises:
+        ValueError: As in `check_loaded`.
+    """
+    from peft import get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    found = set(load_peft_weights(str(where), device="cpu"))
+    expected = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    # embeddings of the base model may be saved beside it
+    known = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=True)
+    absent, extra = sorted(set(expected) - found), sorted(found - set(known) - set(expected))
+    if absent:
+        raise ValueError(f"model: adapter {str(where)!r} lacks {_some(absent)}; they would be random numbers")
+    if extra:
+        raise ValueError(f"model: adapter {str(where)!r} has {_some(extra)}, for which the base model has no place")
+
+
+def check_finite(model: nn.Module, when: str) -> None:
+    """Checks the weights that are about to be saved: all, or with an adapter those that are trained.
+
+    Args:
+        model: The model.
+        when: What happened to it, for the message.
+
+    Raises:
+        ValueError: For a weight that is not finite.
+    """
+    adapted = getattr(model, "peft_config", None) is not None
+    weights = {
+        name: weight.detach()
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and weight.element_size() > 1 and (weight.requires_grad or not adapted)
+    }
+    flags = [torch.isfinite(weight).all() for weight in weights.values()]
+    # one wait for each device
+    if flags and not all(flag.item() for flag in _together(flags)):
+        name = next(name for name, weight in weights.items() if not torch.isfinite(weight).all())
+        raise ValueError(f"model: weight {name} is not finite {when}, so it is not saved; try a lower learning rate")
+
+
+def _together(flags: list[torch.Tensor]) -> list[torch.Tensor]:
+    devices = {flag.device for flag in flags}
+    return [torch.stack([flag for flag in flags if flag.device == device]).all() for device in devices]
+
+
+def _not_tied(model: nn.Module, missing: Collection[str]) -> list[str]:
+    """The missing names whose tensor is that of no other name."""
+    if not missing:
+        return []
+    state = model.state_dict(keep_vars=True)
+    loaded = {id(weight) for name, weight in state.items() if name not in set(missing)}
+    return sorted(name for name in missing if name not in state or id(state[name]) not in loaded)
+
+
+def _of_a_part(model: nn.Module, name: str) -> bool:
+    """Whether the model has a part, below its base model, to which a weight of that name would belong."""
+    module, path = model, name.split(".")
+    depth = 0
+    base = getattr(model, "base_model_prefix", "")
+    while depth < len(path) - 1 and path[depth] in module._modules and module._modules[path[depth]] is not None:
+        module = module._modules[path[depth]]
+        depth += 1
+    return depth > (1 if base and path[0] == base else 0)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{len(names)} weights ({shown}{', ...' if len(names) > 3 else ''})"
