@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -25,7 +26,7 @@ from .checkpoints import (
     rotate,
     updates_done,
 )
-from .loaded_weights import check_adapter, check_finite, check_loaded
+from .loaded_weights import check_adapter, check_finite, check_loaded, naming_the_adapter
 from .model_call import batch_logps
 from .models import check_trainable
 
@@ -107,7 +108,8 @@ class StepTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's, of a model whose weights are finite."""
         check_finite(self.model, f"after {self.state.global_step} updates")
-        with naming_the_file(Path(output_dir or self.args.output_dir)):
+        folder = Path(output_dir or self.args.output_dir)
+        with naming_the_file(folder) if self._work is None else contextlib.nullcontext():
             super().save_model(output_dir, _internal_call)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -171,7 +173,7 @@ class StepTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._work = work
         try:
-            with naming_the_file(work):
+            with naming_the_file(new):
                 super()._save_checkpoint(model, trial)
                 self._name_the_best(new, place)
         finally:
@@ -197,7 +199,8 @@ class StepTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with naming_the_adapter(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         if getattr(self.model, "peft_config", None) and any(Path(resume_from_checkpoint).glob("adapter_model.*")):
             check_adapter(self.model, resume_from_checkpoint, self.model.active_adapters[0])
 

@@ -73,8 +73,8 @@ def check_checkpoint(checkpoint: str | os.PathLike, *, processes: int = 1, scale
         _check_weights(folder)
     for name in needed:
         if not (folder / name).is_file():
-            ranks = len(list(folder.glob("rng_state*.pth")))
-            other = f" (it has the states of {ranks} of {processes} processes)" if name.startswith("rng") else ""
+            savers = len(list(folder.glob("rng_state*.pth")))
+            other = f" (it was saved by {savers} processes, and {processes} go on)" if savers and "rng" in name else ""
             raise _unusable(folder, name, f"is missing{other}")
         if not zipfile.is_zipfile(folder / name):  # as torch.save writes
             raise _unusable(folder, name, "was not written to its end")
@@ -157,6 +157,8 @@ def naming_the_file(folder: Path) -> Iterator[None]:
         # torch.save has no exception of its own
         if isinstance(error, RuntimeError) and not re.search("inline_container|PytorchStreamWriter", str(error)):
             raise
-        files = sorted((path.stat().st_mtime_ns, path) for path in folder.rglob("*") if path.is_file())
-        file = files[-1][1] if files else folder
+        file = folder / "*.safetensors"  # of which safetensors leaves nothing
+        files = sorted((path.stat().st_mtime_ns, path) for path in folder.glob("*") if path.is_file())
+        if files and not isinstance(error, SafetensorError):
+            file = files[-1][1]
         raise OSError(f"{str(file)!r} cannot be written: {str(error).splitlines()[0]}") from error

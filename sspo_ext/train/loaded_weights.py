@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+_SHARED = ("vblora_vector_bank", "prompt_encoder", ".tinylora_v.")
 
 
 def check_loaded(
@@ -42,8 +45,23 @@ def check_loaded(
         raise ValueError(f"model: {str(where)!r} has {_some(extra)}, for which the model of its config has no place")
 
 
+@contextlib.contextmanager
+def naming_the_adapter(where: str | os.PathLike) -> Iterator[None]:
+    """Makes what PEFT raises for an adapter that does not fit a ValueError that names it."""
+    try:
+        yield
+    except KeyError as error:  # of a module that was trained whole (modules_to_save)
+        raise ValueError(f"model: adapter {str(where)!r} lacks weight {error}") from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise ValueError(f"model: adapter {str(where)!r} does not fit its base model: {error}") from error
+
+
 def check_adapter(model: Any, where: str | os.PathLike, adapter: str = "default") -> None:
-    """Checks that an adapter's file has the weights of the adapter, and no others.
+    """Checks that an adapter's file has the weights of the adapter, and no others, by loading it again.
+
+    PEFT warns of the former at the first time, and says nothing of the latter.
 
     Args:
         model: The PeftModel, loaded.
@@ -53,18 +71,17 @@ def check_adapter(model: Any, where: str | os.PathLike, adapter: str = "default"
     Raises:
         ValueError: As in `check_loaded`.
     """
-    from peft import get_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
-    found = set(load_peft_weights(str(where), device="cpu"))
-    expected = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    # embeddings of the base model may be saved beside it
-    known = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=True)
-    absent, extra = sorted(set(expected) - found), sorted(found - set(known) - set(expected))
+    with naming_the_adapter(where):
+        found = model.load_adapter(str(where), adapter, is_trainable=True)
+    # these are shared by all layers, or are not saved
+    absent = [name for name in found.missing_keys if not any(part in name for part in _SHARED)]
     if absent:
-        raise ValueError(f"model: adapter {str(where)!r} lacks {_some(absent)}; they would be random numbers")
-    if extra:
-        raise ValueError(f"model: adapter {str(where)!r} has {_some(extra)}, for which the base model has no place")
+        raise ValueError(f"model: adapter {str(where)!r} lacks {_some(sorted(absent))}; they would be random numbers")
+    if found.unexpected_keys:
+        raise ValueError(
+            f"model: adapter {str(where)!r} has {_some(sorted(found.unexpected_keys))}, for which its base model has "
+            "no place"
+        )
 
 
 def check_finite(model: nn.Module, when: str) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from .loaded_weights import check_adapter, check_loaded
+from .loaded_weights import check_adapter, check_loaded, naming_the_adapter
 
 
 def load_model(
@@ -184,7 +184,8 @@ def _load_adapter(model: PreTrainedModel, name_or_path: str | os.PathLike) -> An
             f"model: expected an adapter of a whole model, got {str(name_or_path)!r}, whose base model is an adapter "
             "itself; merge that first"
         )
-    loaded = PeftModel.from_pretrained(model, str(name_or_path), is_trainable=True)
+    with naming_the_adapter(name_or_path):
+        loaded = PeftModel.from_pretrained(model, str(name_or_path), is_trainable=True)
     check_adapter(loaded, name_or_path)
     return loaded.eval()
 

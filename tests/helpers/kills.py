@@ -200,7 +200,9 @@ def main(commands: str, kills: str, seed: str = "0") -> int:
     for command in _OWN if commands == "both" else [commands]:
         with tempfile.TemporaryDirectory() as folder:
             ends = (
-                fixed_kills(command, folder) if kills == "points" else random_kills(command, folder, int(kills), int(seed))
+                fixed_kills(command, folder)
+                if kills == "points"
+                else random_kills(command, folder, int(kills), int(seed))
             )
         lines.append(f"| {command} | {ends.total()} | {ends['equal']} | {ends['refused']} | {ends['other']} |")
     print("\n".join(lines))

@@ -114,6 +114,11 @@ def test_what_is_asked_and_given_back():
     assert {p.top_k for p in vllm.llm.calls[1]} == {-1}, "all tokens"
 
 
+def test_the_checkpoints_generation_config_is_not_read():
+    assert engine().llm.generation_config == "vllm"
+    assert engine(generation_config="auto").llm.generation_config == "auto", "unless it is asked for"
+
+
 def test_many_seeds_do_not_meet():
     vllm, seeds = engine(), [(step, row) for step in range(30) for row in range(64)]
     vllm.complete(make_model(), [[5]] * len(seeds), sampling(), seeds)
