@@ -81,7 +81,8 @@ class StepTrainer(Trainer):
             checkpoint = self._checkpoint = os.fspath(checkpoint)
             scaler = getattr(self.accelerator, "scaler", None) is not None
             sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            check_checkpoint(checkpoint, processes=self.args.world_size, scaler=scaler, sharded=sharded)
+            rank = self.args.process_index if self.args.world_size > 1 else None
+            check_checkpoint(checkpoint, rank=rank, scaler=scaler, sharded=sharded)
             self._resumed_at = updates_done(checkpoint)
         return super().train(checkpoint, *args, **kwargs)
 
@@ -104,6 +105,7 @@ class StepTrainer(Trainer):
             temporary = mark.with_name(f"{STATE}.tmp")
             self.state.save_to_json(str(temporary))
             os.replace(temporary, mark)
+            shutil.rmtree(mark.with_name(UNFINISHED), ignore_errors=True)  # of a run that was killed
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's, of a model whose weights are finite."""

@@ -51,12 +51,14 @@ def newest_checkpoint(folder: str | os.PathLike) -> Path | None:
     return next((path for path in reversed(checkpoint_folders(folder)) if updates_done(path) is not None), None)
 
 
-def check_checkpoint(checkpoint: str | os.PathLike, *, processes: int = 1, scaler: bool = False, sharded: bool = False):
+def check_checkpoint(
+    checkpoint: str | os.PathLike, *, rank: int | None = None, scaler: bool = False, sharded: bool = False
+) -> None:
     """Checks that training can go on from a checkpoint exactly. Trainer itself goes on without what is missing.
 
     Args:
         checkpoint: The folder.
-        processes: The processes that will train.
+        rank: The number of this process, if several train; each has a random state of its own.
         scaler: Whether they scale gradients (fp16).
         sharded: Whether FSDP or DeepSpeed wrote weights and optimizer, in files of their own.
 
@@ -66,7 +68,7 @@ def check_checkpoint(checkpoint: str | os.PathLike, *, processes: int = 1, scale
     folder = Path(checkpoint)
     if updates_done(folder) is None:
         raise _unusable(folder, STATE, "is missing or was not written to its end")
-    needed = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    needed = ["rng_state.pth" if rank is None else f"rng_state_{rank}.pth"]
     needed += ["scaler.pt"] if scaler else []
     if not sharded:
         needed += ["optimizer.pt", "scheduler.pt"]
@@ -74,7 +76,7 @@ def check_checkpoint(checkpoint: str | os.PathLike, *, processes: int = 1, scale
     for name in needed:
         if not (folder / name).is_file():
             savers = len(list(folder.glob("rng_state*.pth")))
-            other = f" (it was saved by {savers} processes, and {processes} go on)" if savers and "rng" in name else ""
+            other = " (another number of processes saved it)" if savers and name.startswith("rng") else ""
             raise _unusable(folder, name, f"is missing{other}")
         if not zipfile.is_zipfile(folder / name):  # as torch.save writes
             raise _unusable(folder, name, "was not written to its end")
@@ -147,8 +149,8 @@ def rotate(folder: str | os.PathLike, limit: int | None, best: str | None) -> No
 
 
 @contextlib.contextmanager
-def naming_the_file(folder: Path) -> Iterator[None]:
-    """Names the file in `folder` that could not be written, where torch and safetensors do not."""
+def naming_the_file(place: Path) -> Iterator[None]:
+    """Names the file `place`, or in the folder `place`, that could not be written. Nobody else does on a full disk."""
     from safetensors import SafetensorError
 
     try:
@@ -157,8 +159,8 @@ def naming_the_file(folder: Path) -> Iterator[None]:
         # torch.save has no exception of its own
         if isinstance(error, RuntimeError) and not re.search("inline_container|PytorchStreamWriter", str(error)):
             raise
-        file = folder / "*.safetensors"  # of which safetensors leaves nothing
-        files = sorted((path.stat().st_mtime_ns, path) for path in folder.glob("*") if path.is_file())
-        if files and not isinstance(error, SafetensorError):
-            file = files[-1][1]
+        files = sorted((path.stat().st_mtime_ns, path) for path in place.glob("*") if path.is_file())
+        file = files[-1][1] if files else place
+        if isinstance(error, SafetensorError):
+            file = place / "*.safetensors"  # it leaves nothing of the file
         raise OSError(f"{str(file)!r} cannot be written: {str(error).splitlines()[0]}") from error

@@ -16,6 +16,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from helpers.launch import torchrun
 from helpers.paths import TESTS
 from helpers.rl import ROWS, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
@@ -235,13 +236,60 @@ def test_a_signal_that_is_ignored_stays_ignored(files, tmp_path, monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
+def in_another_process(code, *arguments):
+    """What Python code prints, with one thread, so that it can fork."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    command = [sys.executable, *code, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.mark.slow
 @COMMANDS
 def test_kills_at_fixed_points(command):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-    done = subprocess.run(
-        [sys.executable, "-m", "helpers.kills", command, "points"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    print(done.stdout)
-    assert re.search(rf"\| {command} \| (\d+) \| \1 \| 0 \| 0 \|", done.stdout), done.stdout
+    printed = in_another_process(["-m", "helpers.kills"], command, "points")
+    print(printed)
+    assert re.search(rf"\| {command} \| (\d\d) \| \1 \| 0 \| 0 \|", printed), printed
+
+
+_TWICE = """
+import signal, sys
+from helpers.kills import Runs
+from sspo_ext.train.base import StepTrainer
+
+def before():
+    step = StepTrainer.training_step
+    def twice(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args, **kwargs)
+    StepTrainer.training_step = twice
+
+runs = Runs("train", sys.argv[1])
+assert runs.run("whole") == 0
+print(runs.run("out", before=before), runs.resumed("out", "whole"), "Traceback" in runs.log("out").read_text())
+"""
+
+
+@pytest.mark.slow
+def test_the_second_ctrl_c_leaves_at_once(tmp_path):
+    assert in_another_process(["-c", _TWICE], tmp_path).split() == [str(-signal.SIGINT), "equal", "False"]
+
+
+@pytest.mark.slow
+@COMMANDS
+def test_two_processes_go_on_exactly(files, command, tmp_path):
+    own = ("--num-generations", "4", "--max-completion-length", "8", "--probe", "#", "--grader", "helpers.rl:reward")
+    options = ["--model", files / "model", "--data", files / command, "--lr", "1e-3", "--batch-size", "2"]
+    options += ["--max-steps", "4", "--save-steps", "2", *(own if command == "rl" else ())]
+    torchrun("sspo_ext.cli.main", command, *options, "--output-dir", tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "out" / "checkpoint-2")
+    torchrun("sspo_ext.cli.main", command, *options, "--output-dir", tmp_path / "out", "--resume")
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert {p.name for p in (tmp_path / "out" / "checkpoint-4").glob("rng*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    assert not (tmp_path / "out" / "unfinished").exists()
+    with pytest.raises(AssertionError, match="rng_state.pth is missing .another number of processes"):
+        torchrun("sspo_ext.cli.main", command, *options, "--output-dir", tmp_path / "out", "--max-steps", "6",
+                 "--gradient-accumulation", "2", "--resume", processes=1)  # fmt: skip

@@ -162,7 +162,7 @@ def test_a_checkpoint_of_other_processes_is_refused(runs, tmp_path):
     run = copy(runs[preference], tmp_path)
     (run / "checkpoint-2" / "rng_state.pth").rename(run / "checkpoint-2" / "rng_state_0.pth")
     shutil.copy(run / "checkpoint-2" / "rng_state_0.pth", run / "checkpoint-2" / "rng_state_1.pth")
-    with pytest.raises(ValueError, match=r"rng_state.pth is missing \(it was saved by 2 processes, and 1 go on\)"):
+    with pytest.raises(ValueError, match=r"rng_state.pth is missing \(another number of processes"):
         preference(run).train(resume_from_checkpoint=str(run / "checkpoint-2"))
 
 
@@ -262,6 +262,20 @@ def test_a_full_disk(runs, make, tmp_path, limit, name):
     whole = load_file(runs[make] / "checkpoint-4" / "model.safetensors")
     found = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
     assert all(torch.equal(found[key], whole[key]) for key in whole) and not (tmp_path / "unfinished").exists()
+
+
+def test_a_full_disk_for_the_result_or_the_reference(tmp_path):
+    trainer, features = preference(tmp_path), make_features(400)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        with pytest.raises(OSError, match=rf"{tmp_path}/\*.safetensors' cannot be written: "):
+            trainer.save_result()
+        with pytest.raises(OSError, match=rf"{tmp_path}/reference_cache/\S+ cannot be written: "):
+            StepPreferenceTrainer(make_pair_model(), config(tmp_path), features)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "trainer_state.json").exists()
 
 
 @TRAINERS
