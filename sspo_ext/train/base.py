@@ -54,7 +54,7 @@ class StepTrainer(Trainer):
     _checkpoint: str | None = None  # the same, or the best one: what is loaded
     _work: Path | None = None  # where a checkpoint is written until it is whole
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args, **kwargs):
         """Trainer's, of a model that has something to train, and from a checkpoint that has all that this needs.
 
         Args:

@@ -48,4 +48,3 @@ class StopOnSignal(TrainerCallback):
         """Asks for a checkpoint and for the end. With several updates on one batch of rollouts, after the last."""
         if self.received is not None and state.global_step % getattr(args, "num_iterations", 1) == 0:
             control.should_save = control.should_training_stop = True
-        return control

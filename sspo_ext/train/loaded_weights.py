@@ -123,13 +123,14 @@ def _not_tied(model: nn.Module, missing: Collection[str]) -> list[str]:
 
 def _of_a_part(model: nn.Module, name: str) -> bool:
     """Whether the model has a part, below its base model, to which a weight of that name would belong."""
-    module, path = model, name.split(".")
-    depth = 0
-    base = getattr(model, "base_model_prefix", "")
-    while depth < len(path) - 1 and path[depth] in module._modules and module._modules[path[depth]] is not None:
-        module = module._modules[path[depth]]
+    path, depth = name.split("."), 0
+    module: nn.Module | None = model
+    for part in path[:-1]:
+        module = module._modules.get(part)
+        if module is None:
+            break
         depth += 1
-    return depth > (1 if base and path[0] == base else 0)
+    return depth > (path[0] == getattr(model, "base_model_prefix", ""))
 
 
 def _some(names: list[str]) -> str:

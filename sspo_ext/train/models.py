@@ -74,7 +74,7 @@ def load_model(
     with _named(name_or_path):
         # shapes are checked below, with the file's name
         loading = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, info = AutoModelForCausalLM.from_pretrained(folder, **loading, **options)
+        model, info = cast(Any, AutoModelForCausalLM.from_pretrained(folder, **loading, **options))
     check_loaded(model, name_or_path, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     return (rebuild_gguf(model) if gguf else model), tokenizer
 
