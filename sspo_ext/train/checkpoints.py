@@ -78,7 +78,7 @@ def check_checkpoint(
             savers = len(list(folder.glob("rng_state*.pth")))
             other = " (another number of processes saved it)" if savers and name.startswith("rng") else ""
             raise _unusable(folder, name, f"is missing{other}")
-        if not zipfile.is_zipfile(folder / name):  # as torch.save writes
+        if _is_torn(folder / name):
             raise _unusable(folder, name, "was not written to its end")
 
 
@@ -98,6 +98,11 @@ def _check_weights(folder: Path) -> None:
             raise _unusable(folder, name, "is missing")
         if name.endswith(".safetensors") and not _whole_safetensors(folder / name):
             raise _unusable(folder, name, "was not written to its end")
+
+
+def _is_torn(file: Path) -> bool:
+    """Whether a file of torch.save, which is a zip archive, was not written to its end; False for other files."""
+    return file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file)
 
 
 def _whole_safetensors(file: Path) -> bool:
@@ -159,8 +164,8 @@ def naming_the_file(place: Path) -> Iterator[None]:
         # torch.save has no exception of its own
         if isinstance(error, RuntimeError) and not re.search("inline_container|PytorchStreamWriter", str(error)):
             raise
-        files = sorted((path.stat().st_mtime_ns, path) for path in place.glob("*") if path.is_file())
-        file = files[-1][1] if files else place
+        files = [path for path in place.glob("*") if path.is_file()]
+        file = max(files, key=lambda path: (_is_torn(path), path.stat().st_mtime_ns), default=place)
         if isinstance(error, SafetensorError):
             file = place / "*.safetensors"  # it leaves nothing of the file
         raise OSError(f"{str(file)!r} cannot be written: {str(error).splitlines()[0]}") from error

@@ -28,15 +28,16 @@ def check_loaded(
         where: The checkpoint, for the message.
         missing: Names of weights that the checkpoint has not.
         unexpected: Names in the checkpoint that the model has not.
-        wrong: For each weight of another shape its name, the shape in the checkpoint, and that in the model.
+        wrong: The weights of another shape: for each its name, or its name and its shapes in checkpoint and model;
+            transformers 4 gives names alone.
 
     Raises:
         ValueError: Naming the checkpoint and the weights.
     """
-    for name, there, here in wrong:
-        raise ValueError(
-            f"model: {str(where)!r}: weight {name}: expected shape {tuple(here)} as the config says, got {tuple(there)}"
-        )
+    for found in wrong:
+        name, *shapes = [found] if isinstance(found, str) else found
+        expected, got = tuple(model.state_dict()[name].shape), tuple(shapes[0]) if shapes else "another"
+        raise ValueError(f"model: {str(where)!r}: weight {name}: expected shape {expected} by the config, got {got}")
     absent = _not_tied(model, missing)
     if absent:
         raise ValueError(f"model: {str(where)!r} lacks {_some(absent)}; they would be random numbers")

@@ -146,12 +146,14 @@ def test_tied_weights_are_not_missed(tmp_path):
 def test_a_weight_that_an_adapter_misses_is_named(tmp_path):
     peft = pytest.importorskip("peft")
     lora = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
-    make_trainer(tmp_path, peft_config=peft.LoraConfig(**lora), **OPTIONS).train()
+    whole = make_trainer(tmp_path, peft_config=peft.LoraConfig(**lora), **OPTIONS)
+    whole.train()
     file = tmp_path / "checkpoint-2" / "adapter_model.safetensors"
     found = load_file(file)
     name = sorted(found)[0]
     again = make_trainer(tmp_path, peft_config=peft.LoraConfig(**lora), **OPTIONS)
     again.train(resume_from_checkpoint=str(file.parent))
+    assert torch.equal(weights(again.model), weights(whole.model))
     del found[name]
     save_file(found, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"checkpoint-2' lacks 1 weights \(.*lora_A"):
