@@ -43,10 +43,12 @@ def files(tmp_path_factory):
 
 
 def run(files, command, out, *more):
-    own = ("--num-generations", "4", "--max-completion-length", "8", "--probe", "#", "--grader", "helpers.rl:reward")
     options = ["--model", files / "model", "--data", files / command, "--output-dir", out, "--lr", "1e-3"]
     options += ["--batch-size", "4", "--max-steps", "4", "--save-steps", "2", "--logging-steps", "1"]
-    return main([command, *map(str, options), *(own if command == "rl" else ()), *more])
+    if command == "rl":
+        options += ["--num-generations", "4", "--max-completion-length", "8", "--grader", "helpers.rl:reward"]
+        options += [] if "outcome" in more else ["--probe", "#"]
+    return main([command, *map(str, options), *more])
 
 
 @pytest.fixture(scope="module")
