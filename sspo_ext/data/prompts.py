@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from .._checks import describe
 from .chat import COLUMNS, chat_options, render_prompt
 from .graders import answer_texts
 from .rows import Source, parse_rows, raise_bad_rows
 from .special import SpecialTokens
-from .tokenize import encode_prompt
+from .encode import encode_prompt
 
 _KEYS = ("prompt", "answer")
 
@@ -98,7 +99,7 @@ def check_rows(
             bad.append((f"row {i}", f"expected {missing[0]!r}, has {sorted(row)}"))
         elif not _is_prompt(row["prompt"], chat):
             expected = "a text or chat messages" if chat else "a text, since the tokenizer has no chat template"
-            bad.append((f"row {i}", f"prompt: expected {expected}, not empty, got {row['prompt']!r}"))
+            bad.append((f"row {i}", f"prompt: expected {expected}, not empty, got {describe(row['prompt'])}"))
         else:
             try:
                 options = chat_options(row, chat_template_kwargs)
