@@ -20,7 +20,7 @@ Source = str | os.PathLike | Iterable[str | os.PathLike] | Iterable[Mapping]
 
 Parsed = TypeVar("Parsed")
 
-_LARGEST = 3.4028234663852886e38  # of float32, in which losses are computed
+LARGEST = 3.4028234663852886e38  # of float32, in which losses are computed
 
 _LISTED = 20  # an error names this many bad rows one by one and counts the rest
 
@@ -178,7 +178,7 @@ def _number(row: Mapping, name: str, default: float) -> float:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name}: expected a finite number, got {reprlib.repr(value)}")
-    if not abs(value) <= _LARGEST:  # an int of 400 digits has no float
+    if not abs(value) <= LARGEST:  # an int of 400 digits has no float
         raise ValueError(f"{name}: expected a finite number of float32, got {reprlib.repr(value)}")
     return float(value)
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from .._checks import check_count, describe
 from ..data.chat import COLUMNS, chat_columns, chat_options
+from ..data.encode import TooLong, UnusableRow, check_bound, encode_prompt, encode_response, response_text
 from ..data.graders import Grader, answer_texts, grade
 from ..data.length import LengthBound
 from ..data.rows import Source, parse_rows, raise_bad_rows, separate_steps
 from ..data.special import SpecialTokens, check_unicode
-from ..data.encode import TooLong, UnusableRow, check_bound, encode_prompt, encode_response, response_text
 from ..signals.split import SplitBy, token_step_ids
 from ..signals.values import StepBatch
 
