@@ -172,7 +172,6 @@ def _checked(options: argparse.Namespace) -> Probe:
         raise ValueError(
             f"trace: expected one process, got {os.environ['WORLD_SIZE']} (WORLD_SIZE); all would write the same files"
         )
-    _check_effects(options)
     split_text("", options.split_by)
     ProbeOptions(
         mode=options.mode, reduce=options.reduce, engine=options.engine, max_tokens=options.max_tokens,
@@ -188,6 +187,7 @@ def _checked(options: argparse.Namespace) -> Probe:
             split_by=options.split_by, final=options.final, max_step_tokens=options.max_step_tokens,
             max_continuation_tokens=options.max_continuation_tokens, temperature=options.temperature,
         )  # fmt: skip
+    _check_effects(options)
     given: dict[str, Any] = {"ends": tuple(options.probe_end)} if options.probe_end else {}
     given |= {"turn": True} if options.probe_turn else {}
     given |= {"chat_template_kwargs": dict(options.chat_template_option)} if options.chat_template_option else {}
@@ -244,6 +244,8 @@ def _load_chains(
             f"--data: no chain of at most {options.max_length} tokens, {len(long)} are longer; give a larger "
             "--max-length"
         )
+    if options.pairs != "sampled" and not any(chain.steps for chain in chains):
+        raise ValueError(f"--data: expected a response with a step, found none in {', '.join(options.data)}")
     note = f"; {len(long)} over {options.max_length} tokens are left out" if long else ""
     print(f"{len(chains)} chains, {sum(len(c.steps) for c in chains)} steps{note}")
     return tokenizer, chains
@@ -320,6 +322,8 @@ def summary(traced: list[dict], pairs: list[dict] | None) -> str:
             lines.append(f"{name:24}{len(some):8}{first:20.3f}{last:24.3f}")
     if pairs is not None:
         lines.append(f"{len(pairs)} pairs of steps at {len({(p['source'], p['branch']) for p in pairs})} states")
+        if not pairs:
+            lines.append("no two steps after the same state differ by more than --min-gap; --min-gap 0 shows the gaps")
     return "\n".join(lines)
 
 

@@ -42,9 +42,10 @@ def load_preference_rows(source: Source, *, step_separator: str = "\n") -> list[
       with a good step and others with a bad step, these are compared (`branch`). Each good and each bad step is
       compared at least once, in max(good, bad) pairs. A warning counts the rows that are in no pair.
 
-    Optional keys: `weight` (at least 0, default 1), `margin` (default 0) and `partial` (true: the response stops before
-    its end, so it gets no end of sequence; the default of the last two forms). With chat messages also `tools`, a list,
-    and `chat_template_kwargs`, an object: what the chat template is given for this row. Other keys are ignored.
+    Optional keys: `step_separator`, a text, in place of the argument; `weight` (at least 0, default 1); `margin`
+    (default 0); and `partial` (true: the response stops before its end, so it gets no end of sequence; the default of
+    the last two forms). With chat messages also `tools`, a list, and `chat_template_kwargs`, an object: what the chat
+    template is given for this row. Other keys are ignored.
 
     Args:
         source: a path of a JSONL file, several paths, or mappings in memory.
@@ -212,6 +213,9 @@ def check_branch(branch: int, chosen: Sequence[str] | None, rejected: Sequence[s
 
 def normal_row(row: Mapping, separator: str = "\n") -> dict:
     """A row of the first three forms in the form that `load_preference_rows` returns, without "source"."""
+    separator = row.get("step_separator", separator)
+    if not isinstance(separator, str):
+        raise ValueError(f"step_separator: expected a text, got {reprlib.repr(separator)}")
     prompt, chosen, rejected = _prompt_and_responses(row)
     prompt = _check_messages("prompt", prompt) if isinstance(prompt, list) and prompt else check_text("prompt", prompt)
     branch, partial = row.get("branch"), row.get("partial")

@@ -111,7 +111,9 @@ def _chain(
     if isinstance(answer, Mapping):
         raise ValueError(f"answer: expected a text, a number or a list of them, got {describe(answer)}")
     texts = answer_texts(answer)
-    response = _response(row.get("response"))
+    if "response" not in row:
+        raise ValueError("expected prompt, response and answer, got no response; null stands for one without steps")
+    response = _response(row["response"])
     special.check_prompt(prompt, **{name: row.get(name) for name in COLUMNS})
     special.check_answers(texts)
     special.check_response("response", response, chat=not isinstance(prompt, str))
@@ -172,7 +174,7 @@ def _reward(row: Mapping, response: str, answers: list[str], grader: Grader | No
         given = max(grade(grader, row["prompt"], response, answer, **columns) for answer in answers)
     if not isinstance(given, (bool, int, float)) or not 0 <= given <= 1:
         raise ValueError(
-            f"reward: expected a number in [0, 1], or is_correct, or a grader, got {describe(given)}; rescale rewards in "
-            "[-1, 1] by (reward + 1) / 2"
+            f"reward: expected a number in [0, 1], or is_correct, or a grader, got {describe(given)}; rescale rewards "
+            "in [-1, 1] by (reward + 1) / 2"
         )
     return float(given)
