@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .._checks import describe
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -17,6 +19,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, eq=False, repr=False)
 class TensorBundle:
     """A dataclass whose tensors move together. Fields named `host_...` stay on the host, where plans are made."""
+
+    def __new__(cls, *values, **fields_):
+        """Refuses values by position, which are meant for another constructor."""
+        if values:
+            ways = " or ".join(f"{cls.__name__}.{name}(...)" for name in dir(cls) if name.startswith("from_"))
+            raise TypeError(f"{cls.__name__}: expected a call of {ways}, got {describe(values[0])} by position")
+        return super().__new__(cls)
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Self:
         mine = [f.name for f in fields(self) if not f.name.startswith("host_")]

@@ -262,8 +262,8 @@ class StepPreferenceTrainer(StepTrainer):
                 yield dataset, name
 
     def _check_rows(self, dataset: Any, name: str) -> None:
-        """Checks the rows of a dataset, if they are not those that had this name before."""
-        if dataset is not None and self._checked.get(name) is not dataset:
+        """Checks the rows of a dataset, unless that is done."""
+        if dataset is not None and not any(dataset is known for known in self._checked.values()):
             check_features(name, dataset, self._limits)
             self._checked[name] = dataset
 

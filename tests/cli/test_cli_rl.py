@@ -106,7 +106,7 @@ def test_options_run(model, tmp_path, more):
         (("--model", "no-such-folder/at-all"), "no-such-folder/at-all"),
         (("--grader", "exakt"), "grader: expected 'exact'"),
         (("--grader", "nowhere:f"), "No module named 'nowhere'"),
-        (("--loss-type", "dpo"), "loss_type: expected one of 'reinforce'"),
+        (("--loss-type", "grpo"), "got 'grpo'; GRPO's loss is called 'ppo'"),
         (("--batch-size", "3"), "to be a multiple of num_generations=4"),
         (("--gamma", "2"), "gamma: expected a number in [0, 1]"),
         (("--temperature", "0"), "temperature: expected a finite number above 0"),
