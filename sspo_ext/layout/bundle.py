@@ -20,13 +20,6 @@ if TYPE_CHECKING:
 class TensorBundle:
     """A dataclass whose tensors move together. Fields named `host_...` stay on the host, where plans are made."""
 
-    def __new__(cls, *values, **fields_):
-        """Refuses values by position, which are meant for another constructor."""
-        if values:
-            ways = " or ".join(f"{cls.__name__}.{name}(...)" for name in dir(cls) if name.startswith("from_"))
-            raise TypeError(f"{cls.__name__}: expected a call of {ways}, got {describe(values[0])} by position")
-        return super().__new__(cls)
-
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Self:
         mine = [f.name for f in fields(self) if not f.name.startswith("host_")]
         return replace(self, **{name: fn(v) for name in mine if isinstance(v := getattr(self, name), Tensor)})
@@ -44,7 +37,18 @@ class TensorBundle:
         return self._map(lambda t: t.pin_memory())
 
 
-class Steps(TensorBundle):
+class Built:
+    """A dataclass that only its `from_...` methods make: it refuses values by position, which are meant for them."""
+
+    def __new__(cls, *values, **fields_):
+        """Raises TypeError for values by position."""
+        if values:
+            ways = " or ".join(f"{cls.__name__}.{name}(...)" for name in dir(cls) if name.startswith("from_"))
+            raise TypeError(f"{cls.__name__}: expected a call of {ways}, got {describe(values[0])} by position")
+        return super().__new__(cls)
+
+
+class Steps(Built, TensorBundle):
     """What pairs need to know of a layout: its steps, on the host, and its device."""
 
     host_step_offsets: Tensor  # (S + 1,) int64

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .._checks import check_float, check_integer, check_kind, check_shape, describe
-from .bundle import Steps, TensorBundle, constant
+from .bundle import Built, Steps, TensorBundle, constant
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class StepPairs(TensorBundle):
+class StepPairs(Built, TensorBundle):
     """P pairs of steps. Build it with `from_index`.
 
     The adjacency (`adj_offsets`, `adj_pairs`) lists the pairs of each step; the kernels read it.

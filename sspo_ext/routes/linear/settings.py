@@ -117,9 +117,7 @@ def prepare(
         raise ValueError(f"hidden: expected at least one feature in the last dimension, got {describe(hidden)}")
     if weight.shape[1] != features:
         turned = "; it is transposed, pass weight.t()" if weight.shape[0] == features else ""
-        raise ValueError(
-            f"weight: expected shape (V, {features}), for hidden's features, got {describe(weight)}{turned}"
-        )
+        raise ValueError(f"weight: expected shape (V, {features}), as hidden has, got {describe(weight)}{turned}")
     batch, length = layout.shape
     flat = hidden.ndim == 2 and batch == 1
     check_shape("hidden", hidden, (length, hidden.shape[-1]) if flat else (batch, length, hidden.shape[-1]))
