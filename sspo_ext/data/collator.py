@@ -70,10 +70,10 @@ class StepPreferenceCollator:
             [torch.tensor(f[f"{side}_{name}"], dtype=torch.int64) for side in SIDES for f in features]
             for name in ("input_ids", "labels", "step_ids")
         )
-        batch, layout = (self._pack if self.packed else self._pad)(ids, labels, steps)
         names = [str(f.get("source") or "a row without a source") for f in features] * 2
         if self.vocab_size is not None:
             _check_ids(ids, names, self.vocab_size)
+        batch, layout = (self._pack if self.packed else self._pad)(ids, labels, steps)
         counts = [_num_steps(row) for row in steps]
         base = [0, *accumulate(counts)]
         n = len(features)
@@ -132,7 +132,7 @@ def _check_ids(ids: Sequence[torch.Tensor], names: Sequence[str], vocab_size: in
     """ValueError, naming the row, for a token that the model has no embedding of."""
     for row, name in zip(ids, names, strict=True):
         if len(row) and not 0 <= int(row.min()) <= int(row.max()) < vocab_size:
-            wrong = int(row.max()) if int(row.max()) >= vocab_size else int(row.min())
+            wrong = int(row.min() if int(row.min()) < 0 else row.max())
             raise ValueError(f"input_ids: expected tokens in [0, {vocab_size}), got {wrong} in {name}")
 
 

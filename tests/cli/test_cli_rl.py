@@ -83,7 +83,18 @@ def test_train_evaluate_draw_save_and_resume(model, data, tmp_path, capsys):
             "--baseline",
             "grpo",
         ),
-        ("--combine", "outcome", "--aggregation", "sequence", "--route", "logits", "--grader", "exact:="),
+        (
+            "--combine",
+            "outcome",
+            "--probe",
+            "en",
+            "--aggregation",
+            "sequence",
+            "--route",
+            "logits",
+            "--grader",
+            "exact:=",
+        ),
         # GSPO, sampled answers, a nucleus
         (
             *("--loss-type", "ppo", "--epsilon", "3e-4", "--epsilon-high", "4e-4", "--top-p", "0.9", "--top-k", "9"),
