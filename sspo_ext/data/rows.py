@@ -10,7 +10,7 @@ import os
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from .chat import COLUMNS, chat_options
 
@@ -135,31 +135,31 @@ def _read_lines(path: str | os.PathLike) -> Iterator[tuple[str, Mapping, str | N
     first = True
     with open(path, "rb") as file:  # in bytes: only "\n" ends a line, and bad UTF-8 makes one bad row
         for number, line in enumerate(file, 1):
-            where, row, reason = f"{os.fspath(path)}:{number}", {}, None
+            where, value, reason = f"{os.fspath(path)}:{number}", None, None
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if not text:
                     continue
-                row = json.loads(text)
-                if not isinstance(row, dict):
-                    reason = f"expected a JSON object, got {type(row).__name__}"
+                value = json.loads(text)
             except RecursionError:
                 reason = "not a line of JSON: nested too deep"
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, and a number of 5000 digits
+                if first and line.strip() in (b"[", b"{"):
+                    raise _not_lines(path, line.decode().strip()) from None
                 reason = f"not a line of JSON: {error}"
-                if first and line.strip() in (b"{", b"["):
-                    row = [] if line.strip() == b"[" else {}
-                    _refuse_whole(path, row)
-            if first and isinstance(row, list) and all(isinstance(one, dict) for one in row):
-                _refuse_whole(path, row)
+            else:
+                if first and isinstance(value, list) and all(isinstance(one, dict) for one in value):
+                    raise _not_lines(path, "[")
+                if not isinstance(value, dict):
+                    reason = f"expected a JSON object, got {type(value).__name__}"
             first = False
-            yield where, row, reason
+            yield where, value if isinstance(value, dict) else {}, reason
 
 
-def _refuse_whole(path: str | os.PathLike, value: list | dict) -> NoReturn:
-    """ValueError for a file that is one JSON value: the array of all rows, or an object of several lines."""
-    found, jq = ("a JSON array", ".[]") if isinstance(value, list) else ("an object of several lines", ".")
-    raise ValueError(
+def _not_lines(path: str | os.PathLike, opening: str) -> ValueError:
+    """The error of a file that is one JSON value: the array of all rows, or an object of several lines."""
+    found, jq = ("a JSON array", ".[]") if opening == "[" else ("an object of several lines", ".")
+    return ValueError(
         f"{os.fspath(path)}: expected JSON lines, one object on each line, got {found}; jq -c '{jq}' FILE writes lines"
     )
 

@@ -2,7 +2,7 @@
 """An option that has no effect beside the others is an error, and so is a number out of its range.
 
 All were red before: exit status 0, as if the option had been heard; `--max-steps 0` trained for an epoch, and a
-learning rate of -1 or NaN was found after the reference pass. `trace` has its cases in tests/tracing/test_trace_inputs.py.
+learning rate of -1 or NaN was found after the reference pass. The cases of `trace`: tests/tracing/test_trace_inputs.py.
 """
 
 import pytest

@@ -124,6 +124,13 @@ def test_numbers_that_float32_has_not(name, value):
             StepPreferenceCollator(0)([feature, {**feature, name: value, "source": "here:3"}])
 
 
+def test_a_number_of_5000_digits(tmp_path, load):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(ROW)[:-1] + ', "weight": ' + "9" * 5000 + "}\n")
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: not a line of JSON: Exceeds the limit"):
+        load(str(file))
+
+
 def test_the_largest_number_is_one():
     (row,) = load_preference_rows([{**ROW, "weight": 3.4e38, "margin": -3.4e38}])
     assert (row["weight"], row["margin"]) == (3.4e38, -3.4e38)
