@@ -56,7 +56,8 @@ class StepPreferenceTrainer(StepTrainer):
     Raises:
         TypeError: If `args` is no StepPreferenceConfig, or for an option that the loss type does not have.
         ValueError: For options that do not fit the loss, rows that are not tokenized or that the model cannot read, a
-            dataset without a length where a reference is needed, reference log-probs that are not finite, and `packing` with a model whose packed sequences see each other.
+            dataset without a length where a reference is needed, reference log-probs that are not finite, and `packing`
+            with a model whose packed sequences see each other.
         UnsupportedHead: With route="linear", for a model whose LM head that route cannot use.
 
     Examples:
