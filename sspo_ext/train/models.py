@@ -18,6 +18,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .loaded_weights import check_adapter, check_loaded, naming_the_adapter
+from .loading_errors import BROKEN, loading_error
 
 
 def load_model(
@@ -64,7 +65,8 @@ def load_model(
     if base is not None:
         loading = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
         model, _ = load_model(base, dtype=dtype, tokenizer=tokenizer, **loading)
-        return _load_adapter(model, name_or_path), tokenizer
+        with _named(name_or_path):
+            return _load_adapter(model, name_or_path), tokenizer
     folder, gguf = _folder(name_or_path)
     options = {"trust_remote_code": trust_remote_code, **gguf}
     if gguf and dtype == "auto":
@@ -119,7 +121,8 @@ def adapter_base(name_or_path: str | os.PathLike) -> str | None:
     file = find_adapter_config_file(str(name_or_path))
     if file is None:
         return None
-    base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    with _named(name_or_path):
+        base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"model: expected base_model_name_or_path in the adapter's {file}, got {base!r}")
     return base
@@ -214,7 +217,7 @@ def _folder(name_or_path: str | os.PathLike) -> tuple[str, dict[str, str]]:
 
 @contextlib.contextmanager
 def _named(name_or_path: str | os.PathLike) -> Iterator[None]:
-    """Puts the argument's name and value before the message of an OSError."""
+    """Names the argument, and the file that is broken, in an error of loading."""
     try:
         yield
     except OSError as error:
@@ -222,6 +225,8 @@ def _named(name_or_path: str | os.PathLike) -> Iterator[None]:
         if not Path(name_or_path).exists():
             where = "is no local folder, and could not be loaded from the hub"
         raise OSError(f"model: {str(name_or_path)!r} {where}: {error}") from error
+    except (*BROKEN, ImportError) as error:
+        raise loading_error(name_or_path, error) from error
 
 
 def _gguf_file(path: Path) -> Path | None:

@@ -17,7 +17,7 @@ from ..signals.credit.baselines import BASELINES, UNGROUPED
 from ..signals.probing.options import ProbeOptions
 from ..signals.probing.texts import Probe, as_probe
 from ..signals.split import split_text
-from .options import check_dictionary, dictionary, documented
+from .options import check_dictionary, check_reporting, check_sampling_order, dictionary, documented
 from .rollout import ENGINES
 
 COMBINE = ("add", "replace", "outcome")
@@ -156,6 +156,8 @@ class SSPOConfig(TrainingArguments):
                 "auto_find_batch_size, split_batches: expected False, since they change how many completions an update "
                 "has and so the groups"
             )
+        check_reporting(self)
+        check_sampling_order(self, ("random",), "the order of the prompts is the trainer's own")
         self._check_rollouts()
         self._check_advantages()
         self._check_loss()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ..._checks import check_device, check_float, check_shape
+from ..._checks import check_count, check_device, check_float, check_shape, describe
 from ...backends.addresses import accumulator
 from ...layout.steps import StepLayout
 from ..shared import logit_map, scale_kept
@@ -112,7 +112,12 @@ def prepare(
     check_float("weight", weight, ndim=2)
     shard = shard_of(weight, tp_group)
     weight = local_part(weight)
-    check_shape("weight", weight, (weight.shape[0], hidden.shape[-1]))
+    features = hidden.shape[-1]
+    if not features:
+        raise ValueError(f"hidden: expected at least one feature in the last dimension, got {describe(hidden)}")
+    if weight.shape[1] != features:
+        turned = "; it is transposed, pass weight.t()" if weight.shape[0] == features else ""
+        raise ValueError(f"weight: expected shape (V, {features}), as hidden has, got {describe(weight)}{turned}")
     batch, length = layout.shape
     flat = hidden.ndim == 2 and batch == 1
     check_shape("hidden", hidden, (length, hidden.shape[-1]) if flat else (batch, length, hidden.shape[-1]))
@@ -133,8 +138,8 @@ def prepare(
         check_device("weight_grad", weight_grad, weight.device, "the weight")
         if torch.is_grad_enabled() and not weight.requires_grad:
             raise ValueError("weight_grad: expected None for a weight that does not require grad, got a buffer")
-    if chunk_bytes is not None and not (isinstance(chunk_bytes, int) and chunk_bytes > 0):
-        raise ValueError(f"chunk_bytes: expected a number of bytes above 0, got {chunk_bytes!r}")
+    if chunk_bytes is not None:
+        check_count("chunk_bytes", chunk_bytes)
     layout.check_vocab(shard.vocab)
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..._checks import check_kind
+
 
 class VocabShard:
     """Rows [start, start + size) of the head are on this rank of the named process group."""
@@ -107,6 +109,7 @@ def shard_of(weight: Tensor, tp_group) -> ShardInfo:
     size = weight.shape[0]
     if tp_group is None:
         return ShardInfo("", 0, size, size)
+    check_kind("tp_group", tp_group, dist.ProcessGroup, "a process group of torch.distributed")
     world = dist.get_world_size(tp_group)
     return ShardInfo(tp_group.group_name, dist.get_rank(tp_group) * size, size, world * size)
 
