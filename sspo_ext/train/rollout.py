@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_choice
+from ..hf.cache import cache_input
 from .sampling import RolloutEngine, Sampling
 
 ENGINES = ("generate", "compact", "vllm")
@@ -114,14 +115,14 @@ class CompactEngine(_BatchEngine):
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         ends = torch.tensor(sampling.eos_token_ids, device=device)
         chooser, cache = _Chooser(sampling, seeds, device), DynamicCache()
+        kept = cache_input(model, cache)
         rows = torch.arange(len(ids), device=device)
         tokens = torch.full((len(ids), sampling.max_completion_length), self.pad_token_id, device=device)
         lengths = torch.zeros(len(ids), dtype=torch.int64, device=device)
         for t in range(sampling.max_completion_length):
             out = model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-                logits_to_keep=1,
-            )  # fmt: skip
+                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1, **kept
+            )
             if t == 0 and cache.get_seq_length() != ids.shape[1]:
                 raise ValueError(
                     "rollout_engine: 'compact' needs a model that keeps its context in the DynamicCache it is given, "

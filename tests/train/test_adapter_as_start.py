@@ -3,6 +3,7 @@
 
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -58,6 +59,14 @@ def write(path, rows):
 def logits(model):
     with torch.no_grad():
         return model.eval()(input_ids=torch.arange(2, 12)[None]).logits
+
+
+def test_what_peft_reads_warns_of_nothing(folders):
+    """peft 0.21 reads a name that transformers 5.24 has renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*gradient_checkpointing", FutureWarning)
+        load_model(folders[1])
+        with_adapter(make_model(), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
 
 
 def test_load_model_gives_the_adapter_trainable_on_its_base(folders):
