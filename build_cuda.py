@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds sspo_ext._C_cuda, the CUDA kernels. Part of setup.py; needs nothing of torch.
 
-SSPO_BUILD_CUDA=0 (the default) leaves the module out: nvcc takes minutes, in which pip shows nothing, and on GPUs Triton
-comes first. =1 builds the module or fails. =auto builds it where nvcc is found; where that fails it warns and goes on.
+SSPO_BUILD_CUDA=0 (the default) leaves the module out: nvcc takes minutes, in which pip shows nothing, and on GPUs
+Triton comes first. =1 builds the module or fails. =auto builds it where nvcc is found; where that fails it warns and
+goes on.
 The architectures are those of TORCH_CUDA_ARCH_LIST or a default; the GPU of the building machine does not matter.
 The CUDA runtime is linked statically, so the module can be imported on machines without a GPU or a driver.
 """

@@ -8,7 +8,8 @@ the reporting environment (test_gpu_reports); contestants in the file's order (t
 in place (test_a_failed_write_changes_nothing); no lock (test_two_commands_at_once); columns of the first row alone
 (test_rows_of_unlike_columns); lines split as text (test_rows_come_back); the old record kept, records not sorted
 (test_one_record_a_key); torn files not expected (test_collect); files removed before the table is written
-(test_collect_killed_before_the_table_is_written); the model's package imported (test_the_package_of_a_model_is_not_imported).
+(test_collect_killed_before_the_table_is_written); the model's package imported
+(test_the_package_of_a_model_is_not_imported).
 """
 
 import importlib

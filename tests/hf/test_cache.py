@@ -8,15 +8,13 @@ import types
 
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
-
 from helpers.hf import IDS, llama
+from torch import nn
 
 from sspo_ext.hf.cache import cache_input, cache_of
 from sspo_ext.hf.forward import forward_logits_at
+
+peft = pytest.importorskip("peft")
 
 
 class Older(nn.Module):
