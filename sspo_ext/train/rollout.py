@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_choice
-from ..hf.cache import cache_input
+from ..hf.cache import cache_input, why_no_cache
+from ..hf.wrappers import base_model
 from .sampling import RolloutEngine, Sampling
 
 ENGINES = ("generate", "compact", "vllm")
@@ -109,6 +110,12 @@ class CompactEngine(_BatchEngine):
     def _complete_batch(self, model, prompts, sampling: Sampling, seeds) -> list[list[int]]:
         from transformers import DynamicCache
 
+        reason = why_no_cache(model)
+        if reason is not None:
+            raise ValueError(
+                "rollout_engine: 'compact' needs a model that keeps its context in the DynamicCache it is given, and "
+                f"{type(base_model(model)).__name__} does not: {reason}; use 'generate'"
+            )
         device = _device(model)
         inputs = left_padded(prompts, self.pad_token_id, device)
         mask, ids = inputs["attention_mask"], inputs["input_ids"]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...hf.cache import cache_input, cache_of
+from ...hf.cache import cache_input, cache_of, has_virtual_tokens
 from .branch import Branch, Trunks, by_trunk, in_budget
 from .model import logits_at, model_device
 
@@ -88,7 +88,7 @@ def _prefill(model: nn.Module, ids: Sequence[int]) -> Any:
         model, torch.zeros(1, dtype=torch.int64, device=device), input_ids=torch.tensor([ids], device=device),
         use_cache=True,
     )  # fmt: skip
-    cache = cache_of(outputs)
+    cache = None if has_virtual_tokens(model) else cache_of(outputs)
     if not hasattr(cache, "batch_repeat_interleave"):
         raise ValueError(f"engine: {type(model).__name__} returns no cache whose rows can be repeated")
     return cache

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import check_count, check_not_negative
-from ...hf.cache import cache_input, cache_of
+from ...hf.cache import cache_input, cache_of, has_virtual_tokens
 from ...hf.wrappers import eval_mode
 from .branch import SAMPLING_ENGINES, Branch, Trunks, check_branches
 from .cache import cached_rows
@@ -144,7 +144,7 @@ def _separate(
     for r, (trunk, cut, ids, _) in enumerate(branches):
         tokens = torch.tensor([[*trunks[trunk][:cut], *ids]] * num_samples, device=device)
         logits, outputs = logits_at(model, _last(tokens), input_ids=tokens, use_cache=True)
-        yield [r], _Decoding(logits, cache_of(outputs), tokens)
+        yield [r], _Decoding(logits, None if has_virtual_tokens(model) else cache_of(outputs), tokens)
 
 
 def _cached(
