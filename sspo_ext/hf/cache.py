@@ -11,7 +11,7 @@ from .wrappers import base_model, takes, unwrap
 
 
 def has_virtual_tokens(model: nn.Module) -> bool:
-    """Tell whether a PEFT adapter puts tokens of its own before the text, in a cache that PEFT makes at each forward."""
+    """Tell whether a PEFT adapter puts tokens of its own before the text, at every forward."""
     return getattr(getattr(unwrap(model), "active_peft_config", None), "is_prompt_learning", False)
 
 

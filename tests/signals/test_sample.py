@@ -8,7 +8,9 @@ Mutation of sspo_ext/signals/sample.py that turned a test red: positions that do
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+from transformers import MambaConfig, MambaForCausalLM
+
 from benchmarks.models import families
 from sspo_ext.signals.branches.branch import Branch
 from sspo_ext.signals.branches.sample import sample_branches
@@ -80,7 +82,7 @@ def prefix_tuned():
 def mamba():
     torch.manual_seed(0)
     shape = {"vocab_size": 97, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "pad_token_id": 0}
-    return families.enlarge(transformers.MambaForCausalLM(transformers.MambaConfig(**shape)), 2.0)
+    return families.enlarge(MambaForCausalLM(MambaConfig(**shape)), 2.0)
 
 
 @pytest.mark.parametrize("make", (mamba, prefix_tuned))
