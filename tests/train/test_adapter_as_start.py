@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sspo_ext.cli.main import main
@@ -90,7 +91,8 @@ def test_train_goes_on_from_the_adapter(folders, tmp_path, capsys):
     more = ["--batch-size", "3", "--max-steps", "2", "--lr", "1e-2", "--logging-steps", "1", "--save-steps", "1"]
     assert main(["train", "--model", adapter, "--data", data, "--output-dir", str(out), *more]) == 0
     state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
-    assert state["log_history"][0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    logged = 0.6931 if transformers.__version__.startswith("4.") else math.log(2)  # 4 rounds it
+    assert state["log_history"][0]["loss"] == pytest.approx(logged, abs=1e-5)
     trained, before = logits(load_model(out)[0]), logits(load_model(adapter)[0])
     assert 0 < (trained - before).abs().max()
     first = sum(p.numel() for p in load_model(adapter)[0].parameters())
