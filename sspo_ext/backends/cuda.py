@@ -14,7 +14,7 @@ from .addresses import address
 from .arguments import StepLossArguments
 
 try:
-    import sspo_ext._C_cuda as _C_cuda  # pyright: ignore[reportMissingModuleSource]  # built where nvcc is
+    import sspo_ext._C_cuda as _C_cuda  # pyright: ignore[reportMissingModuleSource]  # built on request
 
     _import_error: str | None = None
 except ImportError as error:  # kept: `sspo-ext info` and an explicit request show it
@@ -42,8 +42,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return "its kernels are CUDA C++, and this torch is built for ROCm"
     if _C_cuda is None:
         return (
-            f"the module sspo_ext._C_cuda could not be imported ({_import_error}); it is built where nvcc is found: "
-            "install again with SSPO_BUILD_CUDA=1"
+            f"the module sspo_ext._C_cuda could not be imported ({_import_error}); it is built where it is "
+            "asked for and nvcc is found: install again with SSPO_BUILD_CUDA=1"
         )
     if torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(device)

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -101,7 +102,8 @@ def with_adapter(model: nn.Module, peft_config) -> Any:
             "peft_config: expected a model without an adapter, got one with adapter layers, which a new adapter could "
             "overwrite; load it as a PeftModel and give no peft_config, or merge the adapter first"
         )
-    return get_peft_model(cast(PreTrainedModel, model), peft_config)
+    with _old_names_of_peft():
+        return get_peft_model(cast(PreTrainedModel, model), peft_config)
 
 
 def adapter_base(name_or_path: str | os.PathLike) -> str | None:
@@ -187,10 +189,18 @@ def _load_adapter(model: PreTrainedModel, name_or_path: str | os.PathLike) -> An
             f"model: expected an adapter of a whole model, got {str(name_or_path)!r}, whose base model is an adapter "
             "itself; merge that first"
         )
-    with naming_the_adapter(name_or_path):
+    with naming_the_adapter(name_or_path), _old_names_of_peft():
         loaded = PeftModel.from_pretrained(model, str(name_or_path), is_trainable=True)
     check_adapter(loaded, name_or_path)
     return loaded.eval()
+
+
+@contextlib.contextmanager
+def _old_names_of_peft() -> Iterator[None]:
+    """Hides a warning that a user can do nothing about: peft 0.21 reads a name that transformers 5.24 has renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _has_tokenizer(name_or_path: str | os.PathLike) -> bool:
