@@ -214,6 +214,7 @@ template <class T, class Args, class Gradient, class Write>
 SSPO_INLINE inline void backward_rows(const Args& args, int64_t begin, int64_t end, const Gradient& gradient_of,
                                       const Write& write) {
     const Logits& l = args.logits;
+    if (l.V == 0) return;  // nothing to write, and `out` may be null
     // From the last position to the first: the forward's last rows may still be in the cache.
     for (int64_t position = end - 1; position >= begin; --position) {
         T* out = (T*)args.out + (position / l.T) * args.out_stride_b + (position % l.T) * args.out_stride_t;
