@@ -157,7 +157,8 @@ def run_tests(module: Path, *arguments: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    "file", ["test_cpu_edges", "test_cpu_step_loss", "test_cpu_transpose", "test_cpu_huge_logits", "test_label_contract"]
+    "file",
+    ["test_cpu_edges", "test_cpu_step_loss", "test_cpu_transpose", "test_cpu_huge_logits", "test_label_contract"],
 )
 def test_binding_and_wrapper(sanitized_module, file):
     status, output = run_tests(sanitized_module, f"tests/backends/{file}.py")

@@ -22,7 +22,9 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 PLAIN = ("dispatch.cpp", "step_loss.cpp", "transpose.cpp")
 
 
-def compile_csrc(folder: Path, sanitizer: str, csrc: Path = CSRC, only: tuple[str, ...] = ()) -> list[Path]:
+def compile_csrc(
+    folder: Path, sanitizer: str, csrc: Path = CSRC, only: tuple[str, ...] = (), more: tuple[str, ...] = ()
+) -> list[Path]:
     """The objects of csrc/cpu but the binding's, or of the named sources."""
     cpu = csrc / "cpu"
     jobs = [(cpu / "isa" / f"{isa}.cpp", flags) for isa, flags in ISAS.items()] + [(cpu / name, []) for name in PLAIN]
@@ -30,7 +32,7 @@ def compile_csrc(folder: Path, sanitizer: str, csrc: Path = CSRC, only: tuple[st
     return [
         compiled
         for source, flags in jobs
-        for compiled in compile_objects(folder, sanitizer, [source], csrc, [f"-I{cpu}", *FLAGS, *flags])
+        for compiled in compile_objects(folder, sanitizer, [source], csrc, [f"-I{cpu}", *FLAGS, *flags, *more])
     ]
 
 
@@ -48,7 +50,8 @@ def build_with_fault(folder: Path, sanitizer: str, sound: Path, file: str, old: 
     text = (changed / "cpu" / file).read_text()
     assert text.count(old) == 1, f"{file} has {old!r} {text.count(old)} times: plant the fault elsewhere"
     (changed / "cpu" / file).write_text(text.replace(old, new))
-    (objects,) = compile_csrc(folder, sanitizer, changed, (file if file in PLAIN else "baseline.cpp",))
+    unused = ("-Wno-unused-parameter", "-Wno-unused-variable", "-Wno-unused-but-set-variable", "-Wno-unused-function")
+    (objects,) = compile_csrc(folder, sanitizer, changed, (file if file in PLAIN else "baseline.cpp",), unused)
     kept = [path for path in sound.parent.glob("*.o") if path.stem != objects.stem]
     return link(folder / "checks", [objects, *kept], sanitizer)
 
