@@ -101,10 +101,12 @@ FAULTS = {  # file, what stands there, what is planted, what must be told
         "dispatch.cpp", "work(b * block, std::min(count, (b + 1) * block))", "work(b * block, (b + 1) * block)",
         OVERFLOW,
     ),
-    "transpose's last columns twice as wide": (TRANSPOSE, "src_stride, r, cols - c, dst", "src_stride, r, cols, dst",
-                                               f"transpose|{OVERFLOW}"),
-    "transpose's last rows forgotten": (TRANSPOSE, "src_stride, rows - r, cols, dst + r", "src_stride, 0, cols, dst + r",
-                                        "transpose"),
+    "transpose's last columns too wide": (
+        TRANSPOSE, "src_stride, r, cols - c, dst", "src_stride, r, cols, dst", f"transpose|{OVERFLOW}",
+    ),
+    "transpose's last rows forgotten": (
+        TRANSPOSE, "src_stride, rows - r, cols, dst + r", "src_stride, 0, cols, dst + r", "transpose",
+    ),
 }  # fmt: skip
 
 
@@ -125,8 +127,8 @@ def test_a_block_taken_by_two_threads_is_caught(sound_program, tmp_path):
     assert status != 0 and "data race" in output, f"not caught:\n{output[-4000:]}"
 
 
-# The tests that call the module directly, under a module built with the sanitizers. `-s`: what a sanitizer prints before
-# it ends the process must not stay in pytest's capture.
+# The tests that call the module directly, under a module built with the sanitizers. `-s`: what a sanitizer prints
+# before it ends the process must not stay in pytest's capture.
 PYTHON = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("sspo_ext._C", sys.argv[1])

@@ -85,7 +85,7 @@ def two_floats(x: float) -> tuple[float, float]:
 
 
 def softcap_kind(c: float) -> int:
-    """SOFTCAP of the kernels: 0 without a softcap, 1 for a narrow one, 2 for a wide one, which multiplies errors more."""
+    """SOFTCAP of the kernels: 0 without a softcap, 1 for a narrow one, 2 for a wide one, which multiplies errors."""
     return 0 if c == 0 else 1 if c <= 40 else 2
 
 
