@@ -53,7 +53,7 @@ FAULTS = [
     Fault("routes/linear/shards.py",
           "return torch.where((labels >= 0) & (labels < self.vocab), local, self.size)", "return local",
           "tests/routes/linear/test_tensor_parallel.py"),
-    Fault("routes/shared.py", "if not _SMALLEST_FACTOR <= factor <= _LARGEST_FACTOR:", "if factor < 0:",
+    Fault("routes/shared.py", "if not _SMALLEST_FACTOR <= quotient <= _LARGEST_FACTOR:", "if quotient < 0:",
           "tests/backends/test_reference.py"),
     Fault("losses/unpaired.py", "torch.sigmoid(-beta * sign * (u - reference_point))",
           "torch.sigmoid(-beta * sign * u)", "tests/losses/test_unpaired.py"),

@@ -66,21 +66,21 @@ def logit_map(temperature: float, logit_softcap: float | None, logit_scale: floa
     check_positive("temperature", temperature)
     check_positive("logit_scale", logit_scale)
     if logit_softcap is None:
-        factors = {"logit_scale / temperature": logit_scale / temperature}
-    else:
-        check_positive("logit_softcap", logit_softcap)
-        factors = {
-            "logit_scale / logit_softcap": logit_scale / logit_softcap,
-            "logit_softcap / temperature": logit_softcap / temperature,
-        }
-    for name, factor in factors.items():
-        if not _SMALLEST_FACTOR <= factor <= _LARGEST_FACTOR:
-            raise ValueError(
-                f"{name}: expected a number from {_SMALLEST_FACTOR:g} to {_LARGEST_FACTOR:g}, since kernels hold it in "
-                f"float32, got {factor:g}"
-            )
-    a, *c = factors.values()
-    return a, *(c or [0.0])
+        return _factor("logit_scale / temperature", logit_scale, temperature), 0.0
+    check_positive("logit_softcap", logit_softcap)
+    a = _factor("logit_scale / logit_softcap", logit_scale, logit_softcap)
+    return a, _factor("logit_softcap / temperature", logit_softcap, temperature)
+
+
+def _factor(name: str, above: float, below: float) -> float:
+    """The quotient, if kernels can hold it."""
+    quotient = above / below
+    if not _SMALLEST_FACTOR <= quotient <= _LARGEST_FACTOR:
+        raise ValueError(
+            f"{name}: expected a number from {_SMALLEST_FACTOR:g} to {_LARGEST_FACTOR:g}, since kernels hold it in "
+            f"float32, got {quotient:g}"
+        )
+    return quotient
 
 
 def gradient_coefs(
