@@ -118,9 +118,10 @@ def test_planted_fault_is_caught(sound_program, tmp_path, fault):
     assert status != 0 and any(word in output for word in told.split("|")), f"not caught:\n{output[-4000:]}"
 
 
-def test_a_block_taken_by_two_threads_is_caught(sound_program, tmp_path):
-    """Both would write the same numbers to the same places, so that no comparison sees it."""
-    old, new = "(b = next.fetch_add(1)) < blocks;", "(b = next.load(), next.store(b + 1), b) < blocks;"
+def test_a_counter_that_is_not_atomic_is_caught(sound_program, tmp_path):
+    """Two threads could take the same block: they would write the same numbers, and no comparison would see it."""
+    old = "std::atomic<int64_t> next{0};"
+    new = "struct { int64_t n = 0; int64_t fetch_add(int64_t k) { n += k; return n - k; } } next;"
     sound = sound_program("thread")
     program = build.build_with_fault(tmp_path, "thread", sound, "dispatch.cpp", old, new)
     status, output = run(program, "baseline")
