@@ -28,6 +28,7 @@ class LinearSettings:
     tp_group: str  # "": the whole vocabulary is here
     vocab_start: int
     vocab_rows: int  # of the largest shard
+    vocab_size: int  # of all shards
     requested: str  # the backend that was asked for
     backend: str  # the one that runs
     weight_grad: Tensor | None
@@ -53,7 +54,8 @@ class LinearSettings:
         grad_dtype = weight.dtype if self.weight_grad is None else self.weight_grad.dtype
         return (
             hidden, weight, bias, rows, labels, offsets, needs, self.a, self.c, self.dtype, self.accum_dtype,
-            grad_dtype, self.chunk_bytes, self.tp_group, self.vocab_start, self.vocab_rows, self.backend,
+            grad_dtype, self.chunk_bytes, self.tp_group, self.vocab_start, self.vocab_rows, self.vocab_size,
+            self.backend,
         )  # fmt: skip
 
     def deliver_weight(self, kept: Tensor, upstream: Tensor) -> Tensor | None:
@@ -152,7 +154,7 @@ def prepare(
         raise ValueError("backend: 'reference' has neither tp_group nor weight_grad; use another backend")
     a, c = logit_map(temperature, logit_softcap, logit_scale)
     settings = LinearSettings(
-        a, c, dtype, accum_dtype, chunk_bytes or 0, shard.group_name, shard.start, shard.largest, backend, name,
-        weight_grad, torch.is_grad_enabled(),
+        a, c, dtype, accum_dtype, chunk_bytes or 0, shard.group_name, shard.start, shard.largest, shard.vocab, backend,
+        name, weight_grad, torch.is_grad_enabled(),
     )  # fmt: skip
     return LinearCall(hidden.reshape(-1, hidden.shape[-1]), weight, bias, layout, settings)
