@@ -31,7 +31,6 @@ SOURCES = {
     "csrc/cpu/binding.cpp": ["-O2"],
     "csrc/cpu/dispatch.cpp": ["-O2"],
     "csrc/cpu/step_loss.cpp": ["-O2"],
-    "csrc/cpu/transpose.cpp": ["-O2"],
     "csrc/cpu/isa/baseline.cpp": KERNEL_FLAGS,
 }
 X86_SOURCES = {

@@ -95,9 +95,6 @@ def step_loss_fwd(
     """`sizes`: N, S, P. `inputs`: the addresses of logp, weights, step_offsets, ref, pair_index, adj_offsets,
     adj_pairs, pair_weights, pair_margins, pair_labels and scale. `out`: those of loss, sums, pair_loss and coef."""
 
-def transpose16(src: int, src_stride: int, rows: int, cols: int, dst: int, dst_stride: int, threads: int, /) -> None:
-    """dst (cols, rows) = src (rows, cols) transposed, 16-bit elements."""
-
 def prepare_large_output(data: int, bytes: int, /) -> None:
     """Asks the system for large pages under memory that is about to be written."""
 

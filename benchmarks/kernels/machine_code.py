@@ -74,6 +74,7 @@ def specialisations(warp: int = 32, every: bool = False) -> Iterator[Specialisat
                             "token_logp_bwd", dtype, ", ".join(facts + more), fn, constexprs, num_warps
                         )
     yield from _with_reductions(warp, every)
+    yield from _scaling(every)
     flags = ("HAS_WEIGHTS", "HAS_REF", "HAS_PAIR_WEIGHTS", "HAS_MARGINS", "HAS_LABELS")
     for formula in PAIR_FORMULAS:
         # of a formula's 32 combinations of optional inputs, all and none
@@ -105,6 +106,18 @@ def _with_reductions(warp: int, every: bool) -> Iterator[Specialisation]:
                     yield Specialisation("row_reductions_bwd", dtype, facts, fn, constexprs, num_warps)
 
 
+def _scaling(every: bool) -> Iterator[Specialisation]:
+    """The kernel that scales kept gradients."""
+    from sspo_ext.backends.triton.scale_rows import _WARPS, _scale_rows_kernel
+
+    for dtype in POINTERS:
+        vec = 16 // getattr(torch, dtype).itemsize
+        for aligned in (True, False) if every else (True,):
+            constexprs = {"ALIGNED": aligned, "BLOCK": 32 * _WARPS * vec, "VEC": vec}
+            facts = "" if aligned else "rows aligned otherwise"
+            yield Specialisation("scale_rows", dtype, facts, _scale_rows_kernel, constexprs, _WARPS)
+
+
 _POINTER_TYPES = {
     **dict.fromkeys(("rows_ptr", "labels_ptr"), "*i64"),
     **dict.fromkeys(("row_of_ptr", "arrived_ptr", "step_offsets_ptr", "pair_index_ptr"), "*i32"),
@@ -117,7 +130,7 @@ def signature(spec: Specialisation) -> dict[str, str]:
     import triton.language as tl
 
     scalars = {tl.int64: "i64", tl.int32: "i32", tl.float32: "fp32", tl.constexpr: "constexpr"}
-    types = {**_POINTER_TYPES, **dict.fromkeys(("logits_ptr", "ref_logits_ptr", "out_ptr"), POINTERS[spec.dtype])}
+    types = {**_POINTER_TYPES, **dict.fromkeys(("logits_ptr", "ref_logits_ptr", "out_ptr", "kept_ptr"), POINTERS[spec.dtype])}
     parameters = spec.fn.signature.parameters.items()
     return {name: scalars.get(p.annotation) or types.get(name, "*fp32") for name, p in parameters}
 
@@ -142,7 +155,7 @@ def read(spec: Specialisation, arch: str) -> Report:
         disassembly.widths(code.instructions, "load"), disassembly.widths(code.instructions, "store"),
     )  # fmt: skip
     loop = code.main_loop()
-    if loop is not None and spec.kernel.startswith(("token_logp", "row_reductions")):
+    if loop is not None and spec.kernel.startswith(("token_logp", "row_reductions", "scale_rows")):
         add_loop(report, loop)
     return report
 

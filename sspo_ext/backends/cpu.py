@@ -207,24 +207,3 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if out.numel() * out.itemsize >= _LARGE_BYTES:
         _kernels().prepare_large_output(out.data_ptr(), out.numel() * out.itemsize)
     return out
-
-
-def transposed(matrix: Tensor, out: Tensor) -> Tensor:
-    """Transposes (rows, cols) 16-bit elements into `out`: (cols, rows), contiguous.
-
-    The last dimension of the matrix is contiguous.
-    """
-    rows, cols = matrix.shape
-    out = out[: rows * cols].view(cols, rows)
-    if (
-        matrix.itemsize != 2
-        or out.dtype != matrix.dtype
-        or (cols > 1 and matrix.stride(1) != 1)
-        or matrix.device.type != "cpu"
-    ):
-        raise TypeError(
-            f"expected a CPU matrix of 16-bit elements with contiguous rows, got {matrix.dtype} {matrix.stride()}"
-        )
-    threads = torch.get_num_threads()
-    _kernels().transpose16(matrix.data_ptr(), matrix.stride(0), rows, cols, out.data_ptr(), rows, threads)
-    return out

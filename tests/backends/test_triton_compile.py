@@ -62,6 +62,7 @@ def reports():
         *(("token_logp", "bfloat16", arch) for arch in AMD),
         ("row_reductions", "bfloat16", "90"),
         ("step_loss", "float32", "90", *LONGEST_FORMULAS),
+        ("scale_rows", "bfloat16", "90"),
     )
 
 
@@ -93,6 +94,11 @@ def test_main_loops_of_the_row_kernels(reports, arch):
         if bound and not report["facts"]:
             assert report["instructions_per_element"] <= bound, report
             assert report["loop_special"] <= 33, report  # one exponential an element, and one to rescale
+
+
+def test_scaling_moves_16_bytes_at_a_time(reports):
+    (loop,) = [report for report in reports if report["kernel"] == "scale_rows"]
+    assert loop["loop_loads"] == loop["loop_stores"] == {"16": 1}, loop
 
 
 def test_loops_with_further_reductions(reports):

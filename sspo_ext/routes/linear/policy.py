@@ -154,7 +154,7 @@ class LinearPolicyRoute(torch.autograd.Function):
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         needs, settings = ctx.needs, ctx.settings
         return (
-            scale_kept(d_hidden, d_loss) if needs[0] else None,
+            scale_kept(d_hidden, d_loss, settings.backend) if needs[0] else None,
             settings.deliver_weight(d_weight, d_loss) if needs[1] else None,
             (d_bias * d_loss).to(ctx.bias_dtype) if needs[2] else None,
             None,
