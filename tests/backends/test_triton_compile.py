@@ -98,7 +98,8 @@ def test_main_loops_of_the_row_kernels(reports, arch):
 
 def test_scaling_moves_16_bytes_at_a_time(reports):
     (loop,) = [report for report in reports if report["kernel"] == "scale_rows"]
-    assert loop["loop_loads"] == loop["loop_stores"] == {"16": 1}, loop
+    assert set(loop["loads"]) == {"16", "4"} and set(loop["stores"]) == {"16"}, loop  # 4: the scale
+    assert set(loop["loop_loads"]) == set(loop["loop_stores"]) == {"16"} and loop["spills"] == 0, loop
 
 
 def test_loops_with_further_reductions(reports):

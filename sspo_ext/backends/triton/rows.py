@@ -10,6 +10,7 @@ shard. A label of -1 has a log-prob of -lse, and its gradient has no one-hot ter
 log-prob is NaN, and so is its whole row of the gradient.
 """
 
+import ctypes
 import inspect
 
 import torch
@@ -80,7 +81,7 @@ def on_device(tensor: torch.Tensor):
 
 def two_floats(x: float) -> tuple[float, float]:
     """X as a float32 and the rest: kernels take no float64 scalars."""
-    high = torch.tensor(x, dtype=torch.float32, device="cpu").item()
+    high = ctypes.c_float(x).value
     return high, x - high
 
 
