@@ -11,6 +11,8 @@ from collections.abc import Sequence
 _Sizes = Sequence[int]  # three
 _Strides = Sequence[int]  # two
 
+formulas: str  # the hash of the formulas that the module was built from
+
 def token_logp_fwd(
     logits: int,
     dtype: int,

@@ -113,7 +113,7 @@ class _Recorder(TorchDispatchMode):
             entry.kind = "host"
         elif name in ("_to_copy", "copy_") and not _on_device(made):
             entry.kind = "read back"
-        elif name in ("_to_copy", "copy_") and any(t.device.type == "cpu" and t.ndim for t in given):
+        elif name in ("_to_copy", "copy_") and any(t.device.type == "cpu" for t in given):
             entry.kind = "to device"
         elif name in _PRODUCTS:
             left, right = [t for t in tree_leaves(args) if isinstance(t, Tensor)][-2:]

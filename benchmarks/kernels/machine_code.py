@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -144,6 +145,10 @@ def read(spec: Specialisation, arch: str) -> Report:
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
     options = {"num_warps": spec.num_warps, "enable_fp_fusion": False}
+    if spec.kernel == "token_logp_fwd" and not amd:
+        from sspo_ext.backends.triton import token_logp_fwd  # the module's attribute is the launcher
+
+        options |= sys.modules[token_logp_fwd.__module__].registers(divmod(int(arch), 10))
     compiled = triton.compile(ASTSource(spec.fn, signature(spec), spec.constexprs), target=target, options=options)
     if amd:
         code = disassembly.amd(compiled.asm["amdgcn"])

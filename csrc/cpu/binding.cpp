@@ -143,6 +143,7 @@ void prepare_large_output(Address data, int64_t bytes) { sspo::prepare_large_out
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of sspo_ext; see sspo_ext/backends/cpu.py";
+    m.attr("formulas") = sspo::kFormulasHash;
     m.def("token_logp_fwd", &token_logp_fwd);
     m.def("token_logp_bwd", &token_logp_bwd);
     m.def("row_reductions_fwd", &row_reductions_fwd);

@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from ..formulas.registry import formula_id
-from .addresses import accumulator, address
+from .addresses import accumulator, address, stale_module
 from .arguments import StepLossArguments
 
 try:
     import sspo_ext._C as _C
 
-    _import_error: str | None = None
+    _import_error = stale_module(_C)
+    if _import_error is not None:
+        _C = None
 except ImportError as error:  # kept: `sspo-ext info` and an explicit request show it
     _C = None
     _import_error = str(error)
