@@ -152,7 +152,6 @@ def record() -> Iterator[Ledger]:
 
     from triton.runtime import interpreter, jit
 
-    import sspo_ext.backends.triton
     from sspo_ext import backends
 
     ledger, why_not = Ledger(), backends.why_not
@@ -342,7 +341,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         about = (__doc__ or "").split("\n\n", 1)[1].strip()
-        (args.out / "ledger.md").write_text(f"# What a call launches, and the time PREDICTED from it\n\n{about}\n\n{text}\n")
+        (args.out / "ledger.md").write_text(
+            f"# What a call launches, and the time PREDICTED from it\n\n{about}\n\n{text}\n"
+        )
 
 
 if __name__ == "__main__":

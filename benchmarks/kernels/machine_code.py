@@ -131,7 +131,10 @@ def signature(spec: Specialisation) -> dict[str, str]:
     import triton.language as tl
 
     scalars = {tl.int64: "i64", tl.int32: "i32", tl.float32: "fp32", tl.constexpr: "constexpr"}
-    types = {**_POINTER_TYPES, **dict.fromkeys(("logits_ptr", "ref_logits_ptr", "out_ptr", "kept_ptr"), POINTERS[spec.dtype])}
+    types = {
+        **_POINTER_TYPES,
+        **dict.fromkeys(("logits_ptr", "ref_logits_ptr", "out_ptr", "kept_ptr"), POINTERS[spec.dtype]),
+    }
     parameters = spec.fn.signature.parameters.items()
     return {name: scalars.get(p.annotation) or types.get(name, "*fp32") for name, p in parameters}
 

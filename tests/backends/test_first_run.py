@@ -11,8 +11,8 @@ import types
 
 import pytest
 import torch
-from benchmarks.kernels import ledger
 
+from benchmarks.kernels import ledger
 from sspo_ext import backends, linear_step_pref_loss, step_pref_loss
 from sspo_ext.backends import addresses, cpu, cuda
 from sspo_ext.losses.policy import step_policy_loss

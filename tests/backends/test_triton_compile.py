@@ -17,7 +17,8 @@ from helpers.paths import ROOT
 
 from sspo_ext.formulas.registry import PAIR_FORMULAS
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+import triton
 from triton.backends.amd.compiler import HIPBackend
 
 # Triton 3.2 leaves the last step for AMD to the linker of a ROCm installation.

@@ -12,7 +12,6 @@ import torch
 pytest.importorskip("triton")
 from benchmarks.kernels.ledger import Shape, bare, ours, plain_torch, record, trl_chunked
 from benchmarks.kernels.record import MACHINES
-
 from sspo_ext.routes.linear import head as head_module
 from sspo_ext.routes.linear import products
 
@@ -41,7 +40,7 @@ def chunks(ledger, trained):
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_one_launch_each(trained):
-    """A chunk has one product each for logits, hidden states and weight, one launch for the bias, and a bounded rest."""
+    """A chunk has one product each for logits, hidden states and weight, one launch for the bias, and little else."""
     short, long = (ours(Shape(rows, 151936, trained=trained, bias=trained)) for rows in (8192, 32768))
     for ledger in (short, long):
         count = chunks(ledger, trained)

@@ -169,7 +169,7 @@ def _programs_per_row(N: int, segments: int) -> int:
 
 
 def registers(capability: tuple[int, int]) -> dict[str, int]:
-    """Compile options: ptxas gives a B300's kernel 64 registers, two too few, unless it is told that it may take more."""
+    """Compile options: ptxas gives a B300's kernel 64 registers, two too few, unless it may take more."""
     return {"maxnreg": 80} if capability == (10, 3) else {}
 
 

@@ -106,7 +106,9 @@ def _device_tables(
         flat = [table.reshape(-1) for group in tables for table in group[columns]]
         packed = np.concatenate([np.zeros(0, dtype), *flat]).astype(dtype)
         on_device.append(iter(to_device(packed, device).split([len(table) for table in flat])))
-    return [[next(pieces) for pieces, count in zip(on_device, (2, 4), strict=True) for _ in range(count)] for _ in groups]
+    return [
+        [next(pieces) for pieces, count in zip(on_device, (2, 4), strict=True) for _ in range(count)] for _ in groups
+    ]
 
 
 def _group_tables(group: Group, offsets: np.ndarray, index: np.ndarray) -> list[np.ndarray]:

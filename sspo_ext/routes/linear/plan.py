@@ -27,6 +27,7 @@ from ...objective.policy import segments_of
 from .budget import budget_of
 from .packing import packed
 
+
 @dataclass(frozen=True, eq=False)
 class Group:
     """Rows that are worked on together: the losses of their steps depend on no step outside the group.
@@ -125,7 +126,10 @@ class LinearPlan(Products):
             f"{self.num_rows} rows x H {self.hidden} x V {self.vocab} ({str(self.dtype).removeprefix('torch.')}), "
             f"at most {self.chunk_rows} rows a chunk; {', '.join(parts) or 'nothing to do'}; "
             f"{per_row:.2f} GEMMs a row, {self.flops / 1e9:.2f} GFLOP, buffer {self.buffer_bytes / 2**20:.1f} MiB"
-            + (f", sum of the weight's gradient {self.accumulator_bytes / 2**20:.1f} MiB" * bool(self.accumulator_bytes))
+            + (
+                f", sum of the weight's gradient {self.accumulator_bytes / 2**20:.1f} MiB"
+                * bool(self.accumulator_bytes)
+            )
         )
 
 

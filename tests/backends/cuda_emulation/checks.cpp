@@ -7,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "cuda_runtime.h"
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
 #include "formulas_generated.h"
