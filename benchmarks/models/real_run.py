@@ -36,6 +36,7 @@ from sspo_ext import __version__, backends
 from sspo_ext._help import DefaultsFormatter
 from sspo_ext.data.collator import StepPreferenceCollator
 from sspo_ext.data.tokenize import tokenize_rows
+from sspo_ext.train.checkpoints import newest_checkpoint
 from sspo_ext.train.models import load_model
 from sspo_ext.train.preference_config import StepPreferenceConfig
 from sspo_ext.train.preference_trainer import StepPreferenceTrainer
@@ -63,8 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(options.seed)
     trainer = make_trainer(model, tokenizer, train, options, work)
     before = scored(trainer, whole, work / "before.npz", "held-out, before")
-    checkpoints = sorted(work.glob("checkpoint-[0-9]*"), key=lambda p: int(p.name.split("-")[1]))
-    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    trainer.train(resume_from_checkpoint=newest_checkpoint(work))
     after = scored(trainer, whole, work / "after.npz", "held-out, after")
 
     log = [e for e in trainer.state.log_history if "loss" in e]

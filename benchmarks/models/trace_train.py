@@ -26,6 +26,7 @@ from sspo_ext.data.rows import load_preference_rows
 from sspo_ext.data.tokenize import tokenize_rows
 from sspo_ext.tracing.chains import load_chains
 from sspo_ext.tracing.values import trace_pairs
+from sspo_ext.train.checkpoints import newest_checkpoint
 from sspo_ext.train.models import load_model
 
 from .gsm8k import load_gsm8k_solutions
@@ -85,8 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         train = [features[i * len(features) // rows] for i in range(rows)]
         trainer = make_trainer(model, tokenizer, train, options, folder)
         before = scored(trainer, whole, work / "before.npz", "held-out, before")
-        checkpoints = sorted(folder.glob("checkpoint-[0-9]*"), key=lambda p: int(p.name.split("-")[1]))
-        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
         after = scored(trainer, whole, folder / "after.npz", f"held-out, after {name}")
         gains[name] = {by: margins(whole, after, by) - margins(whole, before, by) for by in ("sum", "mean")}
         result["arms"][name] = {

@@ -6,11 +6,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from .._help import DefaultsFormatter
 from . import rl, trace, train
 from .arguments import positive
+from .training import Interrupted
 
 # Modules that are in another extra than the command's own.
 _EXTRAS = {"math_verify": "graders", "reasoning_gym": "graders", "vllm": "vllm"}
@@ -27,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None: those of the process.
 
     Returns:
-        Exit code: 0, or 2 if the arguments, a file or the installation do not allow what was asked.
+        Exit code: 0; 2 if the arguments, a file or the installation do not allow what was asked; 130 after Ctrl-C, 143
+        after SIGTERM.
     """
     options = build_parser().parse_args(argv)
     try:
@@ -42,6 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.traceback:
             raise
         message = str(error)
+    except Interrupted as stop:
+        print(f"\nsspo-ext {options.command}: {stop}", file=sys.stderr)
+        return stop.status
+    except KeyboardInterrupt:
+        # what a command keeps on the disk is whole at any moment
+        begun = hasattr(options, "resume") and Path(options.output_dir).is_dir()
+        more = "; give the same command with --resume to go on" if begun else ""
+        print(f"\nsspo-ext {options.command}: interrupted{more}", file=sys.stderr)
+        return 130
     print(f"sspo-ext {options.command}: error: {message}", file=sys.stderr)
     return 2
 

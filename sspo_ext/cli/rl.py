@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what rewards a completion: exact, exact:MARKER, math-verify, reasoning-gym or module:function",
     )  # fmt: skip
     add("--output-dir", required=True, metavar="DIR", help="folder for checkpoints, the trained model and progress.png")
-    add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
+    add(
+        "--resume", action="store_true", help="continue from the newest whole checkpoint in --output-dir"
+    )  # fmt: skip
     _add_rollouts(parser)
     _add_advantages(parser)
     _add_loss(parser)
@@ -177,8 +179,8 @@ def run(options: argparse.Namespace) -> None:
     model, tokenizer = load(options)
     set_seed(options.seed)
     trainer = SSPOTrainer(model, args, grader, rows, held_out, processing_class=tokenizer, peft_config=lora)
-    evaluations = train_and_save(trainer, checkpoint, evaluated=held_out is not None)
-    if not trainer.is_world_process_zero():
+    evaluations = train_and_save(trainer, options, checkpoint, evaluated=held_out is not None)
+    if evaluations is None or not trainer.is_world_process_zero():
         return
     if evaluations:
         print("\n" + comparison("held-out, greedy", _METRICS, *evaluations))

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for checkpoints, the reference cache and the trained model",
     )
-    add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
+    add("--resume", action="store_true", help="continue from the newest whole checkpoint in --output-dir")
     _add_pairs(parser)
     _add_loss(parser)
     optimisation = add_optimisation(
@@ -143,8 +143,8 @@ def run(options: argparse.Namespace) -> None:
     trainer = StepPreferenceTrainer(model, args, train_set, eval_set, processing_class=tokenizer, peft_config=lora)
     if trainer.is_world_process_zero():
         print(f"{len(train_set)} rows, {sum(len(f['pairs']) for f in train_set)} pairs of steps")
-    evaluations = train_and_save(trainer, checkpoint, evaluated=eval_set is not None)
-    if not trainer.is_world_process_zero():
+    evaluations = train_and_save(trainer, options, checkpoint, evaluated=eval_set is not None)
+    if evaluations is None or not trainer.is_world_process_zero():
         return
     if evaluations:
         print("\n" + comparison("held-out", _METRICS, *evaluations))

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..train.base import StepTrainer
 
 _SAME = (
     "output_dir loss_type beta route chunk_bytes backend disable_dropout warmup_steps optim max_steps bf16 seed "
@@ -27,22 +29,35 @@ _RENAMED = {
 }
 
 
+class Interrupted(Exception):
+    """A signal ended the command early, in good order.
+
+    Args:
+        message: What there is, and how to go on.
+        status: The exit status.
+    """
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
 def checkpoint_of(options: argparse.Namespace) -> str | None:
-    """The checkpoint to resume from. ValueError if it does not fit --resume: none there, or one without the option."""
+    """The newest whole checkpoint to resume from; None to start from the beginning.
+
+    ValueError if the folder does not fit --resume: no run began there, or one did and the option is missing.
+    """
+    from ..train.checkpoints import checkpoint_folders, newest_checkpoint
+
     folder = Path(options.output_dir)
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=_number)
-    if not options.resume and checkpoints:
+    if not options.resume and checkpoint_folders(folder):
         raise ValueError(
             f"--output-dir: {str(folder)!r} has checkpoints of another run; give --resume or another folder"
         )
-    if options.resume and not checkpoints:
-        raise ValueError(f"--resume: no checkpoint in {str(folder)!r}")
-    return str(checkpoints[-1]) if checkpoints else None
-
-
-def _number(checkpoint: Path) -> int:
-    number = checkpoint.name.split("-")[1]
-    return int(number) if number.isdigit() else -1
+    if options.resume and not folder.is_dir():
+        raise ValueError(f"--resume: no checkpoint in {str(folder)!r}, and no run has begun there")
+    checkpoint = newest_checkpoint(folder) if options.resume else None
+    return None if checkpoint is None else str(checkpoint)
 
 
 def lora_of(options: argparse.Namespace) -> LoraConfig | None:
@@ -93,12 +108,52 @@ def load(
     )
 
 
-def train_and_save(trainer: Trainer, checkpoint: str | None, *, evaluated: bool) -> list[dict[str, float]]:
-    """Train and save the model. Returns the evaluations before and after, or none."""
+def train_and_save(
+    trainer: StepTrainer, options: argparse.Namespace, checkpoint: str | None, *, evaluated: bool
+) -> list[dict[str, float]] | None:
+    """Train and save the model.
+
+    Returns:
+        The evaluations before and after, or none; None if the run was finished before, and nothing was done.
+
+    Raises:
+        Interrupted: After Ctrl-C or SIGTERM, which ends the training with a checkpoint.
+    """
+    from ..train.checkpoints import updates_done
+
+    first, planned, folder = trainer.is_world_process_zero(), trainer.planned_updates(), options.output_dir
+    done = updates_done(folder) if options.resume else None
+    if done is not None and done >= planned:
+        if first:
+            print(f"{folder} is finished, after {done} updates; nothing is changed")
+        return None
+    if options.resume and first:
+        print(f"going on from {checkpoint}" if checkpoint else f"no checkpoint in {folder}; starting anew")
     before = [trainer.evaluate()] if evaluated else []
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    return [*before, trainer.evaluate()] if evaluated else []
+    _train(trainer, checkpoint, planned)
+    # before the model is saved: with a loss that is not finite it is not
+    after = [trainer.evaluate()] if evaluated else []
+    trainer.save_result()
+    return before + after
+
+
+def _train(trainer: StepTrainer, checkpoint: str | None, planned: int) -> None:
+    from ..train.interrupt import StopOnSignal
+
+    if trainer.args.world_size > 1:  # they would have to agree on the update after which they stop
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return
+    stop = StopOnSignal()
+    trainer.add_callback(stop)
+    with stop.installed():
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.received is not None:
+        done = trainer.state.global_step
+        place = Path(trainer.args.output_dir) / f"checkpoint-{done}"
+        raise Interrupted(
+            f"stopped after update {done} of {planned}; it is in {place}; give the same command with --resume to go on",
+            128 + stop.received,
+        )
 
 
 def comparison(title: str, names: Sequence[str], before: dict[str, float], after: dict[str, float]) -> str:

@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +16,26 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from ..layout.bundle import TensorBundle
 from ..objective.sums import StepLogps
+from .checkpoints import (
+    STATE,
+    UNFINISHED,
+    check_checkpoint,
+    naming_the_file,
+    newest_checkpoint,
+    put_in_place,
+    rotate,
+    updates_done,
+)
+from .loaded_weights import check_adapter, check_finite, check_loaded, naming_the_adapter
 from .model_call import batch_logps
 from .models import check_trainable
 
 
 class StepTrainer(Trainer):
-    """A Trainer whose batches have a layout, and whose loss is divided by the items of the whole update."""
+    """A Trainer whose batches have a layout, and whose loss is divided by the items of the whole update.
+
+    A checkpoint is there whole or not at all. A run goes on from it exactly, or not at all.
+    """
 
     # compute_loss divides by the count of all accumulated micro-batches; Trainer must not divide again.
     loss_is_scaled_for_ga = True
@@ -31,10 +50,79 @@ class StepTrainer(Trainer):
     eval_dataset: Any
     route: str
 
-    def train(self, *args, **kwargs):
-        """Trainer's, of a model that has something to train."""
+    _resumed_at: int | None = None  # updates of the checkpoint that training began with
+    _checkpoint: str | None = None  # the same, or the best one: what is loaded
+    _work: Path | None = None  # where a checkpoint is written until it is whole
+
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args, **kwargs):
+        """Trainer's, of a model that has something to train, and from a checkpoint that has all that this needs.
+
+        Args:
+            resume_from_checkpoint: A checkpoint, or True for the newest whole one in `args.output_dir`. One that has
+                all updates already is loaded, and nothing more happens.
+            *args: Trainer's.
+            **kwargs: Trainer's.
+
+        Returns:
+            Trainer's.
+
+        Raises:
+            ValueError: For a model without trainable parameters, a checkpoint that lacks something, and a loss that is
+                not finite.
+        """
         check_trainable(self.model)
-        return super().train(*args, **kwargs)
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = newest_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint: no whole checkpoint in {self.args.output_dir!r}")
+        self._resumed_at = self._checkpoint = None
+        if checkpoint is not None:
+            checkpoint = self._checkpoint = os.fspath(checkpoint)
+            scaler = getattr(self.accelerator, "scaler", None) is not None
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            rank = self.args.process_index if self.args.world_size > 1 else None
+            check_checkpoint(checkpoint, rank=rank, scaler=scaler, sharded=sharded)
+            self._resumed_at = updates_done(checkpoint)
+        return super().train(checkpoint, *args, **kwargs)
+
+    def planned_updates(self) -> int:
+        """The updates of the whole training, as Trainer counts them."""
+        args = self.args
+        if args.max_steps > 0:
+            return args.max_steps
+        per_epoch = max(math.ceil(len(self.get_train_dataloader()) / args.gradient_accumulation_steps), 1)
+        return math.ceil(args.num_train_epochs * per_epoch)
+
+    def save_result(self) -> None:
+        """Saves the model in `args.output_dir`, and then trainer_state.json, which says that it is the result."""
+        mark = Path(self.args.output_dir) / STATE
+        if self.args.should_save:
+            mark.unlink(missing_ok=True)
+        self.save_model()
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            temporary = mark.with_name(f"{STATE}.tmp")
+            self.state.save_to_json(str(temporary))
+            os.replace(temporary, mark)
+            shutil.rmtree(mark.with_name(UNFINISHED), ignore_errors=True)  # of a run that was killed
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's, of a model whose weights are finite."""
+        check_finite(self.model, f"after {self.state.global_step} updates")
+        folder = Path(output_dir or self.args.output_dir)
+        with naming_the_file(folder) if self._work is None else contextlib.nullcontext():
+            super().save_model(output_dir, _internal_call)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Trainer's. A loss that is not finite ends the training, so that its model is not saved as the result."""
+        super().log(logs, *args, **kwargs)
+        for name, value in logs.items():
+            if (name == "loss" or name.endswith("_loss")) and not math.isfinite(value):
+                raise ValueError(
+                    f"{name}: expected a finite number, got {value} after {self.state.global_step} updates; the model "
+                    "is not saved; try a lower learning rate"
+                )
 
     def step_logps(self, model: nn.Module, batch: dict) -> StepLogps:
         """Runs the model on a batch and returns its log-probs, as the loss sees them.
@@ -62,3 +150,66 @@ class StepTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             self._signature_columns = list(self.columns)
+
+    # ---- checkpoints
+
+    def _is_finished(self) -> bool:
+        """Whether no update is left, as after a resume; then ends the training. Trainer would make one more."""
+        done = self.state.global_step >= self.state.max_steps
+        if done:
+            self.control.should_training_stop = True
+        return done
+
+    def _get_output_dir(self, *args, **kwargs) -> str:
+        return str(self._work or super()._get_output_dir(*args, **kwargs))
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Trainer's, in a folder that gets its name when all processes have written to it."""
+        if self.state.global_step == self._resumed_at:
+            return  # it is there, and nothing has changed
+        run = Path(self._get_output_dir(trial=trial))
+        work, place = run / UNFINISHED, run / f"checkpoint-{self.state.global_step}"
+        new = work / place.name
+        if self.args.should_save:
+            shutil.rmtree(work, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._work = work
+        try:
+            with naming_the_file(new):
+                super()._save_checkpoint(model, trial)
+                self._name_the_best(new, place)
+        finally:
+            self._work = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            put_in_place(new, place)
+            rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+            shutil.rmtree(work, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(place))
+
+    def _name_the_best(self, new: Path, place: Path) -> None:
+        """Names the best checkpoint, if it is the new one, by the name that it will have."""
+        if self.state.best_model_checkpoint == str(new):
+            self.state.best_model_checkpoint = str(place)
+            if self.args.should_save:
+                self.state.save_to_json(str(new / STATE))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._work is None:  # else its files are about to be moved
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        with naming_the_adapter(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if getattr(self.model, "peft_config", None) and any(Path(resume_from_checkpoint).glob("adapter_model.*")):
+            check_adapter(self.model, resume_from_checkpoint, self.model.active_adapters[0])
+
+    def _load_best_model(self) -> None:
+        self._checkpoint = self.state.best_model_checkpoint
+        super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        check_loaded(self.model, str(self._checkpoint), load_result.missing_keys, load_result.unexpected_keys)
+        super()._issue_warnings_after_load(load_result)

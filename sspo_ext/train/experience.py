@@ -107,6 +107,20 @@ class PromptSampler(Sampler[int]):
         return self.size // self.prompts * self.prompts * self.num_generations * self.num_iterations
 
 
+def rollout_number(updates_done: int, num_iterations: int) -> int:
+    """The number of the next batch of rollouts.
+
+    Raises:
+        ValueError: In the middle of a batch of rollouts, as after a checkpoint there: they were not saved.
+    """
+    if updates_done % num_iterations:
+        raise ValueError(
+            f"resume_from_checkpoint: expected a checkpoint after a multiple of num_iterations={num_iterations} "
+            f"updates, since rollouts are not saved, got one after {updates_done}; name or keep an earlier one"
+        )
+    return updates_done // num_iterations
+
+
 def split_steps(completions: Sequence[Sequence[int]], delimiters: Tensor) -> list[list[list[int]]]:
     """The token ids of every step of every completion.
 

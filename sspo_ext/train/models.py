@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from .loaded_weights import check_adapter, check_loaded, naming_the_adapter
+
 
 def load_model(
     name_or_path: str | os.PathLike,
@@ -44,7 +46,8 @@ def load_model(
         pads with its end-of-sequence token.
 
     Raises:
-        ValueError: If a path holds no model, or several .gguf files, or an adapter that names no base model.
+        ValueError: If a path holds no model, or several .gguf files, or an adapter that names no base model; and for a
+            checkpoint that lacks weights of the model, or has other ones than its config says.
         OSError: If a model on the hub cannot be reached, or a file cannot be read.
 
     Examples:
@@ -69,7 +72,10 @@ def load_model(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     with _named(name_or_path):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        # shapes are checked below, with the file's name
+        loading = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = cast(Any, AutoModelForCausalLM.from_pretrained(folder, **loading, **options))
+    check_loaded(model, name_or_path, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     return (rebuild_gguf(model) if gguf else model), tokenizer
 
 
@@ -178,7 +184,10 @@ def _load_adapter(model: PreTrainedModel, name_or_path: str | os.PathLike) -> An
             f"model: expected an adapter of a whole model, got {str(name_or_path)!r}, whose base model is an adapter "
             "itself; merge that first"
         )
-    return PeftModel.from_pretrained(model, str(name_or_path), is_trainable=True).eval()
+    with naming_the_adapter(name_or_path):
+        loaded = PeftModel.from_pretrained(model, str(name_or_path), is_trainable=True)
+    check_adapter(loaded, name_or_path)
+    return loaded.eval()
 
 
 def _has_tokenizer(name_or_path: str | os.PathLike) -> bool:

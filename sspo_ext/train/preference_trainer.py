@@ -191,6 +191,8 @@ class StepPreferenceTrainer(StepTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device) -> tuple[list, Any]:
         """The micro-batches of the next update, and the number of their pairs."""
         samples = []
+        if self._is_finished():
+            return samples, None
         for _, batch in zip(range(num_batches), epoch_iterator, strict=False):
             samples.append(batch)
         return samples, self._get_num_items_in_batch(samples, device)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .checkpoints import naming_the_file
 from .model_call import hf_model
 
 logger = logging.getLogger(__name__)
@@ -237,6 +238,6 @@ def _save(file: Path, sums: np.ndarray, rows: int) -> None:
     """Writes a temporary file, then renames it, so that no reader sees half a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as out:
+    with naming_the_file(temporary), open(temporary, "wb") as out:
         np.savez(out, sums=sums.astype(np.float32), rows=rows)
     os.replace(temporary, file)

@@ -9,8 +9,9 @@ and an uninterrupted one.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,20 +86,17 @@ class GenerateEngine(_BatchEngine):
     """`model.generate` on left-padded prompts."""
 
     def _complete_batch(self, model, prompts, sampling: Sampling, seeds) -> list[list[int]]:
-        from transformers import LogitsProcessorList
+        from transformers import GenerationConfig, LogitsProcessorList
 
         inputs = left_padded(prompts, self.pad_token_id, _device(model))
         width = inputs["input_ids"].shape[1]
         choose = LogitsProcessorList([_ChooseOne(_Chooser(sampling, seeds, _device(model)), width)])
-        out = model.generate(
-            **inputs, logits_processor=choose, do_sample=False, num_beams=1, use_cache=True,
-            max_new_tokens=sampling.max_completion_length, temperature=None, top_p=None, top_k=None,
-            # The model's generation_config must not change what is drawn, since the loss does not know of it.
-            min_length=0, min_new_tokens=None, repetition_penalty=1.0, no_repeat_ngram_size=0, bad_words_ids=None,
-            suppress_tokens=None, begin_suppress_tokens=None, forced_bos_token_id=None, forced_eos_token_id=None,
-            sequence_bias=None, return_dict_in_generate=False,
+        config = GenerationConfig(
+            do_sample=False, num_beams=1, use_cache=True, max_new_tokens=sampling.max_completion_length,
             eos_token_id=list(sampling.eos_token_ids), pad_token_id=self.pad_token_id,
         )  # fmt: skip
+        with generation_config_of(model, config):
+            out = model.generate(**inputs, logits_processor=choose, generation_config=config)
         return [up_to_end(ids, sampling.eos_token_ids) for ids in out[:, width:].tolist()]
 
 
@@ -176,6 +174,28 @@ class _ChooseOne:
         rows = torch.arange(len(scores), device=scores.device)
         drawn = self.chooser(scores, rows, input_ids.shape[1] - self.width)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn[:, None], 0.0)
+
+
+@contextlib.contextmanager
+def generation_config_of(model: nn.Module, config: Any) -> Iterator[None]:
+    """Gives a model another generation config meanwhile.
+
+    `generate` takes what its own argument leaves open from the model's config, which comes from the checkpoint. That
+    must not change what is drawn, since the loss does not know of it.
+
+    Args:
+        model: A model, with or without an adapter.
+        config: A transformers.GenerationConfig.
+    """
+    owners = [vars(module) for module in model.modules() if "generation_config" in vars(module)]
+    before = [owner["generation_config"] for owner in owners]
+    for owner in owners:
+        owner["generation_config"] = config
+    try:
+        yield
+    finally:
+        for owner, given in zip(owners, before, strict=True):
+            owner["generation_config"] = given
 
 
 def end_tokens(model: nn.Module, tokenizer) -> tuple[int, ...]:

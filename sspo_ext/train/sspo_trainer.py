@@ -39,6 +39,7 @@ from .experience import (
     probe_answers,
     prompt_ids,
     rollout_metrics,
+    rollout_number,
     step_advantages,
     update_metrics,
 )
@@ -161,6 +162,8 @@ class SSPOTrainer(StepTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device) -> tuple[list, Any]:
         """The micro-batches of the next update; new rollouts once in `num_iterations` updates."""
+        if self._is_finished():
+            return [], None
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return [], None
@@ -177,7 +180,7 @@ class SSPOTrainer(StepTrainer):
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         # A row's place in the whole update decides its seed and its group, on whatever process it is.
         places = [(g * world + rank) * size + j for g in range(len(batches)) for j in range(size)]
-        update = self.state.global_step // args.num_iterations
+        update = rollout_number(self.state.global_step, args.num_iterations)
         with eval_mode(self.model):
             rows = [row for batch in batches for row in batch]
             rollouts = self.roll_out(rows, [(args.seed, update, place) for place in places])

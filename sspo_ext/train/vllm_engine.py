@@ -34,7 +34,8 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm import LLM  # pyright: ignore[reportMissingImports]  # needs a GPU to be installed
 
-        defaults: dict[str, Any] = {"gpu_memory_utilization": 0.3}
+        # "vllm": vLLM's own sampling settings, not those of the checkpoint's generation config
+        defaults: dict[str, Any] = {"gpu_memory_utilization": 0.3, "generation_config": "vllm"}
         if "RANK" in os.environ:  # set by a launcher; by default every engine would take the first GPU
             defaults["distributed_executor_backend"] = "external_launcher"
         self.llm = LLM(model=model, **{**defaults, **options})

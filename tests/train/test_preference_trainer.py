@@ -152,7 +152,8 @@ def test_nan_is_not_hidden(tmp_path):
                 model.lm_head.weight[3] = float("nan")
 
     trainer = StepPreferenceTrainer(make_model(), config(tmp_path, max_steps=2), make_features(), callbacks=[Poison()])
-    trainer.train()
+    with pytest.raises(ValueError, match="loss: expected a finite number, got nan after 2 updates"):
+        trainer.train()
     assert math.isfinite(logs(trainer)[0]) and math.isnan(logs(trainer)[1])
     assert math.isnan(logs(trainer, "rewards/margins")[1])
 

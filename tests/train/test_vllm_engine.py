@@ -49,6 +49,7 @@ class LLM:
     gpu_memory_utilization: float = 0.9
     distributed_executor_backend: str | None = None
     max_model_len: int | None = None
+    generation_config: str = "auto"
     events: list = field(default_factory=list)
 
     def __post_init__(self):
@@ -111,6 +112,11 @@ def test_what_is_asked_and_given_back():
     vllm.complete(make_model(), PROMPTS[::-1], sampling(), SEEDS[::-1])
     assert [p.seed for p in vllm.llm.calls[1]] == seeds[::-1]
     assert {p.top_k for p in vllm.llm.calls[1]} == {-1}, "all tokens"
+
+
+def test_the_checkpoints_generation_config_is_not_read():
+    assert engine().llm.generation_config == "vllm"
+    assert engine(generation_config="auto").llm.generation_config == "auto", "unless it is asked for"
 
 
 def test_many_seeds_do_not_meet():
