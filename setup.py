@@ -29,11 +29,12 @@ AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 AVX512_FLAGS += ["-Wno-uninitialized"]  # as above
 
+DL_FLAGS = ["-ldl"] if sys.platform == "linux" else []  # part of the C library only since glibc 2.34
+
 SOURCES = {
     "csrc/cpu/binding.cpp": ["-O2"],
     "csrc/cpu/dispatch.cpp": ["-O2"],
     "csrc/cpu/step_loss.cpp": ["-O2"],
-    "csrc/cpu/transpose.cpp": ["-O2"],
     "csrc/cpu/isa/baseline.cpp": KERNEL_FLAGS,
 }
 X86_SOURCES = {
@@ -87,7 +88,7 @@ class BuildKernels(build_ext):
         with ThreadPoolExecutor(max(1, min(len(ext.sources), os.cpu_count() or 1))) as pool:
             objects = [o for compiled in pool.map(compile_one, ext.sources) for o in compiled]
         self.compiler.link_shared_object(
-            objects, self.get_ext_fullpath(ext.name), extra_postargs=["-pthread"], target_lang="c++"
+            objects, self.get_ext_fullpath(ext.name), extra_postargs=["-pthread", *DL_FLAGS], target_lang="c++"
         )
 
 

@@ -12,6 +12,7 @@ COMMANDS = {
     "linear": ("speed.linear", "linear route: time and memory next to Liger, torch, TRL and the bare GEMMs"),
     "losses": ("speed.losses", "time of every loss next to the sigmoid loss"),
     "traffic": ("kernels.traffic", "bytes that the Triton kernels load and store, counted in the interpreter"),
+    "ledger": ("kernels.ledger", "what the linear route launches on a GPU, counted without one; time predicted"),
     "machine-code": (
         "kernels.machine_code",
         "machine code of the kernels and what bounds them; predicted, not measured",

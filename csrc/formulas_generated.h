@@ -862,6 +862,7 @@ template <class T> SSPO_HD inline PairGrad<T> asft_formula(const PairScores<T>& 
   return {add, div_5, div_4};
 }
 
+constexpr const char kFormulasHash[] = "d2c29a72dc670a2a";
 constexpr int kNumPairFormulas = 26;
 constexpr int kMaxOptions = 4;
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 _Sizes = Sequence[int]  # three
 _Strides = Sequence[int]  # two
 
+formulas: str  # the hash of the formulas that the module was built from
+
 def token_logp_fwd(
     logits: int,
     dtype: int,
@@ -94,9 +96,6 @@ def step_loss_fwd(
 ) -> None:
     """`sizes`: N, S, P. `inputs`: the addresses of logp, weights, step_offsets, ref, pair_index, adj_offsets,
     adj_pairs, pair_weights, pair_margins, pair_labels and scale. `out`: those of loss, sums, pair_loss and coef."""
-
-def transpose16(src: int, src_stride: int, rows: int, cols: int, dst: int, dst_stride: int, threads: int, /) -> None:
-    """dst (cols, rows) = src (rows, cols) transposed, 16-bit elements."""
 
 def prepare_large_output(data: int, bytes: int, /) -> None:
     """Asks the system for large pages under memory that is about to be written."""

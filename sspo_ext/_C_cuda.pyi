@@ -16,6 +16,8 @@ max_split_rows: int
 architectures: str
 """What the module was built for, "sm_80;sm_90;compute_90" for example."""
 
+formulas: str  # the hash of the formulas that the module was built from
+
 def token_logp_fwd(
     logits: int,
     dtype: int,

@@ -10,6 +10,8 @@ and fails if a file is stale.
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import operator
 import sys
 from collections.abc import Callable
@@ -25,6 +27,8 @@ from sspo_ext.formulas.registry import MAX_OPTIONS, PAIR_FORMULAS, PairFormula, 
 ROOT = Path(__file__).resolve().parents[1]
 
 CPP_FILE = ROOT / "csrc" / "formulas_generated.h"
+
+HASH_FILE = ROOT / "sspo_ext" / "formulas" / "generated_hash.py"
 
 TRITON_FILE = ROOT / "sspo_ext" / "backends" / "triton" / "formulas_generated.py"
 
@@ -295,8 +299,30 @@ def _sigmoid(x):
 '''
 
 
+_HASH = "@hash@"  # stands in the C++ until the hash of all of it is known
+
+
+def formulas_hash() -> str:
+    """A hash of the generated formulas, which a compiled module and the Python code must share."""
+    return hashlib.sha256((_cpp_text() + triton_source()).encode()).hexdigest()[:16]
+
+
 def cpp_source() -> str:
     """The text of csrc/formulas_generated.h."""
+    return _cpp_text().replace(_HASH, formulas_hash())
+
+
+def hash_source() -> str:
+    """The text of formulas/generated_hash.py."""
+    return (
+        "# SPDX-License-Identifier: Apache-2.0\n"
+        '"""Generated from sspo_ext/formulas/ by `python -m tools.generate_formulas`. Do not edit."""\n\n'
+        f'FORMULAS_HASH = "{formulas_hash()}"\n'
+    )
+
+
+@functools.cache
+def _cpp_text() -> str:
     parts, cases = [_CPP_PRELUDE], []
     for i, definition in enumerate(PAIR_FORMULAS.values()):
         printer = Printer(CPP)
@@ -311,6 +337,7 @@ def cpp_source() -> str:
         )
         cases.append(f"    case {i}: return {definition.name}_formula(s, o);\n")
     parts.append(
+        f'constexpr const char kFormulasHash[] = "{_HASH}";\n'
         f"constexpr int kNumPairFormulas = {len(PAIR_FORMULAS)};\nconstexpr int kMaxOptions = {MAX_OPTIONS};\n\n"
         "template <class T> SSPO_HD inline PairGrad<T> pair_formula(int formula, const PairScores<T>& s, "
         "const T* o) {\n"
@@ -320,6 +347,7 @@ def cpp_source() -> str:
     return "\n".join(parts)
 
 
+@functools.cache
 def triton_source() -> str:
     """The text of backends/triton/formulas_generated.py."""
     scores = ", ".join(PairScores._fields)
@@ -351,7 +379,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a generated file is stale")
     check = parser.parse_args(argv).check
     stale = False
-    for path, source in ((CPP_FILE, cpp_source()), (TRITON_FILE, triton_source())):
+    for path, source in ((CPP_FILE, cpp_source()), (TRITON_FILE, triton_source()), (HASH_FILE, hash_source())):
         if path.exists() and path.read_text() == source:
             continue
         stale = True

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -74,6 +75,7 @@ def specialisations(warp: int = 32, every: bool = False) -> Iterator[Specialisat
                             "token_logp_bwd", dtype, ", ".join(facts + more), fn, constexprs, num_warps
                         )
     yield from _with_reductions(warp, every)
+    yield from _scaling(every)
     flags = ("HAS_WEIGHTS", "HAS_REF", "HAS_PAIR_WEIGHTS", "HAS_MARGINS", "HAS_LABELS")
     for formula in PAIR_FORMULAS:
         # of a formula's 32 combinations of optional inputs, all and none
@@ -105,6 +107,18 @@ def _with_reductions(warp: int, every: bool) -> Iterator[Specialisation]:
                     yield Specialisation("row_reductions_bwd", dtype, facts, fn, constexprs, num_warps)
 
 
+def _scaling(every: bool) -> Iterator[Specialisation]:
+    """The kernel that scales kept gradients."""
+    from sspo_ext.backends.triton.scale_rows import _WARPS, _scale_rows_kernel
+
+    for dtype in POINTERS:
+        vec = 16 // getattr(torch, dtype).itemsize
+        for aligned in (True, False) if every else (True,):
+            constexprs = {"ALIGNED": aligned, "BLOCK": 32 * _WARPS * vec, "VEC": vec}
+            facts = "" if aligned else "rows aligned otherwise"
+            yield Specialisation("scale_rows", dtype, facts, _scale_rows_kernel, constexprs, _WARPS)
+
+
 _POINTER_TYPES = {
     **dict.fromkeys(("rows_ptr", "labels_ptr"), "*i64"),
     **dict.fromkeys(("row_of_ptr", "arrived_ptr", "step_offsets_ptr", "pair_index_ptr"), "*i32"),
@@ -117,7 +131,10 @@ def signature(spec: Specialisation) -> dict[str, str]:
     import triton.language as tl
 
     scalars = {tl.int64: "i64", tl.int32: "i32", tl.float32: "fp32", tl.constexpr: "constexpr"}
-    types = {**_POINTER_TYPES, **dict.fromkeys(("logits_ptr", "ref_logits_ptr", "out_ptr"), POINTERS[spec.dtype])}
+    types = {
+        **_POINTER_TYPES,
+        **dict.fromkeys(("logits_ptr", "ref_logits_ptr", "out_ptr", "kept_ptr"), POINTERS[spec.dtype]),
+    }
     parameters = spec.fn.signature.parameters.items()
     return {name: scalars.get(p.annotation) or types.get(name, "*fp32") for name, p in parameters}
 
@@ -131,6 +148,10 @@ def read(spec: Specialisation, arch: str) -> Report:
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
     options = {"num_warps": spec.num_warps, "enable_fp_fusion": False}
+    if spec.kernel == "token_logp_fwd" and not amd:
+        from sspo_ext.backends.triton import token_logp_fwd  # the module's attribute is the launcher
+
+        options |= sys.modules[token_logp_fwd.__module__].registers(divmod(int(arch), 10))
     compiled = triton.compile(ASTSource(spec.fn, signature(spec), spec.constexprs), target=target, options=options)
     if amd:
         code = disassembly.amd(compiled.asm["amdgcn"])
@@ -142,7 +163,7 @@ def read(spec: Specialisation, arch: str) -> Report:
         disassembly.widths(code.instructions, "load"), disassembly.widths(code.instructions, "store"),
     )  # fmt: skip
     loop = code.main_loop()
-    if loop is not None and spec.kernel.startswith(("token_logp", "row_reductions")):
+    if loop is not None and spec.kernel.startswith(("token_logp", "row_reductions", "scale_rows")):
         add_loop(report, loop)
     return report
 

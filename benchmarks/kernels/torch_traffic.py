@@ -36,23 +36,38 @@ class _Counter(TorchDispatchMode):
         self.traffic = traffic
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if is_view or name in _MAKES_ONLY:
-            return out
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        results = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        self.traffic.launches += 1
-        if name in _SPARSE:
-            touched = min(t.numel() for t in inputs)
-            self.traffic.loaded += touched * sum(t.itemsize for t in inputs)
-            self.traffic.stored += touched * sum(t.itemsize for t in results)
-            return out
-        self.traffic.stored += sum(t.numel() * t.itemsize for t in results)
-        if name not in _FILLS:
-            self.traffic.loaded += sum(t.numel() * t.itemsize for t in inputs)
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not is_free(func):
+            loaded, stored = operand_bytes(func, args, kwargs, out)
+            self.traffic.launches += 1
+            self.traffic.loaded += loaded
+            self.traffic.stored += stored
         return out
+
+
+def is_free(func) -> bool:
+    """Whether an operation moves nothing: it makes a view or an empty tensor."""
+    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+    return is_view or func.overloadpacket.__name__ in _MAKES_ONLY
+
+
+def operand_bytes(func, args, kwargs, out) -> tuple[int, int]:
+    """(bytes loaded, bytes stored) by an operation. A result that is given as `out=` is not loaded."""
+    name = func.overloadpacket.__name__
+    kept = {n: v for n, v in kwargs.items() if n != "out"}
+    inputs = [t for t in tree_leaves((args, kept)) if isinstance(t, torch.Tensor)]
+    results = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+    if name == "index_select":
+        stored = results[0].nbytes
+        return stored + inputs[-1].nbytes, stored
+    if name in ("index_copy", "index_copy_"):
+        return inputs[1].nbytes + inputs[2].nbytes, inputs[2].nbytes
+    if name in _SPARSE:
+        touched = min(t.numel() for t in inputs)
+        return touched * sum(t.itemsize for t in inputs), touched * sum(t.itemsize for t in results)
+    stored = sum(t.nbytes for t in results)
+    return (0 if name in _FILLS else sum(t.nbytes for t in inputs)), stored
 
 
 @contextlib.contextmanager

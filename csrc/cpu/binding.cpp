@@ -9,7 +9,6 @@
 #include "../formulas_generated.h"
 #include "dispatch.h"
 #include "step_loss.h"
-#include "transpose.h"
 
 namespace py = pybind11;
 
@@ -138,24 +137,18 @@ void step_loss_fwd(bool is_double, Sizes sizes, std::array<Address, 11> in, int 
               : step_loss<float>(sizes, in, formula, options, label, out);
 }
 
-void transpose16(Address src, int64_t src_stride, int64_t rows, int64_t cols, Address dst, int64_t dst_stride,
-                 int threads) {
-    py::gil_scoped_release release;
-    sspo::transpose16(at<uint16_t>(src), src_stride, rows, cols, at<uint16_t>(dst), dst_stride, threads);
-}
-
 void prepare_large_output(Address data, int64_t bytes) { sspo::prepare_large_output(at<void>(data), bytes); }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of sspo_ext; see sspo_ext/backends/cpu.py";
+    m.attr("formulas") = sspo::kFormulasHash;
     m.def("token_logp_fwd", &token_logp_fwd);
     m.def("token_logp_bwd", &token_logp_bwd);
     m.def("row_reductions_fwd", &row_reductions_fwd);
     m.def("row_reductions_bwd", &row_reductions_bwd);
     m.def("step_loss_fwd", &step_loss_fwd);
-    m.def("transpose16", &transpose16);
     m.def("prepare_large_output", &prepare_large_output);
     m.def("isa", [] { return sspo::choose_isa().name; }, "The instruction set in use; SSPO_CPU_ISA names another.");
     m.def(

@@ -12,6 +12,7 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#include <dlfcn.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
@@ -118,21 +119,47 @@ bool prepare_large_output(void* data, int64_t bytes) {
     return true;
 }
 
-void parallel_for(int64_t count, int64_t block, int threads, const std::function<void(int64_t, int64_t)>& work) {
-    const int64_t blocks = (count + block - 1) / block;
+namespace {
+
+// The OpenMP runtime that torch has loaded, if any. Its threads spin for a while after each of torch's operations:
+// threads of our own would wait for the cores that those hold.
+using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+OpenMpParallel openmp_parallel() {
+#if defined(__linux__)
+    static const auto found = (OpenMpParallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    return found;
+#else
+    return nullptr;
+#endif
+}
+
+struct Blocks {
     std::atomic<int64_t> next{0};
-    const auto run = [&] {
+    int64_t count, block, blocks;
+    const std::function<void(int64_t, int64_t)>& work;
+
+    void run() {
         for (int64_t b; (b = next.fetch_add(1)) < blocks;) work(b * block, std::min(count, (b + 1) * block));
-    };
+    }
+};
+
+}  // namespace
+
+void parallel_for(int64_t count, int64_t block, int threads, const std::function<void(int64_t, int64_t)>& work) {
+    Blocks blocks{{0}, count, block, (count + block - 1) / block, work};
+    const int64_t wanted = std::min<int64_t>(threads, blocks.blocks);
+    if (wanted <= 1) return blocks.run();
+    if (const auto parallel = openmp_parallel())
+        return parallel([](void* data) { ((Blocks*)data)->run(); }, &blocks, (unsigned)wanted, 0);
     std::vector<std::thread> helpers;
-    const int64_t wanted = std::max<int64_t>(std::min<int64_t>(threads, blocks) - 1, 0);
-    helpers.reserve(wanted);
+    helpers.reserve(wanted - 1);
     try {
-        for (int64_t t = 0; t < wanted; ++t) helpers.emplace_back(run);
+        for (int64_t t = 1; t < wanted; ++t) helpers.emplace_back([&] { blocks.run(); });
     } catch (const std::system_error&) {
         // The system gives no more threads: those that started share the work.
     }
-    run();
+    blocks.run();
     for (std::thread& t : helpers) t.join();
 }
 

@@ -134,6 +134,7 @@ PYBIND11_MODULE(_C_cuda, m) {
     m.def("token_logp_bwd", &bwd);
     m.def("step_loss_fwd", &steps);
     m.def("row_splits", [](int64_t rows, int64_t V, int dtype) { return row_splits(rows, V, to_dtype(dtype)); });
+    m.attr("formulas") = formulas_hash();
     m.attr("max_split_rows") = kBlocksWanted;
     m.attr("architectures") = SSPO_CUDA_ARCHITECTURES;
 }

@@ -17,7 +17,9 @@ int row_splits(int64_t rows, int64_t V, DType);
 constexpr int kBlocksWanted = 1056;  // 8 for each of an H100's 132 multiprocessors; with as many rows, no row is split
 constexpr int kMaxSplits = 32;
 
-int num_formulas();  // in csrc/formulas_generated.h, which only device code includes
+// From csrc/formulas_generated.h, which only device code includes.
+const char* formulas_hash();
+int num_formulas();
 
 const char* error_string(int error);
 

@@ -77,10 +77,28 @@ __device__ __forceinline__ float mapped(const LogitMap& map, float x) {
     return kSoftcap ? tanh_sech2(map.a * x).x : x;
 }
 
+// Makes `device` current while it lives. The caller's stays what it was.
+struct OnDevice {
+    explicit OnDevice(int device) {
+        error = cudaGetDevice(&before);
+        if (error == cudaSuccess && before != device) error = cudaSetDevice(device), changed = error == cudaSuccess;
+    }
+    ~OnDevice() {
+        if (changed) cudaSetDevice(before);
+    }
+    OnDevice(const OnDevice&) = delete;
+    OnDevice& operator=(const OnDevice&) = delete;
+
+    int before = 0;
+    bool changed = false;
+    cudaError_t error;
+};
+
 // Every launch of this module. A failure is returned, and is not left behind as CUDA's last error.
 template <class Params>
 int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads, int device, void* stream) {
-    if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess) return error;
+    const OnDevice current(device);
+    if (current.error != cudaSuccess) return current.error;
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = dim3(threads);

@@ -118,4 +118,6 @@ int step_loss_fwd(const StepParams& p, int device, void* stream) {
 
 int num_formulas() { return kNumPairFormulas; }
 
+const char* formulas_hash() { return kFormulasHash; }
+
 }  // namespace sspo::cuda

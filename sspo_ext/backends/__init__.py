@@ -20,7 +20,7 @@ _Function = TypeVar("_Function", bound=Callable)
 BACKENDS = ("cpu", "triton", "cuda", "reference")
 
 # Fastest first. `reference` runs on every device and ends each list.
-_TABLE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference"), "xpu": ("triton", "reference")}
+_TABLE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 
 def constant_when_compiled(fn: _Function) -> _Function:

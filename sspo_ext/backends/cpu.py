@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from ..formulas.registry import formula_id
-from .addresses import accumulator, address
+from .addresses import accumulator, address, stale_module
 from .arguments import StepLossArguments
 
 try:
     import sspo_ext._C as _C
 
-    _import_error: str | None = None
+    _import_error = stale_module(_C)
+    if _import_error is not None:
+        _C = None
 except ImportError as error:  # kept: `sspo-ext info` and an explicit request show it
     _C = None
     _import_error = str(error)
@@ -206,25 +208,4 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     out = torch.empty(shape, dtype=dtype, device="cpu")
     if out.numel() * out.itemsize >= _LARGE_BYTES:
         _kernels().prepare_large_output(out.data_ptr(), out.numel() * out.itemsize)
-    return out
-
-
-def transposed(matrix: Tensor, out: Tensor) -> Tensor:
-    """Transposes (rows, cols) 16-bit elements into `out`: (cols, rows), contiguous.
-
-    The last dimension of the matrix is contiguous.
-    """
-    rows, cols = matrix.shape
-    out = out[: rows * cols].view(cols, rows)
-    if (
-        matrix.itemsize != 2
-        or out.dtype != matrix.dtype
-        or (cols > 1 and matrix.stride(1) != 1)
-        or matrix.device.type != "cpu"
-    ):
-        raise TypeError(
-            f"expected a CPU matrix of 16-bit elements with contiguous rows, got {matrix.dtype} {matrix.stride()}"
-        )
-    threads = torch.get_num_threads()
-    _kernels().transpose16(matrix.data_ptr(), matrix.stride(0), rows, cols, out.data_ptr(), rows, threads)
     return out

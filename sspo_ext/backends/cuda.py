@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from ..formulas.registry import formula_id
-from .addresses import address
+from .addresses import address, in_private_pool, stale_module
 from .arguments import StepLossArguments
 
 try:
     import sspo_ext._C_cuda as _C_cuda  # pyright: ignore[reportMissingModuleSource]  # built on request
 
-    _import_error: str | None = None
+    _import_error = stale_module(_C_cuda)
+    if _import_error is not None:
+        _C_cuda = None
 except ImportError as error:  # kept: `sspo-ext info` and an explicit request show it
     _C_cuda = None
     _import_error = str(error)
@@ -96,9 +98,12 @@ def _arrival_counters(device: torch.device) -> Tensor:
         # this memory belongs to the graph, which zeroes it in each replay; eager calls must not keep it
         return torch.zeros(number, dtype=torch.int32, device=device)
     key = _stream(device)
-    if key not in _counters:
-        _counters[key] = torch.zeros(number, dtype=torch.int32, device=device)
-    return _counters[key]
+    counters = _counters.get(key)
+    if counters is None:
+        counters = torch.zeros(number, dtype=torch.int32, device=device)
+        if _DEVICE_TYPE == "cpu" or not in_private_pool(counters):
+            _counters[key] = counters
+    return counters
 
 
 def token_logp_fwd(

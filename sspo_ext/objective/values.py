@@ -14,15 +14,23 @@ from .sums import StepLogps, sums_over_steps
 def one_over(items: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(): 1 / items, or 0 when there is nothing to divide by. The host does not wait for a tensor."""
     check_num_items(items)
+    items = _number(items, device)
     if not isinstance(items, Tensor):
         return torch.full((), 1.0 / items if items else 0.0, dtype=dtype, device=device)
     items = items.to(device, dtype)
     return torch.where(items > 0, items.reciprocal(), torch.zeros_like(items))
 
 
+def _number(items: float | Tensor, device: torch.device) -> float | Tensor:
+    """A number for a CPU tensor beside tensors elsewhere: the host would wait for the device to copy so little."""
+    moves = isinstance(items, Tensor) and items.device.type == "cpu" != device.type
+    return items.item() if moves and not torch.compiler.is_compiling() else items
+
+
 def divided(total: Tensor, items: float | Tensor) -> Tensor:
     """(): total / items, or 0 when there is nothing to divide by; differentiable in `total`."""
     check_num_items(items)
+    items = _number(items, total.device)
     if not isinstance(items, Tensor):
         return total / items if items else 0 * total
     items = items.to(total.device, total.dtype)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import backends
 from .._checks import check_positive
 
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 1e-32, 1e32  # times log2(e) and a logit, float32 has room on both sides
@@ -25,11 +26,11 @@ def refuse_double_backward() -> None:
         )
 
 
-def scale_kept(kept: Tensor, scale: Tensor) -> Tensor:
+def scale_kept(kept: Tensor, scale: Tensor, backend: str) -> Tensor:
     """The gradient kept from forward, (R, C), times a scale () or (R, 1), in float32 and rounded once.
 
     It overwrites `kept`, unless the graph is kept for another backward, so that no second copy exists. A row whose
-    scale is 0 becomes zeros, whatever it held.
+    scale is 0 becomes zeros, whatever it held. On a GPU it is one launch.
     """
     if torch.compiler.is_compiling():
         # a 0-dim scale does not widen the product by itself
@@ -39,13 +40,26 @@ def scale_kept(kept: Tensor, scale: Tensor) -> Tensor:
         # reading host memory is no sync, and the usual upstream gradient of 1 then costs nothing
         return kept.clone() if _graph_is_kept() else kept
     out = torch.empty_like(kept) if _graph_is_kept() else kept
+    if kept.device.type == "cpu" and backend != "triton":
+        _scale_in_blocks(kept, scale, out)
+        return out
+    scale = scale.to(kept.device)
+    scale_rows = getattr(backends.load(backend), "scale_rows", None)
+    if scale_rows is not None and kept.dtype != torch.float64:
+        scale_rows(kept, scale.expand(kept.shape[0]) if scale.ndim == 0 else scale[:, 0], out)
+        return out
+    factor = scale.expand(1, 1) if scale.ndim == 0 else scale  # a 0-dim one would be rounded to the dtype of `kept`
+    return torch.mul(kept, factor, out=out).masked_fill_(factor == 0, 0.0)
+
+
+def _scale_in_blocks(kept: Tensor, scale: Tensor, out: Tensor) -> None:
+    """The product in torch, in blocks whose float32 temporaries fit a core's cache."""
     block = max(1, _BLOCK_ELEMENTS // max(1, kept[:1].numel()))
     for start in range(0, kept.shape[0], block):
         rows = slice(start, start + block)
         factor = scale[rows] if scale.ndim else scale
         product = kept[rows].to(torch.promote_types(kept.dtype, scale.dtype)) * factor
         out[rows] = product.masked_fill_(factor == 0, 0.0)
-    return out
 
 
 def _graph_is_kept() -> bool:

@@ -18,10 +18,13 @@ from helpers.paths import ROOT
 from sspo_ext.formulas.registry import PAIR_FORMULAS
 
 pytest.importorskip("triton")
+import triton
 from triton.backends.amd.compiler import HIPBackend
 
 # Triton 3.2 leaves the last step for AMD to the linker of a ROCm installation.
 AMD = [] if hasattr(HIPBackend, "path_to_rocm_lld") else ["gfx942"]
+# B300, whose first binary spilled; older ptxas do not know it.
+NEWEST = ["103"] if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) else []
 # What is asked of the loops: at most 7.5 and 6 instructions a bfloat16 element on sm_90, so that they are bound by
 # memory on an H200.
 MOST_INSTRUCTIONS = {("token_logp_fwd", "90"): 7.5, ("token_logp_bwd", "90"): 6.0}
@@ -62,11 +65,13 @@ def reports():
         *(("token_logp", "bfloat16", arch) for arch in AMD),
         ("row_reductions", "bfloat16", "90"),
         ("step_loss", "float32", "90", *LONGEST_FORMULAS),
+        ("scale_rows", "bfloat16", "90"),
+        *(("token_logp", "bfloat16", arch) for arch in NEWEST),
     )
 
 
 def test_nothing_spills(reports):
-    assert {report["arch"] for report in reports} == {"90", *AMD}
+    assert {report["arch"] for report in reports} == {"90", *AMD, *NEWEST}
     assert all(report["spills"] == 0 for report in reports)
     assert sum(report["kernel"] == "step_loss_fwd" for report in reports) == len(LONGEST_FORMULAS)
 
@@ -93,6 +98,12 @@ def test_main_loops_of_the_row_kernels(reports, arch):
         if bound and not report["facts"]:
             assert report["instructions_per_element"] <= bound, report
             assert report["loop_special"] <= 33, report  # one exponential an element, and one to rescale
+
+
+def test_scaling_moves_16_bytes_at_a_time(reports):
+    (loop,) = [report for report in reports if report["kernel"] == "scale_rows"]
+    assert set(loop["loads"]) == {"16", "4"} and set(loop["stores"]) == {"16"}, loop  # 4: the scale
+    assert set(loop["loop_loads"]) == set(loop["loop_stores"]) == {"16"} and loop["spills"] == 0, loop
 
 
 def test_loops_with_further_reductions(reports):

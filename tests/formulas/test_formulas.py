@@ -259,7 +259,7 @@ def test_table():
 @pytest.fixture(autouse=True)
 def source_tree(monkeypatch):
     """The files of this checkout, whichever copy of the package is imported."""
-    for name in ("CPP_FILE", "TRITON_FILE"):
+    for name in ("CPP_FILE", "TRITON_FILE", "HASH_FILE"):
         monkeypatch.setattr(generate, name, ROOT / getattr(generate, name).relative_to(generate.ROOT))
     monkeypatch.setattr(generate, "ROOT", ROOT)
 
@@ -274,6 +274,7 @@ def test_check_notices_a_stale_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generate, "ROOT", tmp_path)
     monkeypatch.setattr(generate, "CPP_FILE", copy)
     monkeypatch.setattr(generate, "TRITON_FILE", tmp_path / "new" / "formulas_generated.py")
+    monkeypatch.setattr(generate, "HASH_FILE", tmp_path / "new" / "generated_hash.py")
     # that these are what it writes: the test above
     cpp, triton = generate.CPP_FILE.read_text()[:-1], "fused = True\n"
     monkeypatch.setattr(generate, "cpp_source", lambda: cpp)

@@ -19,7 +19,7 @@ ISAS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISAS["avx512"] = [*ISAS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-PLAIN = ("dispatch.cpp", "step_loss.cpp", "transpose.cpp")
+PLAIN = ("dispatch.cpp", "step_loss.cpp")
 
 
 def compile_csrc(

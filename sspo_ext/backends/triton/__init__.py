@@ -13,6 +13,7 @@ import torch
 try:
     from .row_reductions_bwd import row_reductions_bwd
     from .row_reductions_fwd import row_reductions_fwd
+    from .scale_rows import scale_rows
     from .step_loss_fwd import step_loss_fwd
     from .token_logp_bwd import token_logp_bwd
     from .token_logp_fwd import token_logp_fwd
@@ -28,6 +29,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 __all__ = [
     "row_reductions_bwd",
     "row_reductions_fwd",
+    "scale_rows",
     "step_loss_fwd",
     "token_logp_bwd",
     "token_logp_fwd",

@@ -10,11 +10,14 @@ shard. A label of -1 has a log-prob of -lse, and its gradient has no one-hot ter
 log-prob is NaN, and so is its whole row of the gradient.
 """
 
+import ctypes
 import inspect
 
 import torch
 import triton
 import triton.language as tl
+
+from ..addresses import in_private_pool
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -80,7 +83,7 @@ def on_device(tensor: torch.Tensor):
 
 def two_floats(x: float) -> tuple[float, float]:
     """X as a float32 and the rest: kernels take no float64 scalars."""
-    high = torch.tensor(x, dtype=torch.float32, device="cpu").item()
+    high = ctypes.c_float(x).value
     return high, x - high
 
 
@@ -110,16 +113,18 @@ _counters: dict[tuple[torch.device, int], torch.Tensor] = {}
 def arrival_counters(device: torch.device) -> torch.Tensor:
     """Zeros in which programs count themselves. The kernels leave them zero, so no launch is needed to clear them.
 
-    One tensor per stream: launches on one stream do not overlap.
+    One tensor per stream: launches on one stream do not overlap. Memory of a CUDA graph is the graph's, which zeroes it
+    in each replay: it is not kept.
     """
-    if device.type == "cpu":
-        return torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():  # zeroed by each replay, and not kept: a graph's memory is the graph's
+    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
     key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _counters:
-        _counters[key] = torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
-    return _counters[key]
+    counters = _counters.get(key)
+    if counters is None:
+        counters = torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
+        if not in_private_pool(counters):
+            _counters[key] = counters
+    return counters
 
 
 @triton.jit

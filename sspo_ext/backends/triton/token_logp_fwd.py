@@ -4,6 +4,8 @@
 Rows are walked by their own 16-byte boundaries (rows.py).
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -167,6 +169,17 @@ def _programs_per_row(N: int, segments: int) -> int:
     return max(1, min(segments, triton.cdiv(528, N)))
 
 
+def registers(capability: tuple[int, int]) -> dict[str, int]:
+    """Compile options: ptxas gives a B300's kernel 64 registers, two too few, unless it may take more."""
+    return {"maxnreg": 80} if capability == (10, 3) else {}
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device) if nvidia else (0, 0)
+
+
 def token_logp_fwd(
     logits: torch.Tensor,  # (B, T, V) float32, bfloat16 or float16; last dimension contiguous, any strides before it
     rows: torch.Tensor,  # (N,) int64: position b * T + t
@@ -186,7 +199,8 @@ def token_logp_fwd(
     launch = row_launch(V, logits.dtype)
     segments = triton.cdiv(V // launch["VEC"], 4 * launch["LANES"] * _PASSES.value)
     programs = _programs_per_row(N, segments)
-    partial, arrived = logp, logp  # addresses that are not used
+    # addresses that are not used, of the types that are: another type would be another binary
+    partial, arrived = logp, torch.empty(0, dtype=torch.int32, device=logits.device)
     if programs > 1:
         partial = torch.empty((N, segments, 2), dtype=torch.float32, device=logits.device)
         arrived = arrival_counters(logits.device)
@@ -194,6 +208,6 @@ def token_logp_fwd(
         _token_logp_fwd_kernel[(N, programs)](
             logits, rows, labels, logp, lse, partial, arrived,
             T, logits.stride(0), logits.stride(1), V, segments, *forward_map(a, c),
-            SOFTCAP=softcap_kind(c), **launch,
+            SOFTCAP=softcap_kind(c), **launch, **registers(_capability(logits.device)),
         )  # fmt: skip
     return logp, lse

@@ -18,6 +18,7 @@ from torch import Tensor
 from ... import backends
 from ...backends.arguments import StepLossArguments
 from ...objective.pair import LossTerm, evaluate_terms
+from .cache import kept_on_device, to_device
 from .gradients import Gradients
 from .head import Head
 from .plan import Group, LinearPlan
@@ -35,7 +36,8 @@ class Rows:
         plan: LinearPlan,
         dtype: torch.dtype,
     ):
-        self.order = None if plan.order is None else torch.from_numpy(plan.order).to(rows.device, non_blocking=True)
+        order, device = plan.order, rows.device
+        self.order = None if order is None else kept_on_device(plan, "order", device, lambda: to_device(order, device))
         self.source, self.dtype = hidden, dtype
         self.rows, self.labels = self._ordered(rows), self._ordered(labels)
         self.weights = None if weights is None else self._ordered(weights)
@@ -71,13 +73,11 @@ class PairProblem:
     def prepare(
         self, plan: LinearPlan, host_step_offsets: np.ndarray, host_pair_index: np.ndarray, device: torch.device
     ) -> None:
-        """Renumbers each group's steps and pairs from 0; all tables go to the device in one copy."""
+        """Renumbers each group's steps and pairs from 0; all tables go to the device in two copies."""
         self.num_steps, self.num_pairs = len(host_step_offsets) - 1, len(host_pair_index)
-        tables = [_group_tables(group, host_step_offsets, host_pair_index) for group in plan.groups]
-        flat = [table.reshape(-1) for group in tables for table in group]
-        packed = np.concatenate([np.zeros(0, np.int32), *flat]).astype(np.int32)
-        pieces = iter(torch.from_numpy(packed).to(device, non_blocking=True).split([len(t) for t in flat]))
-        self.tables = [[next(pieces) for _ in group] for group in tables]
+        self.tables = kept_on_device(
+            plan, "tables", device, lambda: _device_tables(plan.groups, host_step_offsets, host_pair_index, device)
+        )
 
     def evaluate(self, number: int, group: Group, logps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(loss, sums, pair losses (C, p), d loss/d logp) of a group; `logps` are its rows, step by step."""
@@ -94,6 +94,21 @@ class PairProblem:
         )  # fmt: skip
         step_loss_fwd = backends.load(self.backend).step_loss_fwd
         return evaluate_terms(step_loss_fwd, self.terms, given, pick(self.token_pair_weights, pairs))
+
+
+def _device_tables(
+    groups: list[Group], offsets: np.ndarray, index: np.ndarray, device: torch.device
+) -> list[list[Tensor]]:
+    """Each group's tables on the device: steps and pairs int64, which index tensors, the others int32."""
+    tables = [_group_tables(group, offsets, index) for group in groups]
+    on_device = []
+    for columns, dtype in ((slice(0, 2), np.int64), (slice(2, 6), np.int32)):
+        flat = [table.reshape(-1) for group in tables for table in group[columns]]
+        packed = np.concatenate([np.zeros(0, dtype), *flat]).astype(dtype)
+        on_device.append(iter(to_device(packed, device).split([len(table) for table in flat])))
+    return [
+        [next(pieces) for pieces, count in zip(on_device, (2, 4), strict=True) for _ in range(count)] for _ in groups
+    ]
 
 
 def _group_tables(group: Group, offsets: np.ndarray, index: np.ndarray) -> list[np.ndarray]:
@@ -148,8 +163,8 @@ def run_pref(
         group_loss, group_sums, group_pairs, coef[span] = problem.evaluate(number, group, tokens[span])
         steps, pairs = problem.tables[number][:2]
         loss += group_loss
-        sums.index_copy_(0, steps.long(), group_sums)
-        pair_losses.index_copy_(1, pairs.long(), group_pairs)
+        sums.index_copy_(0, steps, group_sums)
+        pair_losses.index_copy_(1, pairs, group_pairs)
         if group.kind not in ("complete", "recompute"):
             continue
         for start, end in reversed(group.chunks):  # the last chunk's logits are still in the buffer

@@ -33,7 +33,9 @@ class Head:
     def allocate(self, plan: LinearPlan) -> None:
         """Allocates the logits buffer and its row numbers for the plan's chunks."""
         rows, device = min(plan.chunk_rows, plan.num_rows), self.weight.device
-        self.buffer = self.empty((rows, self.vocab), self.weight.dtype)
+        # a GPU's GEMMs are slow on rows that lie anywhere, as those of an odd vocabulary would
+        line = 1 if device.type == "cpu" else 128 // self.weight.itemsize
+        self.buffer = self.empty((rows, -(-self.vocab // line) * line), self.weight.dtype)[:, : self.vocab]
         self.row_ids = torch.arange(rows, device=device)
         self.row_of = self.row_ids.to(torch.int32)
         self.ones = torch.ones(rows, dtype=self.acc_dtype, device=device)

@@ -61,14 +61,14 @@ class LinearLogpsRoute(torch.autograd.Function):
         needs, settings, (dtype, bias_dtype) = ctx.needs, ctx.settings, ctx.dtypes
         if linear_ops.is_frozen(needs):
             rows, directions = ctx.saved_tensors
-            return scale_rows(directions, rows, d_tokens).to(dtype), None, None, None, None
+            return scale_rows(directions, rows, d_tokens, settings.backend).to(dtype), None, None, None, None
         rows, hidden, weight, bias, labels, offsets, lse = ctx.saved_tensors
         d_hidden, d_weight, d_bias = linear_ops.linear_logps_bwd(
             *settings.op_args(hidden, weight, bias, rows, labels, offsets, needs), lse, d_tokens.contiguous()
         )
         return (
             d_hidden if needs[0] else None,
-            settings.deliver_weight(d_weight, d_tokens.new_ones(())) if needs[1] else None,
+            settings.deliver_weight(d_weight, None) if needs[1] else None,
             d_bias.to(bias_dtype) if needs[2] else None,
             None,
             None,

@@ -18,9 +18,11 @@ from ...backends.addresses import accumulator
 from ...backends.ops import register
 from ...objective.pair import unpack_terms
 from . import engine
+from .budget import budget_of
+from .cache import cached_plan
 from .gradients import Gradients, start_gradients
 from .head import Head
-from .plan import LinearPlan, Products, make_plan, rows_per_chunk
+from .plan import LinearPlan, Products, make_plan
 from .shards import VocabShard
 
 
@@ -67,9 +69,13 @@ class HeadCall:
 
     def products(self, buffers: int = 1) -> Products:
         """The call's GEMMs, in chunks for which this many logits buffers fit in the budget."""
-        (vocab, size), device = self.weight.shape, self.weight.device.type
-        rows = rows_per_chunk(self.vocab_rows * buffers, self.dtype, self.chunk_bytes or None, device)
-        return Products(rows, vocab, size, self.dtype, *self.needs)
+        vocab, size = self.weight.shape
+        columns = size if self.needs[1] and self.accum_dtype != self.dtype else 0
+        budget = budget_of(
+            self.vocab_rows * buffers, self.dtype, self.chunk_bytes or None, self.weight.device,
+            accumulator_columns=columns, sharded=bool(self.tp_group),
+        )  # fmt: skip
+        return Products(*budget, vocab, size, self.dtype, *self.needs)
 
     def gathered(self, plan: LinearPlan, token_weights: Tensor | None = None) -> engine.Rows:
         """The scored rows in the plan's order."""
@@ -135,13 +141,13 @@ def set_up(
 
     `buffers`: with entropy, sum_p2 or kl, how many logits buffers share the budget; 0 without them.
     """
-    head = call.head()
-    plan = make_plan(
-        call.host_step_offsets.numpy(),
-        None if pair_index is None else pair_index.numpy(),
-        call.products(max(buffers, 1)),
-        reductions=buffers > 0,
-    )
+    head, products = call.head(), call.products(max(buffers, 1))
+
+    def make() -> LinearPlan:
+        index = None if pair_index is None else pair_index.numpy()
+        return make_plan(call.host_step_offsets.numpy(), index, products, reductions=buffers > 0)
+
+    plan = cached_plan(make, call.host_step_offsets, pair_index, buffers > 0, *vars(products).values())
     gradients = start_gradients(head, plan, call.hidden, call.hidden_gradient_dtype, call.accum_dtype)
     return Work(head, plan, call.gathered(plan, token_weights), gradients)
 

@@ -16,7 +16,7 @@ A GEMM is N x H x V. What a row costs:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -24,17 +24,8 @@ import torch
 from ...layout.pairs import StepPairs, connected_steps
 from ...layout.steps import StepLayout
 from ...objective.policy import segments_of
-
-# At a vocabulary of 150k this is enough rows for a fast GEMM, and small beside any model with such a head.
-DEFAULT_CHUNK_BYTES = {"cpu": 128 << 20}
-
-_OTHER_DEVICES = 512 << 20
-
-
-def rows_per_chunk(vocab: int, dtype: torch.dtype, chunk_bytes: int | None, device_type: str) -> int:
-    """Rows whose (rows, V) logits fit in the budget; at least one."""
-    budget = DEFAULT_CHUNK_BYTES.get(device_type, _OTHER_DEVICES) if chunk_bytes is None else chunk_bytes
-    return max(1, budget // (max(vocab, 1) * dtype.itemsize))
+from .budget import budget_of
+from .packing import packed
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +49,8 @@ class Products:
     """The sizes of a call's GEMMs, and the gradients that are wanted."""
 
     chunk_rows: int
+    rows_at_once: int  # a batch with no more rows is one chunk
+    rows_of_a_unit: int  # to which a chunk may grow for a unit that would otherwise be computed twice
     vocab: int
     hidden: int
     dtype: torch.dtype
@@ -84,6 +77,7 @@ class LinearPlan(Products):
     num_rows: int
     order: np.ndarray | None = field(repr=False)  # (N,) the layout's row at each place; None when they keep their order
     groups: list[Group] = field(repr=False)
+    on_device: dict = field(default_factory=dict, repr=False)  # tables made from the groups, by name, device and stream
 
     @property
     def gemm_rows(self) -> int:
@@ -109,6 +103,12 @@ class LinearPlan(Products):
         return min(self.chunk_rows, max(self.num_rows, 1)) * self.vocab * self.dtype.itemsize
 
     @property
+    def accumulator_bytes(self) -> int:
+        """Bytes of the float32 sum that a 16-bit weight's gradient needs over several chunks."""
+        needed = self.weight_gradient and self.dtype.itemsize == 2 and self.weight_chunks > 1
+        return 4 * self.vocab * self.hidden * needed
+
+    @property
     def weight_chunks(self) -> int:
         """How many products add up to the weight's gradient."""
         return sum(len(group.chunks) for group in self.groups if group.kind != "logps")
@@ -126,6 +126,10 @@ class LinearPlan(Products):
             f"{self.num_rows} rows x H {self.hidden} x V {self.vocab} ({str(self.dtype).removeprefix('torch.')}), "
             f"at most {self.chunk_rows} rows a chunk; {', '.join(parts) or 'nothing to do'}; "
             f"{per_row:.2f} GEMMs a row, {self.flops / 1e9:.2f} GFLOP, buffer {self.buffer_bytes / 2**20:.1f} MiB"
+            + (
+                f", sum of the weight's gradient {self.accumulator_bytes / 2**20:.1f} MiB"
+                * bool(self.accumulator_bytes)
+            )
         )
 
 
@@ -146,17 +150,17 @@ def make_plan(
         pairs = np.arange(0 if host_pair_index is None else len(host_pair_index))
         groups = [Group(kind, 0, num_rows, cut_evenly(0, num_rows, chunk_rows), np.arange(num_steps), pairs)]
     else:
-        order, groups = _groups_by_unit(host_step_offsets, host_pair_index, chunk_rows, frozen=not trained)
+        order, groups, products = _groups_by_unit(host_step_offsets, host_pair_index, products)
     return LinearPlan(**vars(products), num_rows=num_rows, order=order, groups=groups)
 
 
 def _groups_by_unit(
-    offsets: np.ndarray, index: np.ndarray, chunk_rows: int, frozen: bool
-) -> tuple[np.ndarray, list[Group]]:
-    """(row order, groups): rows are ordered by unit, and whole units in order fill chunks.
+    offsets: np.ndarray, index: np.ndarray, products: Products
+) -> tuple[np.ndarray, list[Group], Products]:
+    """(row order, groups, products): rows are ordered by unit, and whole units fill chunks.
 
-    A unit larger than a chunk is a group of its own. With a frozen head all units are one group, since its chunks may
-    be cut anywhere. Steps in no pair come last.
+    Chunks grow to the largest unit, where they may. A unit larger than a chunk is a group of its own. With a frozen
+    head all units are one group, since its chunks may be cut anywhere. Steps in no pair come last.
     """
     counts = np.diff(offsets)
     # a pair with an empty step is not in the loss, so it connects no steps
@@ -168,40 +172,46 @@ def _groups_by_unit(
     pairs_of: dict[int, list[int]] = {}
     for pair in live_pairs.tolist():
         pairs_of.setdefault(int(unit[index[pair, 0]]), []).append(pair)
+    loose = steps_of.pop(-1, [])
+    sizes = {u: int(counts[members].sum()) for u, members in steps_of.items()}
+    if products.trained:
+        products = _grown(products, list(sizes.values()))
 
     groups: list[Group] = []
     placed: list[int] = []  # steps in order
     at = 0
 
-    def add(kind: str, steps: list[int], pairs: list[int]) -> None:
+    def add(kind: str, units: list[int], steps: list[int] | None = None) -> None:
         nonlocal at
+        steps = [s for u in units for s in steps_of[u]] if steps is None else steps
         end = at + int(counts[steps].sum())
         if end > at:
-            cut = cut_evenly(at, end, chunk_rows)
+            cut = cut_evenly(at, end, products.chunk_rows)
+            pairs = [p for u in units for p in pairs_of[u]]
             groups.append(Group(kind, at, end, cut, np.array(steps), np.array(pairs, np.int64)))
         placed.extend(steps)
         at = end
 
-    loose = steps_of.pop(-1, [])
-    if frozen:
-        add("frozen", [s for members in steps_of.values() for s in members], live_pairs.tolist())
-        steps_of = {}
-    steps, pairs, filled = [], [], 0
-    for u, members in steps_of.items():
-        size = int(counts[members].sum())
-        if size > chunk_rows:
-            add("recompute", members, pairs_of[u])
-            continue
-        if filled + size > chunk_rows:
-            add("complete", steps, pairs)
-            steps, pairs, filled = [], [], 0
-        steps += members
-        pairs += pairs_of[u]
-        filled += size
-    add("complete", steps, pairs)
-    add("logps", loose, [])
+    if not products.trained:
+        add("frozen", list(steps_of))
+    else:
+        large = [u for u, size in sizes.items() if size > products.chunk_rows]
+        small = [u for u in sizes if sizes[u] <= products.chunk_rows]
+        for places in packed([sizes[u] for u in small], products.chunk_rows):
+            add("complete", [small[place] for place in places])
+        for u in large:
+            add("recompute", [u])
+    add("logps", [], loose)
     rows = [np.arange(offsets[s], offsets[s + 1]) for s in placed]
-    return np.concatenate(rows) if rows else np.zeros(0, np.int64), groups
+    return np.concatenate(rows) if rows else np.zeros(0, np.int64), groups, products
+
+
+def _grown(products: Products, sizes: list[int]) -> Products:
+    """With chunks that hold all units, or the largest that may be held."""
+    rows = [products.chunk_rows, *(size for size in sizes if size <= products.rows_of_a_unit)]
+    if sum(sizes) <= products.rows_at_once:
+        rows.append(sum(sizes))
+    return replace(products, chunk_rows=max(rows))
 
 
 def cut_evenly(start: int, end: int, size: int) -> list[tuple[int, int]]:
@@ -220,7 +230,10 @@ def make_policy_plan(
 
     A larger unit is a group of its own and is computed twice.
     """
-    nothing, chunk_rows = np.zeros(0, np.int64), products.chunk_rows
+    nothing = np.zeros(0, np.int64)
+    if products.trained:
+        products = _grown(products, [num_rows] if host_unit_offsets is None else np.diff(host_unit_offsets).tolist())
+    chunk_rows = products.chunk_rows
 
     def group(kind: str, start: int, end: int) -> Group:
         return Group(kind, start, end, cut_evenly(start, end, chunk_rows), nothing, nothing)
@@ -276,8 +289,9 @@ def pref_plan(
         >>> plan = pref_plan(layout, pairs, vocab=32_000, hidden=2048, dtype=torch.bfloat16)
         >>> text = str(plan)
     """
-    rows = rows_per_chunk(vocab, dtype, chunk_bytes, layout.device.type)
-    products = Products(rows, vocab, hidden, dtype, hidden_gradient, weight_gradient, bias_gradient)
+    columns = hidden if weight_gradient and dtype.itemsize == 2 else 0
+    budget = budget_of(vocab, dtype, chunk_bytes, layout.device, accumulator_columns=columns)
+    products = Products(*budget, vocab, hidden, dtype, hidden_gradient, weight_gradient, bias_gradient)
     index = None
     if not (logps_only or reductions):
         index = (layout.pair_by_index() if pairs is None else pairs).host_index.numpy()
@@ -316,8 +330,9 @@ def policy_plan(
         >>> plan = policy_plan(layout, importance_sampling_level="sequence", vocab=32_000, hidden=2048)
         >>> text = str(plan)
     """
-    rows = rows_per_chunk(vocab, dtype, chunk_bytes, layout.device.type)
-    products = Products(rows, vocab, hidden, dtype, hidden_gradient, weight_gradient, bias_gradient)
+    columns = hidden if weight_gradient and dtype.itemsize == 2 else 0
+    budget = budget_of(vocab, dtype, chunk_bytes, layout.device, accumulator_columns=columns)
+    products = Products(*budget, vocab, hidden, dtype, hidden_gradient, weight_gradient, bias_gradient)
     if dtype == torch.float16:
         return _waiting_plan(layout, None, products, False)
     offsets = None

@@ -18,6 +18,7 @@ from ...objective.policy import POLICY_SCHEMA, PolicyProblem, pack_problem, unpa
 from ...objective.sums import StepLogps, segment_sums
 from ..shared import gradient_coefs, refuse_double_backward, scale_kept
 from . import engine
+from .cache import cached_plan
 from .gradients import Gradients, start_gradients
 from .head import Head
 from .logps import logps
@@ -29,9 +30,10 @@ from .settings import LinearCall, LinearSettings
 
 def _linear_policy_fwd(call: HeadCall, *packed):
     head, problem = call.head(), unpack_problem(packed, call.backend)
-    units = problem.segments
+    units, products, num_rows = problem.segments, call.products(), call.rows.shape[0]
     offsets = None if units is None else units.host_offsets.numpy()
-    plan = make_policy_plan(offsets, call.rows.shape[0], call.products())
+    facts = (None if offsets is None else offsets.tobytes(), "policy", *vars(products).values())
+    plan = cached_plan(lambda: make_policy_plan(offsets, num_rows, products), call.host_step_offsets, None, *facts)
     gradients = start_gradients(head, plan, call.hidden, call.hidden.dtype, call.accum_dtype)
     tokens, entropy = run_policy(head, call.gathered(plan), plan, problem, gradients)
     return tokens, entropy, *call.results(head, gradients)
@@ -154,7 +156,7 @@ class LinearPolicyRoute(torch.autograd.Function):
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         needs, settings = ctx.needs, ctx.settings
         return (
-            scale_kept(d_hidden, d_loss) if needs[0] else None,
+            scale_kept(d_hidden, d_loss, settings.backend) if needs[0] else None,
             settings.deliver_weight(d_weight, d_loss) if needs[1] else None,
             (d_bias * d_loss).to(ctx.bias_dtype) if needs[2] else None,
             None,

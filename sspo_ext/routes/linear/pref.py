@@ -68,9 +68,9 @@ class LinearPrefRoute(torch.autograd.Function):
         rows, coef, d_hidden, d_weight, d_bias = ctx.saved_tensors
         needs, settings, (dtype, bias_dtype) = ctx.needs, ctx.settings, ctx.dtypes
         if linear_ops.is_frozen(needs):
-            d_hidden = scale_rows(d_hidden, rows, coef * d_loss).to(dtype)
+            d_hidden = scale_rows(d_hidden, rows, coef * d_loss, settings.backend).to(dtype)
         elif needs[0]:
-            d_hidden = scale_kept(d_hidden, d_loss)
+            d_hidden = scale_kept(d_hidden, d_loss, settings.backend)
         return (
             d_hidden if needs[0] else None,
             settings.deliver_weight(d_weight, d_loss) if needs[1] else None,

@@ -182,7 +182,7 @@ class LinearReductionsRoute(torch.autograd.Function):
         d_hidden, d_weight, d_bias = linear_reductions_bwd(*settings.op_args(*args, needs), *ref, lse, ref_lse, coefs)
         return (
             d_hidden.to(dtype) if needs[0] else None,
-            settings.deliver_weight(d_weight, coefs.new_ones(())) if needs[1] else None,
+            settings.deliver_weight(d_weight, None) if needs[1] else None,
             d_bias.to(bias_dtype) if needs[2] else None,
             None,
             None,

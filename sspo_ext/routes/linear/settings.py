@@ -58,11 +58,12 @@ class LinearSettings:
             self.backend,
         )  # fmt: skip
 
-    def deliver_weight(self, kept: Tensor, upstream: Tensor) -> Tensor | None:
-        """The weight's gradient, or None if it is added to the caller's buffer."""
+    def deliver_weight(self, kept: Tensor, upstream: Tensor | None) -> Tensor | None:
+        """The weight's gradient times the upstream gradient, or None if it is added to the caller's buffer."""
+        scaled = kept if upstream is None else scale_kept(kept, upstream, self.backend)
         if self.weight_grad is None:
-            return scale_kept(kept, upstream)
-        self.weight_grad.add_(scale_kept(kept, upstream))
+            return scaled
+        self.weight_grad.add_(scaled)
         return None
 
 

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Indices out of range, which must neither be followed nor give a plausible number, and the transpose.
+// Indices out of range, which must neither be followed nor give a plausible number.
 #include "../formulas_generated.h"
 #include "checks.h"
 #include "step_loss.h"
-#include "transpose.h"
 
 namespace checks {
 
@@ -150,21 +149,6 @@ void check_bad_steps() {
     BadSteps backwards;
     backwards.offsets = {6, 4, 2, 1, 0}, backwards.adj_offsets = {6, 4, 2, 1, 0};
     check_steps_against_promise(backwards);
-}
-
-void check_transpose() {
-    const int64_t sizes[][2] = {{1, 1}, {7, 9}, {8, 8}, {8, 33}, {261, 40}, {300, 1031}};
-    for (const auto& [rows, cols] : sizes)
-        for (int64_t padding : {0, 5}) {
-            const int64_t stride = cols + padding, count = (rows - 1) * stride + cols;
-            uint16_t *src = (uint16_t*)malloc(2 * (size_t)count), *dst = (uint16_t*)malloc(2 * (size_t)(rows * cols));
-            for (int64_t i = 0; i < count; ++i) src[i] = (uint16_t)integer(0, 1 << 16);
-            transpose16(src, stride, rows, cols, dst, rows, kThreads);
-            for (int64_t i = 0; i < rows * cols; ++i)
-                expect("transpose", dst[i], src[i % rows * stride + i / rows], 0, "transpose", cols, i);
-            free(src);
-            free(dst);
-        }
 }
 
 }  // namespace checks

@@ -67,6 +67,5 @@ inline std::vector<int32_t> wrong_indices(int32_t size) { return {-1, size, size
 // bad_input.cpp
 void check_positions(const sspo::Isa& isa, DType dtype, int64_t V);
 void check_bad_steps();
-void check_transpose();
 
 }  // namespace checks

@@ -7,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "cuda_runtime.h"
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
 #include "formulas_generated.h"
@@ -78,7 +79,8 @@ void check_rows(int V, bool softcap, int offset, int out_offset, int splits, boo
     f.N = kRows;
     f.rows = rows.data(), f.labels = labels.data(), f.logp = logp.data(), f.lse = lse.data();
     f.splits = splits, f.partials = partials.data(), f.arrived = arrived.data();
-    if (token_logp_fwd(f, dtype, 0, nullptr)) ++failures, puts("forward was not launched");
+    if (token_logp_fwd(f, dtype, 1, nullptr)) ++failures, puts("forward was not launched");
+    if (current_device() != 0) ++failures, puts("another device is current after a launch");
     for (uint32_t n : arrived) expect("arrived", n, 0, 0, V, -1);
 
     std::vector<double> truth(static_cast<size_t>(kPositions) * V, 0.0);

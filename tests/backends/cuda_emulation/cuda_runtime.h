@@ -21,7 +21,15 @@ inline const char* cudaGetErrorString(cudaError_t error) {
                                                     : "invalid argument";
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }
+inline int& current_device() {  // of two
+    static int device = 0;
+    return device;
+}
+inline cudaError_t cudaGetDevice(int* device) { return *device = current_device(), cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) {
+    if (device < 0 || device > 1) return cudaErrorInvalidValue;
+    return current_device() = device, cudaSuccess;
+}
 
 template <class Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params), const Params& params) {

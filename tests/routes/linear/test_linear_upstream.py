@@ -157,12 +157,12 @@ def test_scaling_what_was_kept(monkeypatch, dtype, shape):
     wide = torch.promote_types(dtype, F32)
     for scale in (torch.tensor(1 / 3), torch.tensor(1e5), torch.tensor(1.0), torch.rand(shape[0], 1, generator=g)):
         assert torch.equal(
-            autograd.scale_kept(kept.clone(), scale.to(wide)), (kept.to(wide) * scale.to(wide)).to(dtype)
+            autograd.scale_kept(kept.clone(), scale.to(wide), "cpu"), (kept.to(wide) * scale.to(wide)).to(dtype)
         )
     if shape[0] > 2:
         scale, broken = torch.ones(shape[0], 1), kept.clone()
         scale[2], broken[2] = 0.0, float("nan")
-        assert torch.count_nonzero(autograd.scale_kept(broken.clone(), scale.to(wide))[2]) == 0
+        assert torch.count_nonzero(autograd.scale_kept(broken.clone(), scale.to(wide), "cpu")[2]) == 0
 
 
 def test_gradient_of_one_step_is_not_touched_by_another():

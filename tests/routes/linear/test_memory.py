@@ -4,7 +4,7 @@ at the allocator.
 
 Sizes are such that every copy of (N, H), (V, H) or of a chunk shows: each is several times the slack.
 
-Mutations of sspo_ext/{linear_engine,linear_ops,autograd}.py, and the test that catches each:
+Mutations of sspo_ext/{routes}, and the test that catches each:
 * a second copy of the weight gradient; a buffer or gathered hidden states of all rows: test_budget_and_gradients
 * bias summed at once, a 16-bit weight gradient at once: test_budget_and_gradients_bfloat16
 * kept gradient scaled beside itself: test_upstream_gradient_makes_no_copy
@@ -20,7 +20,7 @@ from sspo_ext.losses import pref_plan
 from sspo_ext.losses.logps import linear_step_logps
 from sspo_ext.losses.pref import linear_step_pref_loss
 from sspo_ext.routes import shared
-from sspo_ext.routes.linear import gradients
+from sspo_ext.routes.linear import products
 
 V, H, ROWS = 3000, 96, 256
 NEEDS = {
@@ -37,7 +37,7 @@ NEEDS = {
 def small_blocks(monkeypatch):
     """Work on a matrix in blocks of a few MiB is no part of the budget; at these sizes a block would be the whole
     matrix. One thread, because oneDNN packs an operand for each."""
-    monkeypatch.setattr(gradients, "_BLOCK_BYTES", 1 << 15)
+    monkeypatch.setattr(products, "_BLOCK_BYTES", 1 << 15)
     monkeypatch.setattr(shared, "_BLOCK_ELEMENTS", 1 << 13)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

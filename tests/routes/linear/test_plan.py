@@ -20,7 +20,7 @@ from helpers.linear import layout_of_lengths, pairs_of
 
 from sspo_ext.layout.steps import StepLayout
 from sspo_ext.losses import pref_plan
-from sspo_ext.routes.linear.plan import rows_per_chunk
+from sspo_ext.routes.linear.budget import rows_per_chunk
 
 V, H = 11, 8
 

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many rows of logits a chunk may have."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# At a vocabulary of 150k this is enough rows for a fast GEMM, and small beside any model with such a head.
+DEFAULT_CHUNK_BYTES = {"cpu": 128 << 20}
+
+_OTHER_DEVICES = 512 << 20
+
+# The share of a GPU's memory that the logits of one unit may take: 5 GB of 80.
+_OF_MEMORY = 16
+
+
+class Budget(NamedTuple):
+    """Rows of logits; at least one each."""
+
+    rows: int  # of a chunk
+    rows_at_once: int  # a batch with no more is one chunk
+    rows_of_a_unit: int  # to which a chunk may grow for a unit that would otherwise be computed twice
+
+
+def rows_per_chunk(vocab: int, dtype: torch.dtype, chunk_bytes: int | None, device_type: str) -> int:
+    """Rows whose (rows, V) logits fit in the budget; at least one."""
+    budget = DEFAULT_CHUNK_BYTES.get(device_type, _OTHER_DEVICES) if chunk_bytes is None else chunk_bytes
+    return max(1, budget // (max(vocab, 1) * dtype.itemsize))
+
+
+def budget_of(
+    vocab: int,
+    dtype: torch.dtype,
+    chunk_bytes: int | None,
+    device: torch.device,
+    *,
+    accumulator_columns: int = 0,
+    sharded: bool = False,
+) -> Budget:
+    """The rows of a call's chunks.
+
+    Args:
+        vocab: V, times the logits buffers that share the budget.
+        dtype: That of the logits.
+        chunk_bytes: A budget that was asked for, which is kept; None: chunks may grow.
+        device: Where the logits are.
+        accumulator_columns: H, if the weight's gradient needs a (V, H) float32 sum as soon as there are two chunks.
+            One chunk needs none, so a batch is one chunk while its logits are not larger than budget and sum together.
+        sharded: Ranks cut the vocabulary. They must cut the same chunks, and their cards may differ.
+    """
+    rows = rows_per_chunk(vocab, dtype, chunk_bytes, device.type)
+    if chunk_bytes is not None:
+        return Budget(rows, rows, rows)
+    at_once, of_a_unit = rows + accumulator_columns * 4 // dtype.itemsize, rows
+    if device.type == "cuda" and not sharded:
+        # the card's whole memory, not what is free: a run gives the same bits whatever else is on the card
+        memory = torch.cuda.get_device_properties(device).total_memory
+        of_a_unit = max(rows, rows_per_chunk(vocab, dtype, memory // _OF_MEMORY, device.type))
+    return Budget(rows, at_once, of_a_unit)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of 16-bit matrices that are added up in float32 without being rounded to 16 bits first."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_BLOCK_BYTES = 4 << 20  # of the float32 copies where no library has such a product: about the size of a core's cache
+
+
+def add_product(
+    total: Tensor,  # (V, H) float32, contiguous; overwritten if `first`
+    gradient: Tensor,  # (n, V) 16-bit, rows contiguous
+    hidden: Tensor,  # (n, H) 16-bit, rows contiguous
+    first: bool,
+) -> None:
+    """Total += gradient^T @ hidden: one product of the GEMM library, which rounds nothing to 16 bits.
+
+    CUDA: `addmm` with `out_dtype` (torch 2.8). x86-64 CPUs with bfloat16 instructions: oneMKL, which torch contains.
+    Elsewhere the operands become float32, a block of vocabulary rows at a time: right everywhere, and on a CPU without
+    bfloat16 instructions several times faster than its emulated product.
+    """
+    if total.device.type != "cpu" and gpu_sums_in_float32():
+        if first:
+            torch.mm(gradient.t(), hidden, out_dtype=torch.float32, out=total)
+        else:
+            torch.addmm(total, gradient.t(), hidden, out_dtype=torch.float32, out=total)
+        return
+    mkl = mkl_bfloat16() if total.device.type == "cpu" and gradient.dtype == torch.bfloat16 else None
+    if mkl is not None and gradient.numel() and hidden.numel():
+        mkl(total, gradient, hidden, first)
+        return
+    wide = hidden.float()
+    block = max(1, _BLOCK_BYTES // (4 * max(1, gradient.shape[0], hidden.shape[1])))
+    for start in range(0, total.shape[0], block):
+        part = gradient[:, start : start + block].float().t()
+        total[start : start + block].addmm_(part, wide, beta=0.0 if first else 1.0)
+
+
+def add_columns(total: Tensor, gradient: Tensor) -> None:
+    """Total (V,) += the sum of gradient (n, V) over its rows, in total's dtype."""
+    if total.device.type != "cpu":  # one reduction, which widens what it reads
+        total += gradient.sum(0, dtype=total.dtype)
+        return
+    # on a CPU a sum in a wider dtype copies its input first
+    block = max(1, min(_BLOCK_BYTES, gradient.nbytes) // (max(1, gradient.shape[0]) * total.itemsize))
+    for v in range(0, len(total), block):
+        total[v : v + block] += gradient[:, v : v + block].sum(0, dtype=total.dtype)
+
+
+@functools.cache
+def gpu_sums_in_float32() -> bool:
+    """Whether torch's GEMMs on a GPU take 16-bit operands and a float32 result."""
+    return hasattr(torch.ops.aten.addmm, "dtype_out") and torch.version.hip is None
+
+
+@functools.cache
+def mkl_bfloat16() -> Callable[[Tensor, Tensor, Tensor, bool], None] | None:
+    """OneMKL's product of bfloat16 matrices into float32, or None where torch lacks it or the CPU would emulate it."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    if supported is None or not supported():
+        return None
+    try:
+        gemm = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).cblas_gemm_bf16bf16f32
+    except (OSError, AttributeError):
+        return None
+    number, size, pointer = ctypes.c_float, ctypes.c_int, ctypes.c_void_p
+    gemm.argtypes = [size] * 6 + [number, pointer, size, pointer, size, number, pointer, size]
+    gemm.restype = None
+    row_major, no_transpose, transpose = 101, 111, 112
+
+    def add(total: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> None:
+        for name, t, dtype in (("total", total, torch.float32), ("gradient", gradient, None), ("hidden", hidden, None)):
+            assert t.dtype == (dtype or torch.bfloat16) and t.stride(1) == 1 and t.device.type == "cpu", name
+        (n, vocab), size = gradient.shape, hidden.shape[1]
+        assert hidden.shape[0] == n and total.shape == (vocab, size)
+        gemm(
+            row_major, transpose, no_transpose, vocab, size, n, 1.0, gradient.data_ptr(), gradient.stride(0),
+            hidden.data_ptr(), hidden.stride(0), 0.0 if first else 1.0, total.data_ptr(), total.stride(0),
+        )  # fmt: skip
+
+    return add

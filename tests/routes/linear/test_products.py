@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products that are summed in float32: no chunk's product is rounded to 16 bits first.
+
+Mutations, and the test that catches each: a product in bfloat16, then added (test_product_is_not_rounded,
+test_many_chunks_are_as_exact_as_one); the first product added instead of written (test_product_is_not_rounded).
+"""
+
+import pytest
+import torch
+from helpers.linear import layout_of_lengths, pairs_of, problem, truth_of
+from helpers.linear_route import BF16, F16, F32, F64, linear_route
+
+from sspo_ext.routes.linear import products
+
+
+@pytest.fixture(params=["library", "float32 blocks"])
+def way(request, monkeypatch):
+    """OneMKL's product where this CPU and torch have it, and the way without it."""
+    if request.param == "library" and products.mkl_bfloat16() is None:
+        pytest.skip("torch here has no oneMKL, or the CPU no bfloat16 instructions")
+    if request.param != "library":
+        monkeypatch.setattr(products, "mkl_bfloat16", lambda: None)
+        monkeypatch.setattr(products, "_BLOCK_BYTES", 1 << 12)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize(("n", "V", "H"), [(1, 1, 1), (7, 33, 5), (130, 257, 64), (0, 9, 3)])
+def test_product_is_not_rounded(way, dtype, n, V, H):
+    g = torch.Generator().manual_seed(n)
+    padded = torch.randn(n, V + 13, generator=g).to(dtype)
+    gradient, hidden = padded[:, :V], torch.randn(n, H, generator=g).to(dtype)
+    truth = gradient.to(F64).t() @ hidden.to(F64)
+    total = torch.full((V, H), float("nan"))
+    products.add_product(total, gradient, hidden, True)
+    products.add_product(total, gradient, hidden, False)
+    scale = gradient.to(F64).abs().t() @ hidden.to(F64).abs()  # what float32 sums of n products may be off by
+    assert ((total - 2 * truth).abs() <= 2 * (n + 2) * torch.finfo(F32).eps * scale).all()
+
+
+def test_many_chunks_are_as_exact_as_one(way):
+    """The gradient of a bfloat16 head over 64 chunks, against float64: at most 1.1 times the error of one chunk."""
+    V, H, rows = 61, 48, 64
+    layout = layout_of_lengths([32] * 128, V)
+    pairs = pairs_of(layout, *((2 * k, 2 * k + 1) for k in range(64)))
+    p = problem(layout.shape, V, H, bias=False, hidden_dtype=BF16, weight_dtype=BF16)
+    truth = truth_of(p, layout, pairs)[2]
+
+    def error(rows_a_chunk):
+        got = linear_route(p, layout, pairs, rows=rows_a_chunk)[2]
+        return (got.to(F64) - truth).square().mean().sqrt().item()
+
+    one, many = error(layout.num_rows), error(rows)
+    assert many <= 1.1 * one, (many, one)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_columns(dtype):
+    gradient = torch.randn(9, 301, generator=torch.Generator().manual_seed(0)).to(dtype)
+    total = torch.ones(301)
+    products.add_columns(total, gradient)
+    torch.testing.assert_close(total, 1 + gradient.float().sum(0))
