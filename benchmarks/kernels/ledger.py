@@ -154,6 +154,7 @@ def record() -> Iterator[Ledger]:
 
     from sspo_ext import backends
 
+    backends.load("triton")  # its modules are looked through below
     ledger, why_not = Ledger(), backends.why_not
 
     def launched(name: str, names: list[str], args: tuple, kwargs: dict) -> None:
@@ -273,10 +274,26 @@ def trl_chunked(shape: Shape) -> Ledger:
     return ledger
 
 
+def liger_dpo(shape: Shape) -> Ledger:
+    """Liger's fused linear DPO without a reference. Eager: torch.compile would fuse its elementwise operations."""
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    hidden, weight, bias = shape.tensors()
+    labels = torch.zeros(hidden.shape[:2], dtype=torch.int64, device="meta")
+    # torch.func.grad does not let a mode see torch.tensor's detach_
+    full = mock.patch.object(torch, "tensor", lambda value, device=None: torch.full((), value, device=device))
+    with full, record() as ledger:
+        LigerFusedLinearDPOLoss(compiled=False, use_ref_model=False)(weight, hidden, labels, bias)
+    # its gradients are there; its backward asks whether the upstream gradient is 1
+    ledger.entries.append(Entry("upstream gradient", "read back"))
+    return ledger
+
+
 METHODS: dict[str, Callable[[Shape], Ledger]] = {
     "bare GEMMs": bare,
     "sspo_ext": ours,
     "TRL chunked_logprob": trl_chunked,
+    "Liger fused linear DPO, eager": liger_dpo,
     "plain torch": plain_torch,
 }
 

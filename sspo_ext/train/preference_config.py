@@ -39,8 +39,7 @@ class StepPreferenceConfig(TrainingArguments):
         route: "linear" computes log-probs from hidden states and never stores the logits. It raises UnsupportedHead
             for a model whose LM head it cannot use. "logits" reads the model's own logits. "auto" is "linear" where
             the model allows it, else "logits" with a warning.
-        chunk_bytes: The size of the linear route's logits buffer in bytes; None means 128 MiB on CPUs, 512 MiB
-            elsewhere.
+        chunk_bytes: The size of the linear route's logits buffer in bytes; None: see `linear_step_pref_loss`.
         inplace_backward: For the logits route: whether the gradient is written over the logits, which saves a second
             buffer of their size. None means wherever the backend can.
 

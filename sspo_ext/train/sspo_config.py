@@ -84,8 +84,7 @@ class SSPOConfig(TrainingArguments):
             for a model whose LM head it cannot use. "logits" reads the model's own logits. "auto" is "linear" where
             the model allows it, else "logits" with a warning.
         backend: Who computes the loss: "auto", "cpu", "triton", "cuda" or "reference".
-        chunk_bytes: The size of the linear route's logits buffer in bytes; None means 128 MiB on CPUs, 512 MiB
-            elsewhere.
+        chunk_bytes: The size of the linear route's logits buffer in bytes; None: see `linear_step_pref_loss`.
 
     Raises:
         ValueError: For an option out of its range, or one that has no effect beside the others.
