@@ -133,6 +133,9 @@ def step_loss(
 
 def mixed_pair_losses(term_losses: Tensor, spec: PairLossSpec) -> Tensor:
     """(P,): the terms' pair losses (C, P) added up with the terms' weights; pair weights are left out."""
+    first = spec.terms[0]
+    if len(spec.terms) == 1 and first.weight == 1 and not first.by_winner_tokens:
+        return term_losses[0]  # as they are: no launch
     rows = []
     for t, losses in zip(spec.terms, term_losses, strict=True):
         if t.by_winner_tokens:

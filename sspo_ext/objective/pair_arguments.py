@@ -59,7 +59,8 @@ def resolve_pairs(
         raise ValueError(
             f"pairs: expected pairs of the layout's {layout.num_steps} steps, got pairs made for {pairs.num_steps}"
         )
-    if not torch.compiler.is_compiling() and not torch.equal(pairs.host_step_offsets, layout.host_step_offsets):
+    own = pairs.host_step_offsets is layout.host_step_offsets or torch.compiler.is_compiling()
+    if not own and not torch.equal(pairs.host_step_offsets, layout.host_step_offsets):
         raise ValueError("pairs: expected pairs made for this layout, got pairs of one whose steps have other lengths")
     if pairs.index.device != layout.device:
         raise ValueError(f"pairs: expected them on {layout.device} (pairs.to(...)), got {pairs.index.device}")
