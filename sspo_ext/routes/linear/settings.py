@@ -145,7 +145,8 @@ def prepare(
         check_count("chunk_bytes", chunk_bytes)
     layout.check_vocab(shard.vocab)
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
+    autocast = hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type)
+    if autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
     accum_dtype = accumulator(dtype) if accum_dtype is None else accum_dtype
     if accum_dtype not in (accumulator(dtype), dtype):
