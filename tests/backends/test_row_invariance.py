@@ -3,8 +3,8 @@
 
 Trainer and rollout, or two batch sizes, then give the same log-prob for the same logits. It is a promise of the row
 kernels; a GEMM that makes the logits may choose its tiling by size and gives none. On CPUs it holds wherever the row
-lies in memory. Triton walks a row from its own 16-byte boundaries, so there it holds for rows that lie alike in their 16
-bytes: in the linear route's buffer all do, as in logits whose V is a multiple of 8. The CUDA C++ kernels share a row
+lies in memory. Triton walks a row from its own 16-byte boundaries, so there it holds for rows that lie alike in their
+16 bytes: in the linear route's buffer all do, as in logits whose V is a multiple of 8. The CUDA C++ kernels share a row
 among blocks by the number of rows, so they do not give it (csrc/cuda/launch.h, `row_splits`).
 
 How many Triton programs share a row does not show either: test_programs_of_a_row_do_not_show in test_triton_rows.py.
