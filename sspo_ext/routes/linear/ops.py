@@ -70,7 +70,8 @@ class HeadCall:
     def products(self, buffers: int = 1) -> Products:
         """The call's GEMMs, in chunks for which this many logits buffers fit in the budget."""
         vocab, size = self.weight.shape
-        columns = size if self.needs[1] and self.accum_dtype != self.dtype else 0
+        # one chunk saves the sum, unless the sum is what is delivered
+        columns = size if self.needs[1] and self.accum_dtype != self.dtype == self.grad_dtype else 0
         budget = budget_of(
             self.vocab_rows * buffers, self.dtype, self.chunk_bytes or None, self.weight.device,
             accumulator_columns=columns, sharded=bool(self.tp_group),
