@@ -26,7 +26,7 @@ def cached_plan(make: Callable[[], LinearPlan], offsets: Tensor, other: Tensor |
 
     Tensors are compared by what they hold, so equal pairs share a plan, and a tensor that was written to is another.
     """
-    plans = _PLANS.setdefault(offsets, {})
+    plans: dict[tuple[Hashable, ...], LinearPlan] = _PLANS.setdefault(offsets, {})  # pyright: ignore[reportAssignmentType]
     key = (*(None if t is None else t.numpy().tobytes() for t in (offsets, other)), *facts)
     if key not in plans:
         if len(plans) >= _MOST_PLANS:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 # Of float32 temporaries where no library has such a product: about a core's cache; on a GPU, few launches.
 _BLOCK_BYTES, _GPU_BLOCK_BYTES = 4 << 20, 256 << 20
@@ -74,7 +75,7 @@ def gpu_products_in_float32() -> bool:
 @functools.cache
 def gpu_sums_in_float32() -> bool:
     """Whether such a product may be added to a float32 sum: torch 2.8 and 2.9 refuse it (pytorch#167931)."""
-    return torch.__version__ >= (2, 10)  # a TorchVersion
+    return TorchVersion(torch.__version__) >= "2.10"
 
 
 @functools.cache
