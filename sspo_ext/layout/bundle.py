@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -41,8 +41,8 @@ class Built:
     """A dataclass that only its `from_...` methods make: it refuses values by position, which are meant for them."""
 
     def __new__(cls, *values, **fields_):
-        """Raises TypeError for values by position."""
-        if values:
+        """Raises TypeError for values by position; torch.compile of torch 2.6 gives all of them so."""
+        if values and len(values) < len(fields(cast(Any, cls))):
             ways = " or ".join(f"{cls.__name__}.{name}(...)" for name in dir(cls) if name.startswith("from_"))
             raise TypeError(f"{cls.__name__}: expected a call of {ways}, got {describe(values[0])} by position")
         return super().__new__(cls)

@@ -28,14 +28,16 @@ def loading_error(name_or_path: str | os.PathLike, error: Exception) -> Exceptio
     """
     if str(error).startswith("model: "):
         return error
+    broken = broken_file(
+        name_or_path
+    )  # first: transformers 4 looks for another package where tokenizer.json is cut off
+    if broken is not None:
+        return ValueError(f"model: {broken}; it may be cut off, so copy or save it again")
     if isinstance(error, ImportError):
         return ImportError(
             f"model: {str(name_or_path)!r} cannot be loaded: {_first_sentence(error)}; install what is missing, or ask "
             "for something else (attn_implementation)"
         )
-    broken = broken_file(name_or_path)
-    if broken is not None:
-        return ValueError(f"model: {broken}; it may be cut off, so copy or save it again")
     return ValueError(f"model: {str(name_or_path)!r} cannot be loaded: {_first_sentence(error)}")
 
 
