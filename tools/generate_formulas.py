@@ -472,12 +472,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a generated file is stale")
     check = parser.parse_args(argv).check
     stale = False
-    for path, source in (
-        (CPP_FILE, cpp_source()),
-        (TRITON_FILE, triton_source()),
-        (HASH_FILE, hash_source()),
-        (POLICY_FILE, policy_source()),
-    ):
+    sources = {CPP_FILE: cpp_source(), TRITON_FILE: triton_source(), HASH_FILE: hash_source()}
+    for path, source in (sources | {POLICY_FILE: policy_source()}).items():
         if path.exists() and path.read_text() == source:
             continue
         stale = True

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Private torch.library ops, opaque to torch.compile: the three launches of the logits route.
 
-Launches 1 and 3 also come with further reductions over the vocabulary, launch 2 for policy losses. The ops have no autograd formula on purpose:
-gradients live in the autograd.Functions of the routes, the only callers.
+Launches 1 and 3 also come with further reductions over the vocabulary, launch 2 for policy losses. The ops have no
+autograd formula on purpose: gradients live in autograd.Functions, the only callers.
 """
 
 from __future__ import annotations

@@ -156,8 +156,8 @@ def _fused_constants(
     threshold = options.prob_threshold
     counts = options.num_items is None and aggregation != "sum"
     made, scale, norm = ops.policy_constants(
-        values if of_steps else None, layout.step_of_row, layout.weights, None if threshold is None else old, offsets, items, counts,
-        threshold or 0.0, norm, backend,
+        values if of_steps else None, layout.step_of_row, layout.weights, None if threshold is None else old, offsets,
+        items, counts, threshold or 0.0, norm, backend,
     )  # fmt: skip
     return made if of_steps else values, scale, norm
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generated from sspo_ext/formulas/ by `python -m tools.generate_formulas`. Do not edit."""
-
 # ruff: noqa
 import triton
 import triton.language as tl
