@@ -154,6 +154,7 @@ def record() -> Iterator[Ledger]:
 
     from sspo_ext import backends
 
+    backends.load("triton")  # its modules must be there to be patched
     ledger, why_not = Ledger(), backends.why_not
 
     def launched(name: str, names: list[str], args: tuple, kwargs: dict) -> None:

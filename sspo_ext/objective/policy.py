@@ -85,7 +85,7 @@ class PolicyProblem:
         fixed = logp.detach()
         if self.segments is None:
             return torch.clamp(logp - (fixed if self.old is None else self.old), -MAX_LOG_RATIO, MAX_LOG_RATIO)
-        offsets, of_row = self.segments.offsets, self.segments.index(logp.shape[0])
+        offsets, of_row = self.segments.offsets, self.segments.index(fixed.shape[0])
         count = (offsets[1:] - offsets[:-1]).clamp(min=1).to(fixed.dtype)
         moved = logp - fixed
         if not self.length_normalize:
@@ -158,6 +158,7 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *upstream):
+        # never a second derivative: the log-probs' own backward refuses create_graph
         (coefs,) = ctx.saved_tensors
         gradient = coefs * upstream[0]
         if gradient.ndim == 1:
@@ -171,6 +172,8 @@ def pack_problem(problem: PolicyProblem) -> tuple:
     The norm is multiplied into the scale.
     """
     units = problem.segments
+    if units is not None and problem.fused:
+        units = replace(units, of_row=None)
     return (
         *((None,) * 3 if units is None else (units.offsets, units.of_row, units.host_offsets)), problem.step_offsets,
         problem.advantage, problem.old, problem.ref, problem.scale * problem.norm, problem.formula,
