@@ -95,10 +95,12 @@ def policy_constants(given: PolicyConstantsArguments) -> tuple[torch.Tensor, tor
     scale = torch.empty(N, dtype=torch.float32, device=device)
     norm = torch.empty((), dtype=torch.float32, device=device)
     mode = (UNITS if offsets is not None else ROWS) if given.counts else NUMBER if given.items is None else TENSOR
-    advantages, weights, old, offsets, items = (
-        scale if x is None else x for x in (given.advantages, given.weights, given.old, offsets, given.items)
-    )
     assert given.threshold == 0 or given.old is not None
+    # a valid address, always of the same type, for what the kernel is compiled not to read
+    offsets = offsets if units else scale.view(torch.int32)
+    advantages, weights, old, items = (
+        scale if x is None else x for x in (given.advantages, given.weights, given.old, given.items)
+    )
     with on_device(scale):
         _policy_constants_kernel[(offsets.shape[0] - 1 if units else max(1, triton.cdiv(N, BLOCK)),)](
             advantages, given.step_of_row, weights, old, offsets, items, advantage, scale, norm,

@@ -155,13 +155,15 @@ def policy_loss_fwd(given: PolicyLossArguments) -> tuple[torch.Tensor, torch.Ten
         return torch.zeros((), dtype=torch.float32, device=device), coefs
     loss = torch.empty((), dtype=torch.float32, device=device)
     partial = torch.empty(programs, dtype=torch.float32, device=device)
-    absent = partial  # a valid address for what the kernel is compiled not to read
+    # valid addresses, of the right types, for what the kernel is compiled not to read
+    absent, no_offsets = partial, partial.view(torch.int32)
     o0, o1, o2 = [*given.options, *[0.0] * MOST_POLICY_OPTIONS][:MOST_POLICY_OPTIONS]
     level = TOKENS if offsets is None else MEAN if given.length_normalize else SUM
-    old, ref, entropy, offsets = (absent if x is None else x for x in (given.old, given.ref, given.entropy, offsets))
+    old, ref, entropy = (absent if x is None else x for x in (given.old, given.ref, given.entropy))
     with on_device(logps):
         _policy_loss_fwd_kernel[(programs,)](
-            logps, old, ref, entropy, given.advantage, given.scale, given.norm, offsets, loss, partial, coefs,
+            logps, old, ref, entropy, given.advantage, given.scale, given.norm,
+            no_offsets if offsets is None else offsets, loss, partial, coefs,
             arrival_counters(device), N, given.kl_coef, given.entropy_coef, o0, o1, o2,
             FORMULA=list(POLICY_FORMULAS).index(given.formula), HAS_RATIO=POLICY_FORMULAS[given.formula].has_ratio,
             HAS_OLD=given.old is not None, LEVEL=level,
