@@ -23,8 +23,9 @@ def one_over(items: float | Tensor, dtype: torch.dtype, device: torch.device) ->
 
 def number_beside(items: float | Tensor, device: torch.device) -> float | Tensor:
     """A number for a CPU tensor beside tensors elsewhere: the host would wait for the device to copy so little."""
-    moves = isinstance(items, Tensor) and items.device.type == "cpu" != device.type
-    return items.item() if moves and not torch.compiler.is_compiling() else items
+    if not isinstance(items, Tensor) or items.device.type != "cpu" or torch.compiler.is_compiling():
+        return items
+    return items if device.type == "cpu" else items.item()
 
 
 def divided(total: Tensor, items: float | Tensor) -> Tensor:
