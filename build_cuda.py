@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds sspo_ext._C_cuda, the CUDA kernels. Part of setup.py; needs nothing of torch.
 
-SSPO_BUILD_CUDA=auto (the default) builds the module where nvcc is found, =1 fails without nvcc, =0 leaves the module
-out. The architectures are those of TORCH_CUDA_ARCH_LIST or a default; the GPU of the building machine does not matter.
+SSPO_BUILD_CUDA=0 (the default) leaves the module out: nvcc takes minutes, in which pip shows nothing, and on GPUs
+Triton comes first. =1 builds the module or fails. =auto builds it where nvcc is found; where that fails it warns and
+goes on.
+The architectures are those of TORCH_CUDA_ARCH_LIST or a default; the GPU of the building machine does not matter.
 The CUDA runtime is linked statically, so the module can be imported on machines without a GPU or a driver.
 """
 
@@ -12,10 +14,12 @@ import os
 import re
 import shutil
 import subprocess
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension
+from setuptools.errors import BaseError, CompileError, LinkError
 
 KERNELS = ["csrc/cuda/token_logp_fwd.cu", "csrc/cuda/token_logp_bwd.cu", "csrc/cuda/step_loss_fwd.cu"]
 BINDING = "csrc/cuda/binding.cpp"
@@ -42,11 +46,17 @@ def find_nvcc() -> str | None:
     return found
 
 
-def extensions(skip_auto: bool = False) -> list[CudaExtension]:
-    """[_C_cuda] if it is to be built. skip_auto: C++ modules are switched off, so only SSPO_BUILD_CUDA=1 builds it."""
-    wanted = os.environ.get("SSPO_BUILD_CUDA", "auto").lower() or "auto"
+def setting() -> str:
+    """SSPO_BUILD_CUDA: "0", "1" or "auto"."""
+    wanted = os.environ.get("SSPO_BUILD_CUDA", "").lower() or "0"
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"SSPO_BUILD_CUDA: expected auto, 0 or 1, got {wanted!r}")
+    return wanted
+
+
+def extensions(skip_auto: bool = False) -> list[CudaExtension]:
+    """[_C_cuda] if it is to be built. skip_auto: C++ modules are switched off, so only SSPO_BUILD_CUDA=1 builds it."""
+    wanted = setting()
     if wanted == "0" or (wanted == "auto" and (skip_auto or find_nvcc() is None)):
         return []
     if find_nvcc() is None:
@@ -92,13 +102,27 @@ def compile_command(nvcc: str, source: str, target: str, binary: list[int], ptx:
 
 
 def build(command, ext: CudaExtension) -> None:
-    """Compiles and links `ext` for the build_ext `command`. On failure, exits with advice."""
+    """Compiles and links `ext` for the build_ext `command`.
+
+    On failure it exits with advice. With SSPO_BUILD_CUDA=auto it warns, and leaves the module out.
+    """
+    try:
+        _build(command, ext)
+    except (SystemExit, BaseError, CompileError, LinkError, OSError, subprocess.SubprocessError) as failure:
+        if setting() != "auto":
+            raise
+        ext.optional = True  # build_ext then does not look for it
+        warnings.warn(f"SSPO_BUILD_CUDA=auto: left the CUDA module out. {str(failure).strip()}", stacklevel=2)
+
+
+def _build(command, ext: CudaExtension) -> None:
     import pybind11
     from setuptools.modified import newer_group
 
     target = Path(command.get_ext_fullpath(ext.name))
     if not command.force and not newer_group([*ext.sources, *ext.depends, __file__], str(target)):
         return
+    target.unlink(missing_ok=True)  # an older module must not stay where this build fails
     nvcc = find_nvcc()
     binary, ptx = architectures(nvcc)
     folder = Path(command.build_temp, "cuda")

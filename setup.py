@@ -3,6 +3,7 @@
 
 The same kernel source is compiled once for each instruction set, with its flags. The module chooses one at run time, so
 a wheel runs on every CPU of its architecture. SSPO_BUILD_CPP=0 leaves the module out: the package then runs on torch.
+The CUDA kernels are built where they are asked for (build_cuda.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -48,6 +50,14 @@ def target_is_x86_64() -> bool:
 
 class BuildKernels(build_ext):
     """build_ext that compiles every source with its own flags, several sources at a time."""
+
+    def run(self) -> None:
+        # An earlier build with other switches may have left a module in the build folder, and it would be installed.
+        wanted = {ext.name.rpartition(".")[2] for ext in self.extensions}
+        for module in Path(self.build_lib, "sspo_ext").glob("_C*.so"):
+            if module.name.partition(".")[0] not in wanted:
+                module.unlink()
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         if isinstance(ext, build_cuda.CudaExtension):

@@ -10,6 +10,7 @@ COMMANDS = {
     "report": ("speed.report", "measures the missing tables of logits and linear; writes RESULTS.md and plots"),
     "logits": ("speed.logits", "logits route: time and memory next to eager, torch.compile, cross_entropy, TRL"),
     "linear": ("speed.linear", "linear route: time and memory next to Liger, torch, TRL and the bare GEMMs"),
+    "host": ("speed.host", "what a call costs the host, next to TRL and Liger"),
     "losses": ("speed.losses", "time of every loss next to the sigmoid loss"),
     "traffic": ("kernels.traffic", "bytes that the Triton kernels load and store, counted in the interpreter"),
     "ledger": ("kernels.ledger", "what the linear route launches on a GPU, counted without one; time predicted"),

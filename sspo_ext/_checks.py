@@ -10,6 +10,8 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+_LARGEST = 1.7976931348623157e308  # of float64: an int above it has no float
+
 _INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
@@ -56,20 +58,47 @@ def check_choice(name: str, value: object, choices: Collection) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_kind(name: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
+    """TypeError unless `value` is an instance of `kind`, which the message calls `expected`."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """TypeError unless `value` is True or False."""
+    check_kind(name, value, bool, "True or False")
+
+
+def check_number(name: str, value: object) -> None:
+    """TypeError or ValueError unless `value` is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    if not abs(value) <= _LARGEST:  # math.isfinite is not traced by torch.compile
+        raise ValueError(f"{name}: expected a finite number, got {_short(value)}")
+
+
 def check_positive(name: str, value: object) -> None:
     """TypeError or ValueError unless `value` is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
+    if not 0 < value <= _LARGEST:
+        raise ValueError(f"{name}: expected a finite number above 0, got {_short(value)}")
 
 
 def check_not_negative(name: str, value: object) -> None:
     """TypeError or ValueError unless `value` is a finite number, 0 or above."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{name}: expected a finite number, 0 or above, got {value!r}")
+    if not 0 <= value <= _LARGEST:
+        raise ValueError(f"{name}: expected a finite number, 0 or above, got {_short(value)}")
+
+
+def check_whole(name: str, value: object) -> None:
+    """TypeError or ValueError unless `value` is a whole number of 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a whole number, got {describe(value)}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected a whole number of 64 bits, got {_short(value)}")
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
@@ -77,7 +106,15 @@ def check_count(name: str, value: object, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected a whole number, got {describe(value)}")
     if value < least:
-        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value}")
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got {_short(value)}")
+    if value >= 2**63:
+        raise ValueError(f"{name}: expected a whole number of 64 bits, got {_short(value)}")
+
+
+def _short(value: float) -> str:
+    """A number in a few characters."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} characters)"
 
 
 def check_num_items(value: object) -> None:

@@ -30,7 +30,7 @@ def prefer_installed(package_path: MutableSequence[str]) -> None:
             package_path[:] = [str(installed)]
             return
     warnings.warn(
-        f"{here} is a source folder without its compiled module, and no installed copy was found: the package runs on "
+        f"{here} is a source folder without its compiled module, and no installed copy has one: the package runs on "
         "torch alone, several times slower on CPUs. Type `pip install -e .` in the folder above it",
         stacklevel=2,
     )

@@ -3,6 +3,8 @@
 
     python -m tools.break_on_purpose [TEXT ...]    # all, or those whose file has one of the texts in its name
 
+Faults of csrc/ that only a sanitizer sees are planted by the slow tests test_cpu_sanitizers.py and test_sanitizers.py.
+
 Needs the test extra, and a C++ compiler for csrc/. The exit status is 1 if a test is red before anything is broken, or
 if a broken line is not caught.
 """
@@ -48,10 +50,18 @@ FAULTS = [
           "tests/routes/linear/test_linear_inputs.py"),
     Fault("routes/linear/gradients.py", "self.total.addmm_(gradient.t(), hidden)",
           "torch.mm(gradient.t(), hidden, out=self.total)", RULE),
+    Fault("routes/linear/shards.py",
+          "return torch.where((labels >= 0) & (labels < self.vocab), local, self.size)", "return local",
+          "tests/routes/linear/test_tensor_parallel.py"),
+    Fault("routes/shared.py", "if not _SMALLEST_FACTOR <= quotient <= _LARGEST_FACTOR:", "if quotient < 0:",
+          "tests/backends/test_reference.py"),
     Fault("losses/unpaired.py", "torch.sigmoid(-beta * sign * (u - reference_point))",
           "torch.sigmoid(-beta * sign * u)", "tests/losses/test_unpaired.py"),
     Fault("backends/reference.py", "valid = (counts[winner] > 0) & (counts[loser] > 0)", "valid = counts[winner] > 0",
           "tests/backends/test_reference.py"),
+    Fault("backends/reference.py", "x = x - x.detach().amax(-1, keepdim=True)", "pass",
+          "tests/backends/test_map_range.py"),
+    Fault("data/graders.py", "return text.strip() if found else value", "return value", "tests/data/test_graders.py"),
     Fault("backends/triton/step_loss_fwd.py", "d = tl.where(is_loser, du_l, du_w)", "d = du_w",
           "tests/backends/triton_interpreted/test_triton_steps.py"),
     Fault("csrc/cuda/token_logp_fwd.cu", "sum *= exp2f(before - top);", "(void)before;",

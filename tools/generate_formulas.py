@@ -230,6 +230,7 @@ class Printer:
 
     def run(self, graph: torch.fx.Graph) -> list[str]:
         """Fills self.lines and gives the texts of the outputs."""
+        _include_bounds(graph)
         for node in graph.nodes:
             if node.op == "placeholder":
                 self.value[node] = node.name
@@ -251,6 +252,13 @@ class Printer:
                     value = (node.name, value[1])
                 self.value[node] = value
         raise AssertionError("a graph ends with its output")
+
+
+def _include_bounds(graph: torch.fx.Graph) -> None:
+    """Makes the gradient of clamp at a bound itself that of the inside, as torch before 2.15; since then it is 0."""
+    for node in graph.nodes:
+        if node.target is aten.lt.Scalar:
+            node.target, node.name = aten.le.Scalar, node.name.replace("lt", "le")
 
 
 def _strip(expression: str) -> str:

@@ -9,6 +9,10 @@
 3. Each row kernel is timed alone by CUDA events. Its rate is that of the least bytes its work needs. The table shows it
    as a share of the copy's bandwidth, next to the prediction of benchmarks/results/gpu/machine-code.jsonl.
 4. Loss and gradient from logits are timed in the same rounds as the peers.
+5. So are loss and gradients from hidden states, trained and frozen head, preference and policy, with the bare GEMMs and
+   the time of the host (gpu_linear.py).
+
+The report is written after each table, so that a run that is cut short leaves what it has.
 
 Every contestant runs once a round, in shuffled order. Each run takes another copy of the logits, so that no contestant
 finds its rows in the L2 cache. Times are medians.
@@ -38,6 +42,7 @@ from ..speed import measure, peers, plots
 from ..speed.logits import check as check_agreement
 from ..speed.problems import BETA, LogitsProblem, LogitsSpec
 from ..speed.tables import RESULTS, Table, ms, short
+from .gpu_linear import linear_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,17 +66,21 @@ class Clock:
     """Seconds that the device takes: between two events on a GPU, wall-clock time on a CPU."""
 
     def __init__(self, device: str):
+        self.host_s = 0.0  # of the last run: until it returned
         self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device == "cuda" else None
 
     def time(self, run: Callable[[], object]) -> float:
         if self.events is None:
             start = time.perf_counter()
             run()
-            return time.perf_counter() - start
+            self.host_s = time.perf_counter() - start
+            return self.host_s
         before, after = self.events
         torch.cuda.synchronize()
         before.record()
+        start = time.perf_counter()
         result = run()
+        self.host_s = time.perf_counter() - start
         after.record()
         after.synchronize()
         del result
@@ -305,14 +314,27 @@ def main(argv: list[str]) -> None:
     scale, clock = Scale(args.quick), Clock(args.device)
     rounds = args.rounds or (2 if args.quick else 20)
     bandwidth = copy_bandwidth(args.device, clock, scale.copy_bytes, rounds)
-    found = [kernel_table(args.device, clock, scale, rounds, bandwidth)]
     vocab = scale.vocabularies[len(scale.vocabularies) // 2]
-    found += [loss_table(args.device, clock, scale, rounds, vocab, d) for d in (torch.bfloat16, torch.float32)]
+    few = max(2, rounds // 2)  # of calls that take tens of milliseconds each
+    makers: list[Callable[[], Table]] = [
+        *(lambda head=head: linear_table(args.device, clock, args.quick, few, head) for head in ("trained", "frozen")),
+        lambda: kernel_table(args.device, clock, scale, rounds, bandwidth),
+        *(
+            lambda dtype=dtype: loss_table(args.device, clock, scale, rounds, vocab, dtype)
+            for dtype in (torch.bfloat16, torch.float32)
+        ),
+    ]
     folder = args.out or (RESULTS / "gpu" / "measured" if args.device == "cuda" else None)
     flags = (" --quick" if args.quick else "") + (f" --device {args.device}" if args.device != "cuda" else "")
     flags += f" --without {' '.join(map(repr, args.without))}" if args.without else ""
     command = f"python -m benchmarks gpu{flags} --rounds {rounds}"
-    print(report(folder, args.device, bandwidth, found, command))
+    found: list[Table] = []
+    text = ""
+    for make in makers:
+        found.append(make())
+        gc.collect()
+        text = report(folder, args.device, bandwidth, found, command)
+    print(text)
 
 
 if __name__ == "__main__":

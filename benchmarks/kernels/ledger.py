@@ -154,7 +154,7 @@ def record() -> Iterator[Ledger]:
 
     from sspo_ext import backends
 
-    backends.load("triton")  # its modules must be there to be patched
+    backends.load("triton")  # its modules are looked through below
     ledger, why_not = Ledger(), backends.why_not
 
     def launched(name: str, names: list[str], args: tuple, kwargs: dict) -> None:
@@ -173,8 +173,6 @@ def record() -> Iterator[Ledger]:
         stack.enter_context(
             mock.patch.object(backends, "why_not", lambda n, d, t: None if n == "triton" else why_not(n, d, t))
         )
-        # autocast knows no meta device
-        stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", lambda *device: False))
         counters = torch.zeros(1024, dtype=torch.int32, device="meta")
         for module in [m for name, m in sys.modules.items() if name.startswith("sspo_ext.backends.triton.")]:
             if hasattr(module, "arrival_counters"):
@@ -253,6 +251,16 @@ def plain_torch(shape: Shape) -> Ledger:
     return ledger
 
 
+class _Torch:
+    """torch as another package's module sees it, with some functions replaced; torch's own stay what they are."""
+
+    def __init__(self, **replaced: Callable):
+        self.__dict__.update(replaced)
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+
 def trl_chunked(shape: Shape) -> Ledger:
     """TRL's chunked log-probs with its Triton kernels, and DPO on them."""
     from trl.kernels import chunked_logprob as trl
@@ -263,8 +271,12 @@ def trl_chunked(shape: Shape) -> Ledger:
     def addmm(acc: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
 
-    # what TRL does on a CUDA device
-    with mock.patch.object(trl, "_use_triton", lambda d: True), mock.patch.object(trl, "_addmm_fp32", addmm):
+    # what TRL does on a CUDA device; autocast knows no meta device
+    with (
+        mock.patch.object(trl, "_use_triton", lambda d: True),
+        mock.patch.object(trl, "_addmm_fp32", addmm),
+        mock.patch.object(trl, "torch", _Torch(is_autocast_enabled=lambda *device: False)),
+    ):
         with record() as ledger:
             rows = hidden[:, 1:].reshape(-1, shape.hidden)
             logps = trl.ChunkedLogProbFunction.apply(rows, weight, bias, labels, 1.0, 4096, None, 1.0, ())[0]
@@ -274,10 +286,26 @@ def trl_chunked(shape: Shape) -> Ledger:
     return ledger
 
 
+def liger_dpo(shape: Shape) -> Ledger:
+    """Liger's fused linear DPO without a reference. Eager: torch.compile would fuse its elementwise operations."""
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss, dpo_loss
+
+    hidden, weight, bias = shape.tensors()
+    labels = torch.zeros(hidden.shape[:2], dtype=torch.int64, device="meta")
+    # torch.func.grad does not let a mode see torch.tensor's detach_
+    full = _Torch(tensor=lambda value, device=None: torch.full((), value, device=device))
+    with mock.patch.object(dpo_loss, "torch", full), record() as ledger:
+        LigerFusedLinearDPOLoss(compiled=False, use_ref_model=False)(weight, hidden, labels, bias)
+    # its gradients are there; its backward asks whether the upstream gradient is 1
+    ledger.entries.append(Entry("upstream gradient", "read back"))
+    return ledger
+
+
 METHODS: dict[str, Callable[[Shape], Ledger]] = {
     "bare GEMMs": bare,
     "sspo_ext": ours,
     "TRL chunked_logprob": trl_chunked,
+    "Liger fused linear DPO, eager": liger_dpo,
     "plain torch": plain_torch,
 }
 

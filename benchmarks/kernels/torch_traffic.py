@@ -20,7 +20,8 @@ _SPARSE = ("gather", "scatter", "scatter_", "scatter_add", "scatter_add_", "inde
 
 _FILLS = ("zeros", "new_zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "fill", "zero_", "fill_")
 
-_MAKES_ONLY = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
+# `_unsafe_view` is a view whose schema does not say so
+_MAKES_ONLY = ("_unsafe_view", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
 
 
 @dataclass

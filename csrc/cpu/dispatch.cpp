@@ -13,6 +13,7 @@
 #endif
 #if defined(__linux__)
 #include <dlfcn.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
@@ -127,8 +128,12 @@ using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 OpenMpParallel openmp_parallel() {
 #if defined(__linux__)
-    static const auto found = (OpenMpParallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
-    return found;
+    static std::atomic<bool> forked{false};  // a child has none of its parent's threads, and OpenMP would wait for them
+    static const auto found = [] {
+        pthread_atfork(nullptr, nullptr, [] { forked = true; });
+        return (OpenMpParallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    }();
+    return forked ? nullptr : found;
 #else
     return nullptr;
 #endif
@@ -150,8 +155,9 @@ void parallel_for(int64_t count, int64_t block, int threads, const std::function
     Blocks blocks{{0}, count, block, (count + block - 1) / block, work};
     const int64_t wanted = std::min<int64_t>(threads, blocks.blocks);
     if (wanted <= 1) return blocks.run();
+    // All threads, also those that get no block: OpenMP ends the threads that a smaller team leaves out.
     if (const auto parallel = openmp_parallel())
-        return parallel([](void* data) { ((Blocks*)data)->run(); }, &blocks, (unsigned)wanted, 0);
+        return parallel([](void* data) { ((Blocks*)data)->run(); }, &blocks, (unsigned)threads, 0);
     std::vector<std::thread> helpers;
     helpers.reserve(wanted - 1);
     try {

@@ -22,9 +22,6 @@ namespace {
 using sspo::kNoLabel;
 using sspo::Logits;
 
-// For bodies that GCC would leave out of line. Their loops would then load captured constants in every iteration.
-#define SSPO_INLINE __attribute__((always_inline))
-
 constexpr double kLog2e = 1.44269504088896340736;
 constexpr int64_t kTile = 256 * kLanes;  // fits the L1 cache; a lane adds 64 terms in float32, the rest is in double
 constexpr double kHugeLse = 0x1p28;      // from here on lse has no digits left for the logarithm of its sum
@@ -49,16 +46,16 @@ __attribute__((noinline)) double scaled(double factor, double x) { return factor
 // where k m is not rounded. Without FMA it is k (m - shift), because rounding k m would lose a large logit's digits.
 template <bool CAP>
 struct Exponent {
-    F k, a;
+    F k;
+    Tanh<kDegree> tanh_a;
     double k_value;
 
-    explicit Exponent(const Logits& l) {
+    explicit Exponent(const Logits& l) : tanh_a(l.a) {
         const float rounded = (float)((CAP ? l.c : l.a) * kLog2e);
         k_value = rounded;
         k = splat(rounded);
-        a = splat((float)l.a);
     }
-    F map(F x) const { return CAP ? vector_tanh(a * x) : x; }
+    F map(F x) const { return CAP ? tanh_a(x).tanh : x; }
     // z of one logit. It uses the tanh of the row's loop: the error then cancels where one logit has all probability.
     double z(const Logits& l, double x) const { return CAP ? scaled(l.c, map(splat((float)x))[0]) : scaled(l.a, x); }
 #if defined(SSPO_AVX512) || defined(SSPO_AVX2)
@@ -78,7 +75,12 @@ struct Exponent {
 
 inline double exact_z(const Logits& l, double x) { return l.c == 0 ? scaled(l.a, x) : scaled(l.c, tanh(l.a * x)); }
 
-inline double slope_of(const Logits& l, double z) { return l.c == 0 ? l.a : l.c * l.a * (1 - z / l.c * (z / l.c)); }
+// dz/dx. 1 - tanh^2 is 4 e / (1 + e)^2 of e = exp(-2 |a x|), which keeps its digits where tanh is close to 1.
+inline double slope_of(const Logits& l, double x) {
+    if (l.c == 0) return l.a;
+    const double e = exp(-2 * fabs(l.a * x));
+    return l.c * l.a * 4 * e / ((1 + e) * (1 + e));
+}
 
 template <class T>
 inline const T* row_pointer(const Logits& l, int64_t position) {
@@ -212,6 +214,7 @@ template <class T, class Args, class Gradient, class Write>
 SSPO_INLINE inline void backward_rows(const Args& args, int64_t begin, int64_t end, const Gradient& gradient_of,
                                       const Write& write) {
     const Logits& l = args.logits;
+    if (l.V == 0) return;  // nothing to write, and `out` may be null
     // From the last position to the first: the forward's last rows may still be in the cache.
     for (int64_t position = end - 1; position >= begin; --position) {
         T* out = (T*)args.out + (position / l.T) * args.out_stride_b + (position % l.T) * args.out_stride_t;

@@ -264,14 +264,15 @@ ReductionsGradient reductions_gradient(const ReductionGradArgs& args, int64_t ro
     return r;
 }
 
-// One element, from its z and the reference's. At the label expm1 keeps 1 - p from cancelling where p is close to 1.
-inline double element_grad(const Logits& l, const ReductionsGradient& r, const RowLse& lse, const RowLse& ref_lse,
-                           double z, double z_ref, bool is_label) {
+// One element, from its z, dz/dx and the reference's z. At the label expm1 keeps 1 - p from cancelling where p is close
+// to 1.
+inline double element_grad(const ReductionsGradient& r, const RowLse& lse, const RowLse& ref_lse, double z,
+                           double slope, double z_ref, bool is_label) {
     const double log_p = z - lse.top - lse.log_sum, p = exp(log_p);
     double d = is_label ? -r.g * expm1(log_p) : -r.g * p;
     if (p > 0) d += p * (r.constant + r.log_p * log_p + r.square * p);
     if (r.kappa != 0) d -= r.kappa * exp(z_ref - ref_lse.top - ref_lse.log_sum);
-    return d * slope_of(l, z);
+    return d * slope;
 }
 
 // In double: for float64 rows, and for rows whose logits are too large for float32 exponents. y is null where kappa is
@@ -280,8 +281,8 @@ template <class T>
 void reduction_grad_row_exact(const Logits& l, const ReductionsGradient& r, const T* x, const T* y, T* out) {
     const RowLse lse = row_lse_parts(l, x, r.lse), ref_lse = y ? row_lse_parts(l, y, r.ref_lse) : RowLse{};
     for (int64_t v = 0; v < l.V; ++v) {
-        const double z = exact_z(l, to_double(x[v])), z_ref = y ? exact_z(l, to_double(y[v])) : 0;
-        from_double(element_grad(l, r, lse, ref_lse, z, z_ref, v == r.label), out + v);
+        const double x_v = to_double(x[v]), z_ref = y ? exact_z(l, to_double(y[v])) : 0;
+        from_double(element_grad(r, lse, ref_lse, exact_z(l, x_v), slope_of(l, x_v), z_ref, v == r.label), out + v);
     }
 }
 
@@ -321,8 +322,8 @@ void reduction_grad_elements(const T* x, const T* y, T* out, int64_t n, const Ex
                              const GradRow<T, CAP>& row) {
     const F shift = splat(row.shift), ref_shift = splat(row.ref_shift);
     const auto grad = [&](F x_v, F y_v) SSPO_INLINE {
-        const F m = map.map(x_v);
-        const F t = map.relative(m, shift);
+        const TanhSech2 m = CAP ? map.tanh_a(x_v) : TanhSech2{x_v, F{}};
+        const F t = map.relative(m.tanh, shift);
         F d;
         if (KL && LEAN) {
             d = row.constant_exp2(t);
@@ -331,7 +332,7 @@ void reduction_grad_elements(const T* x, const T* y, T* out, int64_t n, const Ex
             d = p * (LEAN ? linear : row.square * p + linear);
         }
         if (KL) d -= row.ref_exp2(map.relative(map.map(y_v), ref_shift));
-        return CAP ? d * (1.0f - m * m) : d;
+        return CAP ? d * m.sech2 : d;
     };
     const auto partial = [&](int64_t i, int64_t count) {
         const F2 v = load2_partial(x + i, count), w = KL ? load2_partial(y + i, count) : F2{};
@@ -374,9 +375,11 @@ struct RowReductionsBwd {
             const T* y = reference_row<T>(args, r, position);
             if (fabs(r.lse) > kHugeLse || fabs(r.ref_lse) > kHugeLse) return reduction_grad_row_exact(l, r, x, y, out);
             double label_value = 0;
-            if (r.has_label())
-                label_value = element_grad(l, r, {r.lse, 0}, {r.ref_lse, 0}, map.z(l, to_double(x[r.label])),
+            if (r.has_label()) {
+                const double x_v = to_double(x[r.label]);
+                label_value = element_grad(r, {r.lse, 0}, {r.ref_lse, 0}, map.z(l, x_v), slope_of(l, x_v),
                                            y ? map.z(l, to_double(y[r.label])) : 0, true);
+            }
             const GradRow<T, CAP> row(l, map, r);
             const bool lean = r.square == 0 && !(y && r.log_p != 0);
             constexpr std::true_type yes;

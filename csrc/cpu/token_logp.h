@@ -100,9 +100,9 @@ struct TokenLogpFwd {
 template <class T, bool CAP, bool STREAM, int DEGREE>
 void grad_elements(const T* x, T* out, int64_t n, const Exponent<CAP>& e, const Exp2<DEGREE>& exp2_, F shift) {
     const auto grad = [&](F v) {
-        const F m = e.map(v);
-        const F p = exp2_(e.relative(m, shift));
-        return CAP ? p * (1.0f - m * m) : p;
+        if (!CAP) return exp2_(e.relative(v, shift));
+        const TanhSech2 m = e.tanh_a(v);
+        return exp2_(e.relative(m.tanh, shift)) * m.sech2;
     };
     const auto partial = [&](int64_t i, int64_t count) {
         const F2 v = load2_partial(x + i, count);
@@ -143,18 +143,19 @@ TokenLogpGradient token_logp_gradient(const BwdArgs& args, int64_t row) {
 }
 
 // The label's element: factor * (1 - p) * dz/dx, with expm1 so that nothing cancels where p is close to 1.
-inline double label_grad(const Logits& l, double z, double factor, const RowLse& row) {
-    return factor * slope_of(l, z) * -expm1(z - row.top - row.log_sum);
+inline double label_grad(double z, double slope, double factor, const RowLse& row) {
+    return factor * slope * -expm1(z - row.top - row.log_sum);
 }
 
 // In double: for float64 rows, and for rows whose logits are too large for float32 exponents.
 template <class T>
 void grad_row_exact(const Logits& l, const T* x, T* out, const TokenLogpGradient& g) {
     const RowLse row = row_lse_parts(l, x, g.lse);
-    const double label_value = g.has_label() ? label_grad(l, exact_z(l, to_double(x[g.label])), g.factor, row) : 0;
+    const double x_label = g.has_label() ? to_double(x[g.label]) : 0;
+    const double label_value = label_grad(exact_z(l, x_label), slope_of(l, x_label), g.factor, row);
     for (int64_t v = 0; v < l.V; ++v) {
-        const double z = exact_z(l, to_double(x[v]));
-        from_double(-g.factor * slope_of(l, z) * exp(z - row.top - row.log_sum), out + v);
+        const double x_v = to_double(x[v]);
+        from_double(-g.factor * slope_of(l, x_v) * exp(exact_z(l, x_v) - row.top - row.log_sum), out + v);
     }
     if (g.has_label()) from_double(label_value, out + g.label);
 }
@@ -166,8 +167,8 @@ struct TokenLogpBwd {
         const Exponent<CAP> e(l);
         const auto write = [&](const T* x, T* out, const TokenLogpGradient& g, int64_t) {
             if (fabs(g.lse) > kHugeLse) return grad_row_exact(l, x, out, g);
-            const double label_value =
-                g.has_label() ? label_grad(l, e.z(l, to_double(x[g.label])), g.factor, {g.lse, 0}) : 0;
+            const double x_label = g.has_label() ? to_double(x[g.label]) : 0;
+            const double label_value = label_grad(e.z(l, x_label), slope_of(l, x_label), g.factor, {g.lse, 0});
             const double exact_shift = e.to_shift(g.lse / (CAP ? l.c : l.a));
             const float shift = (float)exact_shift;
             const double correction = exp2(e.exponent(shift - exact_shift));

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import TypeVar
@@ -31,7 +32,8 @@ def constant_when_compiled(fn: _Function) -> _Function:
 
 def load(name: str) -> ModuleType:
     """The backend's module."""
-    return importlib.import_module(f"{__name__}.{name}")
+    path = f"{__name__}.{name}"
+    return sys.modules.get(path) or importlib.import_module(path)  # import_module alone takes microseconds each time
 
 
 def why_not(name: str, device: torch.device | str, dtype: torch.dtype) -> str | None:

@@ -23,7 +23,7 @@ def address(tensor: Tensor | None, dtype: torch.dtype, numel: int, device: torch
         tensor.dtype != dtype
         or tensor.numel() != numel
         or not tensor.is_contiguous()
-        or tensor.device != torch.device(device)
+        or not (tensor.is_cpu if device == "cpu" else tensor.device == torch.device(device))
     ):
         raise TypeError(
             f"expected a contiguous tensor of {numel} {dtype} on {device}, got {tuple(tensor.shape)} {tensor.dtype} on "

@@ -14,7 +14,7 @@ from .addresses import address, in_private_pool, stale_module
 from .arguments import StepLossArguments
 
 try:
-    import sspo_ext._C_cuda as _C_cuda  # pyright: ignore[reportMissingModuleSource]  # built where nvcc is
+    import sspo_ext._C_cuda as _C_cuda  # pyright: ignore[reportMissingModuleSource]  # built on request
 
     _import_error = stale_module(_C_cuda)
     if _import_error is not None:
@@ -44,8 +44,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return "its kernels are CUDA C++, and this torch is built for ROCm"
     if _C_cuda is None:
         return (
-            f"the module sspo_ext._C_cuda could not be imported ({_import_error}); it is built where nvcc is found: "
-            "install again with SSPO_BUILD_CUDA=1"
+            f"the module sspo_ext._C_cuda could not be imported ({_import_error}); it is built where it is "
+            "asked for and nvcc is found: install again with SSPO_BUILD_CUDA=1"
         )
     if torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(device)

@@ -22,6 +22,17 @@ def map_logits(x: Tensor, a: float, c: float) -> Tensor:
     return a * x if c == 0 else c * torch.tanh(a * x)
 
 
+def _log_probs(logits: Tensor, rows: Tensor, a: float, c: float) -> Tensor:
+    """(N, V) log_softmax(map(logits)) of the rows, in float32, in float64 for float64 logits."""
+    x = logits.reshape(-1, logits.shape[-1])[rows]
+    if x.dtype != torch.float64:
+        x = x.float()
+    if c == 0 and a > 1:
+        # a * x may be beyond the dtype, and the differences from the largest logit are what a softmax is of
+        x = x - x.detach().amax(-1, keepdim=True)
+    return map_logits(x, a, c).log_softmax(-1)
+
+
 def token_logps(
     logits: Tensor,  # (B, T, V)
     rows: Tensor,  # (N,) int64
@@ -30,10 +41,7 @@ def token_logps(
     c: float,
 ) -> Tensor:  # (N,) float32, float64 for float64 logits
     """log_softmax(map(logits))[row, label]."""
-    needed = logits.reshape(-1, logits.shape[-1])[rows]
-    if needed.dtype != torch.float64:
-        needed = needed.float()
-    return map_logits(needed, a, c).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    return _log_probs(logits, rows, a, c).gather(-1, labels[:, None]).squeeze(-1)
 
 
 def row_reductions(
@@ -44,17 +52,12 @@ def row_reductions(
     c: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # entropy, sum_p2, kl; (N,) each, float32 (float64 for float64 logits)
     """-sum p log p, sum p^2 and sum q (log q - log p) over the vocabulary; 0 log 0 = 0."""
-
-    def log_probs(x: Tensor) -> Tensor:
-        needed = x.reshape(-1, x.shape[-1])[rows]
-        return map_logits(needed if needed.dtype == torch.float64 else needed.float(), a, c).log_softmax(-1)
-
-    logp = log_probs(logits)
+    logp = _log_probs(logits, rows, a, c)
     p = logp.exp()
     entropy = -(p * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
     if ref_logits is None:
         return entropy, p.square().sum(-1), None
-    logq = log_probs(ref_logits.detach())
+    logq = _log_probs(ref_logits.detach(), rows, a, c)
     q = logq.exp()
     return entropy, p.square().sum(-1), torch.where(q > 0, q * (logq - logp), 0.0).sum(-1)
 

@@ -81,24 +81,26 @@ def add_optimisation(
     """The optimiser, its batches and the adapter, with this command's defaults. `unit`: what a batch consists of."""
     group = parser.add_argument_group("optimisation")
     add = group.add_argument
-    add("--lr", type=float, default=lr, help="peak learning rate")
+    add("--lr", type=not_negative, default=lr, help="peak learning rate")
     add("--lr-scheduler", default=lr_scheduler, help="name of the learning-rate schedule in transformers")
-    add("--warmup-steps", type=int, default=0, help="updates of linear warm-up")
+    add("--warmup-steps", type=count, default=0, help="updates of linear warm-up")
     add("--optim", default="adamw_torch_fused", help="name of the optimiser in transformers")
-    add("--epochs", type=float, default=1.0, help="passes over the training rows")
-    add("--max-steps", type=int, default=-1, help="number of updates, instead of --epochs; -1: by --epochs")
+    add("--epochs", type=not_negative, default=1.0, help="passes over the training rows")
+    add("--max-steps", type=updates, default=-1, help="number of updates, instead of --epochs; -1: by --epochs")
     add("--batch-size", type=positive, default=batch_size, help=f"{unit} in a micro-batch, on each device")
     add("--gradient-accumulation", type=positive, default=1, help="micro-batches in an update")
     add("--eval-batch-size", type=positive, default=eval_batch_size, help=eval_batch)
-    add("--lora-r", type=int, default=0, help="rank of a new LoRA adapter; 0: train all weights, or --model's adapter")
-    add("--lora-alpha", type=int, help="scale of the LoRA adapter (default: twice the rank)")
+    add(
+        "--lora-r", type=count, default=0, help="rank of a new LoRA adapter; 0: train all weights, or --model's adapter"
+    )
+    add("--lora-alpha", type=positive, help="scale of the LoRA adapter (default: twice the rank)")
     add(
         "--disable-dropout", action=argparse.BooleanOptionalAction, default=True,
         help="train without dropout, the model's and the adapter's",
     )  # fmt: skip
     add("--gradient-checkpointing", action="store_true", help="use less memory and more time")
     add("--bf16", action="store_true", help="run the forward pass in bfloat16 (autocast)")
-    add("--seed", type=int, default=0, help="seed of everything random")
+    add("--seed", type=count, default=0, help="seed of everything random")
     return group
 
 
@@ -114,14 +116,66 @@ def add_running(parser: argparse.ArgumentParser, *, logging_steps: int) -> None:
     add("--report-to", default="none", help="where transformers logs, such as tensorboard or wandb")
 
 
+def check_effect(options: argparse.Namespace, names: str, reason: str) -> None:
+    """ValueError for an option that has another value than its default, and no effect.
+
+    Args:
+        options: of the command.
+        names: the options, as attributes, separated by spaces.
+        reason: why they have none, such as "without --eval-data".
+    """
+    for name in names.split():
+        if getattr(options, name) != options.default_of(name):
+            raise ValueError(f"--{name.replace('_', '-')}: has no effect {reason}; leave it out, or change that")
+
+
+def check_training_effect(options: argparse.Namespace) -> None:
+    """`check_effect` of the options that `train` and `rl` share."""
+    if not options.eval_data:
+        check_effect(options, "eval_steps", "without --eval-data")
+    if not options.lora_r:
+        check_effect(options, "lora_alpha", "without --lora-r")
+    if options.route == "logits":
+        check_effect(options, "chunk_bytes", "with --route logits")
+    if options.max_steps > 0:
+        check_effect(options, "epochs", "with --max-steps")
+    if options.lr_scheduler == "constant":
+        check_effect(options, "warmup_steps", "with --lr-scheduler constant (constant_with_warmup has it)")
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1."""
+    return _whole(text, 1)
+
+
+def count(text: str) -> int:
+    """A whole number of at least 0."""
+    return _whole(text, 0)
+
+
+def updates(text: str) -> int:
+    """A whole number of at least 1, or -1."""
+    return -1 if text.strip() == "-1" else _whole(text, 1)
+
+
+def _whole(text: str, least: int) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """A finite number, 0 or above."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a finite number, 0 or above, got {text!r}")
     return value
 
 

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         own = getattr(options, "grader", "").partition(":")[0].partition(".")[0]  # a grader's module is in no extra
         extra = None if root == own else _EXTRAS.get(root, options.extra)
         message = f"{error}; install it with: pip install 'sspo-ext[{extra}]'" if extra else str(error)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         if options.traceback:
             raise
         message = str(error)
@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         more = {"description": text[0].upper() + text[1:] + ".", "usage": f"sspo-ext {name} [options]", **more}
         sub = commands.add_parser(name, help=text, formatter_class=_CommandFormatter, **more)
         sub.add_argument("--traceback", action="store_true", help="show where an error came from")
-        sub.set_defaults(run=run, extra=extra)
+        sub.set_defaults(run=run, extra=extra, default_of=sub.get_default)
         return sub
 
     command("info", _info, None, "show versions and backends, and why a backend cannot run")

@@ -15,6 +15,8 @@ from .arguments import (
     add_prompts,
     add_route,
     add_running,
+    check_effect,
+    check_training_effect,
     positive,
     setting,
 )
@@ -149,7 +151,8 @@ def run(options: argparse.Namespace) -> None:
     from ..data.graders import load_grader
     from ..data.prompts import load_prompt_rows
 
-    # Cheap checks come first: folder, rows, grader, arguments, then the model.
+    # Cheap checks come first: options, folder, rows, grader, arguments, then the model.
+    _check_options(options)
     checkpoint, lora = checkpoint_of(options), lora_of(options)
     by_text = options.grader.partition(":")[0] in ("exact", "math-verify")
     probed = options.combine != "outcome" and dict(options.probe_option).get("mode", "likelihood") == "likelihood"
@@ -186,6 +189,18 @@ def run(options: argparse.Namespace) -> None:
         print("\n" + comparison("held-out, greedy", _METRICS, *evaluations))
     _draw(trainer.state.log_history, Path(options.output_dir) / "progress.png")
     print(f"\nsaved to {options.output_dir}")
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """ValueError for options that have no effect beside the others."""
+    check_training_effect(options)
+    if not options.eval_data:
+        check_effect(options, "eval_batch_size", "without --eval-data")
+    if not options.beta:
+        check_effect(options, "kl_estimator", "without --beta")
+    if options.combine == "outcome":
+        names = "probe probe_end probe_turn probe_option gamma lam step_scale"
+        check_effect(options, names, "with --combine outcome, which probes nothing")
 
 
 def _draw(log_history: list[dict], path: Path) -> None:

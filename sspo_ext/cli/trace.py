@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_loading, add_model, add_probe, add_prompts, positive
+from .arguments import add_loading, add_model, add_probe, add_prompts, check_effect, count, positive
 from .training import load
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=positive, default=4096, help="most tokens in one forward pass")
     add("--batch-size", type=positive, default=16, help="chains between two writes to values.jsonl")
     add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-    add("--seed", type=int, default=0, help="seed of everything sampled")
+    add("--seed", type=count, default=0, help="seed of everything sampled")
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,7 @@ def run(options: argparse.Namespace) -> None:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)  # pyright: ignore[reportArgumentType]  # a decorator of transformers hides the signature
     traced = _Traced(model, tokenizer, chains, probe, grader)
+    _check_fits(options, traced)
     values = _values(options, traced, output)
     pairs = _pairs(options, traced, values, output)
     if options.plot:
@@ -186,10 +187,22 @@ def _checked(options: argparse.Namespace) -> Probe:
             split_by=options.split_by, final=options.final, max_step_tokens=options.max_step_tokens,
             max_continuation_tokens=options.max_continuation_tokens, temperature=options.temperature,
         )  # fmt: skip
+    _check_effects(options)
     given: dict[str, Any] = {"ends": tuple(options.probe_end)} if options.probe_end else {}
     given |= {"turn": True} if options.probe_turn else {}
     given |= {"chat_template_kwargs": dict(options.chat_template_option)} if options.chat_template_option else {}
     return replace(as_probe(options.probe), **given)
+
+
+def _check_effects(options: argparse.Namespace) -> None:
+    """ValueError for options that have no effect beside the others."""
+    if options.pairs == "none":
+        check_effect(options, "min_gap max_pairs weight margin", "without --pairs")
+    if options.pairs != "sampled":
+        names = "value num_candidates states temperature max_step_tokens max_continuation_tokens final"
+        check_effect(options, names, "without --pairs sampled")
+        if options.mode != "graded":
+            check_effect(options, "seed", "without --pairs sampled or --mode graded, which draw samples")
 
 
 def _pairing(options: argparse.Namespace) -> dict[str, Any]:
@@ -231,9 +244,22 @@ def _load_chains(
             f"--data: no chain of at most {options.max_length} tokens, {len(long)} are longer; give a larger "
             "--max-length"
         )
+    if options.pairs != "sampled" and not any(chain.steps for chain in chains):
+        raise ValueError(f"--data: expected a response with a step, found none in {', '.join(options.data)}")
     note = f"; {len(long)} over {options.max_length} tokens are left out" if long else ""
     print(f"{len(chains)} chains, {sum(len(c.steps) for c in chains)} steps{note}")
     return tokenizer, chains
+
+
+def _check_fits(options: argparse.Namespace, traced: _Traced) -> None:
+    """ValueError for chains that the model cannot read, with the probe or with what is sampled behind them."""
+    from ..train.limits import check_fits, model_limits
+
+    probe = f"{traced.probe.text}{traced.probe.separator}{traced.probe.ends[0]}"
+    asked = len(traced.tokenizer(probe, add_special_tokens=False)["input_ids"])
+    sampled = options.max_step_tokens + options.max_continuation_tokens if options.pairs == "sampled" else 0
+    rows = ((c.source, [[*c.prompt_ids, *(i for step in c.step_ids for i in step)]]) for c in traced.chains)
+    check_fits("--data", rows, model_limits(traced.model), more=max(asked, sampled))
 
 
 def _running(options: argparse.Namespace) -> dict[str, Any]:
@@ -296,6 +322,8 @@ def summary(traced: list[dict], pairs: list[dict] | None) -> str:
             lines.append(f"{name:24}{len(some):8}{first:20.3f}{last:24.3f}")
     if pairs is not None:
         lines.append(f"{len(pairs)} pairs of steps at {len({(p['source'], p['branch']) for p in pairs})} states")
+        if not pairs:
+            lines.append("no two steps after the same state differ by more than --min-gap; --min-gap 0 shows the gaps")
     return "\n".join(lines)
 
 

@@ -14,6 +14,8 @@ from .arguments import (
     add_route,
     add_running,
     assignment,
+    check_effect,
+    check_training_effect,
     positive,
 )
 from .training import checkpoint_of, comparison, load, lora_of, train_and_save, training_arguments
@@ -152,11 +154,16 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    """ValueError for options of the loss and of the split that do not fit."""
+    """ValueError for options that do not fit, or have no effect."""
     from ..objective.pair_arguments import checked_label, checked_options, chosen_formulas
     from ..signals.split import split_text
 
+    check_training_effect(options)
     formulas = chosen_formulas(options.loss_type, options.loss_weights)
+    if options.reference_free or all(formula.reference == "forbidden" for formula, _ in formulas):
+        check_effect(options, "reference_cache", "without a reference")
+        if not options.eval_data:
+            check_effect(options, "eval_batch_size", "without a reference and without --eval-data")
     checked_options(formulas, options.beta, dict(options.loss_option))
     checked_label(formulas, options.loss_type, options.label_smoothing, soft_labels=False)
     split_text("", options.split_by)

@@ -80,11 +80,13 @@ def lora_of(options: argparse.Namespace) -> LoraConfig | None:
 def training_arguments(options: argparse.Namespace, *, evaluated: bool) -> dict[str, Any]:
     """The fields of TrainingArguments, and of both trainers' configs, that the two commands share."""
     import torch
+    from transformers import TrainingArguments
 
     given = {name: getattr(options, name) for name in _SAME}
     given |= {field: getattr(options, name) for name, field in _RENAMED.items()}
-    # only where it is asked for: transformers is renaming it to activation_checkpointing
-    given |= {"gradient_checkpointing": True} if options.gradient_checkpointing else {}
+    # transformers 5.24 has renamed it, and warns of the old name
+    new, old = "activation_checkpointing", "gradient_checkpointing"
+    given[new if hasattr(TrainingArguments, new) else old] = options.gradient_checkpointing
     return given | {
         "eval_strategy": "steps" if options.eval_steps and evaluated else "no",
         "dataloader_pin_memory": torch.cuda.is_available(),

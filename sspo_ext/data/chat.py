@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from .._checks import describe
 from ..signals.probing.texts import Probe
 
 COLUMNS = ("tools", "chat_template_kwargs")
@@ -41,12 +42,12 @@ def chat_options(row: Mapping, given: Mapping | None = None) -> dict[str, Any]:
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{name}: expected {expected}, or one in JSON: {error}") from None
         if value is None:
             continue
         if isinstance(value, str) or not isinstance(value, kind):
-            raise ValueError(f"{name}: expected {expected}, got {value!r}")
+            raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
         if name == "chat_template_kwargs":
             mine = dict(value)
         else:
@@ -82,7 +83,7 @@ def with_words(messages: Sequence[Mapping], words: str) -> list[Mapping]:
     if not goes_on(messages):
         return [*messages, {"role": "assistant", "content": words}]
     *before, last = messages
-    content = last["content"]
+    content = last.get("content") or ""  # beside calls of tools it may be missing, or null
     content = content + words if isinstance(content, str) else [*content, {"type": "text", "text": words}]
     return [*before, {**last, "content": content}]
 
@@ -97,7 +98,7 @@ def render(messages: Sequence[Mapping], tokenizer, options: Mapping, **how: bool
 
     try:
         return tokenizer.apply_chat_template([*messages], tokenize=False, **how, **options)
-    except (TemplateError, TypeError) as error:
+    except (TemplateError, TypeError, RecursionError) as error:
         raise ValueError(f"prompt: the chat template refuses it: {error}") from error
 
 

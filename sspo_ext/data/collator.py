@@ -11,6 +11,7 @@ import torch
 
 from ..layout.pairs import StepPairs
 from ..layout.steps import StepLayout
+from .rows import LARGEST
 
 SIDES = ("chosen", "rejected")
 
@@ -27,7 +28,7 @@ class StepPreferenceCollator:
         packed: put all sequences into one row without padding. Call the model with `use_cache=False`; otherwise a
             Hugging Face model sees one long sequence.
         pad_to_multiple_of: round the padded length T up to a multiple.
-        vocab_size: check the labels against it here, where an error can still name the row.
+        vocab_size: check the token ids against it here, where an error can still name the row.
         flash_attention: with `packed`, also return the sequence boundaries under the names that FlashAttention models
             of transformers take. Without it these models compute them from `position_ids`, and each layer then waits
             for the device.
@@ -44,7 +45,7 @@ class StepPreferenceCollator:
               "ref_rejected".
 
     Raises:
-        ValueError: there are no features, a label is outside the vocabulary, or reference sums do not match the steps.
+        ValueError: there are no features, a token is outside the vocabulary, or reference sums do not match the steps.
 
     Examples:
         >>> from sspo_ext.data.collator import StepPreferenceCollator
@@ -69,6 +70,9 @@ class StepPreferenceCollator:
             [torch.tensor(f[f"{side}_{name}"], dtype=torch.int64) for side in SIDES for f in features]
             for name in ("input_ids", "labels", "step_ids")
         )
+        names = [str(f.get("source") or "a row without a source") for f in features] * 2
+        if self.vocab_size is not None:
+            _check_ids(ids, names, self.vocab_size)
         batch, layout = (self._pack if self.packed else self._pad)(ids, labels, steps)
         counts = [_num_steps(row) for row in steps]
         base = [0, *accumulate(counts)]
@@ -77,6 +81,9 @@ class StepPreferenceCollator:
 
         def per_pair(name: str, default: float) -> torch.Tensor | None:
             values = [f.get(name, default) for f in features for _ in f["pairs"]]
+            for feature, where in zip(features, names, strict=False):
+                if not abs(value := feature.get(name, default)) <= LARGEST:
+                    raise ValueError(f"{name}: expected a finite number of float32, got {value!r} in {where}")
             return torch.tensor(values, dtype=torch.float32) if any(v != default for v in values) else None
 
         index = torch.tensor(index, dtype=torch.int64).reshape(-1, 2)
@@ -84,7 +91,7 @@ class StepPreferenceCollator:
         batch |= {"layout": layout, "pairs": pairs}
         if any("ref_chosen" in f for f in features):
             ref = [torch.as_tensor(f[f"ref_{side}"], dtype=torch.float32) for side in SIDES for f in features]
-            for got, count, where in zip(ref, counts, [f.get("source") for f in features] * 2, strict=True):
+            for got, count, where in zip(ref, counts, names, strict=True):
                 if got.shape != (count,):
                     raise ValueError(f"ref: expected {count} step sums for {where}, got shape {tuple(got.shape)}")
             batch["ref"] = torch.cat(ref)
@@ -119,6 +126,14 @@ class StepPreferenceCollator:
             batch |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
             batch |= {"max_length_q": longest, "max_length_k": longest}
         return batch, layout
+
+
+def _check_ids(ids: Sequence[torch.Tensor], names: Sequence[str], vocab_size: int) -> None:
+    """ValueError, naming the row, for a token that the model has no embedding of."""
+    for row, name in zip(ids, names, strict=True):
+        if len(row) and not 0 <= int(row.min()) <= int(row.max()) < vocab_size:
+            wrong = int(row.min() if int(row.min()) < 0 else row.max())
+            raise ValueError(f"input_ids: expected tokens in [0, {vocab_size}), got {wrong} in {name}")
 
 
 def _num_steps(step_ids: torch.Tensor) -> int:

@@ -38,7 +38,8 @@ def load_grader(name: str) -> Grader:
 
             * "exact" or "exact:MARKER": 1 if the text after the last MARKER equals the answer, or one of several
               answers, apart from white space. The default MARKER is "####". Without a MARKER in the completion, its
-              last line that is not blank counts.
+              last line that is not blank counts. Of an answer that is a solution with a MARKER, as GSM8K's are, the
+              text after it counts. An answer that is a number, not a text, is equal in any spelling: 26, 26.0.
             * "math-verify": 1 if completion and answer are the same mathematics (package math-verify, which works in
               the main thread only). An answer without $, \(, \[ or \boxed is LaTeX as a whole: "\sqrt{2}". A completion
               is read as math-verify reads it: plain numbers anywhere, other mathematics only between delimiters. The
@@ -82,8 +83,10 @@ def exact_grader(marker: str = DEFAULT_MARKER) -> Grader:
     """The grader "exact:MARKER" of `load_grader`."""
 
     def exact(prompt: str, completion: str, answer: Any) -> float:
-        words = final_text(completion, marker).split()
-        return float(any(words == text.split() for text in answer_texts(answer)))
+        given = final_text(completion, marker)
+        texts, values = answer_texts(answer), _accepted(answer)
+        same_text = any(given.split() == text.rpartition(marker)[2].split() for text in texts)
+        return float(same_text or any(not isinstance(one, str) and _as_number(given) == one for one in values))
 
     return exact
 
@@ -98,22 +101,45 @@ def final_text(completion: str, marker: str = DEFAULT_MARKER) -> str:
 
 
 def answer_text(answer: Any) -> str:
-    """The answer as the model should write it, from a text, a number, or a mapping with an "answer"."""
+    """The answer as the model should write it, from a text, a number, or a mapping with an "answer".
+
+    A whole number is written without a point: "26" for 26.0. Of a solution that ends in an answer, as GSM8K's do, it is
+    the text after the last "####".
+    """
     value = answer.get("answer") if isinstance(answer, dict) else answer
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise TypeError(f"answer: expected a text, a number or a mapping with an 'answer', got {answer!r}")
-    return str(value)
+    if isinstance(value, str):
+        _, found, text = value.rpartition(DEFAULT_MARKER)
+        return text.strip() if found else value
+    if isinstance(value, int):
+        return str(value)
+    if not math.isfinite(value):
+        raise ValueError(f"answer: expected a finite number, got {value}")
+    return str(int(value)) if value.is_integer() and abs(value) < 1e15 else str(value)
+
+
+def _accepted(answer: Any) -> list:
+    """The accepted answers as they were given."""
+    value = answer.get("answer") if isinstance(answer, dict) else answer
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def answer_texts(answer: Any) -> list[str]:
     """The accepted answers: `answer_text` of the answer, or of each in a list.
 
     Raises:
-        ValueError: there is none, or one is blank: an empty completion would match it.
+        ValueError: there is none, one is blank, which an empty completion would match, or a number is not finite.
         TypeError: an answer is neither a text nor a number.
     """
-    value = answer.get("answer") if isinstance(answer, dict) else answer
-    texts = [answer_text(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
+    texts = [answer_text(one) for one in _accepted(answer)]
     if not texts or not all(text.strip() for text in texts):
         raise ValueError(f"answer: expected a text, a number or a list of them, none blank, got {answer!r}")
     return texts
@@ -218,6 +244,14 @@ def answer_grader(grader: Grader, probe: Probe | None = None) -> Callable[..., f
     return graded
 
 
+def _without_dollar_signs(text: str) -> str:
+    r"""The text without "\$", a dollar sign to LaTeX. math-verify would read it as a formula's start or end.
+
+    In "\\$" the dollar does end a formula, after a line break.
+    """
+    return re.sub(r"(?<!\\)((?:\\\\)*)\\\$", r"\1", text)
+
+
 def _math_verify() -> Grader:
     from math_verify import parse, verify
 
@@ -230,9 +264,8 @@ def _math_verify() -> Grader:
         return found
 
     def same_mathematics(prompt: str, completion: str, answer: Any) -> float:
-        # "\$" is a dollar sign to LaTeX; math-verify would read it as the start of a formula without an end
-        given = parse(completion)
-        return float(any(verify(gold(text.replace("\\$", "")), given) for text in answer_texts(answer)))
+        given = parse(_without_dollar_signs(completion))
+        return float(any(verify(gold(_without_dollar_signs(text)), given) for text in answer_texts(answer)))
 
     return same_mathematics
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from .chat import COLUMNS, chat_options, render_prompt
+from .._checks import describe
+from .chat import COLUMNS, chat_options
+from .encode import encode_prompt
 from .graders import answer_texts
 from .rows import Source, parse_rows, raise_bad_rows
 from .special import SpecialTokens
-from .tokenize import encode_prompt
 
 _KEYS = ("prompt", "answer")
 
@@ -66,7 +67,7 @@ def check_rows(
     tokenizer: Any = None,
     chat_template_kwargs: Mapping | None = None,
     special_tokens: str = "error",
-) -> None:
+) -> list[list[int]]:
     """Check a trainer's dataset of prompts before training starts.
 
     Args:
@@ -77,28 +78,36 @@ def check_rows(
         texts: whether each answer must be a text, a number, or a list of accepted ones.
         required: whether None is an error.
         tokenizer: whose chat template must take the messages, and whose special tokens no text may spell; None:
-            neither is looked at.
+            neither is looked at, and nothing is tokenized.
         chat_template_kwargs: options of the chat template for all rows.
         special_tokens: as for `tokenize_row`.
+
+    Returns:
+        The token ids of each prompt.
 
     Raises:
         ValueError: the dataset is not a sequence of rows, or some rows cannot be used. The message names them.
     """
     if dataset is None and not required:
-        return
+        return []
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or isinstance(dataset, Mapping):
-        raise ValueError(f"{name}: expected rows with a length (a list or a datasets.Dataset), got {type(dataset)}")
+        raise ValueError(f"{name}: expected rows with a length (a list or a datasets.Dataset), got {describe(dataset)}")
     rows = cast("Sequence[Mapping]", dataset)
     special = None if tokenizer is None else SpecialTokens(tokenizer, special_tokens)
-    bad = []
+    bad, tokens = [], []
+    if not len(rows):
+        raise ValueError(f"{name}: expected at least one row, got none")
     for i in range(len(rows)):
         row = rows[i]
+        if not isinstance(row, Mapping):
+            bad.append((f"row {i}", f"expected a mapping, got {describe(row)}"))
+            continue
         missing = [key for key in _KEYS[: 1 + answers] if key not in row]
         if missing:
             bad.append((f"row {i}", f"expected {missing[0]!r}, has {sorted(row)}"))
         elif not _is_prompt(row["prompt"], chat):
             expected = "a text or chat messages" if chat else "a text, since the tokenizer has no chat template"
-            bad.append((f"row {i}", f"prompt: expected {expected}, not empty, got {row['prompt']!r}"))
+            bad.append((f"row {i}", f"prompt: expected {expected}, not empty, got {describe(row['prompt'])}"))
         else:
             try:
                 options = chat_options(row, chat_template_kwargs)
@@ -106,14 +115,14 @@ def check_rows(
                 if special is not None:
                     special.check_prompt(row["prompt"], **{name: row.get(name) for name in COLUMNS})
                     special.check_answers(accepted)
-                    if not isinstance(row["prompt"], str):
-                        render_prompt(row["prompt"], tokenizer, options)
+                    tokens.append(prompt_tokens(row["prompt"], tokenizer, options))
             except (TypeError, ValueError) as error:
                 bad.append((f"row {i}", str(error)))
     try:
         raise_bad_rows(bad, len(rows))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    return tokens
 
 
 def _is_prompt(prompt: Any, chat: bool) -> bool:
@@ -141,5 +150,5 @@ def prompt_tokens(prompt: str | Sequence[Mapping], tokenizer, options: Mapping |
     """
     ids = encode_prompt(prompt, tokenizer, options or {}).ids
     if not ids:
-        raise ValueError(f"prompt: expected at least one token, got none for {prompt!r}")
+        raise ValueError(f"prompt: expected at least one token, got none for {describe(prompt)}")
     return ids

@@ -6,8 +6,8 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import math
 import os
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 Source = str | os.PathLike | Iterable[str | os.PathLike] | Iterable[Mapping]
 
 Parsed = TypeVar("Parsed")
+
+LARGEST = 3.4028234663852886e38  # of float32, in which losses are computed
 
 _LISTED = 20  # an error names this many bad rows one by one and counts the rest
 
@@ -40,9 +42,10 @@ def load_preference_rows(source: Source, *, step_separator: str = "\n") -> list[
       with a good step and others with a bad step, these are compared (`branch`). Each good and each bad step is
       compared at least once, in max(good, bad) pairs. A warning counts the rows that are in no pair.
 
-    Optional keys: `weight` (at least 0, default 1), `margin` (default 0) and `partial` (true: the response stops before
-    its end, so it gets no end of sequence; the default of the last two forms). With chat messages also `tools`, a list,
-    and `chat_template_kwargs`, an object: what the chat template is given for this row. Other keys are ignored.
+    Optional keys: `step_separator`, a text, in place of the argument; `weight` (at least 0, default 1); `margin`
+    (default 0); and `partial` (true: the response stops before its end, so it gets no end of sequence; the default of
+    the last two forms). With chat messages also `tools`, a list, and `chat_template_kwargs`, an object: what the chat
+    template is given for this row. Other keys are ignored.
 
     Args:
         source: a path of a JSONL file, several paths, or mappings in memory.
@@ -117,23 +120,48 @@ def name_some(names: Sequence[str], limit: int = 5) -> str:
 def read_rows(source: Source) -> Iterator[tuple[str, Mapping, str | None]]:
     """(where, row, what is wrong with the line or None) of each line that is not blank."""
     items = [source] if isinstance(source, str | os.PathLike) else source
+    if isinstance(items, Mapping) or not isinstance(items, Iterable):
+        raise TypeError(f"source: expected a path, several paths, or a list of mappings, got {reprlib.repr(source)}")
     for number, item in enumerate(items):
         if isinstance(item, Mapping):
             yield f"row {number}", item, None
             continue
         if not isinstance(item, str | os.PathLike):
             raise TypeError(f"source: expected paths or mappings, got {type(item).__name__} at {number}")
-        with open(item, "rb") as file:  # in bytes: only "\n" ends a line, and bad UTF-8 makes one bad row
-            for line_number, line in enumerate(file, 1):
-                where = f"{os.fspath(item)}:{line_number}"
-                try:
-                    text = line.decode("utf-8-sig" if line_number == 1 else "utf-8")
-                    if text.strip():
-                        row = json.loads(text)
-                        kind = type(row).__name__
-                        yield where, row, None if isinstance(row, dict) else f"expected a JSON object, got {kind}"
-                except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-                    yield where, {}, f"not a line of JSON: {error}"
+        yield from _read_lines(item)
+
+
+def _read_lines(path: str | os.PathLike) -> Iterator[tuple[str, Mapping, str | None]]:
+    first = True
+    with open(path, "rb") as file:  # in bytes: only "\n" ends a line, and bad UTF-8 makes one bad row
+        for number, line in enumerate(file, 1):
+            where, value, reason = f"{os.fspath(path)}:{number}", None, None
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if not text:
+                    continue
+                value = json.loads(text)
+            except RecursionError:
+                reason = "not a line of JSON: nested too deep"
+            except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, and a number of 5000 digits
+                if first and line.strip() in (b"[", b"{"):
+                    raise _not_lines(path, line.decode().strip()) from None
+                reason = f"not a line of JSON: {error}"
+            else:
+                if first and isinstance(value, list) and all(isinstance(one, dict) for one in value):
+                    raise _not_lines(path, "[")
+                if not isinstance(value, dict):
+                    reason = f"expected a JSON object, got {type(value).__name__}"
+            first = False
+            yield where, value if isinstance(value, dict) else {}, reason
+
+
+def _not_lines(path: str | os.PathLike, opening: str) -> ValueError:
+    """The error of a file that is one JSON value: the array of all rows, or an object of several lines."""
+    found, jq = ("a JSON array", ".[]") if opening == "[" else ("an object of several lines", ".")
+    return ValueError(
+        f"{os.fspath(path)}: expected JSON lines, one object on each line, got {found}; jq -c '{jq}' FILE writes lines"
+    )
 
 
 def check_text(name: str, value: Any) -> str:
@@ -149,8 +177,10 @@ def _number(row: Mapping, name: str, default: float) -> float:
     value = row.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name}: expected a finite number, got {reprlib.repr(value)}")
+    if not abs(value) <= LARGEST:  # an int of 400 digits has no float
+        raise ValueError(f"{name}: expected a finite number of float32, got {reprlib.repr(value)}")
     return float(value)
 
 
@@ -161,7 +191,7 @@ def _is_messages(value: Any) -> bool:
 def _check_messages(name: str, value: list) -> list[dict]:
     for i, message in enumerate(value):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"{name}: expected messages with a role and a content, got {message!r} at {i}")
+            raise ValueError(f"{name}: expected messages with a role and a content, got {reprlib.repr(message)} at {i}")
         if not isinstance(message.get("content"), str):
             raise ValueError(f"{name}: expected a text as content of message {i}")
     return [dict(message) for message in value]
@@ -176,18 +206,21 @@ def check_branch(branch: int, chosen: Sequence[str] | None, rejected: Sequence[s
     """ValueError unless both responses have a step `branch` after the same steps. None: steps not known yet."""
     for name, steps in (("chosen", chosen), ("rejected", rejected)):
         if steps is not None and len(steps) <= branch:
-            raise ValueError(f"branch: expected less than the {len(steps)} steps of {name}, got {branch}")
+            raise ValueError(f"branch: expected less than the {len(steps)} steps of {name}, got {reprlib.repr(branch)}")
     if chosen is not None and rejected is not None and chosen[:branch] != rejected[:branch]:
         raise ValueError(f"branch: the first {branch} steps of chosen and rejected are not the same")
 
 
 def normal_row(row: Mapping, separator: str = "\n") -> dict:
     """A row of the first three forms in the form that `load_preference_rows` returns, without "source"."""
+    separator = row.get("step_separator", separator)
+    if not isinstance(separator, str):
+        raise ValueError(f"step_separator: expected a text, got {reprlib.repr(separator)}")
     prompt, chosen, rejected = _prompt_and_responses(row)
     prompt = _check_messages("prompt", prompt) if isinstance(prompt, list) and prompt else check_text("prompt", prompt)
     branch, partial = row.get("branch"), row.get("partial")
     if partial is not None and not isinstance(partial, bool):
-        raise ValueError(f"partial: expected true or false, got {partial!r}")
+        raise ValueError(f"partial: expected true or false, got {reprlib.repr(partial)}")
     if row.get("initial_reason_steps") is not None:
         before = row["initial_reason_steps"]
         if not isinstance(before, str) or branch is not None:
@@ -203,7 +236,7 @@ def normal_row(row: Mapping, separator: str = "\n") -> dict:
         raise ValueError("chosen and rejected are the same text")
     if branch is not None:
         if isinstance(branch, bool) or not isinstance(branch, int) or branch < 0:
-            raise ValueError(f"branch: expected the number of shared steps, got {branch!r}")
+            raise ValueError(f"branch: expected the number of shared steps, got {reprlib.repr(branch)}")
         check_branch(branch, *(side if isinstance(side, list) else None for side in (chosen, rejected)))
     weight = _number(row, "weight", 1.0)
     if weight < 0:

@@ -61,6 +61,7 @@ class SpecialTokens:
         self._check("answer", answers)
 
     def _check(self, name: str, value: Any) -> None:
+        check_unicode(name, value)
         if self._pattern is None:
             return
         for text in _texts(value):
@@ -72,13 +73,26 @@ class SpecialTokens:
                 )
 
 
+def check_unicode(name: str, value: Any) -> None:
+    """ValueError for a text with half of a surrogate pair: no tokenizer reads it, and no file holds it."""
+    for text in _texts(value):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            at = error.start
+            raise ValueError(
+                f"{name}: expected Unicode text, got the lone surrogate {text[at]!r} at character {at}"
+            ) from None
+
+
 def _texts(value: Any) -> Iterator[str]:
-    """All texts inside a value of JSON types."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for pair in value.items():
-            yield from _texts(pair)
-    elif isinstance(value, Sequence):
-        for one in value:
-            yield from _texts(one)
+    """All texts inside a value of JSON types, however deep."""
+    todo = [value]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            todo += [*value.keys(), *value.values()]
+        elif isinstance(value, Sequence):
+            todo += value

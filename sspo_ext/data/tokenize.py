@@ -7,15 +7,17 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise, takewhile
+from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
-from .._checks import check_choice
+from .._checks import check_choice, check_count, describe
 from ..signals.pairing.pairs import divergence_index
 from ..signals.split import SplitBy, split_text, token_step_ids
-from .chat import COLUMNS, chat_options, render_prompt, render_response
+from .chat import COLUMNS, chat_options
+from .encode import TooLong, UnusableRow, check_bound, encode_prompt, encode_response, response_text
+from .length import LengthBound
 from .rows import check_branch, name_some, raise_bad_rows
-from .special import SpecialTokens, first_tokens
+from .special import SpecialTokens
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +26,6 @@ PAIR_BY = ("index", "branch", "sequence")
 OVERFLOW = ("drop", "cut", "error")
 
 TOKEN_WEIGHTS = ("uniform", "divergence")
-
-
-class UnusableRow(ValueError):
-    """A well-formed row that leaves nothing to compare. Many rows can share the message, which says why."""
 
 
 def tokenize_row(
@@ -100,8 +98,7 @@ def tokenize_row(
         split_by, pair_by, max_length, overflow, add_eos, skip_shared, token_weights, chat_template_kwargs,
         special_tokens,
     )  # fmt: skip
-    _check_fast(tokenizer)
-    return _tokenize(row, tokenizer, options, SpecialTokens(tokenizer, special_tokens))[0]
+    return _Tokenizing(tokenizer, options).feature(row)[0]
 
 
 def tokenize_rows(rows: Iterable[Mapping], tokenizer, **options: Any) -> list[dict]:
@@ -121,17 +118,17 @@ def tokenize_rows(rows: Iterable[Mapping], tokenizer, **options: Any) -> list[di
         ValueError: an option does not fit, some rows are wrong (the message names each), or no row is left.
         TypeError: an unknown option, or a tokenizer that is not a fast one.
     """
-    settings = _Options(**options)
-    _check_fast(tokenizer)
-    special = SpecialTokens(tokenizer, settings.special_tokens)
+    tokenizing = _Tokenizing(tokenizer, _Options(**options))
+    if isinstance(rows, str | Mapping):
+        raise TypeError(f"rows: expected the rows that load_preference_rows returns, got {describe(rows)}")
     features, bad = [], []
     left_out: dict[str, list[str]] = defaultdict(list)
     cut: list[str] = []
     total = 0
     for total, row in enumerate(rows, 1):  # noqa: B007
-        where = row.get("source", f"row {total - 1}")
+        where = (row.get("source") if isinstance(row, Mapping) else None) or f"row {total - 1}"
         try:
-            feature, num_cut = _tokenize(row, tokenizer, settings, special)
+            feature, num_cut = tokenizing.feature(row)
             features.append(feature)
             cut += [where] if num_cut else []
         except UnusableRow as reason:
@@ -169,6 +166,9 @@ class _Options:
         check_choice("pair_by", self.pair_by, PAIR_BY)
         check_choice("overflow", self.overflow, OVERFLOW)
         check_choice("token_weights", self.token_weights, TOKEN_WEIGHTS)
+        split_text("", self.split_by)
+        if self.max_length is not None:
+            check_count("max_length", self.max_length)
 
 
 class _Response(NamedTuple):
@@ -192,19 +192,46 @@ class _Pair(NamedTuple):
     rejected: _Response
 
 
-def _check_fast(tokenizer) -> None:
-    if not getattr(tokenizer, "is_fast", False):
-        raise TypeError(
-            f"tokenizer: expected a fast one, whose offsets place the steps, got {type(tokenizer).__name__}"
-        )
+class _Tokenizing:
+    """Tokenizes rows; what the tokenizer alone decides is found once."""
+
+    def __init__(self, tokenizer, options: _Options):
+        if not getattr(tokenizer, "is_fast", False):
+            raise TypeError(
+                f"tokenizer: expected a fast one, whose offsets place the steps, got {type(tokenizer).__name__}"
+            )
+        self.tokenizer, self.options = tokenizer, options
+        self.special = SpecialTokens(tokenizer, options.special_tokens)
+        # with overflow="error" the message says how long a row is
+        self.bound = LengthBound(tokenizer, None if options.overflow == "error" else options.max_length)
+
+    def feature(self, row: Mapping) -> tuple[dict, int]:
+        """The features, and how many pairs were cut away."""
+        _check_form(row)
+        self.special.check_prompt(row["prompt"], **{name: row[name] for name in COLUMNS if name in row})
+        for name in _Pair._fields:
+            self.special.check_response(name, row[name], chat=not isinstance(row["prompt"], str))
+        return _tokenize(row, self.tokenizer, self.options, self.bound)
 
 
-def _tokenize(row: Mapping, tokenizer, options: _Options, special: SpecialTokens) -> tuple[dict, int]:
-    """The features, and how many pairs were cut away."""
-    special.check_prompt(row["prompt"], **{name: row[name] for name in COLUMNS if name in row})
+def _check_form(row: Any) -> None:
+    """ValueError unless the row has the form that `load_preference_rows` gives it."""
+    hint = "load_preference_rows brings rows into this form"
+    if not isinstance(row, Mapping):
+        raise ValueError(f"expected a mapping with prompt, chosen and rejected, got {describe(row)}; {hint}")
+    missing = [name for name in ("prompt", *_Pair._fields) if row.get(name) is None]
+    if missing:
+        raise ValueError(f"expected prompt, chosen and rejected, got no {missing[0]}; {hint}")
+    if not isinstance(row["prompt"], str | Sequence):
+        raise ValueError(f"prompt: expected a text or chat messages, got {describe(row['prompt'])}")
     for name in _Pair._fields:
-        special.check_response(name, row[name], chat=not isinstance(row["prompt"], str))
-    prompt_ids, sides = _encode_sides(row, tokenizer, options)
+        steps = [row[name]] if isinstance(row[name], str) else row[name]
+        if not isinstance(steps, Sequence) or not steps or not all(isinstance(step, str) for step in steps):
+            raise ValueError(f"{name}: expected a text or a list of steps, got {describe(row[name])}; {hint}")
+
+
+def _tokenize(row: Mapping, tokenizer, options: _Options, bound: LengthBound) -> tuple[dict, int]:
+    prompt_ids, sides = _encode_sides(row, tokenizer, options, bound)
     branch = row.get("branch")
     if options.pair_by == "sequence":
         sides = _Pair(*(side._replace(dense=[0] * len(side.ids)) for side in sides))
@@ -225,17 +252,18 @@ def _tokenize(row: Mapping, tokenizer, options: _Options, special: SpecialTokens
     return feature, len(pairs) - len(fits)
 
 
-def _encode_sides(row: Mapping, tokenizer, options: _Options) -> tuple[list[int], _Pair]:
+def _encode_sides(row: Mapping, tokenizer, options: _Options, bound: LengthBound) -> tuple[list[int], _Pair]:
     """The tokens of the prompt, and both responses."""
     finish = options.add_eos and not row.get("partial", False)
     template = chat_options(row, options.chat_template_kwargs)
-    prompt = encode_prompt(row["prompt"], tokenizer, template)
+    prompt = encode_prompt(row["prompt"], tokenizer, template, bound)
     sides, texts, starts = [], [], []
     branch = row.get("branch")
     for name in _Pair._fields:
         text, edges, end = response_text(
             row["prompt"], prompt.text, row[name], tokenizer, options.split_by, finish, template
         )
+        check_bound(bound, text[: _surely_scored(edges, branch, options)])
         ids, offsets = encode_response(tokenizer, prompt, text)
         if end:
             if tokenizer.eos_token_id is None:
@@ -257,6 +285,15 @@ def _encode_sides(row: Mapping, tokenizer, options: _Options) -> tuple[list[int]
             what = "" if one == other else f", {one!r} and {other!r}"
             raise ValueError(f"branch: step {branch} {how} in chosen and rejected{what}")
     return prompt.ids, pair
+
+
+def _surely_scored(edges: Sequence[int], branch: int | None, options: _Options) -> int:
+    """The characters before which every pair of the row is surely not over."""
+    if options.token_weights != "uniform":  # a pair ends with its one token
+        return 0
+    if options.pair_by == "sequence":
+        return edges[-1]
+    return edges[min(branch or 0, len(edges) - 2) + 1]
 
 
 def _first_token(steps: Sequence[int], offsets: Sequence[tuple[int, int]], branch: int, at: int) -> int:
@@ -290,7 +327,7 @@ def _fitting(
     if len(fits) < len(pairs) and (options.overflow != "cut" or not fits):
         if options.overflow == "error":
             raise ValueError(f"max_length: {max(lengths)} tokens are more than {options.max_length}")
-        raise UnusableRow(f"longer than max_length={options.max_length}")
+        raise TooLong(options.max_length)
     return fits
 
 
@@ -347,81 +384,3 @@ def _by_step(side: _Response) -> list[list[int]]:
     for i, step in zip(side.ids, side.dense, strict=True):
         steps[step].append(i)
     return steps
-
-
-def _encode(tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return encoded["input_ids"], encoded["offset_mapping"]
-
-
-def encode_response(tokenizer, prompt: Prompt, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """The response's token ids, and their offsets in its text."""
-    ids, offsets = _encode(tokenizer, prompt.text + text)
-    n, at = len(prompt.text_ids), len(prompt.text)
-    inside = all(start >= at for start, _ in offsets[n:]) and all(end <= at for _, end in offsets[:n])
-    if ids[:n] == prompt.text_ids and inside:
-        ids, offsets = ids[n:], [(start - at, end - at) for start, end in offsets[n:]]
-    else:
-        ids, offsets = _encode(tokenizer, text)
-    if not ids:
-        raise UnusableRow("whose response has no tokens")
-    return ids, offsets
-
-
-class Prompt(NamedTuple):
-    """A prompt as the model reads it."""
-
-    text: str
-    text_ids: list[int]  # of the text alone
-    ids: list[int]  # with the special tokens that the tokenizer puts first
-
-
-def encode_prompt(prompt: str | Sequence[Mapping], tokenizer, options: Mapping) -> Prompt:
-    """Tokenize a prompt: a text, which follows the special tokens that the tokenizer puts first, or chat messages.
-
-    A chat template writes its own special tokens, and a text may begin with them. `options`: of `chat_options`.
-    """
-    chat = not isinstance(prompt, str)
-    text = render_prompt(prompt, tokenizer, options) if chat else prompt
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    first = [] if chat else first_tokens(tokenizer)
-    return Prompt(text, ids, ids if ids[: len(first)] == first else [*first, *ids])
-
-
-def response_text(
-    messages: str | Sequence[Mapping],
-    prompt: str,
-    response: str | Sequence[str],
-    tokenizer,
-    split_by: SplitBy,
-    finish: bool,
-    options: Mapping,
-) -> tuple[str, list[int], bool]:
-    """Lay out a response behind its prompt.
-
-    Args:
-        messages: the prompt, a text or chat messages.
-        prompt: its text, of `encode_prompt`.
-        response: a text, which `split_by` splits, or a list of steps.
-        tokenizer: its chat template writes the response to chat messages.
-        split_by: as for `split_text`.
-        finish: whether the response goes to its end, the end of the model's turn.
-        options: of `chat_options`.
-
-    Returns:
-        The response's text; the edges of its steps, 0 and the text's length included; whether the end of sequence is to
-        be appended.
-    """
-    if isinstance(response, str):
-        text, edges = response, [0, *(end for _, end in split_text(response, split_by))]
-    else:
-        text, edges = "".join(response), [0, *accumulate(map(len, response))]
-    if isinstance(messages, str):
-        return text, edges, finish
-    written, at = render_response(messages, prompt, text, tokenizer, options)
-    content = text.strip()
-    end = at + len(content)
-    written = written.rstrip() if finish else written[:end]
-    moved = at - text.index(content)  # from a place in the text to the same place in `written`
-    inner = {edge + moved for edge in edges[1:-1] if 0 <= edge + moved <= len(written)}
-    return written, sorted(inner | {0, len(written)}), finish and len(written) == end

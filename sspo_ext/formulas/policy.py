@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, describe
+from .._checks import check_choice, check_not_negative
+from .other_names import check_loss_name
 
 MAX_LOG_RATIO = 20.0  # its exp is far from overflow; a training run with a larger ratio is lost anyway
 
@@ -57,10 +58,7 @@ class PolicyFormula:
         for name, value in values.items():
             if value is None and self.options[name] is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}: expected a number, got {describe(value)}")
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name}: expected a finite number, 0 or above, got {value!r}")
+            check_not_negative(name, value)
         if self.resolve is not None:
             return self.resolve(**values)
         return tuple(float(v) for v in values.values() if v is not None)
@@ -82,6 +80,7 @@ def _policy_formula(name: str, *, options: Mapping[str, float | None], **facts):
 
 def get_policy_formula(name: str) -> PolicyFormula:
     """The formula of this name; ValueError for an unknown one."""
+    check_loss_name(name, POLICY_FORMULAS, policy=True)
     check_choice("loss_type", name, tuple(POLICY_FORMULAS))
     return POLICY_FORMULAS[name]
 

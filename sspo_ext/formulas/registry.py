@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from .._checks import check_choice, check_positive, describe
+from .._checks import check_choice, check_number, check_positive
+from .other_names import check_loss_name
 
 
 class PairScores(NamedTuple):
@@ -59,10 +60,7 @@ class PairFormula:
             )
         values = {name: given.get(name, default) for name, default in {**self.options, "beta": beta}.items()}
         for name, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}: expected a number, got {describe(value)}")
-            if not abs(value) < float("inf"):
-                raise ValueError(f"{name}: expected a finite number, got {value!r}")
+            check_number(name, value)
             if name in self.limits and not self.limits[name].holds(value):
                 raise ValueError(f"{name}: loss_type {self.name!r} expects {self.limits[name].text}, got {value!r}")
         check_positive("beta", beta)
@@ -107,5 +105,6 @@ def get_pair_formula(name: str) -> PairFormula:
             f"loss_type: {name!r} needs more than a pair at a time; call "
             f"sspo_ext.losses.{_ELSEWHERE[name]}(step_logps(...), ...)"
         )
+    check_loss_name(name, PAIR_FORMULAS, policy=False)
     check_choice("loss_type", name, tuple(PAIR_FORMULAS))
     return PAIR_FORMULAS[name]

@@ -60,7 +60,7 @@ def forward_logits_at(
         model: the outermost module, as for `forward_hidden`.
         positions: (N,) int64 on the model's device: indices into the B * T flattened positions, in any order, with
             repeats allowed.
-        use_cache: ask the model for its cache, which is then `outputs.past_key_values`.
+        use_cache: ask the model for its cache, which is then among the outputs.
         **inputs: the model's inputs, as for `forward_hidden`.
 
     Returns:

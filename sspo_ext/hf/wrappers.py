@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -50,6 +51,11 @@ def base_model(model: nn.Module) -> nn.Module:
     inner = unwrap(model)
     get = getattr(inner, "get_base_model", None)
     return inner if get is None else get()
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Tell whether the model's forward has this parameter by name."""
+    return name in inspect.signature(base_model(model).forward).parameters
 
 
 def text_config(model: nn.Module) -> Any:

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+
+from .._checks import describe
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -35,7 +37,18 @@ class TensorBundle:
         return self._map(lambda t: t.pin_memory())
 
 
-class Steps(TensorBundle):
+class Built:
+    """A dataclass that only its `from_...` methods make: it refuses values by position, which are meant for them."""
+
+    def __new__(cls, *values, **fields_):
+        """Raises TypeError for values by position; torch.compile of torch 2.6 gives all of them so."""
+        if values and len(values) < len(fields(cast(Any, cls))):
+            ways = " or ".join(f"{cls.__name__}.{name}(...)" for name in dir(cls) if name.startswith("from_"))
+            raise TypeError(f"{cls.__name__}: expected a call of {ways}, got {describe(values[0])} by position")
+        return super().__new__(cls)
+
+
+class Steps(Built, TensorBundle):
     """What pairs need to know of a layout: its steps, on the host, and its device."""
 
     host_step_offsets: Tensor  # (S + 1,) int64

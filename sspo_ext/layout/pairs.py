@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import check_float, check_integer, check_shape
-from .bundle import Steps, TensorBundle, constant
+from .._checks import check_float, check_integer, check_kind, check_shape, describe
+from .bundle import Built, Steps, TensorBundle, constant
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class StepPairs(TensorBundle):
+class StepPairs(Built, TensorBundle):
     """P pairs of steps. Build it with `from_index`.
 
     The adjacency (`adj_offsets`, `adj_pairs`) lists the pairs of each step; the kernels read it.
@@ -86,7 +86,8 @@ class StepPairs(TensorBundle):
         Examples:
             >>> pairs = StepPairs.from_index(layout, torch.tensor([[0, 1]]))
         """
-        index = index if isinstance(index, Tensor) else torch.as_tensor(index, device="cpu")
+        check_kind("layout", layout, Steps, "a StepLayout")
+        index = index if isinstance(index, Tensor) else _as_index(index)
         if index.numel() == 0:
             index = index.reshape(0, 2).to(torch.int64)
         check_integer("pairs", index, ndim=2)
@@ -170,6 +171,13 @@ class StepPairs(TensorBundle):
         Losses of different components are independent.
         """
         return connected_steps(self.host_index.numpy(), self.num_steps)
+
+
+def _as_index(index: object) -> Tensor:
+    try:
+        return torch.as_tensor(index, device="cpu")
+    except (TypeError, ValueError, RuntimeError):  # by what it is made of
+        raise TypeError(f"pairs: expected (P, 2) step numbers, got {describe(index)}") from None
 
 
 def connected_steps(index: np.ndarray, num_steps: int) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import check_float, check_integer, check_shape, check_tensor, describe
+from .._checks import check_count, check_float, check_integer, check_shape, check_tensor, check_whole, describe
 from .bundle import Steps, constant
 from .pairs import StepPairs
 from .spans import checked_spans, sequence_of_spans, step_of_token
@@ -200,6 +200,9 @@ class StepLayout(Steps):
         ignore_index: int,
         vocab_size: int | None,
     ) -> StepLayout:
+        check_whole("ignore_index", ignore_index)
+        if vocab_size is not None:
+            check_count("vocab_size", vocab_size)
         step, (batch, length), device = tokens.step, labels.shape, labels.device
         label = labels.cpu().numpy().astype(np.int64)
         real = label != ignore_index

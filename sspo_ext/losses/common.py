@@ -17,7 +17,7 @@ from torch import Tensor
 from .._checks import check_choice, check_device, check_float, check_integer, check_shape
 from ..layout.bundle import constant
 from ..layout.steps import StepLayout
-from ..objective.pair_arguments import check_logps
+from ..objective.pair_arguments import check_logps, check_reference_free
 from ..objective.sums import StepLogps
 from ..objective.values import divided, reference_sums, reference_tokens
 
@@ -66,6 +66,19 @@ def log_ratios(
     check_logps("logps", logps, layout)
     if ref is None and needed_by is not None:
         raise ValueError(f"ref: {needed_by} needs a reference, got None")
+    return _over_reference(logps, layout, ref)
+
+
+def optional_log_ratios(
+    name: str, logps: StepLogps, layout: StepLayout, ref: StepLogps | Tensor | None, reference_free: bool
+) -> Tensor:
+    """`log_ratios` for the public function `name`, called by it, which takes a reference unless `reference_free`."""
+    check_logps("logps", logps, layout)
+    check_reference_free(ref, reference_free, [name], stacklevel=5)
+    return _over_reference(logps, layout, ref)
+
+
+def _over_reference(logps: StepLogps, layout: StepLayout, ref: StepLogps | Tensor | None) -> Tensor:
     sums = reference_sums(ref, layout)
     return logps.sums if sums is None else logps.sums - sums.to(logps.sums.dtype)
 

@@ -7,29 +7,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import check_not_negative, check_positive, check_shape, describe
+from .._checks import check_integer, check_not_negative, check_positive, check_shape, describe
 from ..formulas.numerics import logistic
 from ..layout.pairs import StepPairs
 from ..layout.steps import StepLayout
 from ..objective.pair_arguments import check_smoothing, resolve_pairs
 from ..objective.sums import StepLogps
-from .common import StepLossOutput, log_ratios, loss_function, per_unit, reduce_units, unit_numbers
+from .common import StepLossOutput, log_ratios, loss_function, optional_log_ratios, per_unit, reduce_units, unit_numbers
 
 _NOBODY = -1e30  # the reward of padding; an infinity would have no gradient through logcumsumexp
 
 
-def _list_scores(
-    logps: StepLogps, layout: StepLayout, lists: Tensor, ref: StepLogps | Tensor | None, beta: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-ratios u (S,), rewards beta * u of each list's members (G, n), and a mask (G, n) of those that exist."""
+def _list_scores(u: Tensor, layout: StepLayout, lists: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Rewards beta * u of each list's members (G, n), and a mask (G, n) of those that exist, from log-ratios (S,)."""
     check_positive("beta", beta)
-    u = log_ratios(logps, layout, ref)
     lists = unit_numbers("lists", lists, layout, padded=True)
     if lists.ndim != 2:
         raise ValueError(f"lists: expected (G, n) step numbers, got {describe(lists)}")
     there = (lists >= 0) & (layout.counts > 0)[lists.clamp(min=0)]
     rewards = beta * u[lists.clamp(min=0)]
-    return u, torch.where(there, rewards, torch.full_like(rewards, _NOBODY)), there
+    return torch.where(there, rewards, torch.full_like(rewards, _NOBODY)), there
 
 
 @loss_function(
@@ -46,6 +43,7 @@ def plackett_luce_loss(
     lists: Tensor,
     *,
     ref: StepLogps | Tensor | None = None,
+    reference_free: bool = False,
     beta: float = 0.1,
     weights: Tensor | None = None,
     reduction: str = "mean",
@@ -58,6 +56,7 @@ def plackett_luce_loss(
         layout: the StepLayout that made them.
         lists: (G, n) int: step numbers, best first; -1 pads a shorter list.
         ref: the reference, as in `step_pref_loss`.
+        reference_free: as in `step_pref_loss`.
         beta: reward scale.
         weights: (G,) multiply the lists' losses.
         reduction: 'mean' over lists, or 'sum'.
@@ -71,9 +70,11 @@ def plackett_luce_loss(
         ValueError: A value, shape or device does not fit.
 
     Examples:
-        >>> plackett_luce_loss(step_logps(logits, layout), layout, lists=torch.tensor([[0, 2, 1]])).loss.backward()
+        >>> lists = torch.tensor([[0, 2, 1]])
+        >>> plackett_luce_loss(step_logps(logits, layout), layout, lists, reference_free=True).loss.backward()
     """
-    u, rewards, there = _list_scores(logps, layout, lists, ref, beta)
+    u = optional_log_ratios("plackett_luce_loss", logps, layout, ref, reference_free)
+    rewards, there = _list_scores(u, layout, lists, beta)
     rest = rewards.flip(1).logcumsumexp(1).flip(1)
     losses = torch.where(there, rest - rewards, torch.zeros_like(rest)).sum(1)
     loss, losses = reduce_units(losses, there.sum(1) > 1, weights, reduction, num_items)
@@ -95,6 +96,7 @@ def listwise_loss(
     scores: Tensor,
     *,
     ref: StepLogps | Tensor | None = None,
+    reference_free: bool = False,
     beta: float = 0.1,
     score_temperature: float = 1.0,
     weights: Tensor | None = None,
@@ -109,6 +111,7 @@ def listwise_loss(
         lists: (G, n) int: step numbers; -1 pads a shorter list.
         scores: (G, n) float, constants; those of padding are not used.
         ref: the reference, as in `step_pref_loss`.
+        reference_free: as in `step_pref_loss`.
         beta: reward scale.
         score_temperature: divides the scores.
         weights: (G,) multiply the lists' losses.
@@ -124,10 +127,11 @@ def listwise_loss(
 
     Examples:
         >>> lists, scores = torch.tensor([[0, 1, 2]]), torch.tensor([[1.0, 0.0, 0.5]])
-        >>> listwise_loss(step_logps(logits, layout), layout, lists, scores).loss.backward()
+        >>> listwise_loss(step_logps(logits, layout), layout, lists, scores, reference_free=True).loss.backward()
     """
     check_positive("score_temperature", score_temperature)
-    u, rewards, there = _list_scores(logps, layout, lists, ref, beta)
+    u = optional_log_ratios("listwise_loss", logps, layout, ref, reference_free)
+    rewards, there = _list_scores(u, layout, lists, beta)
     check_shape("scores", scores, tuple(rewards.shape))
     scores = per_unit("scores", scores.reshape(-1), scores.numel(), u).view(rewards.shape) / score_temperature
     enough = there.sum(1) > 1
@@ -322,7 +326,7 @@ def level_pairs(levels: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         Pairs (P, 2) int, and (P,) bool: whether the winner is of level 1.
 
     Raises:
-        TypeError: `groups` is no tensor.
+        TypeError: `levels` is no tensor of integers, or `groups` no tensor.
         ValueError: The shapes differ.
 
     Examples:
@@ -330,6 +334,7 @@ def level_pairs(levels: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         >>> index.tolist(), top.tolist()
         ([[0, 1], [0, 2]], [True, True])
     """
+    check_integer("levels", levels, ndim=1)
     check_shape("groups", groups, tuple(levels.shape))
     better = (groups[:, None] == groups[None]) & (levels[:, None] < levels[None]) & (levels[:, None] >= 1)
     index = better.nonzero()

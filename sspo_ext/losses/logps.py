@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._checks import check_bool
 from ..layout.steps import StepLayout
 from ..objective.sums import StepLogps
 from ..routes.linear import settings as linear
@@ -81,6 +82,8 @@ def linear_step_logps(
         hidden, weight, bias, layout, temperature, logit_softcap, logit_scale, chunk_bytes, accum_dtype, weight_grad,
         tp_group, backend,
     )  # fmt: skip
+    check_bool("entropy", entropy)
+    check_bool("sum_p2", sum_p2)
     ref = kl_reference(call, kl_ref_hidden, kl_ref_weight, kl_ref_bias)
     if entropy or sum_p2 or kl_ref_hidden is not None:
         return linear_logps_with_reductions(call, ref, entropy=entropy, sum_p2=sum_p2)
@@ -141,6 +144,8 @@ def step_logps(
     """
     layout = layout_of(logits, layout, labels, step_ids)
     call = prepare(logits, layout, temperature, logit_softcap, logit_scale, backend, inplace_backward)
+    check_bool("entropy", entropy)
+    check_bool("sum_p2", sum_p2)
     if entropy or sum_p2 or kl_ref_logits is not None:
         return logps_with_reductions(call, kl_ref_logits, entropy=entropy, sum_p2=sum_p2)
     tokens, sums = logps(call)

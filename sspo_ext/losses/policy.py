@@ -147,7 +147,8 @@ def step_policy_loss(
             sequence moves each of its tokens by that token's own advantage (GSPO-token). Clip ranges of means are far
             smaller than those of tokens: GSPO uses epsilon=3e-4, epsilon_high=4e-4.
         length_normalize: a step's or sequence's ratio is exp of the mean log-ratio; False: of the sum (RLOO in TRL).
-        prob_threshold: only tokens whose old probability is below it count (0.9 in SPO, arXiv 2505.23564).
+        prob_threshold: only tokens whose old probability is below it count (0.9 in SPO, arXiv 2505.23564). Others get
+            no gradient and are in no sum; the ratio of a step or sequence is still that of all its tokens.
         kl_coef: weight of the KL term.
         kl_estimator: 'k1', 'k2' or 'k3' (Schulman 2020), differentiated as it stands: on average the gradient of k1 is
             zero, that of k2 is the gradient of KL(pi || ref).

@@ -355,7 +355,8 @@ def linear_step_pref_loss(
     """`step_pref_loss(hidden @ weight.T + bias, layout, pairs)`, without ever storing the (N, V) logits.
 
     Prompt, padding, ignored and zero-weight tokens cost nothing and get exactly zero gradient. Rows are worked on in
-    chunks that fit `chunk_bytes`; extra memory is that budget and the gradients asked for, at any sequence length.
+    chunks that fit `chunk_bytes`; extra memory is that budget and the gradients asked for, at any sequence length,
+    with a 16-bit head also 4 * V * H bytes for the sum of several chunks (`print(pref_plan(...))` tells).
     GEMMs run in the promoted dtype of hidden and weight, or in autocast's; a weight of another dtype is then copied
     once a call. The same budget gives the same bits.
 
@@ -386,7 +387,9 @@ def linear_step_pref_loss(
         token_weights: as in `step_pref_loss`.
         reduction: as in `step_pref_loss`.
         num_items: as in `step_pref_loss`.
-        chunk_bytes: budget of the logits buffer, in bytes; default 128 MiB on CPUs, 512 MiB elsewhere.
+        chunk_bytes: budget of the logits buffer, in bytes, which is kept. By default 128 MiB on CPUs and 512 MiB
+            elsewhere, and more where one chunk of all rows takes no more memory than chunks and the float32 sum of
+            their gradients, or, on a GPU, where a chain of pairs would otherwise be computed twice.
         accum_dtype: dtype in which the weight's gradient accumulates over chunks: float32 (float64 for float64) by
             default, or the weight's own.
         weight_grad: (V, H) buffer to which backward adds the weight's gradient (`main_grad`); autograd then sees none.

@@ -10,7 +10,16 @@ from .._checks import check_not_negative, check_positive, check_shape
 from ..formulas.numerics import logistic
 from ..layout.steps import StepLayout
 from ..objective.sums import StepLogps
-from .common import StepGrid, StepLossOutput, log_ratios, loss_function, masked_mean, per_unit, reduce_units
+from .common import (
+    StepGrid,
+    StepLossOutput,
+    log_ratios,
+    loss_function,
+    masked_mean,
+    optional_log_ratios,
+    per_unit,
+    reduce_units,
+)
 
 
 @loss_function(
@@ -28,6 +37,7 @@ def direct_advantage_loss(
     advantages: Tensor,
     *,
     ref: StepLogps | Tensor | None = None,
+    reference_free: bool = False,
     beta: float = 0.1,
     weights: Tensor | None = None,
     reduction: str = "mean",
@@ -40,6 +50,7 @@ def direct_advantage_loss(
         layout: the StepLayout that made them.
         advantages: (S,) float, constants.
         ref: the reference, as in `step_pref_loss`.
+        reference_free: as in `step_pref_loss`.
         beta: reward scale.
         weights: (S,) multiply the steps' losses.
         reduction: 'mean' over steps with tokens, or 'sum'.
@@ -53,10 +64,10 @@ def direct_advantage_loss(
         ValueError: A value, shape or device does not fit.
 
     Examples:
-        >>> direct_advantage_loss(step_logps(logits, layout), layout, advantages).loss.backward()
+        >>> direct_advantage_loss(step_logps(logits, layout), layout, advantages, reference_free=True).loss.backward()
     """
     check_positive("beta", beta)
-    u = log_ratios(logps, layout, ref)
+    u = optional_log_ratios("direct_advantage_loss", logps, layout, ref, reference_free)
     target = per_unit("advantages", advantages, layout.num_steps, u) / beta
     valid = layout.counts > 0
     loss, losses = reduce_units(0.5 * torch.square(u - target), valid, weights, reduction, num_items)

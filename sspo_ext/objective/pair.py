@@ -82,10 +82,17 @@ def evaluate_terms(
     token_pair_weights: Tensor | None,  # (P,) instead of pair_weights, in terms by winner tokens
 ) -> StepLoss:
     """The sum of C terms; pair losses are (C, P), unweighted."""
+    # not given._replace: torch.compile of torch 2.6 breaks on it
     results = [
         step_loss_fwd(
-            given._replace(
+            StepLossArguments(
+                logps=given.logps,
+                weights=given.weights,
+                step_offsets=given.step_offsets,
                 ref=given.ref if t.ref else None,
+                pair_index=given.pair_index,
+                adj_offsets=given.adj_offsets,
+                adj_pairs=given.adj_pairs,
                 pair_weights=token_pair_weights if t.by_winner_tokens else given.pair_weights,
                 pair_margins=given.pair_margins if t.margins else None,
                 pair_labels=given.pair_labels if t.soft_labels else None,
@@ -126,6 +133,9 @@ def step_loss(
 
 def mixed_pair_losses(term_losses: Tensor, spec: PairLossSpec) -> Tensor:
     """(P,): the terms' pair losses (C, P) added up with the terms' weights; pair weights are left out."""
+    first = spec.terms[0]
+    if len(spec.terms) == 1 and first.weight == 1 and not first.by_winner_tokens:
+        return term_losses[0]  # as they are: no launch
     rows = []
     for t, losses in zip(spec.terms, term_losses, strict=True):
         if t.by_winner_tokens:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_device, check_shape, describe
+from .._checks import check_bool, check_choice, check_device, check_kind, check_number, check_shape, describe
 from ..formulas.registry import PairFormula, get_pair_formula
 from ..layout.pairs import StepPairs
 from ..layout.steps import StepLayout
@@ -38,10 +38,7 @@ def chosen_formulas(
     if len(weights) != len(loss_type):
         raise ValueError(f"loss_weights: expected {len(loss_type)} numbers, as many as loss_type, got {len(weights)}")
     for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise TypeError(f"loss_weights: expected numbers, got {describe(weight)}")
-        if not abs(weight) < float("inf"):  # math.isfinite is not traced by torch.compile
-            raise ValueError(f"loss_weights: expected finite numbers, got {weight!r}")
+        check_number("loss_weights", weight)
     return [(get_pair_formula(name), float(weight)) for name, weight in zip(loss_type, weights, strict=True)]
 
 
@@ -62,7 +59,8 @@ def resolve_pairs(
         raise ValueError(
             f"pairs: expected pairs of the layout's {layout.num_steps} steps, got pairs made for {pairs.num_steps}"
         )
-    if not torch.compiler.is_compiling() and not torch.equal(pairs.host_step_offsets, layout.host_step_offsets):
+    own = pairs.host_step_offsets is layout.host_step_offsets or torch.compiler.is_compiling()
+    if not own and not torch.equal(pairs.host_step_offsets, layout.host_step_offsets):
         raise ValueError("pairs: expected pairs made for this layout, got pairs of one whose steps have other lengths")
     if pairs.index.device != layout.device:
         raise ValueError(f"pairs: expected them on {layout.device} (pairs.to(...)), got {pairs.index.device}")
@@ -96,7 +94,8 @@ def pair_loss_spec(
     needing = [definition.name for definition, _ in formulas if definition.reference == "required"]
     if ref is None and needing:
         raise ValueError(f"ref: loss_type {needing[0]!r} needs a reference, got None")
-    _check_reference_free(ref, reference_free, [d.name for d, _ in formulas if d.reference == "optional"])
+    taking = [f"loss_type {d.name!r}" for d, _ in formulas if d.reference == "optional"]
+    check_reference_free(ref, reference_free, taking, stacklevel=5)
     terms = tuple(
         LossTerm(
             definition.name,
@@ -114,22 +113,28 @@ def pair_loss_spec(
     return PairLossSpec(pairs, terms, _scale(pairs, reduction, num_items, dtype), reference_sums(ref, layout), share)
 
 
-def _check_reference_free(ref, reference_free: bool, taking: Sequence[str]) -> None:
-    """A forgotten reference gives another loss and no error, so leaving it out must be said. `taking`: the losses."""
-    if not isinstance(reference_free, bool):
-        raise TypeError(f"reference_free: expected True or False, got {describe(reference_free)}")
+def check_reference_free(ref, reference_free: bool, taking: Sequence[str], *, stacklevel: int) -> None:
+    """A forgotten reference gives another loss and no error, so leaving it out must be said.
+
+    Args:
+        ref: the reference, or None.
+        reference_free: whether none is meant.
+        taking: the losses that take one.
+        stacklevel: of the warning: 3 is the caller's caller.
+    """
+    check_bool("reference_free", reference_free)
     if reference_free and ref is not None:
         raise ValueError(f"reference_free: expected False beside a ref, got ref {describe(ref)}")
     if ref is None and taking and not reference_free and not torch.compiler.is_compiling():
-        _warn_reference_free(taking[0])
+        _warn_reference_free(taking[0], stacklevel)
 
 
 @functools.cache
-def _warn_reference_free(name: str) -> None:
+def _warn_reference_free(name: str, stacklevel: int) -> None:
     warnings.warn(
-        f"ref: loss_type {name!r} takes a reference and got None, so a reward is beta * log pi; pass the reference's "
+        f"ref: {name} takes a reference and got None, so a reward is beta * log pi; pass the reference's "
         "log-probs, or reference_free=True if that is meant (said once)",
-        stacklevel=5,
+        stacklevel=stacklevel,
     )
 
 
@@ -159,6 +164,7 @@ def checked_options(
 
 def check_logps(name: str, logps: StepLogps, layout: StepLayout) -> None:
     """TypeError or ValueError unless `logps` are step log-probs of this layout."""
+    check_kind("layout", layout, StepLayout, "a StepLayout")
     if not isinstance(logps, StepLogps):
         raise TypeError(f"{name}: expected a StepLogps (of step_logps or linear_step_logps), got {describe(logps)}")
     check_shape(f"{name}.sums", logps.sums, (layout.num_steps,))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._checks import check_choice, check_not_negative, check_num_items, describe
+from .._checks import check_bool, check_choice, check_not_negative, check_num_items, describe
 from ..backends import ops
 from ..formulas.policy import KL_ESTIMATORS, LEVELS, PolicyFormula, get_policy_formula
 from ..layout.steps import StepLayout
@@ -44,8 +44,7 @@ class PolicyOptions:
         check_choice("kl_estimator", self.kl_estimator, tuple(KL_ESTIMATORS))
         check_not_negative("kl_coef", self.kl_coef)
         check_not_negative("entropy_coef", self.entropy_coef)
-        if not isinstance(self.length_normalize, bool):
-            raise TypeError(f"length_normalize: expected True or False, got {describe(self.length_normalize)}")
+        check_bool("length_normalize", self.length_normalize)
         if not definition.has_ratio and level != "token":
             raise ValueError(f"importance_sampling_level: loss_type {loss_type!r} has no ratio, got {level!r}")
         if not self.length_normalize and level == "token":

@@ -23,9 +23,9 @@ def one_over(items: float | Tensor, dtype: torch.dtype, device: torch.device) ->
 
 def number_beside(items: float | Tensor, device: torch.device) -> float | Tensor:
     """A number for a CPU tensor beside tensors elsewhere: the host would wait for the device to copy so little."""
-    if not isinstance(items, Tensor) or items.device.type != "cpu" or torch.compiler.is_compiling():
+    if not isinstance(items, Tensor) or torch.compiler.is_compiling():
         return items
-    return items if device.type == "cpu" else items.item()
+    return items.item() if items.device.type == "cpu" != device.type else items
 
 
 def divided(total: Tensor, items: float | Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import backends
 from .._checks import check_positive
 
+_SMALLEST_FACTOR, _LARGEST_FACTOR = 1e-32, 1e32  # times log2(e) and a logit, float32 has room on both sides
 _BLOCK_ELEMENTS = 1 << 18  # float32 temporaries of 1 MiB fit a core's cache and are small beside the gradients
 
 
@@ -71,13 +72,29 @@ def logit_map(temperature: float, logit_softcap: float | None, logit_scale: floa
     """(a, c) such that z = a * x, or c * tanh(a * x) with a softcap, is the logit of the sampled distribution.
 
     The order is the models': scale, then softcap, then temperature.
+
+    Raises:
+        ValueError: an argument is not a finite number above 0, or a or c is too large or small for float32 kernels.
+        TypeError: an argument is not a number.
     """
     check_positive("temperature", temperature)
     check_positive("logit_scale", logit_scale)
     if logit_softcap is None:
-        return logit_scale / temperature, 0.0
+        return _factor("logit_scale / temperature", logit_scale, temperature), 0.0
     check_positive("logit_softcap", logit_softcap)
-    return logit_scale / logit_softcap, logit_softcap / temperature
+    a = _factor("logit_scale / logit_softcap", logit_scale, logit_softcap)
+    return a, _factor("logit_softcap / temperature", logit_softcap, temperature)
+
+
+def _factor(name: str, above: float, below: float) -> float:
+    """The quotient, if kernels can hold it."""
+    quotient = above / below
+    if not _SMALLEST_FACTOR <= quotient <= _LARGEST_FACTOR:
+        raise ValueError(
+            f"{name}: expected a number from {_SMALLEST_FACTOR:g} to {_LARGEST_FACTOR:g}, since kernels hold it in "
+            f"float32, got {quotient:g}"
+        )
+    return quotient
 
 
 def gradient_coefs(

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
+from .._checks import check_count, describe
 from ..data.chat import COLUMNS, chat_columns, chat_options
+from ..data.encode import TooLong, UnusableRow, check_bound, encode_prompt, encode_response, response_text
 from ..data.graders import Grader, answer_texts, grade
+from ..data.length import LengthBound
 from ..data.rows import Source, parse_rows, raise_bad_rows, separate_steps
-from ..data.special import SpecialTokens
-from ..data.tokenize import UnusableRow, encode_prompt, encode_response, response_text
+from ..data.special import SpecialTokens, check_unicode
 from ..signals.split import SplitBy, token_step_ids
 from ..signals.values import StepBatch
 
@@ -72,15 +74,20 @@ def load_chains(
         ValueError: some rows cannot be used. The message names file, line and reason of each.
         OSError: a file cannot be read.
     """
-    special = SpecialTokens(tokenizer, special_tokens)
-    chains, bad = parse_rows(
-        source, lambda where, row: _chain(row, where, tokenizer, split_by, grader, chat_template_kwargs, special)
-    )
-    raise_bad_rows(bad, len(chains) + len(bad))
-    if max_length is None:
-        return chains, []
-    long = [chain.source for chain in chains if chain.num_tokens > max_length]
-    return [chain for chain in chains if chain.num_tokens <= max_length], long
+    if max_length is not None:
+        check_count("max_length", max_length)
+    special, bound = SpecialTokens(tokenizer, special_tokens), LengthBound(tokenizer, max_length)
+
+    def parse(where: str, row: Mapping) -> Chain | str:
+        try:
+            chain = _chain(row, where, tokenizer, split_by, grader, chat_template_kwargs, special, bound)
+        except TooLong:
+            return _source(row, where)
+        return chain if max_length is None or chain.num_tokens <= max_length else chain.source
+
+    parsed, bad = parse_rows(source, parse)
+    raise_bad_rows(bad, len(parsed) + len(bad))
+    return [one for one in parsed if isinstance(one, Chain)], [one for one in parsed if isinstance(one, str)]
 
 
 def step_batch(chains: Sequence[Chain]) -> StepBatch:
@@ -96,32 +103,42 @@ def _chain(
     grader: Grader | None,
     template: Mapping | None,
     special: SpecialTokens,
+    bound: LengthBound,
 ) -> Chain:
     prompt, answer = row.get("prompt"), row.get("answer")
     if not prompt or not isinstance(prompt, str | list):
-        raise ValueError(f"prompt: expected a text or chat messages, got {prompt!r}")
+        raise ValueError(f"prompt: expected a text or chat messages, got {describe(prompt)}")
     if isinstance(answer, Mapping):
-        raise ValueError(f"answer: expected a text, a number or a list of them, got {answer!r}")
+        raise ValueError(f"answer: expected a text, a number or a list of them, got {describe(answer)}")
     texts = answer_texts(answer)
-    response = _response(row.get("response"))
+    if "response" not in row:
+        raise ValueError("expected prompt, response and answer, got no response; null stands for one without steps")
+    response = _response(row["response"])
     special.check_prompt(prompt, **{name: row.get(name) for name in COLUMNS})
     special.check_answers(texts)
     special.check_response("response", response, chat=not isinstance(prompt, str))
     options = chat_options(row, template)
-    encoded = encode_prompt(prompt, tokenizer, options)
+    source = _source(row, where)
+    encoded = encode_prompt(prompt, tokenizer, options, bound)
     steps, ids = [], []
     if "".join(response).strip():
         body, edges, _ = response_text(prompt, encoded.text, response, tokenizer, split_by, False, options)
+        check_bound(bound, body)
         try:
             tokens, offsets = encode_response(tokenizer, encoded, body)
         except UnusableRow as error:
             raise ValueError(f"response: {error}") from error
         steps, ids = _by_step(body, list(pairwise(edges)), tokens, offsets)
-    source = where if row.get("id") is None else str(row["id"])
     answer = texts if isinstance(answer, list | tuple) else texts[0]
     reward = _reward(row, "".join(steps), texts, grader)
     columns = {} if isinstance(prompt, str) else chat_columns(options)
     return Chain(source, prompt, answer, reward, steps, encoded.ids, ids, columns)
+
+
+def _source(row: Mapping, where: str) -> str:
+    source = where if row.get("id") is None else str(row["id"])
+    check_unicode("id", source)
+    return source
 
 
 def _response(response: Any) -> str | list[str]:
@@ -157,7 +174,7 @@ def _reward(row: Mapping, response: str, answers: list[str], grader: Grader | No
         given = max(grade(grader, row["prompt"], response, answer, **columns) for answer in answers)
     if not isinstance(given, (bool, int, float)) or not 0 <= given <= 1:
         raise ValueError(
-            f"reward: expected a number in [0, 1], or is_correct, or a grader, got {given!r}; rescale rewards in "
-            "[-1, 1] by (reward + 1) / 2"
+            f"reward: expected a number in [0, 1], or is_correct, or a grader, got {describe(given)}; rescale rewards "
+            "in [-1, 1] by (reward + 1) / 2"
         )
     return float(given)

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .loaded_weights import check_adapter, check_loaded, naming_the_adapter
+from .loading_errors import BROKEN, loading_error
 
 
 def load_model(
@@ -64,7 +66,8 @@ def load_model(
     if base is not None:
         loading = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
         model, _ = load_model(base, dtype=dtype, tokenizer=tokenizer, **loading)
-        return _load_adapter(model, name_or_path), tokenizer
+        with _named(name_or_path):
+            return _load_adapter(model, name_or_path), tokenizer
     folder, gguf = _folder(name_or_path)
     options = {"trust_remote_code": trust_remote_code, **gguf}
     if gguf and dtype == "auto":
@@ -99,7 +102,8 @@ def with_adapter(model: nn.Module, peft_config) -> Any:
             "peft_config: expected a model without an adapter, got one with adapter layers, which a new adapter could "
             "overwrite; load it as a PeftModel and give no peft_config, or merge the adapter first"
         )
-    return get_peft_model(cast(PreTrainedModel, model), peft_config)
+    with _old_names_of_peft():
+        return get_peft_model(cast(PreTrainedModel, model), peft_config)
 
 
 def adapter_base(name_or_path: str | os.PathLike) -> str | None:
@@ -119,7 +123,8 @@ def adapter_base(name_or_path: str | os.PathLike) -> str | None:
     file = find_adapter_config_file(str(name_or_path))
     if file is None:
         return None
-    base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    with _named(name_or_path):
+        base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"model: expected base_model_name_or_path in the adapter's {file}, got {base!r}")
     return base
@@ -184,10 +189,18 @@ def _load_adapter(model: PreTrainedModel, name_or_path: str | os.PathLike) -> An
             f"model: expected an adapter of a whole model, got {str(name_or_path)!r}, whose base model is an adapter "
             "itself; merge that first"
         )
-    with naming_the_adapter(name_or_path):
+    with naming_the_adapter(name_or_path), _old_names_of_peft():
         loaded = PeftModel.from_pretrained(model, str(name_or_path), is_trainable=True)
     check_adapter(loaded, name_or_path)
     return loaded.eval()
+
+
+@contextlib.contextmanager
+def _old_names_of_peft() -> Iterator[None]:
+    """Hides a warning that a user can do nothing about: peft 0.21 reads a name that transformers 5.24 has renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _has_tokenizer(name_or_path: str | os.PathLike) -> bool:
@@ -214,7 +227,7 @@ def _folder(name_or_path: str | os.PathLike) -> tuple[str, dict[str, str]]:
 
 @contextlib.contextmanager
 def _named(name_or_path: str | os.PathLike) -> Iterator[None]:
-    """Puts the argument's name and value before the message of an OSError."""
+    """Names the argument, and the file that is broken, in an error of loading."""
     try:
         yield
     except OSError as error:
@@ -222,6 +235,8 @@ def _named(name_or_path: str | os.PathLike) -> Iterator[None]:
         if not Path(name_or_path).exists():
             where = "is no local folder, and could not be loaded from the hub"
         raise OSError(f"model: {str(name_or_path)!r} {where}: {error}") from error
+    except (*BROKEN, ImportError) as error:
+        raise loading_error(name_or_path, error) from error
 
 
 def _gguf_file(path: Path) -> Path | None:

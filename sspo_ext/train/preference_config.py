@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
-from .options import check_dictionary, documented
+from .options import check_dictionary, check_reporting, check_sampling_order, documented
 
 
 @documented
@@ -37,13 +39,13 @@ class StepPreferenceConfig(TrainingArguments):
         route: "linear" computes log-probs from hidden states and never stores the logits. It raises UnsupportedHead
             for a model whose LM head it cannot use. "logits" reads the model's own logits. "auto" is "linear" where
             the model allows it, else "logits" with a warning.
-        chunk_bytes: The size of the linear route's logits buffer in bytes; None means 128 MiB on CPUs, 512 MiB
-            elsewhere.
+        chunk_bytes: The size of the linear route's logits buffer in bytes; None: see `linear_step_pref_loss`.
         inplace_backward: For the logits route: whether the gradient is written over the logits, which saves a second
             buffer of their size. None means wherever the backend can.
 
     Raises:
-        ValueError: For `label_smoothing_factor`, which smooths tokens, not pairs.
+        ValueError: For `label_smoothing_factor`, which smooths tokens, not pairs, and other options of
+            TrainingArguments that do not fit rows of two texts (`group_by_length`, `dispatch_batches`).
         TypeError: For `loss_options` that are no dictionary.
 
     Examples:
@@ -83,3 +85,11 @@ class StepPreferenceConfig(TrainingArguments):
                 "label_smoothing is for the order of pairs"
             )
         check_dictionary("loss_options", self.loss_options)
+        reason = "a row has two texts and no one length; packing=True saves the padding"
+        check_reporting(self)
+        check_sampling_order(self, ("random", "sequential"), reason)
+        accelerator = cast(AcceleratorConfig, self.accelerator_config)  # TrainingArguments has made one of it
+        if accelerator.dispatch_batches:
+            raise ValueError("dispatch_batches: expected False, since a batch's layout is no tensor that can be sent")
+        # by default the first process would read a stream for all, and send the others their parts of each batch
+        accelerator.dispatch_batches = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -23,10 +24,11 @@ from ..losses.pref import StepPrefOutput, linear_step_pref_loss, step_pref_loss
 from ..objective.pair_arguments import checked_options, chosen_formulas
 from .base import StepTrainer
 from .dropout import disable_dropout
+from .limits import check_features, model_limits
 from .means import Means
 from .model_call import call_model, check_processes, choose_route, router_loss, uses_flash_attention
 from .models import check_trainable, model_and_tokenizer, with_adapter
-from .options import dictionary
+from .options import check_optimizer, dictionary
 from .preference_config import StepPreferenceConfig
 from .reference_cache import TOKEN_COLUMNS, ReferenceCache, add_reference, reference_key
 from .whole_batches import whole_batches
@@ -53,8 +55,9 @@ class StepPreferenceTrainer(StepTrainer):
 
     Raises:
         TypeError: If `args` is no StepPreferenceConfig, or for an option that the loss type does not have.
-        ValueError: For options that do not fit the loss, a dataset without a length where a reference is needed,
-            reference log-probs that are not finite, and `packing` with a model whose packed sequences see each other.
+        ValueError: For options that do not fit the loss, rows that are not tokenized or that the model cannot read, a
+            dataset without a length where a reference is needed, reference log-probs that are not finite, and `packing`
+            with a model whose packed sequences see each other.
         UnsupportedHead: With route="linear", for a model whose LM head that route cannot use.
 
     Examples:
@@ -104,11 +107,14 @@ class StepPreferenceTrainer(StepTrainer):
             check_trainable(policy)
         if args.disable_dropout:
             disable_dropout(policy)
+        self._limits = model_limits(policy)
+        self._checked: dict[str, Any] = {}  # the dataset of each name
         if data_collator is None:
             pad = getattr(tokenizer, "pad_token_id", None)
             data_collator = StepPreferenceCollator(
-                0 if pad is None else pad, packed=args.packing, flash_attention=uses_flash_attention(policy)
-            )
+                0 if pad is None else pad, packed=args.packing, vocab_size=self._limits.vocab,
+                flash_attention=uses_flash_attention(policy),
+            )  # fmt: skip
         named = ("loss_type", "loss_weights", "beta", "label_smoothing", "temperature")
         self._loss_options = {**{name: getattr(args, name) for name in named}, **dictionary(args.loss_options)}
         self._means = {"train": Means(), "eval": Means()}
@@ -118,9 +124,12 @@ class StepPreferenceTrainer(StepTrainer):
         self._untrained = True
         super().__init__(policy, args, data_collator, train_dataset, eval_dataset, tokenizer, **trainer_kwargs)
         check_processes(args)
+        check_optimizer(self, args)
         # Versions of Trainer without loss_is_scaled_for_ga decide by this whether to divide by the accumulation steps.
         self.model_accepts_loss_kwargs = True
         self.route = choose_route(self.model, args.route, args.device)
+        for dataset, name in self._datasets():
+            self._check_rows(dataset, name)
         if args.packing:
             self._check_packing(train_dataset if train_dataset is not None else eval_dataset)
         self._add_references()
@@ -246,6 +255,21 @@ class StepPreferenceTrainer(StepTrainer):
             logs.update({k: v for k, v in self._means["train"].pop(self.accelerator).items() if k != "loss"})
         super().log(logs, *args, **kwargs)
 
+    def _datasets(self) -> Iterator[tuple[Any, str]]:
+        """The trainer's datasets, and what errors call them."""
+        for name in ("train_dataset", "eval_dataset"):
+            dataset = getattr(self, name)
+            if name == "eval_dataset" and isinstance(dataset, dict):
+                yield from ((value, f"{name}[{key!r}]") for key, value in dataset.items())
+            else:
+                yield dataset, name
+
+    def _check_rows(self, dataset: Any, name: str) -> None:
+        """Checks the rows of a dataset, unless that is done."""
+        if dataset is not None and not any(dataset is known for known in self._checked.values()):
+            check_features(name, dataset, self._limits)
+            self._checked[name] = dataset
+
     def _add_references(self) -> None:
         """Adds the reference's log-probs to the trainer's datasets that lack them."""
         for name in ("train_dataset", "eval_dataset"):
@@ -258,6 +282,7 @@ class StepPreferenceTrainer(StepTrainer):
 
     def _with_reference(self, dataset: Any, name: str) -> Any:
         """The dataset with the reference's log-probs of its rows, if the loss takes them."""
+        self._check_rows(dataset, name)
         if not self._takes_reference or _has_reference(dataset):
             return dataset
         assert self.args.output_dir is not None
@@ -284,7 +309,9 @@ class StepPreferenceTrainer(StepTrainer):
             return self.logps_without_grad(model, batch).sums
 
         with self._reference_model() as model:
-            return add_reference(dataset, self._reference_key, cache, self.data_collator, step_sums, name)
+            added = add_reference(dataset, self._reference_key, cache, self.data_collator, step_sums, name)
+        self._checked[name] = added
+        return added
 
     @property
     def _is_sharded(self) -> bool:

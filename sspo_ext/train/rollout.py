@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_choice
+from ..hf.cache import cache_input, why_no_cache
+from ..hf.wrappers import base_model
 from .sampling import RolloutEngine, Sampling
 
 ENGINES = ("generate", "compact", "vllm")
@@ -106,20 +108,26 @@ class CompactEngine(_BatchEngine):
     def _complete_batch(self, model, prompts, sampling: Sampling, seeds) -> list[list[int]]:
         from transformers import DynamicCache
 
+        reason = why_no_cache(model)
+        if reason is not None:
+            raise ValueError(
+                "rollout_engine: 'compact' needs a model that keeps its context in the DynamicCache it is given, and "
+                f"{type(base_model(model)).__name__} does not: {reason}; use 'generate'"
+            )
         device = _device(model)
         inputs = left_padded(prompts, self.pad_token_id, device)
         mask, ids = inputs["attention_mask"], inputs["input_ids"]
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         ends = torch.tensor(sampling.eos_token_ids, device=device)
         chooser, cache = _Chooser(sampling, seeds, device), DynamicCache()
+        kept = cache_input(model, cache)
         rows = torch.arange(len(ids), device=device)
         tokens = torch.full((len(ids), sampling.max_completion_length), self.pad_token_id, device=device)
         lengths = torch.zeros(len(ids), dtype=torch.int64, device=device)
         for t in range(sampling.max_completion_length):
             out = model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-                logits_to_keep=1,
-            )  # fmt: skip
+                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1, **kept
+            )
             if t == 0 and cache.get_seq_length() != ids.shape[1]:
                 raise ValueError(
                     "rollout_engine: 'compact' needs a model that keeps its context in the DynamicCache it is given, "

@@ -17,7 +17,7 @@ from ..signals.credit.baselines import BASELINES, UNGROUPED
 from ..signals.probing.options import ProbeOptions
 from ..signals.probing.texts import Probe, as_probe
 from ..signals.split import split_text
-from .options import check_dictionary, dictionary, documented
+from .options import check_dictionary, check_reporting, check_sampling_order, dictionary, documented
 from .rollout import ENGINES
 
 COMBINE = ("add", "replace", "outcome")
@@ -84,8 +84,7 @@ class SSPOConfig(TrainingArguments):
             for a model whose LM head it cannot use. "logits" reads the model's own logits. "auto" is "linear" where
             the model allows it, else "logits" with a warning.
         backend: Who computes the loss: "auto", "cpu", "triton", "cuda" or "reference".
-        chunk_bytes: The size of the linear route's logits buffer in bytes; None means 128 MiB on CPUs, 512 MiB
-            elsewhere.
+        chunk_bytes: The size of the linear route's logits buffer in bytes; None: see `linear_step_pref_loss`.
 
     Raises:
         ValueError: For an option out of its range, or one that has no effect beside the others.
@@ -156,6 +155,8 @@ class SSPOConfig(TrainingArguments):
                 "auto_find_batch_size, split_batches: expected False, since they change how many completions an update "
                 "has and so the groups"
             )
+        check_reporting(self)
+        check_sampling_order(self, ("random",), "the order of the prompts is the trainer's own")
         self._check_rollouts()
         self._check_advantages()
         self._check_loss()

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..data.graders import answer_texts
 from ..data.prompts import check_rows
 from ..signals.split import delimiter_mask
+from .limits import check_fits, model_limits
 from .options import dictionary
 from .sspo_config import SSPOConfig
 
@@ -32,13 +34,28 @@ def check_given(
         raise ValueError("probe_turn: expected a tokenizer with a chat template, which writes the user's turn")
 
 
-def check_datasets(args: SSPOConfig, tokenizer: Any, train_dataset, eval_dataset, *, own_values: bool) -> None:
+def check_datasets(
+    args: SSPOConfig, model: Any, tokenizer: Any, train_dataset, eval_dataset, *, own_values: bool
+) -> None:
     """Checks every row. With `own_values` a subclass estimates the values, and needs no answer as a text."""
     chat, probed = has_chat(tokenizer), args.combine != "outcome"
     by_text = probed and not own_values and dictionary(args.probe_options).get("mode", "likelihood") == "likelihood"
-    rendering = rendering_of(args, tokenizer)
-    check_rows("train_dataset", train_dataset, chat=chat, answers=probed, texts=by_text, **rendering)
-    check_rows("eval_dataset", eval_dataset, chat=chat, **rendering)
+    rendering, limits = rendering_of(args, tokenizer), model_limits(model)
+    for name, dataset, needs in (
+        ("train_dataset", train_dataset, {"answers": probed, "texts": by_text}),
+        ("eval_dataset", eval_dataset, {}),
+    ):
+        prompts = check_rows(name, dataset, chat=chat, **needs, **rendering)
+        more = args.max_completion_length + (_probe_tokens(args, tokenizer, dataset) if by_text and needs else 0)
+        check_fits(name, ((f"row {i}", [ids]) for i, ids in enumerate(prompts)), limits, more=more)
+
+
+def _probe_tokens(args: SSPOConfig, tokenizer: Any, rows) -> int:
+    """The most tokens that the probe and an answer add to a completion."""
+    asked = args.asked
+    answers = dict.fromkeys(text for row in rows or () for text in answer_texts(row["answer"]))
+    longest = max(answers, key=len, default="")
+    return len(tokenizer(asked.text + asked.separator + longest, add_special_tokens=False)["input_ids"])
 
 
 def rendering_of(args: SSPOConfig, tokenizer: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 
 The methods stand in the order of one update: rollouts and grading (`roll_out`), values (`step_values`), advantages
 (`advantages`), loss (`policy_loss`, `compute_loss`). All but the loss happens where Trainer collects the micro-batches
-of an update. Optimisers, schedules, checkpoints, DDP and logging are Trainer's.
+of an update.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from .experience import (
 from .means import Sums
 from .model_call import call_model, check_processes, choose_route, router_loss
 from .models import check_trainable, model_and_tokenizer, with_adapter
-from .options import dictionary
+from .options import check_optimizer, dictionary
 from .rollout import end_tokens, make_engine
 from .sampling import RolloutEngine, Sampling
 from .sspo_config import SSPOConfig
@@ -128,7 +128,7 @@ class SSPOTrainer(StepTrainer):
         policy, tokenizer = model_and_tokenizer(model, processing_class)
         check_given(args, tokenizer, reward_func, engine, trainer_kwargs)
         own_values = type(self).step_values is not SSPOTrainer.step_values
-        check_datasets(args, tokenizer, train_dataset, eval_dataset, own_values=own_values)
+        check_datasets(args, policy, tokenizer, train_dataset, eval_dataset, own_values=own_values)
         self.ref_model = None
         if peft_config is not None:
             policy = with_adapter(policy, peft_config)
@@ -149,6 +149,7 @@ class SSPOTrainer(StepTrainer):
         super().__init__(policy, args, cast(Any, list), train_dataset, eval_dataset, tokenizer, **trainer_kwargs)
         self.model_accepts_loss_kwargs = True
         check_processes(args)
+        check_optimizer(self, args)
         check_batch(args, self._rows_per_update)
         options = dictionary(args.rollout_options)
         self.engine = engine or make_engine(

@@ -18,7 +18,16 @@ import math
 import pytest
 import torch
 from helpers.cpu_rows import NOT_BUILT
-from helpers.reductions import MAPS, UPSTREAMS, ReductionRows, check, check_masks
+from helpers.reductions import (
+    MAPS,
+    SATURATED,
+    UPSTREAMS,
+    ReductionRows,
+    check,
+    check_masks,
+    check_wide_cap,
+    saturated,
+)
 
 from sspo_ext.backends import cpu
 
@@ -42,6 +51,18 @@ def test_fp64_rule(isa, dtype, mapping):
 def test_each_gradient_alone(isa, dtype, upstream):
     for ref in (True, False) if upstream != "kl" else (True,):
         check(cpu, ReductionRows(5003, dtype, *MAPS["temperature"], ref=ref), upstream, UPSTREAMS[upstream])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_saturated_softcap(isa, dtype):
+    for rows in SATURATED:
+        for upstream in ("all", "log-prob", "kl"):
+            check(cpu, saturated(1031, dtype, *rows), f"cap and reach {rows}, {upstream}", UPSTREAMS[upstream])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_wide_softcap(isa, dtype):
+    check_wide_cap(cpu, dtype)
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-3, 40.0])

@@ -112,6 +112,22 @@ def test_strides_and_misaligned_storage(isa, dtype, view):
     assert torch.equal(owner[~inside].nan_to_num(123.0), before[~inside].nan_to_num(123.0)), "wrote outside the view"
 
 
+def test_near_certain_tokens(isa):
+    """Truth is far below an eps of the logits: docs/numerics.md says what takes its place in the rule's floor."""
+    rows, labels, coef = torch.arange(4), torch.full((4,), 3), torch.ones(4)
+    for size in range(1, 90):
+        logits = torch.zeros(1, 4, 17)
+        logits[..., 3] = torch.linspace(size, size + 0.9, 4)
+        truth, exact = torch_logps_and_grad(logits, rows, labels, coef, 1.0, 0.0, torch.float64)
+        by_torch, _ = torch_logps_and_grad(logits, rows, labels, coef, 1.0, 0.0, torch.float32)
+        logp, lse = cpu.token_logp_fwd(logits, rows, labels, 1.0, 0.0)
+        assert_fp64_rule(logp, by_torch, truth, 17, f"{size}", scale=size + 0.9)
+        out = torch.empty_like(logits)
+        cpu.token_logp_bwd(logits, rows.int(), labels, lse, coef, None, 1.0, 0.0, out)
+        assert_each_element(out, exact, logits, rows, labels, coef, 1.0, 0.0, f"{size}")
+        assert (logp <= 0).all()
+
+
 def rule_on(logits, labels):
     """One row per position of (1, T, V) logits."""
     T = logits.shape[1]

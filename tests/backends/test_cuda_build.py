@@ -71,10 +71,14 @@ def test_when_it_is_built(monkeypatch):
         monkeypatch.setattr(build_cuda, "find_nvcc", lambda: path)
 
     with_nvcc("/somewhere/nvcc")
-    assert [e.name for e in build_cuda.extensions()] == ["sspo_ext._C_cuda"]
-    assert build_cuda.extensions(skip_auto=True) == []
+    assert build_cuda.extensions() == [], "pip would be silent for minutes"
+    monkeypatch.setenv("SSPO_BUILD_CUDA", "")
+    assert build_cuda.extensions() == []
     monkeypatch.setenv("SSPO_BUILD_CUDA", "0")
     assert build_cuda.extensions() == []
+    monkeypatch.setenv("SSPO_BUILD_CUDA", "auto")
+    assert [e.name for e in build_cuda.extensions()] == ["sspo_ext._C_cuda"]
+    assert build_cuda.extensions(skip_auto=True) == []
     monkeypatch.setenv("SSPO_BUILD_CUDA", "1")
     assert build_cuda.extensions(skip_auto=True)
     with_nvcc(None)
@@ -87,18 +91,48 @@ def test_when_it_is_built(monkeypatch):
         build_cuda.extensions()
 
 
-def test_a_compiler_that_fails_names_the_way_out(monkeypatch, tmp_path, capfd):
+@pytest.fixture
+def command(tmp_path):
+    """What a build needs of build_ext."""
     pytest.importorskip("pybind11")
-    nvcc = tmp_path / "nvcc"
-    nvcc.write_text('#!/bin/sh\ncase "$1" in --list*) echo compute_90;; *) echo broken; exit 1;; esac\n')
-    nvcc.chmod(0o755)
-    monkeypatch.setattr(build_cuda, "find_nvcc", lambda: str(nvcc))
-    command = types.SimpleNamespace(
+    return types.SimpleNamespace(
         force=True,
         build_temp=str(tmp_path / "temp"),
         get_ext_fullpath=lambda name: str(tmp_path / "lib" / "module.so"),
         compiler=types.SimpleNamespace(compile=lambda *args, **kwargs: []),
     )
+
+
+def nvcc_of(folder, script, monkeypatch):
+    nvcc = folder / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\n{script}\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(build_cuda, "find_nvcc", lambda: str(nvcc))
+
+
+FAILS = 'case "$1" in --list*) echo compute_90;; *) echo broken; exit 1;; esac'
+
+
+def test_a_compiler_that_fails_names_the_way_out(command, monkeypatch, tmp_path, capfd):
+    nvcc_of(tmp_path, FAILS, monkeypatch)
+    monkeypatch.setenv("SSPO_BUILD_CUDA", "1")
     with pytest.raises(SystemExit, match="SSPO_BUILD_CUDA=0"):
         build_cuda.build(command, build_cuda.extensions()[0])
     assert "broken" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("script", "architectures"), [(FAILS, ""), ("exit 3", ""), (FAILS, "nine")], ids=["compiling", "asked", "setting"]
+)
+def test_auto_warns_and_goes_on(command, script, architectures, monkeypatch, tmp_path):
+    """Whatever fails: the compiler, the question what it can do, the list of architectures."""
+    nvcc_of(tmp_path, script, monkeypatch)
+    monkeypatch.setenv("SSPO_BUILD_CUDA", "auto")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
+    older = tmp_path / "lib" / "module.so"
+    older.parent.mkdir()
+    older.touch()
+    (extension,) = build_cuda.extensions()
+    with pytest.warns(UserWarning, match="SSPO_BUILD_CUDA=auto: left the CUDA module out"):
+        build_cuda.build(command, extension)
+    assert extension.optional and not older.exists()

@@ -62,6 +62,10 @@ def test_any_vocabulary(V, dtype):
 def test_softcap(V, dtype):
     check(Rows(V, dtype, *SOFTCAP, spread=30.0))
     check(Rows(V, dtype, *SOFTCAP, spread=0.01, offset=1))
+    for low, high in ((1.0, 3.0), (4.0, 7.0), (6.0, 9.0)):  # a x, where tanh is close to 1
+        case = Rows(V, dtype, *SOFTCAP)
+        case.logits.copy_(30 * (low + (high - low) * torch.rand(case.logits.shape)))
+        check(case)
 
 
 @pytest.mark.parametrize("out_offset", range(8))

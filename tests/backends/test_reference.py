@@ -55,6 +55,17 @@ def test_logit_map():
     ]:
         with pytest.raises(ValueError, match=f"{name}: expected a finite number above 0"):
             logit_map(*bad)
+    for name, beyond in [  # each a finite number above 0, but not what the kernels make of them
+        ("logit_softcap / temperature", (1.0, 3e38, 1e20)),
+        ("logit_softcap / temperature", (1e-10, 1e25, 1.0)),
+        ("logit_scale / logit_softcap", (1.0, 1e38, 1.0)),
+        ("logit_scale / temperature", (1e-39, None, 1.0)),
+        ("logit_scale / temperature", (1.0, None, 1e200)),
+        ("logit_scale / temperature", (1e-300, None, 1e300)),  # their ratio is infinite
+        ("logit_scale / temperature", (1e300, None, 1e-300)),  # and 0
+    ]:
+        with pytest.raises(ValueError, match=f"{name}: expected a number from 1e-32 to 1e.32, since kernels hold it"):
+            logit_map(*beyond)
     with pytest.raises(TypeError, match="temperature: expected a number, got True"):
         logit_map(True, None, 1.0)
     with pytest.raises(TypeError, match="temperature: expected a number, got torch.float32 tensor"):

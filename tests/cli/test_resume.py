@@ -185,6 +185,16 @@ def signal_in_update(monkeypatch, number, update):
     monkeypatch.setattr(StepTrainer, "training_step", training_step)
 
 
+@pytest.fixture(autouse=True)
+def signals_as_in_a_shell():
+    """A job in the background of a script ignores SIGINT, and so would its tests."""
+    wanted = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @COMMANDS
 @pytest.mark.parametrize("number,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves(files, command, finished, tmp_path, capfd, monkeypatch, number, status):

@@ -98,7 +98,7 @@ def test_reference_sums_follow_the_layout(tok):
 def test_collator_errors_and_defaults(tok):
     with pytest.raises(ValueError, match="^features: "):
         StepPreferenceCollator(0)([])
-    with pytest.raises(ValueError, match="labels"):
+    with pytest.raises(ValueError, match=r"^input_ids: expected tokens in \[0, 5\), got 201 in row 0"):
         StepPreferenceCollator(0, vocab_size=5)(features(tok))
     plain = StepPreferenceCollator(tok.pad_token_id)(tokenize_rows([row()], tok))
     assert plain["pairs"].weights is None and plain["pairs"].margins is None and "ref" not in plain

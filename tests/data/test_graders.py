@@ -42,6 +42,13 @@ HALF = "\\frac{1}{2}"
         ("\\$18", "$18$", 1.0),
         ("48/2 = <<48/2=24>>24\n48+24 = <<48+24=72>>72 in May.\n#### 72", "#### 72", 1.0),
         ("x=5", "$5$", 1.0),
+        # "\\$" is a dollar sign in what a model writes too
+        (18, "#### \\$18", 1.0),
+        (18, "It costs \\$18.", 1.0),
+        ("\\$18", "so $x=\\$18$", 1.0),
+        ("\\sqrt{2}", "\\$3 first, then $\\sqrt{2}$", 1.0),
+        ("5", "$5\\\\$", 1.0),  # a line break, and the formula's end
+        ("5", "#### \\$18", 0.0),
     ],
 )
 def test_math_verify(answer, completion, expected):
@@ -54,6 +61,41 @@ def test_math_verify_refuses_an_answer_without_mathematics():
     for answer, message in (("", "answer: expected a text"), ("$$", "answer: math-verify reads no mathematics in")):
         with pytest.raises(ValueError, match=message):
             load_grader("math-verify")("", "$2$", answer)
+
+
+@pytest.mark.parametrize(
+    "answer, completion, expected",
+    [
+        # GSM8K's answer column as it is: the solution, and the answer behind the marker
+        ("48/2 = <<48/2=24>>24\n48+24 = 72\n#### 72", "24 + 48\n#### 72", 1.0),
+        ("48/2 = <<48/2=24>>24\n48+24 = 72\n#### 72", "24 + 48\n#### 24", 0.0),
+        (["#### 7", "七"], "七", 1.0),
+        # a number in any spelling; a text as it is
+        (26.0, "26", 1.0),
+        (26.0, "#### 26.0", 1.0),
+        (26, "26.0", 1.0),
+        ([1, 26.0], "26", 1.0),
+        (0.5, ".5", 1.0),
+        (26.5, "26", 0.0),
+        (26, "x", 0.0),
+        ("26", "26.0", 0.0),
+        (10**400, "1", 0.0),
+    ],
+)
+def test_exact_answers_as_data_sets_have_them(answer, completion, expected):
+    assert load_grader("exact")("", completion, answer) == expected
+    # of a probe too
+    assert answer_grader(load_grader("exact"), Probe("The answer is"))(completion, answer) == expected
+
+
+def test_exact_takes_the_answer_behind_its_own_marker():
+    assert load_grader("exact:答案")("", "答案 72", "24 + 48\n答案 72") == 1.0
+
+
+def test_answers_that_no_completion_can_match():
+    for answer in ("24 + 48\n####  ", float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="answer: expected a"):
+            load_grader("exact")("", "72", answer)
 
 
 class TestAnswersOfAProbe:

@@ -152,7 +152,7 @@ def test_gsm8k_solutions(tmp_path):
 def test_gsm8k_solutions_real_file():
     path = ROOT.parent / "shared/data/gsm8k/example_model_solutions.jsonl"
     if not path.exists():
-        pytest.skip("no ../shared/data/gsm8k here")
+        pytest.skip("example_model_solutions.jsonl of openai/grade-school-math is not on this machine")
     train, held = load_gsm8k_solutions(path)
     assert len(train) + len(held) == 731
     assert 0.15 < len(held) / 731 < 0.25

@@ -235,3 +235,18 @@ def test_without_old_log_probs_it_is_the_first_update(level, mean, name):
         for o in (old, None)
     )
     torch.testing.assert_close(absent, given)
+
+
+def test_a_ratio_of_a_step_is_that_of_its_masked_tokens_too():
+    """By hand: a step of two tokens, of which the first had a probability of .95 and does not count."""
+    layout = StepLayout.from_step_ids(torch.tensor([[0, 1, 2]]), torch.tensor([[-1, 0, 0]]))
+    old = torch.log(torch.tensor([0.95, 0.2], dtype=F64))
+    for now in (0.95, 0.5):  # of the first token
+        p = torch.tensor([[0.0, now, 1 - now], [0.5, 0.25, 0.25], [1.0, 0.0, 0.0]], dtype=F64)
+        logits = p.log()[None].clamp(min=-50).requires_grad_()
+        options = dict(loss_type="ppo", old=old, prob_threshold=0.9, epsilon=0.9, aggregation="token")
+        for level, ratio in (("token", 0.25 / 0.2), ("step", math.sqrt(now / 0.95 * 0.25 / 0.2))):
+            out = step_policy_loss(logits, layout, torch.ones(1, dtype=F64), importance_sampling_level=level, **options)
+            assert out.loss.item() == pytest.approx(-ratio, rel=1e-9), (now, level)
+            (grad,) = torch.autograd.grad(out.loss, logits)
+            assert (grad[0, 0] == 0).all() and grad[0, 1, 2] < 0, "the masked token itself is not moved"

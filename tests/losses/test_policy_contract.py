@@ -202,7 +202,9 @@ def test_inplace_backward():
 @pytest.mark.parametrize(
     "change, error, match",
     [
-        ({"loss_type": "grpo"}, ValueError, "loss_type: expected one of 'reinforce', 'ppo', 'cispo'"),
+        ({"loss_type": "vpg"}, ValueError, "loss_type: expected one of 'reinforce', 'ppo', 'cispo'"),
+        ({"loss_type": "grpo"}, ValueError, "got 'grpo'; GRPO's loss is called 'ppo', with aggregation='sequence'"),
+        ({"loss_type": "sigmoid"}, ValueError, "loss_type: 'sigmoid' is a preference loss: call step_pref_loss"),
         ({"epsilon": 0.1}, TypeError, "epsilon: neither a common option nor one of loss_type 'reinforce'"),
         ({"loss_type": "ppo", "beta": 0.1}, TypeError, "beta: neither a common option"),
         ({"loss_type": "ppo", "epsilon": 1.5}, ValueError, r"epsilon: expected a number in \[0, 1\]"),

@@ -14,7 +14,9 @@ from helpers.batch import Batch, random_batch, random_pairs
 from sspo_ext.losses.pref import step_pref_loss
 
 BAD_CALLS = {
-    "loss type": ({"loss_type": "dpo"}, ValueError, r"loss_type: expected one of 'sigmoid', .*got 'dpo'"),
+    "loss type": ({"loss_type": "sigma"}, ValueError, r"loss_type: expected one of 'sigmoid', .*got 'sigma'"),
+    "another name": ({"loss_type": "dpo"}, ValueError, r"got 'dpo'; DPO's loss is called 'sigmoid'"),
+    "a policy loss": ({"loss_type": "grpo"}, ValueError, r"loss_type: 'grpo' is a policy loss: call step_policy_loss"),
     "unknown option": ({"simpo_gamma": 1.0}, TypeError, "simpo_gamma: .*'sigmoid'"),
     "typo": ({"label_smothing": 0.1}, TypeError, "label_smothing"),
     "beta": ({"beta": 0.0}, ValueError, "beta: expected a finite number above 0, got 0.0"),

@@ -183,11 +183,11 @@ BAD = {
     "empty": ({"loss_type": []}, TypeError, "loss_type: expected a name or a list of names"),
     "not names": ({"loss_type": ["sigmoid", 1]}, TypeError, "loss_type: expected a name or a list of names"),
     "twice": ({"loss_type": ["ipo", "ipo"]}, ValueError, "loss_type: expected every name once"),
-    "unknown": ({"loss_type": ["ipo", "dpo"]}, ValueError, "loss_type: expected one of .*got 'dpo'"),
+    "unknown": ({"loss_type": ["ipo", "sigma"]}, ValueError, "loss_type: expected one of .*got 'sigma'"),
     "too few": ({"loss_type": ["ipo", "hinge"], "loss_weights": [1.0]}, ValueError, "loss_weights: expected 2 numbers"),
     "weights of one": ({"loss_weights": [1.0]}, ValueError, "loss_weights: expected None beside one loss_type"),
-    "infinite": ({"loss_type": ["ipo"], "loss_weights": [float("inf")]}, ValueError, "loss_weights: expected finite"),
-    "bool": ({"loss_type": ["ipo"], "loss_weights": [True]}, TypeError, "loss_weights: expected numbers"),
+    "infinite": ({"loss_type": ["ipo"], "loss_weights": [float("inf")]}, ValueError, "loss_weights: expected a finite number"),
+    "bool": ({"loss_type": ["ipo"], "loss_weights": [True]}, TypeError, "loss_weights: expected a number"),
     "nobody's option": (
         {"loss_type": ["ipo", "hinge"], "simpo_gamma": 1.0}, TypeError, r"simpo_gamma: .*\['ipo', 'hinge'\]"
     ),

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -64,15 +65,39 @@ def installed(folder: Path) -> tuple[set[str], str]:
     return modules, done.stdout
 
 
+@pytest.fixture
+def failing_nvcc(tmp_path):
+    """CUDA_HOME of an nvcc that fails, and the file that tells that it ran."""
+    home, ran = tmp_path / "cuda", tmp_path / "ran"
+    (home / "bin").mkdir(parents=True)
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\ntouch {ran}\nexit 1\n")
+    nvcc.chmod(0o755)
+    return str(home), ran
+
+
 @needs_compiler
-def test_without_nvcc(source, tmp_path):
-    """auto, the default: the CPU module alone, and no error."""
-    done = pip(source, tmp_path, nvcc=False)
+def test_by_default_nvcc_is_left_alone(source, tmp_path, failing_nvcc):
+    """It takes minutes, in which pip shows nothing. Nor is the module of an earlier build taken."""
+    home, ran = failing_nvcc
+    earlier = source / f"build/lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}/sspo_ext/_C_cuda.old.so"
+    earlier.parent.mkdir(parents=True)
+    earlier.touch()
+    done = pip(source, tmp_path, CUDA_HOME=home)
     assert done.returncode == 0, done.stderr
+    assert not ran.exists()
     modules, said = installed(tmp_path)
     assert modules == {"_C"} and "cpu: auto takes cpu" in said
     assert re.search(r"cuda / cuda: the module sspo_ext\._C_cuda could not be imported .* SSPO_BUILD_CUDA=1", said)
     assert "architectures of the CUDA module" not in said
+
+
+@needs_compiler
+def test_auto_goes_on_where_nvcc_fails(source, tmp_path, failing_nvcc):
+    home, ran = failing_nvcc
+    done = pip(source, tmp_path, CUDA_HOME=home, SSPO_BUILD_CUDA="auto")
+    assert done.returncode == 0, done.stderr
+    assert ran.exists() and installed(tmp_path)[0] == {"_C"}
 
 
 @needs_nvcc

@@ -236,7 +236,7 @@ class TestRollouts:
             ("b", 0.3, 2, True), ("a", 0.0, 2, False),
         ]  # fmt: skip
         (row,) = pair_rows(pair_candidates([node]), ["Q\n"] * 4, [steps for steps, _ in some])
-        assert (row["chosen"], row["rejected"], row["partial"]) == (["b"], ["a"], True)
+        assert (row["chosen"], row["rejected"], row["partial"]) == (["b"], ["a\n"], True)
 
     def test_shape(self):
         with pytest.raises(ValueError, match="step_advantages: expected shape"):

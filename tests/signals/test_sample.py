@@ -9,6 +9,8 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+from transformers import MambaConfig, MambaForCausalLM
+
 from benchmarks.models import families
 from sspo_ext.signals.branches.branch import Branch
 from sspo_ext.signals.branches.sample import sample_branches
@@ -68,6 +70,32 @@ def test_where_a_continuation_ends(model, engine):
     for a, b, c in zip(*(sum(x, []) for x in (free, ended, short)), strict=True):
         first = next((i for i, token in enumerate(a) if token in eos), 7)
         assert b == a[: first + 1] and c == a[:3]
+
+
+def prefix_tuned():
+    peft = pytest.importorskip("peft")
+    model = families.enlarge(families.build("llama"), 2.0)
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    return families.enlarge(peft.get_peft_model(model, config), 2.0)
+
+
+def mamba():
+    torch.manual_seed(0)
+    shape = {"vocab_size": 97, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "pad_token_id": 0}
+    return families.enlarge(MambaForCausalLM(MambaConfig(**shape)), 2.0)
+
+
+@pytest.mark.parametrize("make", (mamba, prefix_tuned))
+def test_a_context_that_is_no_cache_of_the_text(make):
+    """A recurrent state, and the virtual tokens of an adapter: neither is lost from one token to the next."""
+    model = make().eval()
+    got = sample_branches(model, TRUNKS, BRANCHES, 1, max_new_tokens=7, temperature=0)
+    for branch, (ids,) in zip(BRANCHES, got, strict=True):
+        text = path(branch)
+        for _ in range(7):
+            with torch.no_grad():
+                text.append(int(model(input_ids=torch.tensor([text])).logits[0, -1].argmax()))
+        assert ids == text[-7:]
 
 
 def test_a_model_without_a_cache_is_run_anew():

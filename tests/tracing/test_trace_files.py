@@ -84,7 +84,7 @@ class TestCommand:
     def test_pairs_of_the_chains_themselves(self, model, data, tmp_path):
         assert trace(model, data, tmp_path / "out", "--pairs", "chains", "--weight", "gap", "--min-gap", "0") == 0
         (row,) = read(tmp_path / "out" / "pairs.jsonl")
-        assert sorted([row["chosen"], row["rejected"]]) == [["2 + 3 = 5"], ["2 + 3 = 6"]] and row["branch"] == 0
+        assert sorted([row["chosen"], row["rejected"]]) == [["2 + 3 = 5\n"], ["2 + 3 = 6\n"]] and row["branch"] == 0
         assert row["weight"] == pytest.approx(row["values"][0] - row["values"][1], abs=2e-6)
 
     def test_pictures(self, model, data, tmp_path):
@@ -155,7 +155,7 @@ class TestChains:
             seen.append((prompts, completions, answer, level))
             return [0.25]
 
-        row = chain(1) | {"level": 3}
+        row = chain(1) | {"level": 3, "response": "1\n2"}
         row.pop("reward", None), row.pop("is_correct", None)
         (found,), _ = load_chains([row], TOKENIZER, grader=grader)
         assert found.reward == 0.25

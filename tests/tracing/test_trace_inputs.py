@@ -55,6 +55,11 @@ def data(tmp_path):
         (("--max-length", "3"), "--data: no chain of at most 3 tokens, 4 are longer"),
         (("--probe-turn",), "--probe-turn: the tokenizer has no chat template"),
         (("--resume", "--split-by", "word"), "by: 'word' is none of"),
+        (("--min-gap", "0.5"), "--min-gap: has no effect without --pairs"),
+        (("--weight", "gap"), "--weight: has no effect without --pairs"),
+        (("--pairs", "chains", "--states", "5"), "--states: has no effect without --pairs sampled"),
+        (("--final", "#"), "--final: has no effect without --pairs sampled"),
+        (("--seed", "1"), "--seed: has no effect without --pairs sampled or --mode graded"),
     ),
 )
 def test_nothing_is_loaded_or_left(model, data, tmp_path, capsys, monkeypatch, more, message):
@@ -153,3 +158,36 @@ def test_contents_in_parts_are_drawn(tmp_path):
     assert "问 &lt;b&gt; [image]" in (tmp_path / "a.html").read_text(encoding="utf-8")
     pytest.importorskip("matplotlib")
     draw_chain(row, tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    (
+        (
+            {"prompt": "Q", "answer": "5"},
+            "rows.jsonl:1: expected prompt, response and answer, got no response; null st",
+        ),
+        (ROWS[0] | {"response": None}, "--data: expected a response with a step, found none in "),
+    ),
+)
+def test_rows_without_a_response(model, tmp_path, capsys, change, message):
+    """Exit status 0, and values of the questions alone."""
+    assert trace(model, write(tmp_path / "rows.jsonl", [change]), tmp_path / "out") == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_no_pair_is_said(model, tmp_path, capsys):
+    rows = write(tmp_path / "rows.jsonl", [ROWS[0], ROWS[3]])
+    for gap, said in (("2", True), ("0", False)):
+        assert trace(model, rows, tmp_path / gap, "--pairs", "chains", "--min-gap", gap) == 0
+        assert ("no two steps after the same state differ by more than --min-gap" in capsys.readouterr().out) == said
+
+
+def test_a_token_without_an_embedding(tmp_path, capsys):
+    """It was an IndexError."""
+    from helpers.preference import make_model
+
+    make_model().save_pretrained(tmp_path / "small")
+    TOKENIZER.save_pretrained(tmp_path / "small")
+    assert trace(str(tmp_path / "small"), write(tmp_path / "rows.jsonl", ROWS[:1]), tmp_path / "out") == 2
+    assert "--data: 1 of 1 rows cannot be used:\n  sum: token 221 has no embedding" in capsys.readouterr().err

@@ -3,9 +3,11 @@
 
 import json
 import math
+import warnings
 
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sspo_ext.cli.main import main
@@ -60,6 +62,14 @@ def logits(model):
         return model.eval()(input_ids=torch.arange(2, 12)[None]).logits
 
 
+def test_what_peft_reads_warns_of_nothing(folders):
+    """peft 0.21 reads a name that transformers 5.24 has renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*gradient_checkpointing", FutureWarning)
+        load_model(folders[1])
+        with_adapter(make_model(), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
 def test_load_model_gives_the_adapter_trainable_on_its_base(folders):
     base, adapter = folders
     model, tokenizer = load_model(adapter)
@@ -81,7 +91,8 @@ def test_train_goes_on_from_the_adapter(folders, tmp_path, capsys):
     more = ["--batch-size", "3", "--max-steps", "2", "--lr", "1e-2", "--logging-steps", "1", "--save-steps", "1"]
     assert main(["train", "--model", adapter, "--data", data, "--output-dir", str(out), *more]) == 0
     state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
-    assert state["log_history"][0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    logged = 0.6931 if transformers.__version__.startswith("4.") else math.log(2)  # 4 rounds it
+    assert state["log_history"][0]["loss"] == pytest.approx(logged, abs=1e-5)
     trained, before = logits(load_model(out)[0]), logits(load_model(adapter)[0])
     assert 0 < (trained - before).abs().max()
     first = sum(p.numel() for p in load_model(adapter)[0].parameters())

@@ -122,8 +122,7 @@ def test_a_stream_with_the_reference_in_its_rows(tmp_path):
     """It needs no length, as the docstring says."""
     with_reference = make_trainer(tmp_path, make_rows(4)).train_dataset
     trainer = make_trainer(tmp_path / "b", Stream(with_reference), learning_rate=0.0)
-    trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert trainer.train().training_loss == pytest.approx(math.log(2), abs=1e-6)  # the log is rounded in transformers 4
 
 
 def without_reference(features):

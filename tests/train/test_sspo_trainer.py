@@ -333,7 +333,7 @@ def test_logs(tmp_path):
     "options,message",
     [
         ({"per_device_train_batch_size": 3}, "to be a multiple of num_generations=4"),
-        ({"loss_type": "dpo"}, "loss_type: expected one of 'reinforce'"),
+        ({"loss_type": "dpo"}, "loss_type: 'dpo' is a preference loss: call step_pref_loss, or sspo-ext train"),
         ({"epsilon": 0.2}, "epsilon: neither a common option nor one of loss_type 'reinforce'"),
         ({"gamma": 1.5}, "gamma: expected a number in \\[0, 1\\], got 1.5"),
         ({"baseline": "rlo"}, "baseline: expected one of"),

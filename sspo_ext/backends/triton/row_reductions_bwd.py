@@ -26,6 +26,7 @@ from .rows import (
     row_offset,
     row_share,
     row_shift,
+    softcap_kind,
     store_tiles,
     tanh_sech2,
     write_zeros,
@@ -39,7 +40,7 @@ def _grad(
 ):  # fmt: skip
     """P (constant + log_p t + square p) - kappa q, times the softcap's share of dz/dx, where p = power * 2^t."""
     if SOFTCAP:
-        u, sech2 = tanh_sech2(a * x, VEC > 4)
+        u, sech2 = tanh_sech2(a * x, SOFTCAP, VEC)
     else:
         u = x
     t = tl.fma(u, scale, shift)
@@ -47,7 +48,7 @@ def _grad(
     d = p * tl.fma(square, p, tl.fma(log_p, tl.maximum(t, LEAST_EXPONENT), constant))
     if HAS_REF:
         if SOFTCAP:
-            y, _ = tanh_sech2(a * y, VEC > 4)
+            y, _ = tanh_sech2(a * y, SOFTCAP, VEC)
         d = tl.fma(-kappa, tl.exp2(tl.fma(y, scale, ref_shift)), d)
     if SOFTCAP:
         d *= sech2
@@ -233,6 +234,6 @@ def row_reductions_bwd(
         _row_reductions_bwd_kernel[grid](
             logits, other, row_of, labels, lse, lse if ref is None else ref_lse, coefs, out,
             T, *logits.stride()[:2], *other.stride()[:2], *out.stride()[:2], V, *backward_map(a, c),
-            SOFTCAP=c != 0, HAS_REF=ref is not None,
+            SOFTCAP=softcap_kind(c), HAS_REF=ref is not None,
             ALIGNED=lies_alike(logits, out, vec), REF_ALIGNED=lies_alike(other, out, vec), **launch,
         )  # fmt: skip

@@ -30,6 +30,7 @@ from .rows import (
     row_launch,
     row_lse,
     row_offset,
+    softcap_kind,
 )
 
 # Lower than any exponent whose power is not 0. Exponents are kept above it, so that 0 * t is 0 where t is -inf.
@@ -314,6 +315,7 @@ def row_reductions_fwd(
         _row_reductions_fwd_kernel[(N,)](
             logits, other, rows, labels, *out,
             T, *logits.stride()[:2], *other.stride()[:2], V, *forward_map(a, c),
-            SOFTCAP=c != 0, HAS_REF=ref is not None, REF_ALIGNED=lies_alike(logits, other, launch["VEC"]), **launch,
+            SOFTCAP=softcap_kind(c), HAS_REF=ref is not None,
+            REF_ALIGNED=lies_alike(logits, other, launch["VEC"]), **launch,
         )  # fmt: skip
     return (logp, lse, entropy if wants_entropy else entropy[:0], sum_p2 if wants_sum_p2 else sum_p2[:0], kl, ref_lse)

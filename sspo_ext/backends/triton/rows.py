@@ -87,6 +87,11 @@ def two_floats(x: float) -> tuple[float, float]:
     return high, x - high
 
 
+def softcap_kind(c: float) -> int:
+    """SOFTCAP of the kernels: 0 without a softcap, 1 for a narrow one, 2 for a wide one, which multiplies errors."""
+    return 0 if c == 0 else 1 if c <= 40 else 2
+
+
 def forward_map(a: float, c: float) -> tuple[float, float, float, float]:
     """a, factor, factor_lost and scale of the forward kernels, for z = a * x or, if c > 0, z = c * tanh(a * x)."""
     assert a > 0 and c >= 0, (a, c)
@@ -199,10 +204,11 @@ def store_tiles(ptr, x0, x1, x2, x3, lanes, MASKED: tl.constexpr, LANES: tl.cons
 
 
 @triton.jit
-def tanh_sech2(y, NARROW: tl.constexpr):
-    """(tanh y, 1 - tanh^2 y) with an absolute error of 1e-7, and tanh with a relative one unless NARROW.
+def tanh_sech2(y, SOFTCAP: tl.constexpr, VEC: tl.constexpr):
+    """(tanh y, 1 - tanh^2 y) with an absolute error of 1e-7. 1 - tanh^2 keeps its digits where tanh is close to 1.
 
-    No target has an accurate tanh instruction. NARROW is for 16-bit logits, whose own rounding hides the difference.
+    No target has an accurate tanh instruction. tanh has a relative error too, and half a unit in the last place where
+    it is close to 1, except for 16-bit logits under a narrow cap, whose own rounding hides the difference.
     """
     t = tl.exp2(-2.8853900817779268 * tl.abs(y))  # e^(-2|y|)
     # 1 / (1 + t) by iteration: a division costs more instructions, and a special function, which are scarcer still
@@ -211,14 +217,18 @@ def tanh_sech2(y, NARROW: tl.constexpr):
     e = tl.fma(-w, inverse, 1.0)
     inverse = tl.fma(tl.fma(e, e, e), inverse, inverse)
     inverse = tl.fma(tl.fma(-w, inverse, 1.0), inverse, inverse)
-    size = (1 - t) * inverse
+    part = t * inverse
+    if VEC == 4 or SOFTCAP == 2:
+        size = tl.fma(part, -2.0, 1.0)
+    else:
+        size = (1 - t) * inverse
     r = (size.to(tl.int32, bitcast=True) | (y.to(tl.int32, bitcast=True) & -2147483648)).to(tl.float32, bitcast=True)
-    if not NARROW:
+    if VEC == 4 or SOFTCAP == 2:
         # 1 - t cancels near 0: tanh(y) / y as a polynomial in y^2, relative error 4.4e-8 for |y| < 0.56
         q = y * y
         p = tl.fma(tl.fma(tl.fma(q, 0.016274091, -0.05258697), q, 0.13319422), q, -0.33332891)
         r = tl.where(tl.abs(y) < 0.55, y * tl.fma(p, q, 1.0), r)
-    return r, 4 * t * inverse * inverse
+    return r, 4 * part * inverse
 
 
 # Forward. The kernels work on u, from which z = factor * u: u = tanh(a * x) with SOFTCAP, else u = x.
@@ -228,7 +238,7 @@ def tanh_sech2(y, NARROW: tl.constexpr):
 def mapped(x, a, SOFTCAP: tl.constexpr, VEC: tl.constexpr):
     """U of the logits x."""
     if SOFTCAP:
-        x, _ = tanh_sech2(a * x, VEC > 4)
+        x, _ = tanh_sech2(a * x, SOFTCAP, VEC)
     return x
 
 
@@ -397,6 +407,6 @@ def row_shift(lse, scale, per_lse, per_lse_lost, SOFTCAP: tl.constexpr):
 def label_weight(weight, x_label, a, SOFTCAP: tl.constexpr, VEC: tl.constexpr):
     """weight, times the softcap's share of dz/dx at the label."""
     if SOFTCAP:
-        _, sech2 = tanh_sech2(a * x_label, VEC > 4)
+        _, sech2 = tanh_sech2(a * x_label, SOFTCAP, VEC)
         weight = weight * sech2
     return weight

@@ -25,6 +25,7 @@ from .rows import (
     row_offset,
     row_share,
     row_shift,
+    softcap_kind,
     store_tiles,
     tanh_sech2,
     write_zeros,
@@ -35,7 +36,7 @@ from .rows import (
 def _grad(x, a, scale, shift, weight, SOFTCAP: tl.constexpr, VEC: tl.constexpr):
     """Weight * softmax(z) * dz/dx; `weight` has the factors that are constant in the row."""
     if SOFTCAP:
-        u, sech2 = tanh_sech2(a * x, VEC > 4)
+        u, sech2 = tanh_sech2(a * x, SOFTCAP, VEC)
         return tl.exp2(tl.fma(u, scale, shift)) * (weight * sech2)
     else:
         return tl.exp2(tl.fma(x, scale, shift)) * weight
@@ -155,5 +156,5 @@ def token_logp_bwd(
         _token_logp_bwd_kernel[grid](
             logits, row_of, labels, lse, coef, coef if upstream is None else upstream, out,
             T, *logits.stride()[:2], *out.stride()[:2], V, *backward_map(a, c),
-            HAS_UPSTREAM=upstream is not None, SOFTCAP=c != 0, ALIGNED=lies_alike(logits, out, vec), **launch,
+            HAS_UPSTREAM=upstream is not None, SOFTCAP=softcap_kind(c), ALIGNED=lies_alike(logits, out, vec), **launch,
         )  # fmt: skip

@@ -28,6 +28,7 @@ from .rows import (
     row_launch,
     row_lse,
     row_offset,
+    softcap_kind,
 )
 
 # Passes of the loop between two reductions over the block. The reductions cut a row into segments that several programs
@@ -207,6 +208,6 @@ def token_logp_fwd(
         _token_logp_fwd_kernel[(N, programs)](
             logits, rows, labels, logp, lse, partial, arrived,
             T, logits.stride(0), logits.stride(1), V, segments, *forward_map(a, c),
-            SOFTCAP=c != 0, **launch, **registers(_capability(logits.device)),
+            SOFTCAP=softcap_kind(c), **launch, **registers(_capability(logits.device)),
         )  # fmt: skip
     return logp, lse

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +14,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 if TYPE_CHECKING:
     from .plan import LinearPlan
 
-# host tensor of the layout -> {(versions, facts): (plan, the other tensor, which stays alive with it)}
+_Tables = TypeVar("_Tables")
+
+# host tensor of the layout -> {contents and facts: plan}
 _PLANS = WeakIdKeyDictionary()
 _MOST_PLANS = 8  # of one layout
 
@@ -22,29 +24,32 @@ _MOST_PLANS = 8  # of one layout
 def cached_plan(make: Callable[[], LinearPlan], offsets: Tensor, other: Tensor | None, *facts: Hashable) -> LinearPlan:
     """What `make` gives for two host tensors and further facts. The second time it is not called.
 
-    A tensor that was written to in place is another tensor.
+    Tensors are compared by what they hold, so equal pairs share a plan, and a tensor that was written to is another.
     """
-    tensors = [offsets] if other is None else [offsets, other]
-    if any(t.is_inference() for t in tensors):  # their writes are not counted
-        return make()
-    plans = _PLANS.setdefault(offsets, {})
-    key = (id(other), *(t._version for t in tensors), *facts)
+    plans: dict[tuple[Hashable, ...], LinearPlan] = _PLANS.setdefault(offsets, {})  # pyright: ignore[reportAssignmentType]
+    key = (*(None if t is None else t.numpy().tobytes() for t in (offsets, other)), *facts)
     if key not in plans:
         if len(plans) >= _MOST_PLANS:
             del plans[next(iter(plans))]
-        plans[key] = (make(), other)
-    return plans[key][0]
+        plans[key] = make()
+    return plans[key]
 
 
-def kept_on_device(plan: LinearPlan, name: str, device: torch.device, make: Callable[[], object]):
+def kept_on_device(plan: LinearPlan, name: str, device: torch.device, make: Callable[[], _Tables]) -> _Tables:
     """What `make` gives, kept with the plan: for this device, and on a GPU for the current stream.
 
-    What is made while a CUDA graph is captured belongs to the graph and is not kept.
+    While a CUDA graph is captured nothing can be copied from the host: a replay would read memory that is gone.
     """
-    stream = None
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return make()
+    if device.type != "cuda":
+        stream = None
+    elif torch.cuda.is_current_stream_capturing():
+        for (kept, on, _), tables in plan.on_device.items():
+            if (kept, on) == (name, device):
+                return tables
+        raise RuntimeError(
+            "layout: run this call once before it is captured in a CUDA graph; its tables are copied from the host"
+        )
+    else:
         stream = torch.cuda.current_stream(device).cuda_stream
     key = (name, device, stream)
     if key not in plan.on_device:

@@ -46,6 +46,7 @@ class HeadCall:
     tp_group: str  # "": the whole vocabulary is here
     vocab_start: int
     vocab_rows: int
+    vocab_size: int
     backend: str
 
     @property
@@ -60,14 +61,17 @@ class HeadCall:
 
     def head(self) -> Head:
         """The LM head in the GEMMs' dtype; a weight of another dtype is copied, once a call."""
-        shard = VocabShard(self.tp_group, self.vocab_start, self.weight.shape[0]) if self.tp_group else None
+        shard = None
+        if self.tp_group:
+            shard = VocabShard(self.tp_group, self.vocab_start, self.weight.shape[0], self.vocab_size)
         bias = None if self.bias is None else self.bias.to(self.dtype)
         return Head(self.weight.to(self.dtype), bias, self.a, self.c, self.backend, shard)
 
     def products(self, buffers: int = 1) -> Products:
         """The call's GEMMs, in chunks for which this many logits buffers fit in the budget."""
         vocab, size = self.weight.shape
-        columns = size if self.needs[1] and self.accum_dtype != self.dtype else 0
+        # one chunk saves the sum, unless the sum is what is delivered
+        columns = size if self.needs[1] and self.accum_dtype != self.dtype == self.grad_dtype else 0
         budget = budget_of(
             self.vocab_rows * buffers, self.dtype, self.chunk_bytes or None, self.weight.device,
             accumulator_columns=columns, sharded=bool(self.tp_group),
@@ -103,7 +107,7 @@ class HeadCall:
 SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor labels, Tensor host_step_offsets, bool[] needs, "
     "float a, float c, ScalarType dtype, ScalarType accum_dtype, ScalarType grad_dtype, int chunk_bytes, "
-    "str tp_group, int vocab_start, int vocab_rows, str backend"
+    "str tp_group, int vocab_start, int vocab_rows, int vocab_size, str backend"
 )
 _LEADING = len(fields(HeadCall))
 

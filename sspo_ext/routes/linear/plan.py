@@ -232,7 +232,9 @@ def make_policy_plan(
     """
     nothing = np.zeros(0, np.int64)
     if products.trained:
-        products = _grown(products, [num_rows] if host_unit_offsets is None else np.diff(host_unit_offsets).tolist())
+        products = _grown(
+            products, [1] * num_rows if host_unit_offsets is None else np.diff(host_unit_offsets).tolist()
+        )
     chunk_rows = products.chunk_rows
 
     def group(kind: str, start: int, end: int) -> Group:

@@ -30,9 +30,12 @@ from .settings import LinearCall, LinearSettings
 def _linear_policy_fwd(call: HeadCall, *packed):
     head, problem = call.head(), unpack_problem(packed, call.backend)
     units, products, num_rows = problem.segments, call.products(), call.rows.shape[0]
-    offsets = None if units is None else units.host_offsets.numpy()
-    facts = (None if offsets is None else offsets.tobytes(), "policy", *vars(products).values())
-    plan = cached_plan(lambda: make_policy_plan(offsets, num_rows, products), call.host_step_offsets, None, *facts)
+    offsets = None if units is None else units.host_offsets
+
+    def make() -> LinearPlan:
+        return make_policy_plan(None if offsets is None else offsets.numpy(), num_rows, products)
+
+    plan = cached_plan(make, call.host_step_offsets, offsets, "policy", *vars(products).values())
     gradients = start_gradients(head, plan, call.hidden, call.hidden.dtype, call.accum_dtype)
     tokens, entropy = run_policy(head, call.gathered(plan), plan, problem, gradients)
     return tokens, entropy, *call.results(head, gradients)

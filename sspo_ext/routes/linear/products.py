@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
-_BLOCK_BYTES = 4 << 20  # of the float32 copies where no library has such a product: about the size of a core's cache
+# Of float32 temporaries where no library has such a product: about a core's cache; on a GPU, few launches.
+_BLOCK_BYTES, _GPU_BLOCK_BYTES = 4 << 20, 256 << 20
 
 
 def add_product(
@@ -22,25 +24,35 @@ def add_product(
 ) -> None:
     """Total += gradient^T @ hidden: one product of the GEMM library, which rounds nothing to 16 bits.
 
-    CUDA: `addmm` with `out_dtype` (torch 2.8). x86-64 CPUs with bfloat16 instructions: oneMKL, which torch contains.
+    CUDA: `addmm` with `out_dtype` (torch 2.10). x86-64 CPUs with bfloat16 instructions: oneMKL, which torch contains.
     Elsewhere the operands become float32, a block of vocabulary rows at a time: right everywhere, and on a CPU without
     bfloat16 instructions several times faster than its emulated product.
     """
-    if total.device.type != "cpu" and gpu_sums_in_float32():
+    on_cpu = total.device.type == "cpu"
+    if not on_cpu and gpu_products_in_float32():
         if first:
             torch.mm(gradient.t(), hidden, out_dtype=torch.float32, out=total)
-        else:
+        elif gpu_sums_in_float32():
             torch.addmm(total, gradient.t(), hidden, out_dtype=torch.float32, out=total)
+        else:
+            for rows in _blocks(total, total.shape[1]):
+                total[rows].add_(torch.mm(gradient[:, rows].t(), hidden, out_dtype=torch.float32))
         return
-    mkl = mkl_bfloat16() if total.device.type == "cpu" and gradient.dtype == torch.bfloat16 else None
+    mkl = mkl_bfloat16() if on_cpu and gradient.dtype == torch.bfloat16 else None
     if mkl is not None and gradient.numel() and hidden.numel():
         mkl(total, gradient, hidden, first)
         return
     wide = hidden.float()
-    block = max(1, _BLOCK_BYTES // (4 * max(1, gradient.shape[0], hidden.shape[1])))
+    for rows in _blocks(total, max(gradient.shape[0], hidden.shape[1])):
+        total[rows].addmm_(gradient[:, rows].float().t(), wide, beta=0.0 if first else 1.0)
+
+
+def _blocks(total: Tensor, columns: int) -> Iterator[slice]:
+    """Rows of `total` for which (rows, columns) float32 temporaries are small."""
+    budget = _BLOCK_BYTES if total.device.type == "cpu" else _GPU_BLOCK_BYTES
+    block = max(1, budget // (4 * max(1, columns)))
     for start in range(0, total.shape[0], block):
-        part = gradient[:, start : start + block].float().t()
-        total[start : start + block].addmm_(part, wide, beta=0.0 if first else 1.0)
+        yield slice(start, start + block)
 
 
 def add_columns(total: Tensor, gradient: Tensor) -> None:
@@ -55,9 +67,15 @@ def add_columns(total: Tensor, gradient: Tensor) -> None:
 
 
 @functools.cache
-def gpu_sums_in_float32() -> bool:
-    """Whether torch's GEMMs on a GPU take 16-bit operands and a float32 result."""
+def gpu_products_in_float32() -> bool:
+    """Whether torch's GEMMs on a GPU take 16-bit operands and give a float32 result."""
     return hasattr(torch.ops.aten.addmm, "dtype_out") and torch.version.hip is None
+
+
+@functools.cache
+def gpu_sums_in_float32() -> bool:
+    """Whether such a product may be added to a float32 sum: torch 2.8 and 2.9 refuse it (pytorch#167931)."""
+    return TorchVersion(torch.__version__) >= "2.10"
 
 
 @functools.cache

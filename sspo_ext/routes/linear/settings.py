@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ..._checks import check_device, check_float, check_shape
+from ..._checks import check_count, check_device, check_float, check_shape, describe
 from ...backends.addresses import accumulator
 from ...layout.steps import StepLayout
 from ..shared import logit_map, scale_kept
@@ -28,6 +28,7 @@ class LinearSettings:
     tp_group: str  # "": the whole vocabulary is here
     vocab_start: int
     vocab_rows: int  # of the largest shard
+    vocab_size: int  # of all shards
     requested: str  # the backend that was asked for
     backend: str  # the one that runs
     weight_grad: Tensor | None
@@ -53,7 +54,8 @@ class LinearSettings:
         grad_dtype = weight.dtype if self.weight_grad is None else self.weight_grad.dtype
         return (
             hidden, weight, bias, rows, labels, offsets, needs, self.a, self.c, self.dtype, self.accum_dtype,
-            grad_dtype, self.chunk_bytes, self.tp_group, self.vocab_start, self.vocab_rows, self.backend,
+            grad_dtype, self.chunk_bytes, self.tp_group, self.vocab_start, self.vocab_rows, self.vocab_size,
+            self.backend,
         )  # fmt: skip
 
     def deliver_weight(self, kept: Tensor, upstream: Tensor | None) -> Tensor | None:
@@ -113,7 +115,12 @@ def prepare(
     check_float("weight", weight, ndim=2)
     shard = shard_of(weight, tp_group)
     weight = local_part(weight)
-    check_shape("weight", weight, (weight.shape[0], hidden.shape[-1]))
+    features = hidden.shape[-1]
+    if not features:
+        raise ValueError(f"hidden: expected at least one feature in the last dimension, got {describe(hidden)}")
+    if weight.shape[1] != features:
+        turned = "; it is transposed, pass weight.t()" if weight.shape[0] == features else ""
+        raise ValueError(f"weight: expected shape (V, {features}), as hidden has, got {describe(weight)}{turned}")
     batch, length = layout.shape
     flat = hidden.ndim == 2 and batch == 1
     check_shape("hidden", hidden, (length, hidden.shape[-1]) if flat else (batch, length, hidden.shape[-1]))
@@ -134,11 +141,12 @@ def prepare(
         check_device("weight_grad", weight_grad, weight.device, "the weight")
         if torch.is_grad_enabled() and not weight.requires_grad:
             raise ValueError("weight_grad: expected None for a weight that does not require grad, got a buffer")
-    if chunk_bytes is not None and not (isinstance(chunk_bytes, int) and chunk_bytes > 0):
-        raise ValueError(f"chunk_bytes: expected a number of bytes above 0, got {chunk_bytes!r}")
+    if chunk_bytes is not None:
+        check_count("chunk_bytes", chunk_bytes)
     layout.check_vocab(shard.vocab)
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
+    autocast = hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type)
+    if autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
     accum_dtype = accumulator(dtype) if accum_dtype is None else accum_dtype
     if accum_dtype not in (accumulator(dtype), dtype):
@@ -148,7 +156,7 @@ def prepare(
         raise ValueError("backend: 'reference' has neither tp_group nor weight_grad; use another backend")
     a, c = logit_map(temperature, logit_softcap, logit_scale)
     settings = LinearSettings(
-        a, c, dtype, accum_dtype, chunk_bytes or 0, shard.group_name, shard.start, shard.largest, backend, name,
-        weight_grad, torch.is_grad_enabled(),
+        a, c, dtype, accum_dtype, chunk_bytes or 0, shard.group_name, shard.start, shard.largest, shard.vocab, backend,
+        name, weight_grad, torch.is_grad_enabled(),
     )  # fmt: skip
     return LinearCall(hidden.reshape(-1, hidden.shape[-1]), weight, bias, layout, settings)

@@ -10,18 +10,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..._checks import check_kind
+
 
 class VocabShard:
-    """Rows [start, start + size) of the head are on this rank of the named process group."""
+    """Rows [start, start + size) of the head's `vocab` rows are on this rank of the named process group."""
 
-    def __init__(self, group_name: str, start: int, size: int):
+    def __init__(self, group_name: str, start: int, size: int, vocab: int):
         self.group = resolve_group(group_name)
-        self.start, self.size = start, size
+        self.start, self.size, self.vocab = start, size, vocab
 
     def local_labels(self, labels: Tensor) -> Tensor:
-        """Labels within this shard, -1 for those of other shards."""
+        """Labels within this shard, -1 for those of other shards.
+
+        A label outside the whole vocabulary becomes `size` on every rank. The kernels give NaN for it, which `combine`
+        keeps: no rank has to read a value, and -1 would be taken for a label of another rank.
+        """
         local = labels - self.start
-        return torch.where((local >= 0) & (local < self.size), local, -1)
+        local = torch.where((local >= 0) & (local < self.size), local, -1)
+        return torch.where((labels >= 0) & (labels < self.vocab), local, self.size)
 
     def combine(self, logps: Tensor, lse: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs and log-sum-exp over the whole vocabulary, from those over the shards.
@@ -71,7 +78,7 @@ class VocabShard:
 
 
 def _label_logit(logps: Tensor, lse: Tensor, local: Tensor) -> Tensor:
-    """(N,) float64: the label's logit, 0 for a label of another shard."""
+    """(N,) float64: the label's logit, 0 for a label of another shard, NaN for one outside the vocabulary."""
     return torch.where(local >= 0, logps.double() + lse, 0.0)
 
 
@@ -107,6 +114,7 @@ def shard_of(weight: Tensor, tp_group) -> ShardInfo:
     size = weight.shape[0]
     if tp_group is None:
         return ShardInfo("", 0, size, size)
+    check_kind("tp_group", tp_group, dist.ProcessGroup, "a process group of torch.distributed")
     world = dist.get_world_size(tp_group)
     return ShardInfo(tp_group.group_name, dist.get_rank(tp_group) * size, size, world * size)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ..._checks import check_float, check_tensor
+from ..._checks import check_bool, check_float, check_tensor
 from ...backends.addresses import accumulator
 from ...layout.steps import StepLayout
 from ..shared import logit_map
@@ -56,6 +56,7 @@ def prepare(
 ) -> LogitsCall:  # fmt: skip
     """Checks the arguments that every function of the logits route takes."""
     check_float("logits", logits)
+    check_bool("inplace_backward", inplace_backward)
     if logits.device != layout.device:
         raise ValueError(
             f"layout: expected it on {logits.device}, where logits is (layout.to(...)), got {layout.device}"

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...hf.cache import cache_input, cache_of, has_virtual_tokens
 from .branch import Branch, Trunks, by_trunk, in_budget
 from .model import logits_at, model_device
 
@@ -35,7 +36,7 @@ class CachedRows(NamedTuple):
     members: list[int]  # (R,) indices of the branches
     rows: list[Grown]  # (R,)
     ids: Tensor  # (R, width) int64, padded with 0
-    inputs: dict[str, Any]  # attention_mask, position_ids and past_key_values of the forward
+    inputs: dict[str, Any]  # attention_mask, position_ids and the cache of the forward
 
 
 def cached_rows(
@@ -72,33 +73,32 @@ def cached_rows(
             ids = torch.tensor(padded, device=device)
             lengths = [len(g.ids) for g in rows]
             mask, positions = _holes(len(prefix), [g.cut for g in rows], lengths, width, device, left=left)
-            spread = _repeat(cache, len(rows), last=c == len(chunks) - 1)
-            yield CachedRows(chosen, rows, ids, {"attention_mask": mask, "position_ids": positions, **spread})
+            inputs = {"attention_mask": mask, "position_ids": positions}
+            if cache is not None:
+                inputs |= cache_input(model, _repeat(cache, len(rows), last=c == len(chunks) - 1))
+            yield CachedRows(chosen, rows, ids, inputs)
 
 
-def _prefill(model: nn.Module, ids: Sequence[int]) -> dict[str, Any]:
-    """Run one sequence and return its cache as an argument of the next forward; empty for no tokens."""
+def _prefill(model: nn.Module, ids: Sequence[int]) -> Any:
+    """Run one sequence and return its cache; None for no tokens."""
     if not ids:
-        return {}
+        return None
     device = model_device(model)
     _, outputs = logits_at(
         model, torch.zeros(1, dtype=torch.int64, device=device), input_ids=torch.tensor([ids], device=device),
         use_cache=True,
     )  # fmt: skip
-    cache = getattr(outputs, "past_key_values", None)
+    cache = None if has_virtual_tokens(model) else cache_of(outputs)
     if not hasattr(cache, "batch_repeat_interleave"):
         raise ValueError(f"engine: {type(model).__name__} returns no cache whose rows can be repeated")
-    return {"past_key_values": cache}
+    return cache
 
 
-def _repeat(cache: dict[str, Any], times: int, *, last: bool) -> dict[str, Any]:
+def _repeat(one: Any, times: int, *, last: bool) -> Any:
     """Repeat a cache of one row `times` times; in place if this is its `last` use."""
-    if not cache:
-        return {}
-    one = cache["past_key_values"]
     many = one if last else copy.deepcopy(one)
     many.batch_repeat_interleave(times)
-    return {"past_key_values": many}
+    return many
 
 
 def _holes(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...hf.forward import forward_logits_at, logits_of
-from ...hf.wrappers import UnsupportedHead, base_model, unwrap
+from ...hf.wrappers import UnsupportedHead, takes, unwrap
 
 _ROWS = 1024  # rows of logits that are converted to float32 at a time
 
@@ -49,11 +48,6 @@ def label_logps(logits: Tensor, labels: Sequence[int]) -> Tensor:
         for rows, some in zip(logits.split(_ROWS), target.split(_ROWS), strict=True)
     ]
     return torch.cat(parts).clamp(max=0)
-
-
-def takes(model: nn.Module, name: str) -> bool:
-    """Tell whether the model's forward has this parameter by name."""
-    return name in inspect.signature(base_model(model).forward).parameters
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import check_count, check_not_negative
+from ...hf.cache import cache_input, cache_of, has_virtual_tokens
 from ...hf.wrappers import eval_mode
 from .branch import SAMPLING_ENGINES, Branch, Trunks, check_branches
 from .cache import cached_rows
@@ -116,11 +117,11 @@ class _Decoding:
             self.places = _Places(mask, self.places.positions + 1)
             inputs = {"attention_mask": mask, "position_ids": self.places.positions[:, None]}
         if self.cache is not None:
-            inputs["past_key_values"] = self.cache
+            inputs |= cache_input(model, self.cache)
         ids = self.ids if self.cache is None else tokens[:, None]
         self.logits, outputs = logits_at(model, _last(ids), input_ids=ids, use_cache=self.cache is not None, **inputs)
         if self.cache is not None:
-            self.cache = outputs.past_key_values
+            self.cache = cache_of(outputs)
 
 
 def _last(ids: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ def _separate(
     for r, (trunk, cut, ids, _) in enumerate(branches):
         tokens = torch.tensor([[*trunks[trunk][:cut], *ids]] * num_samples, device=device)
         logits, outputs = logits_at(model, _last(tokens), input_ids=tokens, use_cache=True)
-        yield [r], _Decoding(logits, getattr(outputs, "past_key_values", None), tokens)
+        yield [r], _Decoding(logits, None if has_virtual_tokens(model) else cache_of(outputs), tokens)
 
 
 def _cached(
@@ -157,7 +158,7 @@ def _cached(
     every, each = range(len(branches)), (num_samples, max_new_tokens)
     for part in cached_rows(model, trunks, branches, every, max_tokens, to_sample=each):
         logits, outputs = logits_at(model, _last(part.ids), input_ids=part.ids, use_cache=True, **part.inputs)
-        cache = outputs.past_key_values
+        cache = cache_of(outputs)
         cache.batch_repeat_interleave(num_samples)
         mask, positions = part.inputs["attention_mask"], part.inputs["position_ids"][:, -1]
         logits, ids, mask, positions = (

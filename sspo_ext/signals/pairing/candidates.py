@@ -20,7 +20,7 @@ from ..probing.states import States, special_ids
 from ..probing.texts import AnyProbe
 from ..split import SplitBy, split_text
 from ..values import StepBatch
-from .node import Candidate, Node, best_first
+from .node import Candidate, Node, best_first, text_after
 
 VALUES = ("continuation", "probe", "both")
 
@@ -261,13 +261,14 @@ def _sample(
         temperature=options.temperature, seed=options.seed, engine=options.sampler, max_tokens=options.max_tokens,
     )  # fmt: skip
     nodes = []
-    for (b, k), rows in zip(states, sampled, strict=True):
+    for (b, k), start, rows in zip(states, starts, sampled, strict=True):
         merged: dict[str, Candidate] = {}
         for ids in rows:
             text, closed = texts.of(ids), texts.closed(ids)
             if not text.strip() or not (closed or texts.step_ended(text)):
                 continue
-            new = Candidate(texts.plain(ids), text.strip(), 1, closed or texts.complete(ids))
+            written = text_after(texts.tokenizer, texts.plain(trunks[b][: start.cut]), texts.plain(ids))
+            new = Candidate(texts.plain(ids), text.strip(), 1, closed or texts.complete(ids), written=written)
             old = merged.get(new.text)
             if old is not None:
                 new = replace(old, count=old.count + 1, ended=old.ended or new.ended)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -19,6 +19,7 @@ class Candidate:
         value: what the step is worth; NaN before it is known.
         logp: the log-prob of all its tokens, by the model that was traced; None if it is not known.
         continuation: the greedy rest of the response; None if none was made.
+        written: its text as it stands after the state, white space included; None if it is not known.
     """
 
     ids: tuple[int, ...]
@@ -28,6 +29,7 @@ class Candidate:
     value: float = float("nan")
     logp: float | None = None
     continuation: str | None = None
+    written: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,3 +50,23 @@ class Node:
 def best_first(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
     """Sort candidates by value, the best first; equal ones keep their order."""
     return tuple(sorted(candidates, key=lambda c: -c.value))
+
+
+def text_after(tokenizer, before: Sequence[int], ids: Sequence[int]) -> str:
+    """Decode token ids as they stand after others: alone, a first token may lose its space.
+
+    Args:
+        tokenizer: any Hugging Face tokenizer.
+        before: the token ids before them, without special tokens; the last few are enough.
+        ids: token ids.
+
+    Returns:
+        Their text, without special tokens.
+    """
+
+    def text(some: Sequence[int]) -> str:
+        return tokenizer.decode(list(some), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    context = before[-8:]
+    head, whole = text(context), text([*context, *ids])
+    return whole[len(head) :] if whole.startswith(head) else text(ids)

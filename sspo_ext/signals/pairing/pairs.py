@@ -119,7 +119,8 @@ def pair_rows(pairs: Sequence[TracedPair], prompts: Sequence[Any], steps: Sequen
 
     Returns:
         One row for each pair, as `sspo_ext.data.rows.load_preference_rows` reads them; "branch" means that only the
-        last step counts. A row also has "values" of the two steps, and their "logps" by the traced model if known.
+        last step counts. The steps are the texts that the model wrote, with their white space: without it they would be
+        other tokens. A row also has "values" of the two steps, and their "logps" by the traced model if known.
 
     Examples:
         >>> right, wrong = Candidate((5,), "19", 3, True, value=1.0), Candidate((6,), "20", 1, True, value=0.0)
@@ -131,16 +132,22 @@ def pair_rows(pairs: Sequence[TracedPair], prompts: Sequence[Any], steps: Sequen
     for pair in pairs:
         before = list(steps[pair.node.sequence][: pair.node.step])
         both = (pair.winner, pair.loser)
+        partial = not (pair.winner.ended and pair.loser.ended)
+        chosen, rejected = (c.text if c.written is None else c.written for c in both)
+        if not partial:  # an end of sequence follows
+            chosen, rejected = chosen.rstrip(), rejected.rstrip()
         row = {
             "prompt": prompts[pair.node.sequence],
-            "chosen": [*before, pair.winner.text],
-            "rejected": [*before, pair.loser.text],
+            "chosen": [*before, chosen],
+            "rejected": [*before, rejected],
             "branch": pair.node.step,
-            "partial": not (pair.winner.ended and pair.loser.ended),
+            "partial": partial,
             "weight": round(pair.weight, 6),
             "margin": round(pair.margin, 6),
             "values": [float(f"{c.value:.6g}") for c in both],
         }
+        if not all(step[-1:].isspace() for step in before):
+            row["step_separator"] = ""
         logps = [c.logp for c in both if c.logp is not None]
         if len(logps) == len(both):
             row["logps"] = [round(logp, 4) for logp in logps]

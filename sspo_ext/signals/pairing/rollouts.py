@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..._checks import check_shape
 from ..values import StepBatch
-from .node import Candidate, Node, best_first
+from .node import Candidate, Node, best_first, text_after
 
 
 def nodes_from_rollouts(batch: StepBatch, step_advantages: Tensor, tokenizer) -> list[Node]:
@@ -46,18 +46,20 @@ def nodes_from_rollouts(batch: StepBatch, step_advantages: Tensor, tokenizer) ->
     first: dict[tuple, tuple[int, int]] = {}
     for b, (prompt, steps) in enumerate(zip(batch.prompt_ids, batch.step_ids, strict=True)):
         key: tuple = (tuple(prompt),)
+        before = list(prompt)
         for k, step in enumerate(steps):
-            text = tokenizer.decode(step, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+            written = text_after(tokenizer, before, step)
             first.setdefault(key, (b, k))
-            entry = places.setdefault(key, {}).setdefault(text, [tuple(step), True, []])
-            entry[1] = entry[1] and k == len(steps) - 1
+            entry = places.setdefault(key, {}).setdefault(written.strip(), [tuple(step), True, [], written])
+            if entry[1] and k < len(steps) - 1:  # one that goes on decides what is written
+                entry[0], entry[1], entry[3] = tuple(step), False, written
             entry[2].append(next(advantages))
-            key = (*key, tuple(step))
+            key, before = (*key, tuple(step)), [*before, *step]
     nodes = []
     for key, options in places.items():
         some = [
-            Candidate(ids, text, len(of), ended, sum(of) / len(of))
-            for text, (ids, ended, of) in options.items()
+            Candidate(ids, text, len(of), ended, sum(of) / len(of), written=written)
+            for text, (ids, ended, of, written) in options.items()
             if text
         ]
         if len(some) > 1:

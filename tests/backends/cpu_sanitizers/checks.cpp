@@ -1,68 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 // The program that the sanitizers run: the CPU kernels of every instruction set that runs here, and the step kernel,
 // against float64. It prints what differs, and its exit status is then 1. Buffers end where their data ends.
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include <random>
-#include <vector>
+#include "checks.h"
 
 #include "../formulas_generated.h"
-#include "dispatch.h"
 #include "step_loss.h"
 
 using namespace sspo;
+using namespace checks;
 
 namespace {
 
-constexpr int kThreads = 3;
-
-std::mt19937 generator(0);
-int failures = 0;
-
-double uniform(double low, double high) { return std::uniform_real_distribution<double>(low, high)(generator); }
-int integer(int low, int high) { return std::uniform_int_distribution<int>(low, high - 1)(generator); }
-
-void expect(const char* what, double got, double truth, double tolerance, const char* isa, int64_t V, int64_t column) {
-    if (fabs(got - truth) <= tolerance) return;
-    if (++failures <= 20)
-        printf("%s: got %.9g, truth %.9g (%s, V = %ld, column %ld)\n", what, got, truth, isa, (long)V, (long)column);
+// A logit: near 0, or, in `late` rows, far below but for the last ones, so that a late tile raises the running maximum by
+// more than 2^60 holds.
+float logit(int64_t column, int64_t V, bool late) {
+    const float near = (float)integer(-64, 64) / 8;
+    return late ? near + (column >= V - 5 ? 56 : -56) : near;
 }
 
-size_t size_of(DType d) { return d == DType::kFloat64 ? 8 : d == DType::kFloat32 ? 4 : 2; }
-
-// Numbers that every type holds exactly, so that storing them needs no rounding: multiples of 1/8 in [-8, 8).
-void store(void* p, DType d, int64_t i, float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    if (d == DType::kFloat64) ((double*)p)[i] = x;
-    if (d == DType::kFloat32) ((float*)p)[i] = x;
-    if (d == DType::kBFloat16) ((uint16_t*)p)[i] = (uint16_t)(bits >> 16);
-    if (d == DType::kFloat16) {
-        const uint16_t magnitude = (uint16_t)(((bits & 0x7fffffffu) >> 13) - (112 << 10));
-        ((uint16_t*)p)[i] = x == 0 ? 0 : (uint16_t)((bits >> 16 & 0x8000u) | magnitude);
-    }
-}
-
-double load(const void* p, DType d, int64_t i) {
-    if (d == DType::kFloat64) return ((const double*)p)[i];
-    if (d == DType::kFloat32) return ((const float*)p)[i];
-    const uint16_t h = ((const uint16_t*)p)[i];
-    if (d == DType::kBFloat16) {
-        const uint32_t bits = (uint32_t)h << 16;
-        float x;
-        memcpy(&x, &bits, 4);
-        return x;
-    }
-    const int exponent = h >> 10 & 31, mantissa = h & 1023;
-    if (exponent == 31) return mantissa ? NAN : h & 0x8000 ? -INFINITY : INFINITY;
-    const double m = ldexp(exponent ? 1024 + mantissa : mantissa, (exponent ? exponent : 1) - 25);
-    return h & 0x8000 ? -m : m;
-}
-
-void check_rows(const Isa& isa, DType dtype, int64_t V, int64_t positions, bool softcap, int offset, bool in_place) {
+void check_rows(const Isa& isa, DType dtype, int64_t V, int64_t positions, bool softcap, int offset, bool in_place,
+                bool late = false) {
     const double a = softcap ? 1.0 / 20 : 1.25, c = softcap ? 22.0 : 0.0,
                  eps = dtype == DType::kFloat64 ? 0x1p-52 : 0x1p-23;
     const double coarse = dtype == DType::kBFloat16 ? 0x1p-8 : dtype == DType::kFloat16 ? 0x1p-11 : eps;
@@ -70,7 +27,7 @@ void check_rows(const Isa& isa, DType dtype, int64_t V, int64_t positions, bool 
     const size_t bytes = size_of(dtype) * (size_t)(offset + positions * V);
     char *x = (char*)malloc(bytes), *fresh = (char*)malloc(bytes);
     void* data = x + size_of(dtype) * (size_t)offset;
-    for (int64_t i = 0; i < positions * V; ++i) store(data, dtype, i, (float)integer(-64, 64) / 8);
+    for (int64_t i = 0; i < positions * V; ++i) store(data, dtype, i, logit(i % V, V, late));
     std::vector<int64_t> rows, labels;
     std::vector<int32_t> row_of((size_t)positions, -1);
     for (int64_t i = 0; i < positions; i += i == 0 && positions > 2 ? 2 : 1) {  // one position is not scored
@@ -95,9 +52,10 @@ void check_rows(const Isa& isa, DType dtype, int64_t V, int64_t positions, bool 
         double sum = 0;
         for (int64_t v = 0; v < V; ++v) sum += exp(z(load(data, dtype, rows[n] * V + v)));
         const double exact = log(sum);
-        expect("lse", lse[n], exact, 100 * eps, isa.name.c_str(), V, -1);
-        expect("logp", wide ? logp_wide[n] : logp[n], z(load(data, dtype, rows[n] * V + labels[n])) - exact, 200 * eps,
-               isa.name.c_str(), V, labels[n]);
+        const double logp_exact = z(load(data, dtype, rows[n] * V + labels[n])) - exact;
+        const double size = late ? 1 + fabs(exact) + fabs(logp_exact) : 1;
+        expect("lse", lse[n], exact, 100 * eps * size, isa.name.c_str(), V, -1);
+        expect("logp", wide ? logp_wide[n] : logp[n], logp_exact, 200 * eps * size, isa.name.c_str(), V, labels[n]);
         for (int64_t v = 0; v < V; ++v) {
             const double value = load(data, dtype, rows[n] * V + v), t = tanh(a * value);
             truth[rows[n] * V + v] =
@@ -108,12 +66,20 @@ void check_rows(const Isa& isa, DType dtype, int64_t V, int64_t positions, bool 
     void* out = in_place ? data : fresh + size_of(dtype) * (size_t)offset;
     const void* coef_in = wide ? (const void*)coef_wide.data() : (const void*)coef.data();
     const void* upstream_in = wide ? (const void*)&upstream_wide : (const void*)&upstream;
-    token_logp_bwd(*isa.kernels,
-                   BwdArgs{logits, row_of.data(), labels.data(), lse.data(), coef_in, upstream_in, N, out, 0, V, false},
-                   kThreads);
-    for (int64_t i = 0; i < positions * V; ++i)
-        expect("gradient", load(out, dtype, i), truth[i], 200 * eps + coarse * fabs(truth[i]), isa.name.c_str(), V,
-               i % V);
+    BwdArgs args{logits, row_of.data(), labels.data(), lse.data(), coef_in, upstream_in, N, out, 0, V, false};
+    const auto check_gradient = [&](const char* what) {
+        for (int64_t i = 0; i < positions * V; ++i)
+            expect(what, load(out, dtype, i), truth[i], 200 * eps + coarse * fabs(truth[i]), isa.name.c_str(), V,
+                   i % V);
+    };
+    token_logp_bwd(*isa.kernels, args, kThreads);
+    check_gradient("gradient");
+    if (!in_place) {  // as for an output larger than the caches
+        memset(out, 0xff, size_of(dtype) * (size_t)(positions * V));
+        args.stream = true;
+        isa.kernels->token_logp_bwd(args, 0, positions);
+        check_gradient("gradient, streamed");
+    }
     free(x);
     free(fresh);
 }
@@ -121,15 +87,15 @@ void check_rows(const Isa& isa, DType dtype, int64_t V, int64_t positions, bool 
 // Entropy, sum of squares, KL from a reference with another layout, and their gradient, at `count` positions, all
 // scored. `lean`: without the sum of squares, and with a reference without the entropy too.
 void check_reductions(const Isa& isa, DType dtype, int64_t V, int64_t count, bool has_ref, bool lean, int offset,
-                      bool in_place) {
+                      bool in_place, bool late = false) {
     const double a = 1.25, eps = dtype == DType::kFloat64 ? 0x1p-52 : 0x1p-23;
     const double coarse = dtype == DType::kBFloat16 ? 0x1p-8 : dtype == DType::kFloat16 ? 0x1p-11 : eps;
     const size_t size = size_of(dtype), bytes = size * (size_t)(offset + count * V);
     char *x = (char*)malloc(bytes), *fresh = (char*)malloc(bytes), *ref = (char*)malloc(size * (size_t)(count * V));
     void *data = x + size * (size_t)offset, *out = in_place ? data : fresh + size * (size_t)offset;
     for (int64_t i = 0; i < count * V; ++i) {
-        store(data, dtype, i, (float)integer(-64, 64) / 8);
-        store(ref, dtype, i, (float)integer(-64, 64) / 8);
+        store(data, dtype, i, logit(i % V, V, late));
+        store(ref, dtype, i, logit(i % V, V, late && i / V % 2 == 0));  // where not, the policy alone rises
     }
     const size_t N = (size_t)count;
     std::vector<int64_t> rows(N), labels(N);
@@ -173,17 +139,24 @@ void check_reductions(const Isa& isa, DType dtype, int64_t V, int64_t count, boo
         const bool asked[4] = {true, wants_entropy, wants_sum_p2, has_ref};
         for (int k = 0; k < 4; ++k)
             if (asked[k])
-                expect(names[k], wide ? values_wide[k * N + n] : values[k * N + n], exact[k], 400 * eps,
-                       isa.name.c_str(), V, n);
+                expect(names[k], wide ? values_wide[k * N + n] : values[k * N + n], exact[k],
+                       400 * eps * (late ? 1 + fabs(exact[k]) : 1), isa.name.c_str(), V, n);
     }
-    row_reductions_bwd(
-        *isa.kernels,
-        ReductionGradArgs{logits, of_ref, row_of.data(), labels.data(), lse.data(), ref_lse.data(),
-                          wide ? (const void*)coefs_wide.data() : (const void*)coefs.data(), count, out, 0, V, false},
-        kThreads);
-    for (int64_t i = 0; i < count * V; ++i)
-        expect("gradient+", load(out, dtype, i), truth[(size_t)i], 400 * eps + coarse * fabs(truth[(size_t)i]),
-               isa.name.c_str(), V, i % V);
+    ReductionGradArgs args{logits, of_ref, row_of.data(), labels.data(), lse.data(), ref_lse.data(),
+                           wide ? (const void*)coefs_wide.data() : (const void*)coefs.data(), count, out, 0, V, false};
+    const auto check_gradient = [&](const char* what) {
+        for (int64_t i = 0; i < count * V; ++i)
+            expect(what, load(out, dtype, i), truth[(size_t)i], 400 * eps + coarse * fabs(truth[(size_t)i]),
+                   isa.name.c_str(), V, i % V);
+    };
+    row_reductions_bwd(*isa.kernels, args, kThreads);
+    check_gradient("gradient+");
+    if (!in_place) {
+        memset(out, 0xff, size * (size_t)(count * V));
+        args.stream = true;
+        isa.kernels->row_reductions_bwd(args, 0, count);
+        check_gradient("gradient+, streamed");
+    }
     free(x);
     free(fresh);
     free(ref);
@@ -315,19 +288,24 @@ void check_steps(int formula) {
 
 }  // namespace
 
-int main() {
+// Every instruction set, or the one that is named.
+int main(int argc, char** argv) {
     for (const Isa& isa : isas()) {
-        if (!isa.why_not.empty()) continue;
+        if (!isa.why_not.empty() || (argc > 1 && isa.name != argv[1])) continue;
         for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64}) {
             for (int64_t V : {1, 7, 33, 301, 4111}) {
                 check_rows(isa, dtype, V, 3, V % 2 == 0, 3, false);
                 check_rows(isa, dtype, V, 2, V % 3 == 0, 0, true);
                 check_labels(isa, dtype, V);
+                check_positions(isa, dtype, V);
                 for (bool lean : {false, true}) {
                     check_reductions(isa, dtype, V, 3, true, lean, 3, false);
                     check_reductions(isa, dtype, V, 2, V % 3 != 0, lean, 0, true);
                 }
             }
+            for (bool softcap : {false, true}) check_rows(isa, dtype, 4111, 3, softcap, 1, false, true);
+            for (bool has_ref : {false, true})
+                for (bool lean : {false, true}) check_reductions(isa, dtype, 4111, 3, has_ref, lean, 1, false, true);
         }
         // several blocks of a megabyte, so that all threads have work
         check_rows(isa, DType::kFloat32, 131075, 5, false, 1, false);
@@ -336,6 +314,7 @@ int main() {
     }
     for (int formula = 0; formula < kNumPairFormulas; ++formula)
         check_steps<float>(formula), check_steps<double>(formula);
+    check_bad_steps();
     printf("%d differences\n", failures);
     return failures != 0;
 }

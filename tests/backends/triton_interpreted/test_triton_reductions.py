@@ -11,7 +11,16 @@ import math
 
 import pytest
 import torch
-from helpers.reductions import MAPS, UPSTREAMS, ReductionRows, check, check_masks
+from helpers.reductions import (
+    MAPS,
+    SATURATED,
+    UPSTREAMS,
+    ReductionRows,
+    check,
+    check_masks,
+    check_wide_cap,
+    saturated,
+)
 
 from sspo_ext.backends import triton as backend
 
@@ -167,3 +176,16 @@ def test_nothing_to_do():
     out, table = torch.full_like(logits, math.nan), torch.full((8,), -1, dtype=torch.int32)
     backend.row_reductions_bwd(logits, table, none, values[1], logits, ref_lse, torch.empty(0, 5), 1.0, 0.0, out)
     assert (out == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_saturated_softcap(dtype):
+    for rows in SATURATED:
+        for upstream in ("log-prob", "kl"):
+            case = saturated(67, dtype, *rows, few=True)
+            check(backend, case, f"cap and reach {rows}, {upstream}", UPSTREAMS[upstream])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_wide_softcap(dtype):
+    check_wide_cap(backend, dtype, few=True)

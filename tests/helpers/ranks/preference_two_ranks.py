@@ -23,9 +23,7 @@ class Stream(torch.utils.data.IterableDataset):
 def main(folder: Path) -> dict:
     found = {}
     for size in (1, 4):
-        args = config(
-            folder, per_device_eval_batch_size=size, reference_free=True, accelerator_config={"dispatch_batches": False}
-        )
+        args = config(folder, per_device_eval_batch_size=size, reference_free=True)
         trainer = StepPreferenceTrainer(make_model(), args, None, {"rows": make_features(5), "stream": Stream()})
         metrics = trainer.evaluate()
         kept = ("loss", "rewards/accuracies", "rewards/margins", "logps/rejected", "steps/tokens", "pairs/count")

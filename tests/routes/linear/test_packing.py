@@ -16,7 +16,8 @@ from helpers.linear_route import BF16, F32, F64, budget, linear_route
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sspo_ext.losses import pref_plan
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses import policy_plan, pref_plan
 from sspo_ext.losses.policy import linear_step_policy_loss
 from sspo_ext.losses.pref import linear_step_pref_loss
 from sspo_ext.routes.linear import cache, ops, policy
@@ -92,6 +93,38 @@ def test_one_chunk_instead_of_a_sum(dtype):
         assert (plan.accumulator_bytes > 0) == (chunks > 1 and dtype == BF16)
 
 
+def test_rows_that_are_units_of_their_own_do_not_grow_a_chunk(monkeypatch):
+    """Token-level policy losses compute no row twice, so more than one chunk of the budget gains nothing."""
+    card = types.SimpleNamespace(total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    layout = layout_of_lengths([4096] * 4, 151936)
+    monkeypatch.setattr(type(layout), "device", property(lambda self: torch.device("cuda")))
+    sizes = {"vocab": 151936, "hidden": 4096, "dtype": BF16}
+    alone = policy_plan(layout, weight_gradient=False, bias_gradient=True, **sizes)
+    assert alone.buffer_bytes <= 512 << 20
+    trained = policy_plan(layout, **sizes)
+    assert trained.buffer_bytes + trained.accumulator_bytes <= (512 << 20) + 4 * 151936 * 4096
+
+
+@pytest.mark.parametrize("wide", ["weight", "buffer"])
+def test_a_float32_gradient_is_summed_where_it_is_delivered(wide, made):
+    """One chunk saves no sum there, and would round the gradient to 16 bits: rows above the budget are cut."""
+    vocab, hidden = 2**16, 64
+    rows = (128 << 20) // (vocab * 2) + 2
+    layout = layout_of_lengths([1] * rows, vocab)
+    pairs = pairs_of(layout, *((k, k + 1) for k in range(0, rows, 2)))
+    weight = torch.zeros(vocab, hidden, dtype=F32 if wide == "weight" else BF16, requires_grad=True)
+    states = torch.zeros(*layout.shape, hidden, dtype=BF16, requires_grad=True)
+    buffer = torch.zeros(vocab, hidden) if wide == "buffer" else None
+    with torch.autocast("cpu", BF16, enabled=wide == "weight"), torch.no_grad():
+        linear_step_pref_loss(states, weight, layout, pairs, reference_free=True)
+    call = made.pop()
+    assert call.weight_chunks == 0  # nothing to plan without gradients
+    with torch.autocast("cpu", BF16, enabled=wide == "weight"):
+        linear_step_pref_loss(states, weight, layout, pairs, weight_grad=buffer, reference_free=True)
+    assert made.pop().weight_chunks == 2
+
+
 @pytest.fixture
 def made(monkeypatch):
     """The plans that were made, in a list."""
@@ -105,6 +138,14 @@ def made(monkeypatch):
 
         monkeypatch.setattr(module, name, recorded)
     return plans
+
+
+def test_default_pairs_need_no_new_plan(made):
+    layout = StepLayout.from_step_ids(torch.zeros(2, 5, dtype=torch.int64), torch.tensor([[-1, 0, 0, 1, 1]] * 2))
+    p = problem(layout.shape, V, H)
+    for _ in range(3):
+        linear_step_pref_loss(*p.leaves()[:2], layout, reference_free=True).loss.backward()
+    assert len(made) == 1
 
 
 def test_a_plan_is_made_once(made):
@@ -137,18 +178,35 @@ def test_a_policy_plan_is_made_once(made, level):
 
 
 def test_a_layout_written_in_place_is_another():
-    """Plans are looked up by the tensor, and a tensor that changed is not the one that was planned."""
-    offsets = torch.tensor([0, 3, 7])
+    """Plans are looked up by what the host tensors hold, whoever wrote it."""
+    offsets, pairs = torch.tensor([0, 3, 7]), torch.tensor([[0, 1]])
     calls = []
 
     def make():
-        calls.append(offsets.tolist())
+        calls.append((offsets.tolist(), pairs.tolist()))
         return calls[-1]
 
-    assert cache.cached_plan(make, offsets, None, 1) is cache.cached_plan(make, offsets, None, 1)
+    assert cache.cached_plan(make, offsets, pairs, 1) is cache.cached_plan(make, offsets, pairs.clone(), 1)
     offsets[2] = 6
-    assert cache.cached_plan(make, offsets, None, 1) == [0, 3, 6]
-    assert cache.cached_plan(make, offsets, None, 2) == [0, 3, 6] and len(calls) == 3
+    assert cache.cached_plan(make, offsets, pairs, 1)[0] == [0, 3, 6]
+    pairs.numpy()[0] = 1, 0
+    assert cache.cached_plan(make, offsets, pairs, 1)[1] == [[1, 0]]
+    cache.cached_plan(make, offsets, None, 1), cache.cached_plan(make, offsets, pairs, 2)
+    assert len(calls) == 5
+
+
+def test_tables_are_not_copied_into_a_graph(monkeypatch):
+    """A replay would read the host's memory again, which is gone: what an eager run kept is used, or it is said."""
+    plan, device = types.SimpleNamespace(on_device={}), torch.device("cuda", 0)
+    capturing = types.SimpleNamespace(now=True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing.now)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=3))
+    with pytest.raises(RuntimeError, match="run this call once before it is captured"):
+        cache.kept_on_device(plan, "order", device, lambda: "tables")
+    capturing.now = False
+    assert cache.kept_on_device(plan, "order", device, lambda: "tables") == "tables"
+    capturing.now = True
+    assert cache.kept_on_device(plan, "order", device, lambda: "others") == "tables"
 
 
 def test_few_plans_of_a_layout_are_kept():

@@ -10,6 +10,7 @@ import torch
 from helpers.linear import layout_of_lengths, pairs_of, problem, truth_of
 from helpers.linear_route import BF16, F16, F32, F64, linear_route
 
+from benchmarks.kernels import ledger
 from sspo_ext.routes.linear import products
 
 
@@ -60,3 +61,17 @@ def test_columns(dtype):
     total = torch.ones(301)
     products.add_columns(total, gradient)
     torch.testing.assert_close(total, 1 + gradient.float().sum(0))
+
+
+@pytest.mark.skipif(not products.gpu_products_in_float32(), reason="before torch 2.8 no product is float32")
+@pytest.mark.parametrize("sums", [True, False])
+def test_what_a_gpu_is_asked_for(monkeypatch, sums):
+    """On meta tensors: torch 2.10 adds a product to a float32 sum; 2.8 and 2.9 make the product, a few blocks each."""
+    monkeypatch.setattr(products, "gpu_sums_in_float32", lambda: sums)
+    total = torch.empty(151936, 4096, device="meta")
+    gradient, hidden = (torch.empty(64, size, dtype=BF16, device="meta") for size in (151936, 4096))
+    with ledger.record() as launched:
+        products.add_product(total, gradient, hidden, True)
+        products.add_product(total, gradient, hidden, False)
+    assert launched.names("gemm") == ({"mm": 1, "addmm": 1} if sums else {"mm": 11})
+    assert launched.launches == (2 if sums else 21)

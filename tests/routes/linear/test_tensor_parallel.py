@@ -26,6 +26,7 @@ import torch.multiprocessing as mp
 from helpers.linear import assert_linear_rule
 from helpers.ranks.tensor_parallel import CASES, call, inputs, worker
 
+from sspo_ext import backends
 from sspo_ext.backends import reference
 from sspo_ext.routes.linear.shards import VocabShard
 
@@ -155,3 +156,39 @@ def test_what_was_not_asked_for_stays_empty():
     torch.testing.assert_close(total, lse + math.log(2))
     torch.testing.assert_close(entropy, torch.tensor([0.5, 0.25]) + math.log(2))
     assert len(sum_p2) == len(kl) == len(ref_lse) == 0
+
+
+@pytest.mark.parametrize("sizes", [(37,), (10, 10, 17), (0, 12, 0, 25)], ids=str)
+def test_a_label_outside_the_vocabulary_is_nan_on_every_rank(sizes):
+    """Under torch.compile no label is read on the host. The label of another rank, -1 there, is no error."""
+    labels = torch.tensor([-1, 37, 5, 2**40, 36, -(2**40)])
+    wrong = (labels < 0) | (labels >= 37)
+    logits = torch.randn(6, 37, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    rows, row_of, ones = torch.arange(6), torch.arange(6, dtype=torch.int32), torch.ones(6, dtype=torch.float64)
+    parts, starts = logits.split(list(sizes), dim=1), [sum(sizes[:k]) for k in range(len(sizes))]
+    shards = []
+    for start, size in zip(starts, sizes, strict=True):
+        shard = VocabShard.__new__(VocabShard)  # without a group
+        shard.start, shard.size, shard.vocab = start, size, 37
+        shards.append(shard)
+    locals_ = [shard.local_labels(labels) for shard in shards]
+    kernels = backends.load("cpu")
+    found = [
+        kernels.token_logp_fwd(part.contiguous()[None], rows, local, 1.0, 0.0)
+        for part, local in zip(parts, locals_, strict=True)
+    ]
+    asked = []
+    for shard, (logp, lse), local in zip(shards, found, locals_, strict=True):
+        shard._gather = lambda *mine: asked.append(mine) or torch.zeros(2, len(sizes), 6).double()
+        shard.combine(logp, lse, local)
+    everyone = [torch.stack(values) for values in zip(*asked, strict=True)]
+    for shard, part, (logp, lse), local in zip(shards, parts, found, locals_, strict=True):
+        shard._gather = lambda *mine: everyone
+        logp, lse = shard.combine(logp, lse, local)
+        assert logp[wrong].isnan().all()
+        expected = logits.log_softmax(-1)[~wrong].gather(1, labels[~wrong, None])[:, 0]
+        torch.testing.assert_close(logp[~wrong], expected)
+        if part.shape[1]:
+            out = torch.empty_like(part.contiguous())[None]
+            kernels.token_logp_bwd(part.contiguous()[None], row_of, local, lse, ones, None, 1.0, 0.0, out)
+            assert out[0, wrong].isnan().all() and out[0, ~wrong].isfinite().all()
