@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a policy loss launches on a GPU, counted on `meta` tensors from the public call to the end of backward.
 
-Shown to fail: advantages gathered by torch, the norm multiplied in by torch (both
+Shown to fail: advantages gathered by torch, the upstream gradient multiplied in by torch (both
 test_three_launches_forward_and_two_backward).
 """
 
