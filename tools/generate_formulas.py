@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from sspo_ext.formulas.policy import KL_ESTIMATORS, MOST_POLICY_OPTIONS, POLICY_FORMULAS, PolicyFormula, PolicyScores
 from sspo_ext.formulas.registry import MAX_OPTIONS, PAIR_FORMULAS, PairFormula, PairScores
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +32,8 @@ CPP_FILE = ROOT / "csrc" / "formulas_generated.h"
 HASH_FILE = ROOT / "sspo_ext" / "formulas" / "generated_hash.py"
 
 TRITON_FILE = ROOT / "sspo_ext" / "backends" / "triton" / "formulas_generated.py"
+
+POLICY_FILE = TRITON_FILE.with_name("policy_formulas_generated.py")  # only Triton has policy losses in a kernel
 
 aten = torch.ops.aten
 
@@ -51,8 +54,38 @@ def traced(definition: PairFormula) -> torch.fx.GraphModule:
         value, pull, *_ = torch.func.vjp(loss, named["u_w"], named["u_l"])
         return (value, *pull(torch.ones_like(value)))
 
-    sample = [torch.tensor(0.5, dtype=torch.float64) for _ in inputs]
-    graph = make_fx(loss_and_grads)(*sample)
+    return _graph(loss_and_grads, inputs)
+
+
+def traced_policy(definition: PolicyFormula) -> torch.fx.GraphModule:
+    """Graph from the scores and options of one token to (loss, d loss/d logp, d loss/d ratio)."""
+    inputs = [*PolicyScores._fields, *definition.options]
+
+    def loss_and_grads(*values):
+        named = dict(zip(inputs, values, strict=True))
+        options = {name: named[name] for name in definition.options}
+
+        def loss(logp, ratio):
+            return definition.fn(PolicyScores(logp, ratio, named["advantage"]), **options)
+
+        value, pull, *_ = torch.func.vjp(loss, named["logp"], named["ratio"])
+        return (value, *pull(torch.ones_like(value)))
+
+    return _graph(loss_and_grads, inputs)
+
+
+def traced_kl(estimator: Callable[..., Any]) -> torch.fx.GraphModule:
+    """Graph from d = log pi - log ref to (estimate, its derivative)."""
+
+    def value_and_slope(d):
+        value, pull, *_ = torch.func.vjp(estimator, d)
+        return (value, *pull(torch.ones_like(value)))
+
+    return _graph(value_and_slope, ["d"])
+
+
+def _graph(fn: Callable[..., Any], inputs: list[str]) -> torch.fx.GraphModule:
+    graph = make_fx(fn)(*[torch.tensor(0.5, dtype=torch.float64) for _ in inputs])
     for node, name in zip([n for n in graph.graph.nodes if n.op == "placeholder"], inputs, strict=True):
         node._rename(name)
     graph.graph.eliminate_dead_code()
@@ -79,6 +112,8 @@ _COMMON = {
     "le": _infix("<="),
     "lt": _infix("<"),
     "gt": _infix(">"),
+    "ge": _infix(">="),
+    "eq": _infix("=="),
     "neg": "(-{0})",
 }
 
@@ -95,10 +130,14 @@ TRITON = Language(
     _COMMON | {
         "exp": "tl.exp({0})", "logsigmoid": "_logsigmoid({0})", "sigmoid": "_sigmoid({0})", "relu": "_relu({0})",
         "where": "tl.where({0}, {1}, {2})", "log": "tl.log({0})", "log1p": "_log1p({0})", "expm1": "_expm1({0})",
+        "and": "({0} & {1})",
     },
 )  # fmt: skip
 
-_BINARY = {aten.add: "add", aten.sub: "sub", aten.mul: "mul", aten.div: "div", aten.le: "le", aten.gt: "gt"}
+_BINARY = {
+    aten.add: "add", aten.sub: "sub", aten.mul: "mul", aten.div: "div", aten.le: "le", aten.gt: "gt", aten.ge: "ge",
+    aten.eq: "eq", aten.lt: "lt", aten.logical_and: "and",
+}  # fmt: skip
 
 _UNARY = {
     aten.exp: "exp", aten.sigmoid: "sigmoid", aten.relu: "relu", aten.neg: "neg", aten.log: "log",
@@ -172,6 +211,13 @@ class Printer:
             return args[1]
         if op is aten.where:
             return self.emit("where", *args)
+        if op is aten.masked_fill_:
+            # of a traced graph only the result is used
+            return self.emit("where", args[1], args[2], args[0])
+        if op is aten.minimum:
+            # with a NaN on either side it is a NaN
+            smaller = self.emit("where", self.emit("lt", args[1], args[0]), args[1], args[0])
+            return self.emit("where", self.emit("eq", args[1], args[1]), smaller, args[1])
         if op is aten.clamp:
             # with the comparisons in this order a NaN stays a NaN
             value, low, high = (*args, None)[:3]
@@ -183,7 +229,7 @@ class Printer:
         raise NotImplementedError(f"no spelling for {node.format_node()}: add one line to generate_formulas.py")
 
     def run(self, graph: torch.fx.Graph) -> list[str]:
-        """Fills self.lines and gives the texts of (loss, du_w, du_l)."""
+        """Fills self.lines and gives the texts of the outputs."""
         _include_bounds(graph)
         for node in graph.nodes:
             if node.op == "placeholder":
@@ -373,13 +419,69 @@ def triton_source() -> str:
     return "\n\n".join(parts)
 
 
+_POLICY_PRELUDE = '''\
+# SPDX-License-Identifier: Apache-2.0
+"""Generated from sspo_ext/formulas/ by `python -m tools.generate_formulas`. Do not edit."""
+# ruff: noqa
+import triton
+import triton.language as tl
+
+from .formulas_generated import _expm1 as _expm1_below_0
+
+
+@triton.jit
+def _expm1(x):
+    # far above 0 nothing of the 1 is left
+    return tl.where(x > 20.0, tl.exp(x), _expm1_below_0(x))
+'''
+
+
+@functools.cache
+def policy_source() -> str:
+    """The text of backends/triton/policy_formulas_generated.py."""
+    scores, options = ", ".join(PolicyScores._fields), [f"o{i}" for i in range(MOST_POLICY_OPTIONS)]
+    parts, cases = [_POLICY_PRELUDE], []
+    for i, definition in enumerate(POLICY_FORMULAS.values()):
+        names = "".join(f", {name}" for name in definition.options)
+        body = _triton_body(traced_policy(definition))
+        parts.append(
+            f"@triton.jit\ndef _{definition.name}_formula({scores}{names}):\n    # {definition.formula}\n{body}"
+        )
+        args = "".join(f", {o}" for o in options[: len(definition.options)])
+        cases.append((i, f"loss, d_logp, d_ratio = _{definition.name}_formula({scores}{args})"))
+    parts.append(
+        f"@triton.jit\ndef _policy_formula(FORMULA: tl.constexpr, {scores}, {', '.join(options)}):\n"
+        f"{_choice('FORMULA', cases)}    return loss, d_logp, d_ratio\n"
+    )
+    for name, estimator in KL_ESTIMATORS.items():
+        parts.append(f"@triton.jit\ndef _{name}(d):\n{_triton_body(traced_kl(estimator))}")
+    cases = [(i, f"value, slope = _{name}(d)") for i, name in enumerate(KL_ESTIMATORS)]
+    parts.append(
+        "@triton.jit\ndef _kl_estimate(ESTIMATOR: tl.constexpr, d):\n"
+        f"{_choice('ESTIMATOR', cases)}    return value, slope\n"
+    )
+    return "\n\n".join(parts)
+
+
+def _triton_body(graph: torch.fx.GraphModule) -> str:
+    printer = Printer(TRITON)
+    out = printer.run(graph.graph)
+    body = "".join(f"    {name} = {_strip(text)}\n" for name, text in printer.lines)
+    return f"{body}    return {', '.join(out)}\n"
+
+
+def _choice(name: str, cases: list[tuple[int, str]]) -> str:
+    return "".join(f"    {'elif' if i else 'if'} {name} == {i}:\n        {line}\n" for i, line in cases)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; 1 for a stale file with --check."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a generated file is stale")
     check = parser.parse_args(argv).check
     stale = False
-    for path, source in ((CPP_FILE, cpp_source()), (TRITON_FILE, triton_source()), (HASH_FILE, hash_source())):
+    sources = {CPP_FILE: cpp_source(), TRITON_FILE: triton_source(), HASH_FILE: hash_source()}
+    for path, source in (sources | {POLICY_FILE: policy_source()}).items():
         if path.exists() and path.read_text() == source:
             continue
         stale = True

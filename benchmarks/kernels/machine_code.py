@@ -76,6 +76,7 @@ def specialisations(warp: int = 32, every: bool = False) -> Iterator[Specialisat
                         )
     yield from _with_reductions(warp, every)
     yield from _scaling(every)
+    yield from _policy(every)
     flags = ("HAS_WEIGHTS", "HAS_REF", "HAS_PAIR_WEIGHTS", "HAS_MARGINS", "HAS_LABELS")
     for formula in PAIR_FORMULAS:
         # of a formula's 32 combinations of optional inputs, all and none
@@ -119,10 +120,45 @@ def _scaling(every: bool) -> Iterator[Specialisation]:
             yield Specialisation("scale_rows", dtype, facts, _scale_rows_kernel, constexprs, _WARPS)
 
 
+def _policy(every: bool) -> Iterator[Specialisation]:
+    """The policy kernels: by default each formula at the longest level, with KL, entropy and old log-probs."""
+    from sspo_ext.backends.triton.policy_constants import _policy_constants_kernel
+    from sspo_ext.backends.triton.policy_loss_fwd import (
+        BLOCK,
+        MEAN,
+        SUM,
+        TOKENS,
+        WARPS,
+        _policy_loss_fwd_kernel,
+    )  # fmt: skip
+    from sspo_ext.formulas.policy import KL_ESTIMATORS, POLICY_FORMULAS
+
+    for i, (name, definition) in enumerate(POLICY_FORMULAS.items()):
+        ratio, last = definition.has_ratio, len(KL_ESTIMATORS) - 1
+        levels = (TOKENS, MEAN, SUM) if ratio else (TOKENS,)
+        for level in levels if every else levels[-1:]:
+            for estimator in range(-1, last + 1) if every else (last,):
+                for entropy in (False, True) if every else (True,):
+                    facts = [name, ("token", "mean", "sum")[level]]
+                    facts += [] if estimator < 0 else [f"k{estimator + 1}"]
+                    constexprs = {"FORMULA": i, "HAS_RATIO": ratio, "HAS_OLD": ratio, "LEVEL": level, "BLOCK": BLOCK,
+                                  "ESTIMATOR": estimator, "HAS_ENTROPY": entropy}  # fmt: skip
+                    facts = ", ".join(facts + ["entropy"] * entropy)
+                    yield Specialisation(
+                        "policy_loss_fwd", "float32", facts, _policy_loss_fwd_kernel, constexprs, WARPS
+                    )
+    for norm in range(4) if every else (3,):
+        flags = dict.fromkeys(("BY_STEP", "HAS_WEIGHTS", "HAS_THRESHOLD", "HAS_UNITS"), True)
+        constexprs = {"NORM": norm, "BLOCK": BLOCK, **flags}
+        facts = ("norm given", "norm of a tensor", "norm of rows", "norm of units")[norm]
+        yield Specialisation("policy_constants", "float32", facts, _policy_constants_kernel, constexprs, WARPS)
+
+
 _POINTER_TYPES = {
     **dict.fromkeys(("rows_ptr", "labels_ptr"), "*i64"),
     **dict.fromkeys(("row_of_ptr", "arrived_ptr", "step_offsets_ptr", "pair_index_ptr"), "*i32"),
-    **dict.fromkeys(("adj_offsets_ptr", "adj_pairs_ptr"), "*i32"),
+    **dict.fromkeys(("adj_offsets_ptr", "adj_pairs_ptr", "offsets_ptr", "counters_ptr"), "*i32"),
+    "step_of_row_ptr": "*i64",
     **dict.fromkeys(("lse_ptr", "ref_lse_ptr"), "*fp64"),
 }
 

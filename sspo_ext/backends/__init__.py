@@ -70,6 +70,12 @@ def select(requested: str, device_type: str, dtype: torch.dtype) -> str:
 
 
 @constant_when_compiled
+def has_policy_kernels(name: str) -> bool:
+    """Whether policy losses are launches of this backend; elsewhere they are torch operations."""
+    return hasattr(load(name), "policy_loss_fwd")
+
+
+@constant_when_compiled
 def with_reductions(requested: str, name: str) -> str:
     """The backend that runs entropy, sum_p2 and kl: `name`, which `select` has chosen, if it has their kernels.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments of `step_loss_fwd`, the same for every backend."""
+"""The arguments of `step_loss_fwd` and of the policy kernels, the same for every backend."""
 
 from __future__ import annotations
 
@@ -28,3 +28,39 @@ class StepLossArguments(NamedTuple):
     formula: str
     options: list[float]
     label: float  # every pair's, where pair_labels is None
+
+
+class PolicyConstantsArguments(NamedTuple):
+    """What the constants of a policy loss are made from, in the order of the op's schema."""
+
+    advantages: Tensor | None  # (S,) float32; None: they come for each row
+    step_of_row: Tensor  # (N,) int64
+    weights: Tensor | None  # (N,)
+    old: Tensor | None  # (N,) float32, for the threshold
+    offsets: Tensor | None  # (U + 1,) int32: the steps or sequences over which the loss is a mean
+    items: Tensor | None  # (): the norm is one over it
+    counts: bool  # the norm is one over the rows, or with offsets the steps or sequences, that count
+    threshold: float  # rows count whose old probability is below it; 0: all do
+    norm: float  # the norm without items and counts
+
+
+class PolicyLossArguments(NamedTuple):
+    """A policy loss over N rows in U segments, in the order of the op's schema.
+
+    Tensors are contiguous and on one device; the floating ones share a dtype.
+    """
+
+    logps: Tensor  # (N,)
+    old: Tensor | None  # (N,)
+    ref: Tensor | None  # (N,)
+    entropy: Tensor | None  # (N,)
+    advantage: Tensor  # (N,)
+    scale: Tensor  # (N,)
+    norm: Tensor  # ()
+    offsets: Tensor | None  # (U + 1,) int32: the segments that share a ratio; None: each token has its own
+    formula: str
+    options: list[float]
+    length_normalize: bool
+    kl_estimator: str
+    kl_coef: float
+    entropy_coef: float

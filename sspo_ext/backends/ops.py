@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Private torch.library ops, opaque to torch.compile: the three launches of the logits route.
 
-Launches 1 and 3 also come with further reductions over the vocabulary. The ops have no autograd formula on purpose:
-gradients live in the autograd.Functions of the routes, the only callers.
+Launches 1 and 3 also come with further reductions over the vocabulary, launch 2 for policy losses. The ops have no
+autograd formula on purpose: gradients live in autograd.Functions, the only callers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 
 from .. import backends
 from .addresses import accumulator
-from .arguments import StepLossArguments
+from .arguments import PolicyConstantsArguments, PolicyLossArguments, StepLossArguments
 
 _lib = torch.library.Library("sspo", "DEF")
 
@@ -86,6 +86,26 @@ def _row_reductions_bwd_(logits, row_of, labels, lse, ref, ref_lse, coefs, a, c,
     torch.autograd.graph.increment_version(logits)
 
 
+def _policy_constants(*args):
+    *arguments, backend = args
+    return backends.load(backend).policy_constants(PolicyConstantsArguments(*arguments))
+
+
+def _policy_constants_fake(advantages, step_of_row, *args):
+    N = step_of_row.shape[0]
+    sizes = (0 if advantages is None else N, N, ())
+    return tuple(step_of_row.new_empty(size, dtype=torch.float32) for size in sizes)
+
+
+def _policy_loss_fwd(*args):
+    *arguments, backend = args
+    return backends.load(backend).policy_loss_fwd(PolicyLossArguments(*arguments))
+
+
+def _policy_loss_fwd_fake(logps, old, ref, entropy, *args):
+    return logps.new_empty(()), logps.new_empty(logps.shape if entropy is None else (logps.shape[0], 5))
+
+
 _BWD = "Tensor row_of, Tensor labels, Tensor lse, Tensor coef, Tensor? upstream, float a, float c, str backend"
 
 token_logp_fwd = register(
@@ -131,4 +151,21 @@ row_reductions_bwd_ = register(
     f"(Tensor(a!) logits, {_REDUCTIONS_BWD}) -> ()",
     _row_reductions_bwd_,
     lambda logits, *args: None,
+)
+
+policy_constants = register(
+    "policy_constants",
+    "(Tensor? advantages, Tensor step_of_row, Tensor? weights, Tensor? old, Tensor? offsets, Tensor? items, "
+    "bool counts, float threshold, float norm, str backend) -> (Tensor, Tensor, Tensor)",
+    _policy_constants,
+    _policy_constants_fake,
+)
+
+policy_loss_fwd = register(
+    "policy_loss_fwd",
+    "(Tensor logps, Tensor? old, Tensor? ref, Tensor? entropy, Tensor advantage, Tensor scale, Tensor norm, "
+    "Tensor? offsets, str formula, float[] options, bool length_normalize, str kl_estimator, float kl_coef, "
+    "float entropy_coef, str backend) -> (Tensor, Tensor)",
+    _policy_loss_fwd,
+    _policy_loss_fwd_fake,
 )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The policy-gradient losses as formulas of token log-probs: one definition each, in torch ops.
 
-A definition is elementwise over scored tokens, given their ratios and constants. Autograd differentiates it on the
-logits route, `Dual` inside the linear route's op.
+A definition is elementwise over scored tokens, given their ratios and constants. Triton's kernel is generated from it
+(tools/generate_formulas.py). Elsewhere autograd differentiates it on the logits route, `Dual` in the linear route's op.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from .._checks import check_choice, check_not_negative
 from .other_names import check_loss_name
 
 MAX_LOG_RATIO = 20.0  # its exp is far from overflow; a training run with a larger ratio is lost anyway
+
+MOST_POLICY_OPTIONS = 3
 
 LEVELS = ("token", "step", "sequence")
 
@@ -69,6 +71,7 @@ def _policy_formula(name: str, *, options: Mapping[str, float | None], **facts):
     """Registers the decorated definition; `facts` are further fields of PolicyFormula."""
 
     def register(fn):
+        assert len(options) <= MOST_POLICY_OPTIONS and name not in POLICY_FORMULAS
         POLICY_FORMULAS[name] = PolicyFormula(name, fn, options, **facts)
         return fn
 

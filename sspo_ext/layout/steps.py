@@ -39,11 +39,13 @@ class StepLayout(Steps):
     step_offsets: Tensor  # (S + 1,) int32, CSR over rows; an empty step has equal neighbours
     step_of_row: Tensor  # (N,) int64
     step_sequence: Tensor  # (S,) int32: the sequence each step is in
+    sequence_offsets: Tensor  # (B + 1,) int32, CSR over rows: those of each sequence
     row_of: Tensor  # (B*T,) int32: the row of a position, -1 where nothing is scored
     shape: tuple[int, int]  # (B, T); (1, total) for a packed batch
     num_sequences: int
     host_step_offsets: Tensor  # (S + 1,) int64
     host_step_sequence: Tensor  # (S,) int64
+    host_sequence_offsets: Tensor  # (B + 1,) int64
     max_label: tuple[int, int, int] | None  # (value, sequence, position) of the largest label, for the check against V
     one_row_per_step: bool
 
@@ -225,6 +227,7 @@ class StepLayout(Steps):
         of_row = step.reshape(-1)[flat]
         offsets = np.zeros(num_steps + 1, np.int64)
         np.cumsum(np.bincount(of_row, minlength=num_steps), out=offsets[1:])
+        sequence_offsets = offsets[np.searchsorted(step_sequence, np.arange(num_sequences + 1))]
         row_of = np.full(step.size, -1, np.int32)
         row_of[flat - 1] = np.arange(len(flat))
         largest = np.unravel_index(np.where(real, label, -1).argmax(), label.shape) if real.any() else None
@@ -239,11 +242,13 @@ class StepLayout(Steps):
             step_offsets=tensor(offsets, torch.int32),
             step_of_row=tensor(of_row, torch.int64),
             step_sequence=tensor(step_sequence, torch.int32),
+            sequence_offsets=tensor(sequence_offsets, torch.int32),
             row_of=tensor(row_of, torch.int32),
             shape=(batch, length),
             num_sequences=num_sequences,
             host_step_offsets=torch.from_numpy(offsets),
             host_step_sequence=torch.from_numpy(np.array(step_sequence, np.int64)),
+            host_sequence_offsets=torch.from_numpy(sequence_offsets),
             max_label=None if largest is None else tokens.described(label, largest),
             one_row_per_step=bool((np.diff(offsets) == 1).all()),
         )

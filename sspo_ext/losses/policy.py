@@ -15,11 +15,11 @@ from ..formulas.policy import POLICY_FORMULAS
 from ..layout.steps import StepLayout
 from ..objective.policy import PolicyProblem
 from ..objective.policy_arguments import PolicyOptions, policy_problem
-from ..objective.sums import StepLogps
+from ..objective.sums import StepLogps, step_sums
 from ..routes.linear import settings as linear
 from ..routes.linear.policy import policy as linear_policy
-from ..routes.logits.prepare import layout_of
-from .logps import step_logps
+from ..routes.logits.policy import policy as logits_policy
+from ..routes.logits.prepare import layout_of, prepare
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +33,18 @@ class StepPolicyOutput:
 
     loss: Tensor  # () float32 (float64 for float64 inputs)
     tokens: Tensor  # (N,) log-prob of each scored token, in row order
-    step_logps: Tensor  # (S,) step log-probs S_k
     layout: StepLayout = field(repr=False)
     problem: PolicyProblem = field(repr=False)
     entropy: Tensor | None = field(repr=False)  # (N,), with entropy_coef
     _metrics: dict[str, Tensor] = field(repr=False, default_factory=dict)
+    _made: dict[str, Tensor] = field(repr=False, default_factory=dict)
+
+    @property
+    def step_logps(self) -> Tensor:
+        """(S,) step log-probs S_k, made when asked for."""
+        if "step_logps" not in self._made:
+            self._made["step_logps"] = step_sums(self.tokens, self.layout, self.problem.backend)
+        return self._made["step_logps"]
 
     @property
     def metrics(self) -> dict[str, Tensor]:
@@ -184,17 +191,15 @@ def step_policy_loss(
         aggregation, num_items, loss_options,
     )  # fmt: skip
     problem = policy_problem(layout, accumulator(logits.dtype), name, advantages, old, ref, options)
-    scored = step_logps(
-        logits, layout, entropy=entropy_coef != 0, temperature=temperature, logit_softcap=logit_softcap,
-        logit_scale=logit_scale, backend=backend, inplace_backward=inplace_backward,
-    )  # fmt: skip
-    return policy_output(problem.loss(scored.tokens, scored.entropy), scored, layout, problem)
+    call = prepare(logits, layout, temperature, logit_softcap, logit_scale, backend, inplace_backward)
+    return policy_output(*logits_policy(call, problem), layout, problem)
 
 
-def policy_output(loss: Tensor, scored: StepLogps, layout: StepLayout, problem: PolicyProblem) -> StepPolicyOutput:
+def policy_output(
+    loss: Tensor, tokens: Tensor, entropy: Tensor | None, layout: StepLayout, problem: PolicyProblem
+) -> StepPolicyOutput:
     """The public output, from what a route returns."""
-    entropy = None if scored.entropy is None else scored.entropy.detach()
-    return StepPolicyOutput(loss, scored.tokens.detach(), scored.sums.detach(), layout, problem, entropy)
+    return StepPolicyOutput(loss, tokens.detach(), layout, problem, None if entropy is None else entropy.detach())
 
 
 def linear_step_policy_loss(

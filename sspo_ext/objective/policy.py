@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A policy loss over scored rows: its formula, its constants, and its sum.
 
-Only the log-probs vary. Autograd differentiates it on the logits route, `Dual` inside the linear route's op.
+Only the log-probs vary. Where the backend has the kernel, `evaluate` gives loss and gradient in one launch. Elsewhere
+autograd differentiates torch operations on the logits route, `Dual` inside the linear route's op.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from .. import backends
+from ..backends import ops
 from ..formulas.policy import KL_ESTIMATORS, MAX_LOG_RATIO, POLICY_FORMULAS, PolicyScores
 from ..layout.steps import StepLayout
 from .sums import segment_sums, total
@@ -23,8 +26,15 @@ class Segments:
     """Runs of rows that share one ratio."""
 
     offsets: Tensor  # (U + 1,) int32, CSR over rows
-    of_row: Tensor  # (N,) int64
+    of_row: Tensor | None  # (N,) int64; kernels need none
     host_offsets: Tensor  # (U + 1,) int64
+
+    def index(self, num_rows: int) -> Tensor:
+        """(N,) int64: the segment of each row."""
+        if self.of_row is not None:
+            return self.of_row
+        every = torch.arange(self.offsets.shape[0] - 1, device=self.offsets.device)
+        return every.repeat_interleave(self.offsets[1:] - self.offsets[:-1], output_size=num_rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +67,7 @@ class PolicyProblem:
             first, last = torch.searchsorted(segments.host_offsets, torch.tensor([start, end], device="cpu")).tolist()
             segments = Segments(
                 segments.offsets[first : last + 1] - start,
-                segments.of_row[start:end] - first,
+                None if segments.of_row is None else segments.of_row[start:end] - first,
                 segments.host_offsets[first : last + 1] - start,
             )
         return replace(
@@ -75,7 +85,7 @@ class PolicyProblem:
         fixed = logp.detach()
         if self.segments is None:
             return torch.clamp(logp - (fixed if self.old is None else self.old), -MAX_LOG_RATIO, MAX_LOG_RATIO)
-        offsets, of_row = self.segments.offsets, self.segments.of_row
+        offsets, of_row = self.segments.offsets, self.segments.index(fixed.shape[0])
         count = (offsets[1:] - offsets[:-1]).clamp(min=1).to(fixed.dtype)
         moved = logp - fixed
         if not self.length_normalize:
@@ -110,13 +120,50 @@ class PolicyProblem:
         """(): sum of scale * rows, times the norm."""
         return total(rows * self.scale, self.step_offsets, self.backend) * self.norm
 
+    @property
+    def fused(self) -> bool:
+        """Whether the backend computes it in a kernel."""
+        return backends.has_policy_kernels(self.backend)
+
+    def evaluate(self, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Loss () and gradient in one launch, where the backend has the kernel.
+
+        The gradient is d loss / d logp (N,), or with an entropy bonus the five numbers of each row's gradient (N, 5).
+        """
+        return ops.policy_loss_fwd(
+            logp, self.old, self.ref if self.kl_coef else None, entropy if self.entropy_coef else None, self.advantage,
+            self.scale, self.norm, None if self.segments is None else self.segments.offsets, self.formula,
+            list(self.options), self.length_normalize, self.kl_estimator, self.kl_coef, self.entropy_coef, self.backend,
+        )  # fmt: skip
+
     def loss(self, logp: Tensor, entropy: Tensor | None) -> Tensor:
         """(): the loss of token log-probs (N,) and, with a coefficient, of the rows' entropy (N,)."""
+        if self.fused:
+            return FusedLoss.apply(logp, entropy, self)
         rows = self.rows(logp)
         if not self.entropy_coef:
             return self.total(rows)
         assert entropy is not None
         return self.total(rows - self.entropy_coef * entropy)
+
+
+class FusedLoss(torch.autograd.Function):
+    """(N,) token log-probs, (N,) entropy -> loss (), by the backend's kernel."""
+
+    @staticmethod
+    def forward(ctx, logp: Tensor, entropy: Tensor | None, problem: PolicyProblem) -> Tensor:
+        loss, coefs = problem.evaluate(logp, entropy)
+        ctx.save_for_backward(coefs)
+        return loss
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        # never a second derivative: the log-probs' own backward refuses create_graph
+        (coefs,) = ctx.saved_tensors
+        gradient = coefs * upstream[0]
+        if gradient.ndim == 1:
+            return gradient, None, None
+        return gradient[:, 0].contiguous(), -gradient[:, 2], None
 
 
 def pack_problem(problem: PolicyProblem) -> tuple:
@@ -125,6 +172,8 @@ def pack_problem(problem: PolicyProblem) -> tuple:
     The norm is multiplied into the scale.
     """
     units = problem.segments
+    if units is not None and problem.fused:
+        units = replace(units, of_row=None)
     return (
         *((None,) * 3 if units is None else (units.offsets, units.of_row, units.host_offsets)), problem.step_offsets,
         problem.advantage, problem.old, problem.ref, problem.scale * problem.norm, problem.formula,
@@ -157,12 +206,4 @@ def segments_of(layout: StepLayout, level: str) -> Segments:
     if level == "step":
         return Segments(layout.step_offsets, layout.step_of_row, layout.host_step_offsets)
 
-    def first_steps(sequence: Tensor) -> Tensor:
-        every = torch.arange(layout.num_sequences + 1, dtype=sequence.dtype, device=sequence.device)
-        return torch.searchsorted(sequence, every)
-
-    return Segments(
-        layout.step_offsets[first_steps(layout.step_sequence)],
-        layout.step_sequence.long()[layout.step_of_row],
-        layout.host_step_offsets[first_steps(layout.host_step_sequence)],
-    )
+    return Segments(layout.sequence_offsets, None, layout.host_sequence_offsets)

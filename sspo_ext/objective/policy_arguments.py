@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import backends
 from .._checks import check_bool, check_choice, check_not_negative, check_num_items, describe
+from ..backends import ops
 from ..formulas.policy import KL_ESTIMATORS, LEVELS, PolicyFormula, get_policy_formula
 from ..layout.steps import StepLayout
 from .policy import PolicyProblem, segments_of
 from .sums import StepLogps
-from .values import one_over, token_values
+from .values import number_beside, one_over, step_or_token_values, token_values
 
 AGGREGATIONS = ("token", "step", "sequence", "sum")
 
@@ -52,18 +54,17 @@ class PolicyOptions:
         if self.kl_coef and not has_ref:
             raise ValueError(f"ref: expected log-probs for the KL term (kl_coef={self.kl_coef!r}), got None")
 
-    def counted(self, old: Tensor | None) -> Tensor | None:
-        """(N,) bool: the tokens below prob_threshold; None without one."""
+    def check_threshold(self, has_old: bool) -> None:
+        """Raises for a prob_threshold that is out of range or has no old log-probs."""
         threshold = self.prob_threshold
         if threshold is None:
-            return None
+            return
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
             raise TypeError(f"prob_threshold: expected a number, got {describe(threshold)}")
         if not 0 < threshold <= 1:
             raise ValueError(f"prob_threshold: expected a number in (0, 1], got {threshold!r}")
-        if old is None:
+        if not has_old:
             raise ValueError("old: expected log-probs for prob_threshold, got None")
-        return torch.exp(old) < threshold
 
 
 def policy_problem(
@@ -83,8 +84,9 @@ def policy_problem(
         None if value is None else token_values(name, value, layout, dtype)
         for name, value in (("old", old), ("ref", ref))
     )
-    counted = options.counted(old_rows)
-    scale, norm = _scale(layout, counted, options.aggregation, options.num_items, dtype)
+    options.check_threshold(old is not None)
+    make = _fused_constants if backends.has_policy_kernels(backend) else _constants
+    advantage, scale, norm = make(layout, dtype, backend, advantages, old_rows, options)
     level = options.importance_sampling_level
     return PolicyProblem(
         formula=definition.name,
@@ -93,7 +95,7 @@ def policy_problem(
         kl_coef=float(options.kl_coef),
         entropy_coef=float(options.entropy_coef),
         length_normalize=options.length_normalize,
-        advantage=token_values("advantages", advantages, layout, dtype, steps=True),
+        advantage=advantage,
         old=old_rows if definition.has_ratio else None,
         ref=ref_rows,
         scale=scale,
@@ -104,11 +106,16 @@ def policy_problem(
     )
 
 
-def _scale(
-    layout: StepLayout, counted: Tensor | None, aggregation: str, num_items: float | Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Scale (N,) and norm () of a PolicyProblem."""
-    device = layout.device
+def _constants(
+    layout: StepLayout, dtype: torch.dtype, backend: str, advantages: Tensor, old: Tensor | None, options: PolicyOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Advantage (N,), scale (N,) and norm () of a PolicyProblem."""
+    device, aggregation, num_items = layout.device, options.aggregation, options.num_items
+    advantage = token_values("advantages", advantages, layout, dtype, steps=True)
+    counted = None
+    if options.prob_threshold is not None:
+        assert old is not None
+        counted = torch.exp(old) < options.prob_threshold
     scale = torch.ones(layout.num_rows, dtype=dtype, device=device)
     if layout.weights is not None:
         scale = layout.weights.to(dtype)
@@ -129,8 +136,29 @@ def _scale(
     if num_items is not None:
         items = num_items if isinstance(num_items, Tensor) else _as_tensor(num_items, device)
     if items is None:
-        return scale, torch.ones((), dtype=dtype, device=device)
-    return scale, one_over(items, dtype, device)
+        return advantage, scale, torch.ones((), dtype=dtype, device=device)
+    return advantage, scale, one_over(items, dtype, device)
+
+
+def _fused_constants(
+    layout: StepLayout, dtype: torch.dtype, backend: str, advantages: Tensor, old: Tensor | None, options: PolicyOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in one launch; values (B, T) are gathered before."""
+    aggregation, items, norm = options.aggregation, None, 1.0
+    values, of_steps = step_or_token_values("advantages", advantages, layout, dtype, True)
+    if options.num_items is not None:
+        check_num_items(options.num_items)
+        given = number_beside(options.num_items, layout.device)
+        items = given.to(layout.device) if isinstance(given, Tensor) else None
+        norm = norm if isinstance(given, Tensor) else (1.0 / given if given else 0.0)
+    offsets = {"step": layout.step_offsets, "sequence": layout.sequence_offsets}.get(aggregation)
+    threshold = options.prob_threshold
+    counts = options.num_items is None and aggregation != "sum"
+    made, scale, norm = ops.policy_constants(
+        values if of_steps else None, layout.step_of_row, layout.weights, None if threshold is None else old, offsets,
+        items, counts, threshold or 0.0, norm, backend,
+    )  # fmt: skip
+    return made if of_steps else values, scale, norm
 
 
 def _as_tensor(num_items: float, device: torch.device) -> Tensor:

@@ -14,14 +14,14 @@ from .sums import StepLogps, sums_over_steps
 def one_over(items: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(): 1 / items, or 0 when there is nothing to divide by. The host does not wait for a tensor."""
     check_num_items(items)
-    items = _number(items, device)
+    items = number_beside(items, device)
     if not isinstance(items, Tensor):
         return torch.full((), 1.0 / items if items else 0.0, dtype=dtype, device=device)
     items = items.to(device, dtype)
     return torch.where(items > 0, items.reciprocal(), torch.zeros_like(items))
 
 
-def _number(items: float | Tensor, device: torch.device) -> float | Tensor:
+def number_beside(items: float | Tensor, device: torch.device) -> float | Tensor:
     """A number for a CPU tensor beside tensors elsewhere: the host would wait for the device to copy so little."""
     if not isinstance(items, Tensor) or torch.compiler.is_compiling():
         return items
@@ -31,7 +31,7 @@ def _number(items: float | Tensor, device: torch.device) -> float | Tensor:
 def divided(total: Tensor, items: float | Tensor) -> Tensor:
     """(): total / items, or 0 when there is nothing to divide by; differentiable in `total`."""
     check_num_items(items)
-    items = _number(items, total.device)
+    items = number_beside(items, total.device)
     if not isinstance(items, Tensor):
         return total / items if items else 0 * total
     items = items.to(total.device, total.dtype)
@@ -97,6 +97,14 @@ def token_values(
     name: str, value: StepLogps | Tensor, layout: StepLayout, dtype: torch.dtype, *, steps: bool = False
 ) -> Tensor:
     """(N,) constants in row order; with `steps` one value a step is allowed too."""
+    values, of_steps = step_or_token_values(name, value, layout, dtype, steps)
+    return values[layout.step_of_row] if of_steps else values
+
+
+def step_or_token_values(
+    name: str, value: StepLogps | Tensor, layout: StepLayout, dtype: torch.dtype, steps: bool
+) -> tuple[Tensor, bool]:
+    """((N,) constants in row order, False), or ((S,) one a step, True) where `steps` allows that."""
     rows, num_steps = layout.num_rows, layout.num_steps
     if isinstance(value, StepLogps):
         name, value = f"{name}.tokens", value.tokens
@@ -105,12 +113,12 @@ def token_values(
     value = value.detach().to(dtype)
     aligned = aligned_rows(name, value, layout, (rows, num_steps) if steps else (rows,))
     if aligned is not None:
-        return aligned
+        return aligned, False
     if steps and rows == num_steps == value.shape[0] and not layout.one_row_per_step:
         raise ValueError(f"{name}: {describe(value)} may be steps' or tokens' here; pass (B, T) values of the tokens")
     if steps and value.shape[0] == num_steps:
-        return value[layout.step_of_row]
+        return value.contiguous(), True
     if value.shape[0] == rows:
-        return value.contiguous()
+        return value.contiguous(), False
     forms = f"({num_steps},) a step, " if steps else ""
     raise ValueError(f"{name}: expected {forms}({rows},) rows or {layout.shape} tokens, got {describe(value)}")

@@ -15,6 +15,7 @@ import sys
 import pytest
 from helpers.paths import ROOT
 
+from sspo_ext.formulas.policy import POLICY_FORMULAS
 from sspo_ext.formulas.registry import PAIR_FORMULAS
 
 pytest.importorskip("triton")
@@ -66,6 +67,7 @@ def reports():
         ("row_reductions", "bfloat16", "90"),
         ("step_loss", "float32", "90", *LONGEST_FORMULAS),
         ("scale_rows", "bfloat16", "90"),
+        ("policy", "float32", "90"),
         *(("token_logp", "bfloat16", arch) for arch in NEWEST),
     )
 
@@ -74,6 +76,7 @@ def test_nothing_spills(reports):
     assert {report["arch"] for report in reports} == {"90", *AMD, *NEWEST}
     assert all(report["spills"] == 0 for report in reports)
     assert sum(report["kernel"] == "step_loss_fwd" for report in reports) == len(LONGEST_FORMULAS)
+    assert sum(report["kernel"].startswith("policy") for report in reports) == len(POLICY_FORMULAS) + 1
 
 
 @pytest.mark.slow

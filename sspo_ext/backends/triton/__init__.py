@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton backend: the launches of the logits route, and the row kernels with further reductions.
+"""Triton backend: the launches of the logits route, the row kernels with further reductions, the policy losses.
 
 It can be imported without Triton and without a GPU; `why_not` says what is missing.
 """
@@ -11,6 +11,8 @@ import os
 import torch
 
 try:
+    from .policy_constants import policy_constants
+    from .policy_loss_fwd import policy_loss_fwd
     from .row_reductions_bwd import row_reductions_bwd
     from .row_reductions_fwd import row_reductions_fwd
     from .scale_rows import scale_rows
@@ -27,6 +29,8 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 __all__ = [
+    "policy_constants",
+    "policy_loss_fwd",
     "row_reductions_bwd",
     "row_reductions_fwd",
     "scale_rows",

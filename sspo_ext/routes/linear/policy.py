@@ -15,7 +15,6 @@ from ... import backends
 from ...formulas.dual import derivative
 from ...layout.steps import StepLayout
 from ...objective.policy import POLICY_SCHEMA, PolicyProblem, pack_problem, unpack_problem
-from ...objective.sums import StepLogps, segment_sums
 from ..shared import gradient_coefs, refuse_double_backward, scale_kept
 from . import engine
 from .cache import cached_plan
@@ -79,13 +78,22 @@ def run_policy(
             tokens[start:end], lse[start:end] = head.logps(chunk.logits, chunk.labels)
         return chunk
 
-    def backward(start: int, end: int, chunk: engine.Chunk, coef: Tensor) -> None:
+    def coefs_of(start: int, end: int) -> Tensor:
+        """Of each row its gradient's five numbers (R, 5), or without an entropy bonus d loss/d logp (R,)."""
+        part = problem.part(start, end)
+        if problem.fused:
+            return part.evaluate(tokens[start:end], entropy[start:end])[1]
+        coef = derivative(part.rows, tokens[start:end]) * part.scale
+        if not wants_entropy:
+            return coef
+        d_entropy = -problem.entropy_coef * part.scale
+        return gradient_coefs(entropy[start:end], None, coef, d_entropy, None, None)
+
+    def backward(start: int, end: int, chunk: engine.Chunk, coefs: Tensor) -> None:
         if wants_entropy:
-            d_entropy = -problem.entropy_coef * problem.scale[start:end]
-            coefs = gradient_coefs(entropy[start:end], None, coef, d_entropy, None, None)
             head.reductions_to_gradient(chunk.logits, chunk.labels, lse[start:end], None, lse[:0], coefs)
         else:
-            head.to_gradient(chunk.logits, chunk.labels, lse[start:end], coef)
+            head.to_gradient(chunk.logits, chunk.labels, lse[start:end], coefs)
         gradients.add(head, chunk.logits, chunk.hidden, chunk.places)
 
     for group in plan.groups:
@@ -94,17 +102,16 @@ def run_policy(
             in_buffer = forward(start, end)
         if group.kind == "logps":
             continue
-        part = problem.part(group.start, group.end)
-        coef = derivative(part.rows, tokens[group.start : group.end]) * part.scale
+        coefs = coefs_of(group.start, group.end)
         for start, end in reversed(group.chunks):  # the last chunk's logits are still in the buffer
             chunk = in_buffer or engine.compute_chunk(head, rows, start, end)
-            backward(start, end, chunk, coef[start - group.start : end - group.start])
+            backward(start, end, chunk, coefs[start - group.start : end - group.start])
             in_buffer = None
     return tokens, entropy
 
 
-def policy(call: LinearCall, problem: PolicyProblem) -> tuple[Tensor, StepLogps]:
-    """Loss () and step log-probs; with an entropy bonus, their entropy too."""
+def policy(call: LinearCall, problem: PolicyProblem) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss (), token log-probs (N,) and, with an entropy bonus, the entropy of each row (N,)."""
     layout, settings, wants_entropy = call.layout, call.settings, problem.entropy_coef != 0
     needs = call.needs
     # float16 gradients wait for the loss scale, which is known in backward
@@ -113,15 +120,12 @@ def policy(call: LinearCall, problem: PolicyProblem) -> tuple[Tensor, StepLogps]
     if name == "reference" or not in_forward:
         if wants_entropy:
             scored = logps_with_reductions(call, None, entropy=True, sum_p2=False)
+            tokens, entropy = scored.tokens, scored.entropy
         else:
-            tokens, sums = logps(call)
-            scored = StepLogps(sums, layout.counts, tokens)
-        return problem.loss(scored.tokens, scored.entropy), scored
+            tokens, entropy = logps(call)[0], None
+        return problem.loss(tokens, entropy), tokens, entropy
     loss, tokens, entropy = LinearPolicyRoute.apply(call.hidden, call.weight, call.bias, layout, problem, settings)
-    with torch.no_grad():
-        weighted = tokens if layout.weights is None else tokens * layout.weights.to(tokens.dtype)
-        sums = segment_sums(weighted, layout.step_offsets, layout.step_of_row, settings.backend)
-    return loss, StepLogps(sums, layout.counts, tokens, entropy if wants_entropy else None)
+    return loss, tokens, entropy if wants_entropy else None
 
 
 class LinearPolicyRoute(torch.autograd.Function):

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The policy losses from logits: three launches forward and one or two backward where the backend has their kernels.
+
+`policy` chooses between these and torch operations on the log-probs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import backends
+from ...backends import ops
+from ...layout.steps import StepLayout
+from ...objective.policy import PolicyProblem
+from ..shared import refuse_double_backward
+from .prepare import LogitsCall
+from .reductions import logps_with_reductions
+from .route import logps
+
+
+def policy(call: LogitsCall, problem: PolicyProblem) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss (), token log-probs (N,) and, with an entropy bonus, the entropy of each row (N,)."""
+    wants_entropy = problem.entropy_coef != 0
+    name = backends.with_reductions(call.requested, call.backend) if wants_entropy else call.backend
+    if problem.fused and name == problem.backend:
+        loss, tokens, entropy = PolicyRoute.apply(
+            call.logits, call.layout, problem, call.a, call.c, call.inplace_backward
+        )
+        return loss, tokens, entropy if wants_entropy else None
+    if wants_entropy:
+        scored = logps_with_reductions(call, None, entropy=True, sum_p2=False)
+        tokens, entropy = scored.tokens, scored.entropy
+    else:
+        tokens, entropy = logps(call)[0], None
+    return problem.loss(tokens, entropy), tokens, entropy
+
+
+class PolicyRoute(torch.autograd.Function):
+    """(B, T, V) logits -> loss (), token log-probs (N,), entropy (N,) or empty; the loss alone has a gradient.
+
+    Forward is launches 1 and 2, backward launch 3. Beside the logits each row keeps its log-sum-exp and d loss/d logp,
+    or with an entropy bonus the five numbers of its gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        logits: Tensor,
+        layout: StepLayout,
+        problem: PolicyProblem,
+        a: float,
+        c: float,
+        inplace_backward: bool,
+    ):
+        wants_entropy, backend = problem.entropy_coef != 0, problem.backend
+        if wants_entropy:
+            tokens, lse, entropy, *_ = ops.row_reductions_fwd(
+                logits, layout.rows, layout.labels, None, a, c, True, False, backend
+            )
+        else:
+            tokens, lse = ops.token_logp_fwd(logits, layout.rows, layout.labels, a, c, backend)
+            entropy = tokens.new_empty(0)
+        loss, coefs = problem.evaluate(tokens, entropy)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(logits, lse, coefs, layout.labels, layout.row_of)
+            ctx.settings = (a, c, wants_entropy, backend, inplace_backward)
+        ctx.mark_non_differentiable(tokens, entropy)
+        ctx.set_materialize_grads(False)
+        return loss, tokens, entropy
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        d_loss = upstream[0]
+        if d_loss is None:
+            return (None,) * 6
+        refuse_double_backward()
+        logits, lse, coefs, labels, row_of = ctx.saved_tensors
+        a, c, wants_entropy, backend, inplace_backward = ctx.settings
+        if wants_entropy:
+            args = (logits, row_of, labels, lse, None, lse[:0], coefs * d_loss, a, c, backend)
+            into, over = ops.row_reductions_bwd, ops.row_reductions_bwd_
+        else:
+            args = (logits, row_of, labels, lse, coefs, d_loss, a, c, backend)
+            into, over = ops.token_logp_bwd, ops.token_logp_bwd_
+        if inplace_backward:
+            over(*args)
+            d_logits = logits.detach()  # the saved logits would keep the model's graph alive
+        else:
+            d_logits = into(*args)
+        return d_logits, None, None, None, None, None
