@@ -46,8 +46,8 @@ void check_steps_against_promise(const BadSteps& c) {
         const int64_t w = c.pairs[2 * p], l = c.pairs[2 * p + 1];
         PairGrad<double> g = {0, 0, 0};
         if (w >= 0 && w < S && l >= 0 && l < S && end[w] > begin[w] && end[l] > begin[l])
-            g = pair_formula<double>(
-                0, {u[w], u[l], (double)(end[w] - begin[w]), (double)(end[l] - begin[l]), 0, 1}, options.data());
+            g = pair_formula<double>(0, {u[w], u[l], (double)(end[w] - begin[w]), (double)(end[l] - begin[l]), 0, 1},
+                                     options.data());
         expect("bad steps, pair loss", pair_loss[p], g.loss, 1e-12, "steps", S, p);
         total += g.loss, du[2 * p] = g.du_w, du[2 * p + 1] = g.du_l;
     }
@@ -120,10 +120,10 @@ void check_positions(const Isa& isa, DType dtype, int64_t V) {
                                                      nullptr, five, 1, out, 0, V, false},
                                    kThreads);
             else
-                token_logp_bwd(*isa.kernels,
-                               BwdArgs{logits, row_of.data(), label.data(), one_lse.data(), coef, nullptr, 1, out, 0, V,
-                                       false},
-                               kThreads);
+                token_logp_bwd(
+                    *isa.kernels,
+                    BwdArgs{logits, row_of.data(), label.data(), one_lse.data(), coef, nullptr, 1, out, 0, V, false},
+                    kThreads);
             for (int64_t v = 0; v < V; ++v)
                 expect("gradient of no row", load(out, dtype, v), 0, 0, isa.name.c_str(), V, v);
         }
@@ -134,7 +134,7 @@ void check_positions(const Isa& isa, DType dtype, int64_t V) {
 
 void check_bad_steps() {
     check_steps_against_promise({});
-    const auto each = [](std::vector<int32_t> BadSteps::*table, int32_t size) {
+    const auto each = [](std::vector<int32_t> BadSteps::* table, int32_t size) {
         for (int32_t index : wrong_indices(size))
             for (size_t i = 0; i < (BadSteps{}.*table).size(); ++i) {
                 BadSteps c;

@@ -11,8 +11,8 @@ using namespace checks;
 
 namespace {
 
-// A logit: near 0, or, in `late` rows, far below but for the last ones, so that a late tile raises the running maximum by
-// more than 2^60 holds.
+// A logit: near 0, or, in `late` rows, far below but for the last ones, so that a late tile raises the running maximum
+// by more than 2^60 holds.
 float logit(int64_t column, int64_t V, bool late) {
     const float near = (float)integer(-64, 64) / 8;
     return late ? near + (column >= V - 5 ? 56 : -56) : near;
@@ -142,8 +142,18 @@ void check_reductions(const Isa& isa, DType dtype, int64_t V, int64_t count, boo
                 expect(names[k], wide ? values_wide[k * N + n] : values[k * N + n], exact[k],
                        400 * eps * (late ? 1 + fabs(exact[k]) : 1), isa.name.c_str(), V, n);
     }
-    ReductionGradArgs args{logits, of_ref, row_of.data(), labels.data(), lse.data(), ref_lse.data(),
-                           wide ? (const void*)coefs_wide.data() : (const void*)coefs.data(), count, out, 0, V, false};
+    ReductionGradArgs args{logits,
+                           of_ref,
+                           row_of.data(),
+                           labels.data(),
+                           lse.data(),
+                           ref_lse.data(),
+                           wide ? (const void*)coefs_wide.data() : (const void*)coefs.data(),
+                           count,
+                           out,
+                           0,
+                           V,
+                           false};
     const auto check_gradient = [&](const char* what) {
         for (int64_t i = 0; i < count * V; ++i)
             expect(what, load(out, dtype, i), truth[(size_t)i], 400 * eps + coarse * fabs(truth[(size_t)i]),

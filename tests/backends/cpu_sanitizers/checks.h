@@ -24,7 +24,8 @@ inline int failures = 0;
 inline double uniform(double low, double high) { return std::uniform_real_distribution<double>(low, high)(generator); }
 inline int integer(int low, int high) { return std::uniform_int_distribution<int>(low, high - 1)(generator); }
 
-inline void expect(const char* what, double got, double truth, double tolerance, const char* isa, int64_t V, int64_t column) {
+inline void expect(const char* what, double got, double truth, double tolerance, const char* isa, int64_t V,
+                   int64_t column) {
     if (fabs(got - truth) <= tolerance) return;
     if (++failures <= 20)
         printf("%s: got %.9g, truth %.9g (%s, V = %ld, column %ld)\n", what, got, truth, isa, (long)V, (long)column);

@@ -7,9 +7,9 @@
 #include <random>
 #include <vector>
 
-#include "cuda_runtime.h"
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
+#include "cuda_runtime.h"
 #include "formulas_generated.h"
 #include "launch.h"
 
