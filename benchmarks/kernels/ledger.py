@@ -14,6 +14,9 @@ on an H100 come to (huggingface/trl#7244). Everything else takes its bytes at 90
 a launch. `host` is 6 us an operation; it runs beside the device and is part of no sum.
 """
 
+# pyright: reportMissingImports=false
+# The peers' packages need not be installed.
+
 from __future__ import annotations
 
 import argparse

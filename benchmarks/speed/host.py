@@ -7,6 +7,9 @@ Two sequences of 8 scored tokens, V = 32, float32, one thread: wrapper, checks, 
 quantiles in microseconds, the contestants one after the other.
 """
 
+# pyright: reportMissingImports=false
+# The peers' packages need not be installed.
+
 from __future__ import annotations
 
 import argparse
