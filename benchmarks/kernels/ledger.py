@@ -372,7 +372,8 @@ def main(argv: list[str] | None = None) -> None:
     print(text)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        about = (__doc__ or "").split("\n\n", 1)[1].strip()
+        about = (__doc__ or "").split("\n\n", 2)[2].strip()  # without the command's form
+        about = f"`python -m benchmarks ledger --out FOLDER`\n\n{about}"
         (args.out / "ledger.md").write_text(
             f"# What a call launches, and the time PREDICTED from it\n\n{about}\n\n{text}\n"
         )
