@@ -30,7 +30,7 @@ def scale_kept(kept: Tensor, scale: Tensor, backend: str) -> Tensor:
     """The gradient kept from forward, (R, C), times a scale () or (R, 1), in float32 and rounded once.
 
     It overwrites `kept`, unless the graph is kept for another backward, so that no second copy exists. A row whose
-    scale is 0 becomes zeros, whatever it held. On a GPU it is one launch.
+    scale is 0 becomes zeros, whatever it held. With Triton it is one launch.
     """
     if torch.compiler.is_compiling():
         # a 0-dim scale does not widen the product by itself

@@ -27,8 +27,8 @@ class StopOnSignal(TrainerCallback):
         """Takes the signals meanwhile. A signal that the process ignores, as under nohup, stays ignored."""
         before = {}
         if threading.current_thread() is threading.main_thread():  # Python has handlers there alone
-            numbers = (number for number in (signal.SIGINT, signal.SIGTERM))
-            before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+            now = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            before = {number: handler for number, handler in now.items() if handler != signal.SIG_IGN}
         for number in before:
             signal.signal(number, self._receive)
         try:
