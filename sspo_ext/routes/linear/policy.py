@@ -36,7 +36,7 @@ def _linear_policy_fwd(call: HeadCall, *packed):
         return make_policy_plan(None if offsets is None else offsets.numpy(), num_rows, products)
 
     plan = cached_plan(make, call.host_step_offsets, offsets, "policy", *vars(products).values())
-    gradients = start_gradients(head, plan, call.hidden, call.hidden.dtype, call.accum_dtype)
+    gradients = start_gradients(head, plan, call.hidden_shape, call.hidden.dtype, call.accum_dtype)
     tokens, entropy = run_policy(head, call.gathered(plan), plan, problem, gradients)
     return tokens, entropy, *call.results(head, gradients)
 
