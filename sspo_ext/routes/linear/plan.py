@@ -21,11 +21,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from ...layout.packing import packed
 from ...layout.pairs import StepPairs, connected_steps
 from ...layout.steps import StepLayout
 from ...objective.policy import segments_of
 from .budget import budget_of
-from .packing import packed
 
 
 @dataclass(frozen=True, eq=False)
