@@ -21,11 +21,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from ...layout.packing import packed
 from ...layout.pairs import StepPairs, connected_steps
 from ...layout.steps import StepLayout
 from ...objective.policy import segments_of
 from .budget import budget_of
-from .packing import packed
+from .budget import budget_of
 from .step_rows import StepRows
 
 

@@ -16,12 +16,12 @@ from helpers.linear_route import BF16, F32, F64, budget, linear_route
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sspo_ext.layout.packing import packed
 from sspo_ext.layout.steps import StepLayout
 from sspo_ext.losses import policy_plan, pref_plan
 from sspo_ext.losses.policy import linear_step_policy_loss
 from sspo_ext.losses.pref import linear_step_pref_loss
 from sspo_ext.routes.linear import cache, ops, policy
-from sspo_ext.routes.linear.packing import packed
 
 V, H = 11, 8
 
