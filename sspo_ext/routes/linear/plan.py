@@ -26,7 +26,6 @@ from ...layout.pairs import StepPairs, connected_steps
 from ...layout.steps import StepLayout
 from ...objective.policy import segments_of
 from .budget import budget_of
-from .budget import budget_of
 from .step_rows import StepRows
 
 
