@@ -26,7 +26,7 @@ from ...layout.pairs import StepPairs, connected_steps
 from ...layout.steps import StepLayout
 from ...objective.policy import segments_of
 from .budget import budget_of
-from .step_rows import StepRows
+from .step_rows import StepRows, units_that_share
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Group:
     start: int  # its rows are [start, end) of the plan's row order
     end: int
     chunks: list[tuple[int, int]]  # of rows, in the plan's order
-    steps: np.ndarray = field(repr=False)  # the layout's steps, in the order of their rows
+    steps: np.ndarray = field(repr=False)  # the layout's steps (a policy loss's units), in the order of their rows
     pairs: np.ndarray = field(repr=False)  # indices of pairs
 
 
@@ -235,11 +235,19 @@ def make_policy_plan(
     host_unit_offsets: np.ndarray | None,  # (U + 1,) rows of the units, one after the other; None: each row is one
     num_rows: int,
     products: Products,
+    host_row: np.ndarray | None = None,  # (N,) the row of each token, where units share rows
 ) -> LinearPlan:
     """The plan of a policy loss: groups of whole units that fit in a chunk, in the layout's order.
 
-    A larger unit is a group of its own and is computed twice.
+    A larger unit is a group of its own and is computed twice. Units that share a row count as one.
     """
+    sets, order = None, None
+    if host_row is not None and host_unit_offsets is not None:
+        units = StepRows(host_unit_offsets, host_row)
+        sets = units_that_share(units)
+        rows = [units.rows(members) for members in sets]
+        order = np.concatenate([np.zeros(0, np.int64), *rows])
+        host_unit_offsets = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
     nothing = np.zeros(0, np.int64)
     if products.trained:
         products = _grown(
@@ -248,7 +256,11 @@ def make_policy_plan(
     chunk_rows = products.chunk_rows
 
     def group(kind: str, start: int, end: int) -> Group:
-        return Group(kind, start, end, cut_evenly(start, end, chunk_rows), nothing, nothing)
+        members = nothing
+        if sets is not None:
+            first, last = np.searchsorted(host_unit_offsets, [start, end])
+            members = np.concatenate([nothing, *sets[first:last]])
+        return Group(kind, start, end, cut_evenly(start, end, chunk_rows), members, nothing)
 
     if not (products.hidden_gradient or products.trained):
         groups = [group("logps", 0, num_rows)]
@@ -262,7 +274,7 @@ def make_policy_plan(
             if end > start and (after is None or after - start > chunk_rows):
                 groups.append(group("complete" if end - start <= chunk_rows else "recompute", start, end))
                 start = end
-    return LinearPlan(**vars(products), num_rows=num_rows, order=None, groups=groups)
+    return LinearPlan(**vars(products), num_rows=num_rows, order=order, groups=groups)
 
 
 def pref_plan(
@@ -350,7 +362,8 @@ def policy_plan(
     offsets = None
     if importance_sampling_level != "token":
         offsets = segments_of(layout, importance_sampling_level).host_offsets.numpy()
-    return make_policy_plan(offsets, layout.num_rows, products)
+    row = None if layout.tree_rows is None else layout.tree_rows.host_row
+    return make_policy_plan(offsets, layout.rows.shape[0], products, None if row is None else row.numpy())
 
 
 def _waiting_plan(layout: StepLayout, index: np.ndarray | None, products: Products, reductions: bool) -> LinearPlan:

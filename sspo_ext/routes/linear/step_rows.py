@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ...layout.pairs import connected_steps
+
 
 class StepRows:
     """Tokens [offsets[s], offsets[s + 1]) are step s's; token n has row `row[n]`, or row n without a table."""
@@ -38,6 +40,16 @@ class StepRows:
         row, step = self.row[tokens][order], np.repeat(live, self.counts[live])[order]
         same = (row[1:] == row[:-1]) & (step[1:] != step[:-1])
         return np.unique(np.stack([step[:-1][same], step[1:][same]], axis=1), axis=0)
+
+
+def units_that_share(units: StepRows) -> list[np.ndarray]:
+    """The units with tokens, in sets that share no row with each other, in the order of their first units."""
+    live = np.flatnonzero(units.counts)
+    of = connected_steps(units.links(live), len(units.counts))
+    of = np.where(of < 0, np.arange(len(of)), of)[live]
+    order = np.argsort(of, kind="stable")
+    starts = np.flatnonzero(np.diff(of[order], prepend=-1))
+    return np.split(live[order], starts[1:]) if len(live) else []
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launch 3, and what it leaves out where one position predicts several labels: their one-hot terms.
 
-The gradients of such a position's rows differ only there. So the kernel gets the sum of their coefficients and no label,
-and each label's term is added to its element.
+The gradients of such a position's rows differ only there. So the kernel gets the sum of their coefficients and no
+label, and each label's term is added to its element.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def write_gradient(
     branching: StepLayout | None,  # whose positions predict several labels
     ref: tuple[Tensor | None, Tensor] | None = None,  # the reference's logits and lse, beside (U, 5) coefficients
 ) -> Tensor:
-    """d loss / d logits, over the logits themselves with `inplace`."""
+    """The gradient of the logits, over the logits themselves with `inplace`."""
     a, c, backend, inplace = settings
     terms = None
     if branching is not None:
