@@ -10,20 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_float, check_integer, check_shape, check_tensor, check_whole, describe
+from .._checks import (
+    check_count, check_float, check_integer, check_kind, check_shape, check_tensor, check_whole, describe,
+)  # fmt: skip
 from .bundle import Steps, constant
 from .pairs import StepPairs
 from .spans import checked_spans, sequence_of_spans, step_of_token
+from .tree import TokenTree
 from .tree_rows import TreeRows, checked_sequences, padded, rows_of_tree
-
-if TYPE_CHECKING:
-    from .tree import TokenTree
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -242,6 +241,7 @@ class StepLayout(Steps):
             >>> StepLayout.from_tree(tree, ids, [torch.tensor([-1, -1, 0])] * 2).rows
             tensor([1, 1])
         """
+        check_kind("tree", tree, TokenTree, "a TokenTree")
         check_whole("ignore_index", ignore_index)
         lengths = np.diff(tree.host_offsets.numpy())
         ids = padded(checked_sequences("step_ids", step_ids, lengths), -1)
@@ -249,9 +249,7 @@ class StepLayout(Steps):
         weights = None
         if token_weights is not None:
             weights = padded(checked_sequences("token_weights", token_weights, lengths, floating=True), 1)
-        built = cls.from_step_ids(
-            label, ids, token_weights=weights, ignore_index=ignore_index, vocab_size=vocab_size
-        )
+        built = cls.from_step_ids(label, ids, token_weights=weights, ignore_index=ignore_index, vocab_size=vocab_size)
         rows = rows_of_tree(tree, built.rows.numpy(), built.labels.numpy(), label.shape[1])
         return replace(built, **rows).to(tree.input_ids.device)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,9 +16,7 @@ from torch import Tensor
 
 from .._checks import check_float, check_integer, check_shape, describe
 from .bundle import TensorBundle
-
-if TYPE_CHECKING:
-    from .tree import TokenTree
+from .tree import TokenTree
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,9 +35,7 @@ class TreeRows(TensorBundle):
     host_row_offsets: Tensor | None  # (2,) int64: [0, U], as if all rows were one step
 
 
-def checked_sequences(
-    name: str, values: Sequence, lengths: np.ndarray, *, floating: bool = False
-) -> list[Tensor]:
+def checked_sequences(name: str, values: Sequence, lengths: np.ndarray, *, floating: bool = False) -> list[Tensor]:
     """One 1-D tensor on the host for each sequence, as long as the sequence."""
     if isinstance(values, (Tensor, np.ndarray, str)) or not isinstance(values, Sequence):
         raise TypeError(f"{name}: expected a list of 1-D tensors, one for each sequence, got {describe(values)}")

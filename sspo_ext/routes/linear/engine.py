@@ -112,7 +112,9 @@ class PairProblem:
             "", [], 1.0,
         )  # fmt: skip
         step_loss_fwd = backends.load(self.backend).step_loss_fwd
-        loss, sums, losses, coef = evaluate_terms(step_loss_fwd, self.terms, given, pick(self.token_pair_weights, pairs))
+        loss, sums, losses, coef = evaluate_terms(
+            step_loss_fwd, self.terms, given, pick(self.token_pair_weights, pairs)
+        )
         if self.shared is not None:
             # without pairs all are 0, and rows may be of other groups
             size = group.end - group.start
