@@ -14,25 +14,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import check_float, check_integer, check_shape, describe
+from .._checks import check_float, check_integer, check_kind, check_shape, describe
 from .bundle import TensorBundle
 from .tree import TokenTree
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TreeRows(TensorBundle):
-    """How the N scored tokens of a tree's sequences stand to the U rows of its layout, a (position, label) each.
+class SharedRows(TensorBundle):
+    """Which of the U rows each of the N scored tokens has, where some tokens share one."""
 
-    E rows, the extra ones, are further labels of a position that has a row already; G positions have such rows.
-    """
+    row: Tensor  # (N,) int64
+    host_row: Tensor  # (N,) int64
+    host_offsets: Tensor  # (2,) int64: [0, U], as if all rows were one step
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Branches(TensorBundle):
+    """The G positions that predict several labels: they have a first row each, and E rows more in all."""
+
+    first: Tensor  # (G,) int64: the first row of each position
+    extra: Tensor  # (E,) int64: the other rows, ascending
+    position: Tensor  # (E,) int64: which of the G positions an extra row is at
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TreeRows(TensorBundle):
+    """How the N scored tokens of a tree's sequences stand to the U rows of its layout, a (position, label) each."""
 
     places: Tensor  # (N,) int64: where each scored token itself stands in the grid
-    row: Tensor | None  # (N,) int64: its row; None: row n belongs to token n, and to no other
-    first: Tensor | None  # (G,) int64: the first row of each position that has several; None, as below: none has
-    extra: Tensor | None  # (E,) int64: their other rows
-    group: Tensor | None  # (E,) int64: which of the G positions an extra row is of
-    host_row: Tensor | None  # (N,) int64
-    host_row_offsets: Tensor | None  # (2,) int64: [0, U], as if all rows were one step
+    shared: SharedRows | None  # None: row n is token n's alone
+    branches: Branches | None  # None: no position has two rows
+
+
+def sequence_lengths(tree: TokenTree) -> np.ndarray:
+    """(B,): how many tokens each sequence has; TypeError for what is no tree."""
+    check_kind("tree", tree, TokenTree, "a TokenTree")
+    return np.diff(tree.host_offsets.numpy())
 
 
 def checked_sequences(name: str, values: Sequence, lengths: np.ndarray, *, floating: bool = False) -> list[Tensor]:
@@ -89,25 +106,20 @@ def rows_of_tree(tree: TokenTree, rows: np.ndarray, labels: np.ndarray, length: 
     row_of[positions] = first
     branching = np.flatnonzero(count > 1)
     extra = np.flatnonzero(first[of_position] != np.arange(len(kept)))
-    group = np.searchsorted(branching, of_position[extra])
 
-    shared, branches = len(kept) < len(row), len(extra) > 0
+    def tensor(array: np.ndarray, dtype: type = np.int64) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, dtype))
 
-    def tensor(array: np.ndarray, given: bool = True) -> Tensor | None:
-        return torch.from_numpy(np.ascontiguousarray(array, np.int64)) if given else None
-
+    shared = branches = None
+    if len(kept) < len(row):
+        shared = SharedRows(tensor(row), tensor(row), tensor(np.array([0, len(kept)])))
+    if len(extra):
+        at = np.searchsorted(branching, of_position[extra])
+        branches = Branches(tensor(first[branching]), tensor(extra), tensor(at))
     return {
         "rows": tensor(row_position),
         "labels": tensor(labels[kept]),
-        "row_of": torch.from_numpy(row_of.astype(np.int32)),
+        "row_of": tensor(row_of, np.int32),
         "shape": shape,
-        "tree_rows": TreeRows(
-            places=torch.from_numpy(np.ascontiguousarray(places)),
-            row=tensor(row, shared),
-            first=tensor(first[branching], branches),
-            extra=tensor(extra, branches),
-            group=tensor(group, branches),
-            host_row=tensor(row, shared),
-            host_row_offsets=tensor(np.array([0, len(kept)]), shared),
-        ),
+        "tree_rows": TreeRows(tensor(places), shared, branches),
     }

@@ -175,8 +175,9 @@ def _linear_pref_fwd(
 ):  # fmt: skip
     shared = host_row is not None
     work = set_up(call, None if shared else token_weights, host_pair_index, host_row=host_row)
+    weights = token_weights if shared else work.rows.weights
     problem = engine.PairProblem(
-        token_weights if shared else work.rows.weights, ref, pair_weights, pair_margins, pair_labels, token_pair_weights, scale,
+        weights, ref, pair_weights, pair_margins, pair_labels, token_pair_weights, scale,
         unpack_terms(formulas, term_numbers, term_flags), call.backend,
     )  # fmt: skip
     row = host_row.numpy() if shared else None

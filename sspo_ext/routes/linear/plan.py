@@ -25,6 +25,7 @@ from ...layout.packing import packed
 from ...layout.pairs import StepPairs, connected_steps
 from ...layout.steps import StepLayout
 from ...objective.policy import segments_of
+from ..tree_rows import host_row
 from .budget import budget_of
 from .step_rows import StepRows, units_that_share
 
@@ -257,7 +258,7 @@ def make_policy_plan(
 
     def group(kind: str, start: int, end: int) -> Group:
         members = nothing
-        if sets is not None:
+        if sets is not None and host_unit_offsets is not None:
             first, last = np.searchsorted(host_unit_offsets, [start, end])
             members = np.concatenate([nothing, *sets[first:last]])
         return Group(kind, start, end, cut_evenly(start, end, chunk_rows), members, nothing)
@@ -362,16 +363,17 @@ def policy_plan(
     offsets = None
     if importance_sampling_level != "token":
         offsets = segments_of(layout, importance_sampling_level).host_offsets.numpy()
-    row = None if layout.tree_rows is None else layout.tree_rows.host_row
-    return make_policy_plan(offsets, layout.rows.shape[0], products, None if row is None else row.numpy())
+    return make_policy_plan(offsets, layout.rows.shape[0], products, _host_row(layout))
 
 
 def _waiting_plan(layout: StepLayout, index: np.ndarray | None, products: Products, reductions: bool) -> LinearPlan:
     """The plan of a call whose gradients wait for backward where they must, as in float16 with a trained head."""
     if products.dtype == torch.float16 and products.trained:
         index = None
-    row = None if layout.tree_rows is None else layout.tree_rows.host_row
-    return make_plan(
-        layout.host_step_offsets.numpy(), index, products, reductions=reductions,
-        host_row=None if row is None else row.numpy(),
-    )  # fmt: skip
+    offsets = layout.host_step_offsets.numpy()
+    return make_plan(offsets, index, products, reductions=reductions, host_row=_host_row(layout))
+
+
+def _host_row(layout: StepLayout) -> np.ndarray | None:
+    row = host_row(layout)
+    return None if row is None else row.numpy()

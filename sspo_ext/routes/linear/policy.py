@@ -16,7 +16,7 @@ from ...formulas.dual import derivative
 from ...layout.steps import StepLayout
 from ...objective.policy import POLICY_SCHEMA, PolicyProblem, pack_problem, unpack_problem
 from ..shared import gradient_coefs, refuse_double_backward, scale_kept
-from ..tree_rows import added_branches, branching, extra_rows, to_tokens
+from ..tree_rows import added_branches, extra_rows, host_row, to_tokens
 from . import engine
 from .cache import cached_plan
 from .gradients import Gradients, start_gradients
@@ -72,7 +72,10 @@ def run_policy(
     shared: SharedTokens | None,
     gradients: Gradients,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs (U,) and entropy (U,) or empty, in the plan's order; gradients of sum(scale * rows) - entropy_coef * sum(scale * entropy)."""
+    """Log-probs (U,) and entropy (U,) or empty, in the plan's order.
+
+    The gradients are of sum(scale * rows) - entropy_coef * sum(scale * entropy).
+    """
     device, wants_entropy = rows.labels.device, problem.entropy_coef != 0
     tokens = torch.empty(plan.num_rows, dtype=head.acc_dtype, device=device)
     lse = torch.empty_like(tokens, dtype=torch.float64)
@@ -157,15 +160,15 @@ class LinearPolicyRoute(torch.autograd.Function):
         problem: PolicyProblem,
         settings: LinearSettings,
     ):
-        needs, extra, tree = settings.needs(ctx), extra_rows(layout), layout.tree_rows
+        needs, extra = settings.needs(ctx), extra_rows(layout)
         tokens, entropy, d_hidden, d_weight, d_bias = linear_policy_fwd(
             *settings.op_args(hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, needs, extra),
-            None if tree is None else tree.host_row,
+            host_row(layout),
             *pack_problem(problem),
         )
         tokens, entropy = to_tokens(tokens, layout), to_tokens(entropy, layout) if len(entropy) else entropy
         if any(needs):
-            d_hidden = added_branches(d_hidden, branching(layout)) if needs[0] else d_hidden
+            d_hidden = added_branches(d_hidden, layout) if needs[0] else d_hidden
             ctx.save_for_backward(d_hidden, d_weight, d_bias)
             ctx.needs, ctx.settings = needs, settings
             ctx.bias_dtype = None if bias is None else bias.dtype
