@@ -28,7 +28,7 @@ def _add_in_order(values: Tensor, index: Tensor, size: int) -> Tensor:
 # an op: torch.compile would turn the sum into atomics
 add_in_order = register(
     "add_in_order",
-    "(Tensor values, Tensor index, int size) -> Tensor",
+    "(Tensor values, Tensor index, SymInt size) -> Tensor",
     _add_in_order,
     lambda values, index, size: values.new_empty((size, *values.shape[1:])),
 )
