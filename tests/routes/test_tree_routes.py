@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.batch import dtypes_of
 from helpers.linear import assert_linear_rule, gemm_flops, problem
+from helpers.opcheck import opcheck
 from helpers.tree import TreeBatch, random_tree
 from helpers.truth import assert_fp64_rule
 from hypothesis import given, settings
@@ -27,6 +28,9 @@ from sspo_ext.losses import policy_plan, pref_plan
 from sspo_ext.losses.logps import linear_step_logps, step_logps
 from sspo_ext.losses.policy import linear_step_policy_loss, step_policy_loss
 from sspo_ext.losses.pref import linear_step_pref_loss, step_pref_loss
+from sspo_ext.routes import tree_rows
+from sspo_ext.routes.linear import ops as linear_ops
+from sspo_ext.routes.linear import policy as linear_policy
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 V, H = 37, 8
@@ -299,6 +303,30 @@ def test_compiled_equals_eager(backend, name):
         assert torch.equal(got, want) and torch.equal(ours.grad, eager.grad)
     assert counter.frame_count == 2  # the second with sizes that vary
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0)])
+@pytest.mark.parametrize("module, op", [
+    (linear_ops, "linear_pref_fwd"), (linear_ops, "linear_logps_fwd"), (linear_ops, "linear_logps_bwd"),
+    (linear_policy, "linear_policy_fwd"), (tree_rows, "add_in_order"),
+])  # fmt: skip
+def test_opcheck(monkeypatch, module, op, needs):
+    """With the very arguments that the public functions pass."""
+    calls, real = [], getattr(module, op)
+    monkeypatch.setattr(module, op, lambda *args: (calls.append(args), real(*args))[1])
+    batch = random_tree(0, V=V, weighted=True)
+    layout, p = batch.layout, problem(batch.tree.shape, V, H)
+    hidden, weight, bias = p.leaves(needs)
+    options = {"bias": bias, "chunk_bytes": 6 * V * 4, "backend": "cpu"}
+    pair = linear_step_pref_loss(hidden, weight, layout, pairs_of(layout), reference_free=True, **options).loss
+    policy = linear_step_policy_loss(hidden, weight, layout, torch.ones(layout.num_steps), **options).loss
+    (pair + policy + linear_step_logps(hidden, weight, layout, **options).sums.sum()).backward()
+    if op == "linear_logps_bwd" and not needs[1] or op == "linear_policy_fwd" and not needs[1]:
+        assert not calls  # a frozen head's directions are known in forward
+    else:
+        assert calls
+    for args in calls:
+        opcheck(real, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
 
 
 @pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0)])
