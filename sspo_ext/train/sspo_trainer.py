@@ -249,8 +249,8 @@ class SSPOTrainer(StepTrainer):
         """Turns rewards and values of the whole update into one advantage for each step.
 
         Step advantages (GAE over steps) and the outcome's are each divided by their own standard deviation
-        (`scale_advantages`) and then combined. No mean is subtracted from step advantages: that would reward long
-        rollouts for their length.
+        (`scale_advantages`) and then combined. No mean is subtracted from step advantages: that would reward length.
+        Those that hardly differ are 0 (`min_signal`).
 
         Args:
             rewards: (B,) float32, one for each rollout of all processes.
@@ -261,7 +261,7 @@ class SSPOTrainer(StepTrainer):
         Returns:
             For each rollout a list with one advantage for each step.
         """
-        return step_advantages(self.args, rewards, num_steps, values, groups)
+        return step_advantages(self.args, rewards, num_steps, values, groups, self._sums)
 
     def _assign_advantages(self, places: Sequence[int], rollouts: Sequence[Rollout]) -> list[Summary]:
         """Gathers the rollouts of all processes, and sets rewards and advantages of this process's."""
