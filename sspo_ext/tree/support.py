@@ -66,7 +66,7 @@ def model_name(model: nn.Module) -> str:
     return type(base_model(model)).__name__
 
 
-def check_positions(name: str, model: nn.Module, longest: int) -> None:
+def check_positions(name: str, model: nn.Module, longest: int, tokens: str = "tokens") -> None:
     """Raise ValueError if a path of `longest` tokens does not fit into the model's table of positions (GPT-2, OPT).
 
     Without this check it is an index error on the host; on a GPU it is an assertion that leaves the device unusable.
@@ -83,7 +83,7 @@ def check_positions(name: str, model: nn.Module, longest: int) -> None:
         offset: Any = getattr(module, "offset", 0)
         if module.num_embeddings - offset == limit:
             raise ValueError(
-                f"{name}: expected at most {limit} tokens, which is where the positions of {model_name(model)} end, "
+                f"{name}: expected at most {limit} {tokens}, which is where the positions of {model_name(model)} end, "
                 f"got {longest}"
             )
 
