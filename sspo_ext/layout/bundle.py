@@ -21,8 +21,10 @@ class TensorBundle:
     """A dataclass whose tensors move together. Fields named `host_...` stay on the host, where plans are made."""
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Self:
-        mine = [f.name for f in fields(self) if not f.name.startswith("host_")]
-        return replace(self, **{name: fn(v) for name in mine if isinstance(v := getattr(self, name), Tensor)})
+        mine = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("host_")}
+        moved = {name: fn(v) for name, v in mine.items() if isinstance(v, Tensor)}
+        inner = {name: v._map(fn) for name, v in mine.items() if isinstance(v, TensorBundle)}
+        return replace(self, **moved, **inner)
 
     def to(self, device: torch.device | str) -> Self:
         """The same object with its tensors on `device`.

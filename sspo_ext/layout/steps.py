@@ -8,16 +8,21 @@ consists of kernels alone. Build layouts in the collator: labels and step ids ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_float, check_integer, check_shape, check_tensor, check_whole, describe
+from .._checks import (
+    check_count, check_float, check_integer, check_kind, check_shape, check_tensor, check_whole, describe,
+)  # fmt: skip
 from .bundle import Steps, constant
 from .pairs import StepPairs
 from .spans import checked_spans, sequence_of_spans, step_of_token
+from .tree import TokenTree
+from .tree_rows import TreeRows, checked_sequences, padded, rows_of_tree
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -26,15 +31,16 @@ class StepLayout(Steps):
 
     A row is the logits of one position, and a scored row has a label. `labels` are unshifted, like Hugging Face's: the
     logits at position t - 1 predict the label at t, in the same sequence. A sequence's first token has no row. Rows are
-    ascending, and the rows of a step are contiguous.
+    ascending, and the rows of a step are contiguous. In a tree of sequences U rows serve N scored tokens, and what is
+    said below of N rows is said of the tokens, in the order of the sequences.
 
     Examples:
         >>> layout = StepLayout.from_step_ids(labels, step_ids)
         >>> layout = layout.to("cpu")  # all its tensors at once
     """
 
-    rows: Tensor  # (N,) int64: position b*T + t of the logits that predict the scored token
-    labels: Tensor  # (N,) int64 in [0, V)
+    rows: Tensor  # (N,) int64, (U,) of a tree: position b*T + t of the logits that predict the scored token
+    labels: Tensor  # (N,) int64 in [0, V), (U,) of a tree
     weights: Tensor | None  # (N,) float32, none of them 0; None when all are 1
     step_offsets: Tensor  # (S + 1,) int32, CSR over rows; an empty step has equal neighbours
     step_of_row: Tensor  # (N,) int64
@@ -48,11 +54,17 @@ class StepLayout(Steps):
     host_sequence_offsets: Tensor  # (B + 1,) int64
     max_label: tuple[int, int, int] | None  # (value, sequence, position) of the largest label, for the check against V
     one_row_per_step: bool
+    tree_rows: TreeRows | None = None  # of a tree
 
     @property
     def num_rows(self) -> int:
-        """N, the number of scored rows."""
-        return self.rows.shape[0]
+        """N, the number of scored rows; in a tree of scored tokens, one for each sequence that scores it."""
+        return self.step_of_row.shape[0]
+
+    @property
+    def places(self) -> Tensor:
+        """(N,) int64: position b*T + t of each scored token itself."""
+        return self.rows + 1 if self.tree_rows is None else self.tree_rows.places
 
     @property
     def num_steps(self) -> int:
@@ -70,9 +82,11 @@ class StepLayout(Steps):
         return self.rows.device
 
     def __repr__(self) -> str:
-        packed = "packed, " if self.shape[0] == 1 and self.num_sequences != 1 else ""
+        kind = "packed, " if self.shape[0] == 1 and self.num_sequences != 1 else ""
+        if self.tree_rows is not None:
+            kind = f"tree of {self.rows.shape[0]} rows, "
         return (
-            f"StepLayout({packed}sequences={self.num_sequences}, shape={self.shape}, rows={self.num_rows}, "
+            f"StepLayout({kind}sequences={self.num_sequences}, shape={self.shape}, rows={self.num_rows}, "
             f"steps={self.num_steps}, device={self.device})"
         )
 
@@ -190,6 +204,56 @@ class StepLayout(Steps):
         return cls._build(labels[None], tokens, step_sequence, len(lengths), token_weights, ignore_index, vocab_size)
 
     @classmethod
+    def from_tree(
+        cls,
+        tree: TokenTree,
+        labels: Sequence[Tensor],
+        step_ids: Sequence[Tensor],
+        *,
+        token_weights: Sequence[Tensor] | None = None,
+        ignore_index: int = -100,
+        vocab_size: int | None = None,
+    ) -> StepLayout:
+        """Layout of B sequences whose common beginnings the model reads once; logits are those of the tree's grid.
+
+        Losses, steps, pairs and everything of length N are those of the same B sequences in a padded batch. A token
+        that several sequences score is read once, and its gradient is the sum of theirs. Values (B, T) aligned with
+        labels are here values (R, L) aligned with the grid.
+
+        Args:
+            tree: TokenTree of the sequences, a grid of (R, L) positions.
+            labels: for each sequence (its length,) int, unshifted, as in `from_step_ids`.
+            step_ids: for each sequence (its length,) int, as in `from_step_ids`.
+            token_weights: for each sequence (its length,) float.
+            ignore_index: the label that is not scored.
+            vocab_size: V, to check the labels here and not first at the loss.
+
+        Returns:
+            A StepLayout of shape (R, L) on the device of the tree.
+
+        Raises:
+            TypeError: An argument is no list of tensors, or of a wrong dtype.
+            ValueError: As `from_step_ids`; or a tensor is not as long as its sequence.
+
+        Examples:
+            >>> ids = [torch.tensor([5, 6, 7]), torch.tensor([5, 6, 8])]
+            >>> tree = TokenTree.from_sequences(ids)
+            >>> StepLayout.from_tree(tree, ids, [torch.tensor([-1, -1, 0])] * 2).rows
+            tensor([1, 1])
+        """
+        check_kind("tree", tree, TokenTree, "a TokenTree")
+        check_whole("ignore_index", ignore_index)
+        lengths = np.diff(tree.host_offsets.numpy())
+        ids = padded(checked_sequences("step_ids", step_ids, lengths), -1)
+        label = padded(checked_sequences("labels", labels, lengths), ignore_index)
+        weights = None
+        if token_weights is not None:
+            weights = padded(checked_sequences("token_weights", token_weights, lengths, floating=True), 1)
+        built = cls.from_step_ids(label, ids, token_weights=weights, ignore_index=ignore_index, vocab_size=vocab_size)
+        rows = rows_of_tree(tree, built.rows.numpy(), built.labels.numpy(), label.shape[1])
+        return replace(built, **rows).to(tree.input_ids.device)
+
+    @classmethod
     def _build(
         cls,
         labels: Tensor,  # (B, T)
@@ -274,7 +338,7 @@ class StepLayout(Steps):
         check_float("token_weights", weights)
         if weights.ndim == 2:
             check_shape("token_weights", weights, self.shape)
-            weights = weights.reshape(-1)[self.rows + 1]
+            weights = weights.reshape(-1)[self.places]
         check_shape("token_weights", weights, (self.num_rows,))
         if (
             weights.device.type == "cpu"

@@ -47,7 +47,7 @@ def aligned_rows(name: str, value: Tensor, layout: StepLayout, others: tuple[int
     if value.ndim != 2 and not packed:
         return None
     check_shape(name, value if value.ndim == 2 else value[None], layout.shape)
-    return value.reshape(-1)[layout.rows + 1]
+    return value.reshape(-1)[layout.places]
 
 
 def reference_sums(ref: StepLogps | Tensor | None, layout: StepLayout) -> Tensor | None:
@@ -84,7 +84,7 @@ def reference_tokens(ref: StepLogps | Tensor, layout: StepLayout, needed_by: str
         tokens = ref.tokens
     else:
         check_float("ref", ref)
-        tokens = ref.reshape(-1)[layout.rows + 1] if tuple(ref.shape) == layout.shape else ref
+        tokens = ref.reshape(-1)[layout.places] if tuple(ref.shape) == layout.shape else ref
     if tuple(tokens.shape) != (layout.num_rows,):
         raise ValueError(
             f"ref: {needed_by} needs token log-probs, a StepLogps, ({layout.num_rows},) or {layout.shape}, got "

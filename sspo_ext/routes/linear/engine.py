@@ -18,10 +18,12 @@ from torch import Tensor
 from ... import backends
 from ...backends.arguments import StepLossArguments
 from ...objective.pair import LossTerm, evaluate_terms
+from ..tree_rows import add_in_order
 from .cache import kept_on_device, to_device
 from .gradients import Gradients
 from .head import Head
 from .plan import Group, LinearPlan
+from .step_rows import StepRows
 
 
 class Rows:
@@ -32,6 +34,7 @@ class Rows:
         hidden: Tensor,
         rows: Tensor,
         labels: Tensor,
+        places: Tensor,  # where each row's gradient is kept: `rows`, unless a position has several
         weights: Tensor | None,
         plan: LinearPlan,
         dtype: torch.dtype,
@@ -40,6 +43,7 @@ class Rows:
         self.order = None if order is None else kept_on_device(plan, "order", device, lambda: to_device(order, device))
         self.source, self.dtype = hidden, dtype
         self.rows, self.labels = self._ordered(rows), self._ordered(labels)
+        self.places = self.rows if places is rows else self._ordered(places)
         self.weights = None if weights is None else self._ordered(weights)
 
     def _ordered(self, values: Tensor) -> Tensor:
@@ -47,9 +51,9 @@ class Rows:
         return values if self.order is None else values.index_select(0, self.order)
 
     def chunk(self, start: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(n, H) hidden states, (n,) labels, (n,) rows of the batch."""
-        rows = self.rows[start:end]
-        return self.source.index_select(0, rows).to(self.dtype), self.labels[start:end], rows
+        """(n, H) hidden states, (n,) labels, (n,) places of the gradients."""
+        hidden = self.source.index_select(0, self.rows[start:end]).to(self.dtype)
+        return hidden, self.labels[start:end], self.places[start:end]
 
     def restore(self, values: Tensor) -> Tensor:
         """From the plan's row order to the layout's."""
@@ -60,7 +64,7 @@ class Rows:
 class PairProblem:
     """The pair loss of a whole call; `evaluate` computes it a group at a time."""
 
-    weights: Tensor | None  # (N,) token weights in the plan's row order
+    weights: Tensor | None  # (N,) token weights, in the plan's row order unless tokens share rows
     ref: Tensor | None  # (S,) step sums of the reference
     pair_weights: Tensor | None  # (P,), as are the next three
     pair_margins: Tensor | None
@@ -71,29 +75,66 @@ class PairProblem:
     backend: str
 
     def prepare(
-        self, plan: LinearPlan, host_step_offsets: np.ndarray, host_pair_index: np.ndarray, device: torch.device
+        self,
+        plan: LinearPlan,
+        host_step_offsets: np.ndarray,
+        host_pair_index: np.ndarray,
+        host_row: np.ndarray | None,
+        device: torch.device,
     ) -> None:
-        """Renumbers each group's steps and pairs from 0; all tables go to the device in two copies."""
+        """Renumbers each group's steps and pairs from 0; all tables go to the device in two copies, or three."""
         self.num_steps, self.num_pairs = len(host_step_offsets) - 1, len(host_pair_index)
+        self.shared = None
+        if host_row is not None:
+            self.shared = kept_on_device(
+                plan, "tokens", device, lambda: _token_tables(plan, host_step_offsets, host_row, device)
+            )
         self.tables = kept_on_device(
             plan, "tables", device, lambda: _device_tables(plan.groups, host_step_offsets, host_pair_index, device)
         )
 
-    def evaluate(self, number: int, group: Group, logps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(loss, sums, pair losses (C, p), d loss/d logp) of a group; `logps` are its rows, step by step."""
+    def evaluate(self, number: int, group: Group, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(loss, sums, pair losses (C, p), d loss/d logp) of a group; `tokens` are log-probs of the plan's rows."""
         steps, pairs, offsets, index, adj_offsets, adj_pairs = self.tables[number]
 
         def pick(values: Tensor | None, which: Tensor) -> Tensor | None:
             return None if values is None else values.index_select(0, which)
 
-        weights = None if self.weights is None else self.weights[group.start : group.end]
+        if self.shared is None:
+            logps = tokens[group.start : group.end]
+            weights = None if self.weights is None else self.weights[group.start : group.end]
+        else:
+            which, rows = self.shared[number]
+            logps, weights = tokens.index_select(0, rows), pick(self.weights, which)
         given = StepLossArguments(
             logps, weights, offsets, pick(self.ref, steps), index.view(-1, 2), adj_offsets, adj_pairs,
             pick(self.pair_weights, pairs), pick(self.pair_margins, pairs), pick(self.pair_labels, pairs), self.scale,
             "", [], 1.0,
         )  # fmt: skip
         step_loss_fwd = backends.load(self.backend).step_loss_fwd
-        return evaluate_terms(step_loss_fwd, self.terms, given, pick(self.token_pair_weights, pairs))
+        loss, sums, losses, coef = evaluate_terms(
+            step_loss_fwd, self.terms, given, pick(self.token_pair_weights, pairs)
+        )
+        if self.shared is not None:
+            # without pairs all are 0, and rows may be of other groups
+            size = group.end - group.start
+            coef = coef.new_zeros(size) if not len(group.pairs) else add_in_order(coef, rows - group.start, size)
+        return loss, sums, losses, coef
+
+
+def _token_tables(
+    plan: LinearPlan, offsets: np.ndarray, row: np.ndarray, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """Each group's tokens, step by step, and the places of their rows in the plan's order."""
+    place = np.arange(plan.num_rows)
+    if plan.order is not None:
+        place[plan.order] = np.arange(plan.num_rows)
+    step_rows = StepRows(offsets, row)
+    tokens = [step_rows.tokens(group.steps) for group in plan.groups]
+    lengths = [len(t) for t in tokens for _ in range(2)]
+    flat = [values for t in tokens for values in (t, place[row[t]])]
+    pieces = to_device(np.concatenate([np.zeros(0, np.int64), *flat]), device).split(lengths)
+    return list(zip(pieces[::2], pieces[1::2], strict=True))
 
 
 def _device_tables(
@@ -129,7 +170,7 @@ class Chunk(NamedTuple):
 
     hidden: Tensor  # (n, H)
     labels: Tensor  # (n,)
-    places: Tensor  # (n,) rows of the batch
+    places: Tensor  # (n,) of the gradients
     logits: Tensor  # (n, V)
 
 
@@ -160,7 +201,7 @@ def run_pref(
             if group.kind == "frozen":
                 _add_chunk(head, gradients, in_buffer, lse[start:end], None)
         span = slice(group.start, group.end)
-        group_loss, group_sums, group_pairs, coef[span] = problem.evaluate(number, group, tokens[span])
+        group_loss, group_sums, group_pairs, coef[span] = problem.evaluate(number, group, tokens)
         steps, pairs = problem.tables[number][:2]
         loss += group_loss
         sums.index_copy_(0, steps, group_sums)

@@ -67,12 +67,12 @@ class Gradients:
 
 
 def start_gradients(
-    head: Head, plan: LinearPlan, hidden: Tensor, hidden_dtype: torch.dtype, accum_dtype: torch.dtype
+    head: Head, plan: LinearPlan, hidden_shape: tuple[int, int], hidden_dtype: torch.dtype, accum_dtype: torch.dtype
 ) -> Gradients:
     """Empty gradients of what the plan asks for."""
     device = head.weight.device
     return Gradients(
-        torch.zeros(hidden.shape, dtype=hidden_dtype, device=device) if plan.hidden_gradient else None,
+        torch.zeros(hidden_shape, dtype=hidden_dtype, device=device) if plan.hidden_gradient else None,
         WeightGradient(head, plan, accum_dtype) if plan.weight_gradient else None,
         torch.zeros(head.vocab, dtype=head.acc_dtype, device=device) if plan.bias_gradient else None,
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...layout.steps import StepLayout
 from ...objective.sums import step_sums
 from ..shared import refuse_double_backward
+from ..tree_rows import added_branches, branching, extra_rows, gradient_places, of_tokens, plan_offsets
 from . import ops as linear_ops
 from .gradients import scale_rows
 from .reference import reference_tokens
@@ -29,11 +30,12 @@ def logps(call: LinearCall) -> tuple[Tensor, Tensor]:
 
 def token_logps(call: LinearCall) -> Tensor:
     """(N,) token log-probs by the kernels."""
-    return LinearLogpsRoute.apply(call.hidden, call.weight, call.bias, call.layout, call.settings)
+    tokens = LinearLogpsRoute.apply(call.hidden, call.weight, call.bias, call.layout, call.settings)
+    return of_tokens(tokens, call.layout)
 
 
 class LinearLogpsRoute(torch.autograd.Function):
-    """(N0, H) hidden, (V, H) weight, (V,) bias -> token log-probs (N,).
+    """(N0, H) hidden, (V, H) weight, (V,) bias -> log-probs (U,) of the rows.
 
     With a frozen head a row's gradient is a scalar times a direction, which forward keeps. Otherwise backward computes
     the logits again.
@@ -41,16 +43,16 @@ class LinearLogpsRoute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, layout: StepLayout, settings: LinearSettings):
-        needs = settings.needs(ctx)
+        needs, offsets, extra = settings.needs(ctx), plan_offsets(layout), extra_rows(layout)
         in_forward = [linear_ops.is_frozen(needs), False, False]
         tokens, lse, directions = linear_ops.linear_logps_fwd(
-            *settings.op_args(hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, in_forward)
-        )  # fmt: skip
+            *settings.op_args(hidden, weight, bias, layout.rows, layout.labels, offsets, in_forward, extra)
+        )
         if in_forward[0]:
-            ctx.save_for_backward(layout.rows, directions)
+            ctx.save_for_backward(gradient_places(layout.rows, extra, hidden.shape[0]), directions)
         elif any(needs):
-            ctx.save_for_backward(layout.rows, hidden, weight, bias, layout.labels, layout.host_step_offsets, lse)
-        ctx.needs, ctx.settings = needs, settings
+            ctx.save_for_backward(layout.rows, hidden, weight, bias, layout.labels, offsets, lse, extra)
+        ctx.needs, ctx.settings, ctx.branching = needs, settings, branching(layout)
         ctx.dtypes = (hidden.dtype, None if bias is None else bias.dtype)
         return tokens
 
@@ -60,14 +62,15 @@ class LinearLogpsRoute(torch.autograd.Function):
         refuse_double_backward()
         needs, settings, (dtype, bias_dtype) = ctx.needs, ctx.settings, ctx.dtypes
         if linear_ops.is_frozen(needs):
-            rows, directions = ctx.saved_tensors
-            return scale_rows(directions, rows, d_tokens, settings.backend).to(dtype), None, None, None, None
-        rows, hidden, weight, bias, labels, offsets, lse = ctx.saved_tensors
+            places, directions = ctx.saved_tensors
+            d_hidden = scale_rows(directions, places, d_tokens, settings.backend)
+            return added_branches(d_hidden, ctx.branching).to(dtype), None, None, None, None
+        rows, hidden, weight, bias, labels, offsets, lse, extra = ctx.saved_tensors
         d_hidden, d_weight, d_bias = linear_ops.linear_logps_bwd(
-            *settings.op_args(hidden, weight, bias, rows, labels, offsets, needs), lse, d_tokens.contiguous()
+            *settings.op_args(hidden, weight, bias, rows, labels, offsets, needs, extra), lse, d_tokens.contiguous()
         )
         return (
-            d_hidden if needs[0] else None,
+            added_branches(d_hidden, ctx.branching) if needs[0] else None,
             settings.deliver_weight(d_weight, None) if needs[1] else None,
             d_bias.to(bias_dtype) if needs[2] else None,
             None,

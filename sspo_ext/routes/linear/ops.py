@@ -17,6 +17,7 @@ from torch import Tensor
 from ...backends.addresses import accumulator
 from ...backends.ops import register
 from ...objective.pair import unpack_terms
+from ..tree_rows import gradient_places
 from . import engine
 from .budget import budget_of
 from .cache import cached_plan
@@ -33,8 +34,9 @@ class HeadCall:
     hidden: Tensor  # (N0, H)
     weight: Tensor  # (V, H), or this rank's rows of it
     bias: Tensor | None  # (V,)
-    rows: Tensor  # (N,) int64
-    labels: Tensor  # (N,) int64
+    rows: Tensor  # (U,) int64: positions; below, N is U
+    labels: Tensor  # (U,) int64
+    extra: Tensor | None  # (E,) int64: rows whose position has an earlier row; hidden gradients are (N0 + E, H) then
     host_step_offsets: Tensor  # (S + 1,) int64
     needs: list[bool]
     a: float
@@ -80,7 +82,13 @@ class HeadCall:
 
     def gathered(self, plan: LinearPlan, token_weights: Tensor | None = None) -> engine.Rows:
         """The scored rows in the plan's order."""
-        return engine.Rows(self.hidden, self.rows, self.labels, token_weights, plan, self.dtype)
+        places = gradient_places(self.rows, self.extra, self.hidden.shape[0])
+        return engine.Rows(self.hidden, self.rows, self.labels, places, token_weights, plan, self.dtype)
+
+    @property
+    def hidden_shape(self) -> tuple[int, int]:
+        """Of the gradients of the hidden states."""
+        return (self.hidden.shape[0] + (0 if self.extra is None else self.extra.shape[0]), self.hidden.shape[1])
 
     def results(self, head: Head, gradients: Gradients) -> tuple[Tensor, Tensor, Tensor]:
         """(N0, H), (V, H), (V,), each empty when not asked for."""
@@ -98,14 +106,15 @@ class HeadCall:
         hidden, weight, needs = self.hidden, self.weight, self.needs
         kept = self.hidden_gradient_dtype if hidden_dtype is None else hidden_dtype
         return (
-            hidden.new_empty(hidden.shape, dtype=kept) if needs[0] else weight.new_empty(0, dtype=self.dtype),
+            hidden.new_empty(self.hidden_shape, dtype=kept) if needs[0] else weight.new_empty(0, dtype=self.dtype),
             weight.new_empty(weight.shape if needs[1] else 0, dtype=self.grad_dtype),
             weight.new_empty(weight.shape[:1] if needs[2] else 0, dtype=self.acc_dtype),
         )
 
 
 SCHEMA = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor labels, Tensor host_step_offsets, bool[] needs, "
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor labels, Tensor? extra, Tensor host_step_offsets, "
+    "bool[] needs, "
     "float a, float c, ScalarType dtype, ScalarType accum_dtype, ScalarType grad_dtype, int chunk_bytes, "
     "str tp_group, int vocab_start, int vocab_rows, int vocab_size, str backend"
 )
@@ -136,8 +145,9 @@ class Work:
 
 
 def set_up(
-    call: HeadCall, token_weights: Tensor | None = None, pair_index: Tensor | None = None, buffers: int = 0
-) -> Work:
+    call: HeadCall, token_weights: Tensor | None = None, pair_index: Tensor | None = None, buffers: int = 0,
+    host_row: Tensor | None = None,
+) -> Work:  # fmt: skip
     """Head, plan, rows and gradients of a call.
 
     `buffers`: with entropy, sum_p2 or kl, how many logits buffers share the budget; 0 without them.
@@ -146,10 +156,11 @@ def set_up(
 
     def make() -> LinearPlan:
         index = None if pair_index is None else pair_index.numpy()
-        return make_plan(call.host_step_offsets.numpy(), index, products, reductions=buffers > 0)
+        row = None if host_row is None else host_row.numpy()
+        return make_plan(call.host_step_offsets.numpy(), index, products, reductions=buffers > 0, host_row=row)
 
     plan = cached_plan(make, call.host_step_offsets, pair_index, buffers > 0, *vars(products).values())
-    gradients = start_gradients(head, plan, call.hidden, call.hidden_gradient_dtype, call.accum_dtype)
+    gradients = start_gradients(head, plan, call.hidden_shape, call.hidden_gradient_dtype, call.accum_dtype)
     return Work(head, plan, call.gathered(plan, token_weights), gradients)
 
 
@@ -160,14 +171,16 @@ def is_frozen(needs: list[bool]) -> bool:
 
 def _linear_pref_fwd(
     call: HeadCall, token_weights, ref, host_pair_index, pair_weights, pair_margins, pair_labels, token_pair_weights,
-    scale, formulas, term_numbers, term_flags,
+    scale, host_row, formulas, term_numbers, term_flags,
 ):  # fmt: skip
-    work = set_up(call, token_weights, host_pair_index)
+    shared = host_row is not None
+    work = set_up(call, None if shared else token_weights, host_pair_index, host_row=host_row)
     problem = engine.PairProblem(
-        work.rows.weights, ref, pair_weights, pair_margins, pair_labels, token_pair_weights, scale,
+        token_weights if shared else work.rows.weights, ref, pair_weights, pair_margins, pair_labels, token_pair_weights, scale,
         unpack_terms(formulas, term_numbers, term_flags), call.backend,
     )  # fmt: skip
-    problem.prepare(work.plan, call.host_step_offsets.numpy(), host_pair_index.numpy(), call.labels.device)
+    row = host_row.numpy() if shared else None
+    problem.prepare(work.plan, call.host_step_offsets.numpy(), host_pair_index.numpy(), row, call.labels.device)
     results = engine.run_pref(work.head, work.rows, work.plan, problem, work.gradients)
     return *results, *call.results(work.head, work.gradients)
 
@@ -200,8 +213,8 @@ def _linear_logps_bwd(call: HeadCall, lse, coef):
 linear_pref_fwd = register_head_op(
     "linear_pref_fwd",
     "Tensor? token_weights, Tensor? ref, Tensor host_pair_index, Tensor? pair_weights, Tensor? pair_margins, "
-    "Tensor? pair_labels, Tensor? token_pair_weights, Tensor scale, str formulas, float[] term_numbers, "
-    "int[] term_flags",
+    "Tensor? pair_labels, Tensor? token_pair_weights, Tensor scale, Tensor? host_row, str formulas, "
+    "float[] term_numbers, int[] term_flags",
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_pref_fwd,
     _linear_pref_fwd_fake,

@@ -26,6 +26,7 @@ from ...layout.pairs import StepPairs, connected_steps
 from ...layout.steps import StepLayout
 from ...objective.policy import segments_of
 from .budget import budget_of
+from .step_rows import StepRows, units_that_share
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,7 @@ class Group:
     start: int  # its rows are [start, end) of the plan's row order
     end: int
     chunks: list[tuple[int, int]]  # of rows, in the plan's order
-    steps: np.ndarray = field(repr=False)  # the layout's steps, in the order of their rows
+    steps: np.ndarray = field(repr=False)  # the layout's steps (a policy loss's units), in the order of their rows
     pairs: np.ndarray = field(repr=False)  # indices of pairs
 
 
@@ -139,9 +140,11 @@ def make_plan(
     products: Products,
     *,
     reductions: bool = False,
+    host_row: np.ndarray | None = None,  # (N,) the row of each token, where steps share rows
 ) -> LinearPlan:
     """The plan of a pair loss, or of log-probs alone."""
-    num_rows, num_steps, chunk_rows = int(host_step_offsets[-1]), len(host_step_offsets) - 1, products.chunk_rows
+    step_rows = StepRows(host_step_offsets, host_row)
+    num_rows, num_steps, chunk_rows = step_rows.num_rows, len(host_step_offsets) - 1, products.chunk_rows
     trained, hidden_gradient = products.trained, products.hidden_gradient
     order = None
     if host_pair_index is None or not (hidden_gradient or trained):
@@ -150,22 +153,26 @@ def make_plan(
         pairs = np.arange(0 if host_pair_index is None else len(host_pair_index))
         groups = [Group(kind, 0, num_rows, cut_evenly(0, num_rows, chunk_rows), np.arange(num_steps), pairs)]
     else:
-        order, groups, products = _groups_by_unit(host_step_offsets, host_pair_index, products)
+        order, groups, products = _groups_by_unit(step_rows, host_pair_index, products)
     return LinearPlan(**vars(products), num_rows=num_rows, order=order, groups=groups)
 
 
 def _groups_by_unit(
-    offsets: np.ndarray, index: np.ndarray, products: Products
+    step_rows: StepRows, index: np.ndarray, products: Products
 ) -> tuple[np.ndarray, list[Group], Products]:
     """(row order, groups, products): rows are ordered by unit, and whole units fill chunks.
 
     Chunks grow to the largest unit, where they may. A unit larger than a chunk is a group of its own. With a frozen
-    head all units are one group, since its chunks may be cut anywhere. Steps in no pair come last.
+    head all units are one group, since its chunks may be cut anywhere. Steps in no pair come last. Steps that share a
+    row are of one unit, because the row's coefficient is a sum over them.
     """
-    counts = np.diff(offsets)
+    counts = step_rows.counts
     # a pair with an empty step is not in the loss, so it connects no steps
     live_pairs = np.flatnonzero((counts[index] > 0).all(axis=1)) if len(index) else np.zeros(0, np.int64)
-    unit = connected_steps(index[live_pairs], len(counts))
+    edges = index[live_pairs]
+    if step_rows.row is not None:
+        edges = np.concatenate([edges, step_rows.links(np.unique(edges))])
+    unit = connected_steps(edges, len(counts))
     steps_of: dict[int, list[int]] = {}
     for step, u in enumerate(unit.tolist()):
         steps_of.setdefault(u, []).append(step)
@@ -173,23 +180,27 @@ def _groups_by_unit(
     for pair in live_pairs.tolist():
         pairs_of.setdefault(int(unit[index[pair, 0]]), []).append(pair)
     loose = steps_of.pop(-1, [])
-    sizes = {u: int(counts[members].sum()) for u, members in steps_of.items()}
+    sizes = {u: step_rows.size(members) for u, members in steps_of.items()}
     if products.trained:
         products = _grown(products, list(sizes.values()))
 
     groups: list[Group] = []
-    placed: list[int] = []  # steps in order
+    placed: list[np.ndarray] = []  # rows in order
+    done = np.zeros(step_rows.num_rows, bool)
     at = 0
 
     def add(kind: str, units: list[int], steps: list[int] | None = None) -> None:
         nonlocal at
         steps = [s for u in units for s in steps_of[u]] if steps is None else steps
-        end = at + int(counts[steps].sum())
-        if end > at:
+        rows = step_rows.rows(steps)
+        rows = rows[~done[rows]]  # steps in no pair may share rows with others
+        done[rows] = True
+        end = at + len(rows)
+        if counts[steps].any():
             cut = cut_evenly(at, end, products.chunk_rows)
             pairs = [p for u in units for p in pairs_of[u]]
             groups.append(Group(kind, at, end, cut, np.array(steps), np.array(pairs, np.int64)))
-        placed.extend(steps)
+        placed.append(rows)
         at = end
 
     if not products.trained:
@@ -202,8 +213,7 @@ def _groups_by_unit(
         for u in large:
             add("recompute", [u])
     add("logps", [], loose)
-    rows = [np.arange(offsets[s], offsets[s + 1]) for s in placed]
-    return np.concatenate(rows) if rows else np.zeros(0, np.int64), groups, products
+    return np.concatenate(placed), groups, products
 
 
 def _grown(products: Products, sizes: list[int]) -> Products:
@@ -225,11 +235,19 @@ def make_policy_plan(
     host_unit_offsets: np.ndarray | None,  # (U + 1,) rows of the units, one after the other; None: each row is one
     num_rows: int,
     products: Products,
+    host_row: np.ndarray | None = None,  # (N,) the row of each token, where units share rows
 ) -> LinearPlan:
     """The plan of a policy loss: groups of whole units that fit in a chunk, in the layout's order.
 
-    A larger unit is a group of its own and is computed twice.
+    A larger unit is a group of its own and is computed twice. Units that share a row count as one.
     """
+    sets, order = None, None
+    if host_row is not None and host_unit_offsets is not None:
+        units = StepRows(host_unit_offsets, host_row)
+        sets = units_that_share(units)
+        rows = [units.rows(members) for members in sets]
+        order = np.concatenate([np.zeros(0, np.int64), *rows])
+        host_unit_offsets = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
     nothing = np.zeros(0, np.int64)
     if products.trained:
         products = _grown(
@@ -238,7 +256,11 @@ def make_policy_plan(
     chunk_rows = products.chunk_rows
 
     def group(kind: str, start: int, end: int) -> Group:
-        return Group(kind, start, end, cut_evenly(start, end, chunk_rows), nothing, nothing)
+        members = nothing
+        if sets is not None:
+            first, last = np.searchsorted(host_unit_offsets, [start, end])
+            members = np.concatenate([nothing, *sets[first:last]])
+        return Group(kind, start, end, cut_evenly(start, end, chunk_rows), members, nothing)
 
     if not (products.hidden_gradient or products.trained):
         groups = [group("logps", 0, num_rows)]
@@ -252,7 +274,7 @@ def make_policy_plan(
             if end > start and (after is None or after - start > chunk_rows):
                 groups.append(group("complete" if end - start <= chunk_rows else "recompute", start, end))
                 start = end
-    return LinearPlan(**vars(products), num_rows=num_rows, order=None, groups=groups)
+    return LinearPlan(**vars(products), num_rows=num_rows, order=order, groups=groups)
 
 
 def pref_plan(
@@ -340,11 +362,16 @@ def policy_plan(
     offsets = None
     if importance_sampling_level != "token":
         offsets = segments_of(layout, importance_sampling_level).host_offsets.numpy()
-    return make_policy_plan(offsets, layout.num_rows, products)
+    row = None if layout.tree_rows is None else layout.tree_rows.host_row
+    return make_policy_plan(offsets, layout.rows.shape[0], products, None if row is None else row.numpy())
 
 
 def _waiting_plan(layout: StepLayout, index: np.ndarray | None, products: Products, reductions: bool) -> LinearPlan:
     """The plan of a call whose gradients wait for backward where they must, as in float16 with a trained head."""
     if products.dtype == torch.float16 and products.trained:
         index = None
-    return make_plan(layout.host_step_offsets.numpy(), index, products, reductions=reductions)
+    row = None if layout.tree_rows is None else layout.tree_rows.host_row
+    return make_plan(
+        layout.host_step_offsets.numpy(), index, products, reductions=reductions,
+        host_row=None if row is None else row.numpy(),
+    )  # fmt: skip

@@ -16,32 +16,37 @@ from ...formulas.dual import derivative
 from ...layout.steps import StepLayout
 from ...objective.policy import POLICY_SCHEMA, PolicyProblem, pack_problem, unpack_problem
 from ..shared import gradient_coefs, refuse_double_backward, scale_kept
+from ..tree_rows import added_branches, branching, extra_rows, to_tokens
 from . import engine
 from .cache import cached_plan
 from .gradients import Gradients, start_gradients
 from .head import Head
 from .logps import logps
 from .ops import HeadCall, is_frozen, register_head_op
-from .plan import LinearPlan, make_policy_plan
+from .plan import Group, LinearPlan, make_policy_plan
 from .reductions import logps_with_reductions
 from .settings import LinearCall, LinearSettings
+from .tree_policy import SharedTokens, shared_tokens
 
 
-def _linear_policy_fwd(call: HeadCall, *packed):
+def _linear_policy_fwd(call: HeadCall, host_row, *packed):
     head, problem = call.head(), unpack_problem(packed, call.backend)
     units, products, num_rows = problem.segments, call.products(), call.rows.shape[0]
+    row = None if host_row is None else host_row.numpy()
     offsets = None if units is None else units.host_offsets
 
     def make() -> LinearPlan:
-        return make_policy_plan(None if offsets is None else offsets.numpy(), num_rows, products)
+        return make_policy_plan(None if offsets is None else offsets.numpy(), num_rows, products, row)
 
     plan = cached_plan(make, call.host_step_offsets, offsets, "policy", *vars(products).values())
-    gradients = start_gradients(head, plan, call.hidden, call.hidden.dtype, call.accum_dtype)
-    tokens, entropy = run_policy(head, call.gathered(plan), plan, problem, gradients)
-    return tokens, entropy, *call.results(head, gradients)
+    gradients = start_gradients(head, plan, call.hidden_shape, call.hidden.dtype, call.accum_dtype)
+    rows = call.gathered(plan)
+    shared = None if row is None else shared_tokens(plan, problem, row, call.labels.device)
+    tokens, entropy = run_policy(head, rows, plan, problem, shared, gradients)
+    return rows.restore(tokens), rows.restore(entropy) if len(entropy) else entropy, *call.results(head, gradients)
 
 
-def _linear_policy_fwd_fake(call: HeadCall, *packed):
+def _linear_policy_fwd_fake(call: HeadCall, host_row, *packed):
     entropy_coef = packed[-1]
     return (
         call.weight.new_empty(call.rows.shape, dtype=call.acc_dtype),
@@ -52,7 +57,7 @@ def _linear_policy_fwd_fake(call: HeadCall, *packed):
 
 linear_policy_fwd = register_head_op(
     "linear_policy_fwd",
-    POLICY_SCHEMA,
+    f"Tensor? host_row, {POLICY_SCHEMA}",
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_policy_fwd,
     _linear_policy_fwd_fake,
@@ -60,9 +65,14 @@ linear_policy_fwd = register_head_op(
 
 
 def run_policy(
-    head: Head, rows: engine.Rows, plan: LinearPlan, problem: PolicyProblem, gradients: Gradients
+    head: Head,
+    rows: engine.Rows,
+    plan: LinearPlan,
+    problem: PolicyProblem,
+    shared: SharedTokens | None,
+    gradients: Gradients,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens (N,), entropy (N,) or empty; gradients of sum(scale * rows) - entropy_coef * sum(scale * entropy)."""
+    """Log-probs (U,) and entropy (U,) or empty, in the plan's order; gradients of sum(scale * rows) - entropy_coef * sum(scale * entropy)."""
     device, wants_entropy = rows.labels.device, problem.entropy_coef != 0
     tokens = torch.empty(plan.num_rows, dtype=head.acc_dtype, device=device)
     lse = torch.empty_like(tokens, dtype=torch.float64)
@@ -78,16 +88,22 @@ def run_policy(
             tokens[start:end], lse[start:end] = head.logps(chunk.logits, chunk.labels)
         return chunk
 
-    def coefs_of(start: int, end: int) -> Tensor:
-        """Of each row its gradient's five numbers (R, 5), or without an entropy bonus d loss/d logp (R,)."""
-        part = problem.part(start, end)
-        if problem.fused:
-            return part.evaluate(tokens[start:end], entropy[start:end])[1]
-        coef = derivative(part.rows, tokens[start:end]) * part.scale
+    def of_part(part: PolicyProblem, logps: Tensor, entropy: Tensor) -> Tensor:
+        """Of each token the five numbers of its gradient (n, 5), or without an entropy bonus d loss/d logp (n,)."""
+        if part.fused:
+            return part.evaluate(logps, entropy)[1]
+        coef = derivative(part.rows, logps) * part.scale
         if not wants_entropy:
             return coef
-        d_entropy = -problem.entropy_coef * part.scale
-        return gradient_coefs(entropy[start:end], None, coef, d_entropy, None, None)
+        d_entropy = -part.entropy_coef * part.scale
+        return gradient_coefs(entropy, None, coef, d_entropy, None, None)
+
+    def coefs_of(number: int, group: Group) -> Tensor:
+        """The same of each row of a group."""
+        if shared is not None:
+            return shared.coefs(number, group, of_part, tokens, entropy)
+        span = slice(group.start, group.end)
+        return of_part(problem.part(group.start, group.end), tokens[span], entropy[span])
 
     def backward(start: int, end: int, chunk: engine.Chunk, coefs: Tensor) -> None:
         if wants_entropy:
@@ -96,13 +112,13 @@ def run_policy(
             head.to_gradient(chunk.logits, chunk.labels, lse[start:end], coefs)
         gradients.add(head, chunk.logits, chunk.hidden, chunk.places)
 
-    for group in plan.groups:
+    for number, group in enumerate(plan.groups):
         in_buffer = None
         for start, end in group.chunks:
             in_buffer = forward(start, end)
         if group.kind == "logps":
             continue
-        coefs = coefs_of(group.start, group.end)
+        coefs = coefs_of(number, group)
         for start, end in reversed(group.chunks):  # the last chunk's logits are still in the buffer
             chunk = in_buffer or engine.compute_chunk(head, rows, start, end)
             backward(start, end, chunk, coefs[start - group.start : end - group.start])
@@ -141,12 +157,15 @@ class LinearPolicyRoute(torch.autograd.Function):
         problem: PolicyProblem,
         settings: LinearSettings,
     ):
-        needs = settings.needs(ctx)
+        needs, extra, tree = settings.needs(ctx), extra_rows(layout), layout.tree_rows
         tokens, entropy, d_hidden, d_weight, d_bias = linear_policy_fwd(
-            *settings.op_args(hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, needs),
+            *settings.op_args(hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, needs, extra),
+            None if tree is None else tree.host_row,
             *pack_problem(problem),
         )
+        tokens, entropy = to_tokens(tokens, layout), to_tokens(entropy, layout) if len(entropy) else entropy
         if any(needs):
+            d_hidden = added_branches(d_hidden, branching(layout)) if needs[0] else d_hidden
             ctx.save_for_backward(d_hidden, d_weight, d_bias)
             ctx.needs, ctx.settings = needs, settings
             ctx.bias_dtype = None if bias is None else bias.dtype

@@ -19,6 +19,7 @@ from ...backends import reference
 from ...layout.steps import StepLayout
 from ...objective.sums import StepLogps, step_sums, with_reductions
 from ..shared import gradient_coefs, refuse_double_backward
+from ..tree_rows import added_branches, branching, extra_rows, of_tokens, plan_offsets
 from . import engine
 from .head import Head
 from .ops import HeadCall, Work, register_head_op, set_up
@@ -38,7 +39,7 @@ def _set_up_both(
     work = set_up(call, buffers=2)
     bias = None if ref_bias is None else ref_bias.to(call.dtype)
     head = Head(ref_weight.to(call.dtype), bias, call.a, call.c, call.backend, None)
-    rows = engine.Rows(ref_hidden, call.rows, call.labels, None, work.plan, call.dtype)
+    rows = engine.Rows(ref_hidden, call.rows, call.labels, call.rows, None, work.plan, call.dtype)
     return work, engine.Reference(head, rows)
 
 
@@ -97,12 +98,14 @@ def logps_with_reductions(call: LinearCall, ref: KlReference | None, *, entropy:
     if name == "reference":
         logits = reference_logits(call.hidden, call.weight, call.bias, layout, settings)
         ref_logits = None if ref is None else reference_logits(*ref, layout, settings)
-        rows = torch.arange(layout.num_rows, device=call.hidden.device)
+        rows = torch.arange(layout.rows.shape[0], device=call.hidden.device)
         tokens = reference.token_logps(logits, rows, layout.labels, settings.a, settings.c)
         values = reference.row_reductions(logits, rows, ref_logits, settings.a, settings.c)
     else:
         tokens, *values = LinearReductionsRoute.apply(call.hidden, call.weight, call.bias, ref, layout, settings)
     wanted = (entropy, sum_p2, ref is not None)
+    tokens = of_tokens(tokens, layout)
+    values = [of_tokens(value, layout) if wants else None for value, wants in zip(values, wanted, strict=True)]
     return with_reductions(tokens, step_sums(tokens, layout, name), layout, values, wanted)
 
 
@@ -154,13 +157,14 @@ class LinearReductionsRoute(torch.autograd.Function):
         settings: LinearSettings,
     ):
         needs = settings.needs(ctx)
-        args = (hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets)
+        args, extra = (hidden, weight, bias, layout.rows, layout.labels, plan_offsets(layout)), extra_rows(layout)
         ref_args = (None, None, None) if ref is None else tuple(ref)
         tokens, lse, entropy, sum_p2, kl, ref_lse = linear_reductions_fwd(
-            *settings.op_args(*args, [False] * 3), *ref_args
+            *settings.op_args(*args, [False] * 3, extra), *ref_args
         )
         if any(needs):
-            ctx.save_for_backward(*args, *ref_args, lse, ref_lse, entropy, sum_p2)
+            ctx.save_for_backward(*args, *ref_args, lse, ref_lse, entropy, sum_p2, extra)
+            ctx.branching = branching(layout)
         ctx.needs, ctx.settings, ctx.dtypes = needs, settings, (hidden.dtype, None if bias is None else bias.dtype)
         if ref is None:
             ctx.mark_non_differentiable(kl)
@@ -174,14 +178,16 @@ class LinearReductionsRoute(torch.autograd.Function):
             return (None,) * 6
         refuse_double_backward()
         needs, settings, (dtype, bias_dtype) = ctx.needs, ctx.settings, ctx.dtypes
-        *args, lse, ref_lse, entropy, sum_p2 = ctx.saved_tensors
+        *args, lse, ref_lse, entropy, sum_p2, extra = ctx.saved_tensors
         if args[6] is None:
             d_kl = None  # under torch.compile the empty output gets an empty gradient
         args, ref = args[:6], args[6:] if d_kl is not None else (None, None, None)
         coefs = gradient_coefs(entropy, sum_p2, d_tokens, d_entropy, d_sum_p2, d_kl)
-        d_hidden, d_weight, d_bias = linear_reductions_bwd(*settings.op_args(*args, needs), *ref, lse, ref_lse, coefs)
+        d_hidden, d_weight, d_bias = linear_reductions_bwd(
+            *settings.op_args(*args, needs, extra), *ref, lse, ref_lse, coefs
+        )
         return (
-            d_hidden.to(dtype) if needs[0] else None,
+            added_branches(d_hidden, ctx.branching).to(dtype) if needs[0] else None,
             settings.deliver_weight(d_weight, None) if needs[1] else None,
             d_bias.to(bias_dtype) if needs[2] else None,
             None,

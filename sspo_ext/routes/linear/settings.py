@@ -48,12 +48,12 @@ class LinearSettings:
 
     def op_args(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor, offsets: Tensor,
-        needs: list[bool],
+        needs: list[bool], extra: Tensor | None = None,
     ) -> tuple:  # fmt: skip
         """The first arguments of every op of the route: the fields of `ops.HeadCall`."""
         grad_dtype = weight.dtype if self.weight_grad is None else self.weight_grad.dtype
         return (
-            hidden, weight, bias, rows, labels, offsets, needs, self.a, self.c, self.dtype, self.accum_dtype,
+            hidden, weight, bias, rows, labels, extra, offsets, needs, self.a, self.c, self.dtype, self.accum_dtype,
             grad_dtype, self.chunk_bytes, self.tp_group, self.vocab_start, self.vocab_rows, self.vocab_size,
             self.backend,
         )  # fmt: skip

@@ -14,6 +14,8 @@ from ...backends import ops
 from ...layout.steps import StepLayout
 from ...objective.policy import PolicyProblem
 from ..shared import refuse_double_backward
+from ..tree_rows import branching, shared_rows, to_rows, to_tokens
+from .gradient import GradientSettings, write_gradient
 from .prepare import LogitsCall
 from .reductions import logps_with_reductions
 from .route import logps
@@ -61,10 +63,14 @@ class PolicyRoute(torch.autograd.Function):
         else:
             tokens, lse = ops.token_logp_fwd(logits, layout.rows, layout.labels, a, c, backend)
             entropy = tokens.new_empty(0)
+        tokens = to_tokens(tokens, layout)
+        entropy = to_tokens(entropy, layout) if wants_entropy else entropy
         loss, coefs = problem.evaluate(tokens, entropy)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(logits, lse, coefs, layout.labels, layout.row_of)
-            ctx.settings = (a, c, wants_entropy, backend, inplace_backward)
+            ctx.settings = GradientSettings(a, c, backend, inplace_backward)
+            ctx.shared = layout if shared_rows(layout) is not None else None
+            ctx.branching = branching(layout)
         ctx.mark_non_differentiable(tokens, entropy)
         ctx.set_materialize_grads(False)
         return loss, tokens, entropy
@@ -76,16 +82,10 @@ class PolicyRoute(torch.autograd.Function):
             return (None,) * 6
         refuse_double_backward()
         logits, lse, coefs, labels, row_of = ctx.saved_tensors
-        a, c, wants_entropy, backend, inplace_backward = ctx.settings
-        if wants_entropy:
-            args = (logits, row_of, labels, lse, None, lse[:0], coefs * d_loss, a, c, backend)
-            into, over = ops.row_reductions_bwd, ops.row_reductions_bwd_
-        else:
-            args = (logits, row_of, labels, lse, coefs, d_loss, a, c, backend)
-            into, over = ops.token_logp_bwd, ops.token_logp_bwd_
-        if inplace_backward:
-            over(*args)
-            d_logits = logits.detach()  # the saved logits would keep the model's graph alive
-        else:
-            d_logits = into(*args)
+        if ctx.shared is not None:
+            coefs = to_rows(coefs, ctx.shared)
+        ref = None
+        if coefs.ndim == 2:
+            coefs, d_loss, ref = coefs * d_loss, None, (None, lse[:0])
+        d_logits = write_gradient(logits, row_of, labels, lse, coefs, d_loss, ctx.settings, ctx.branching, ref)
         return d_logits, None, None, None, None, None

@@ -19,6 +19,8 @@ from ...backends import ops, reference
 from ...layout.steps import StepLayout
 from ...objective.sums import StepLogps, step_sums, with_reductions
 from ..shared import gradient_coefs, refuse_double_backward
+from ..tree_rows import branching, of_tokens
+from .gradient import GradientSettings, write_gradient
 from .prepare import LogitsCall, no_inplace
 
 
@@ -37,9 +39,10 @@ def logps_with_reductions(call: LogitsCall, ref_logits: Tensor | None, *, entrop
         tokens, *values = ReductionsRoute.apply(
             logits, ref_logits, layout, call.a, call.c, (entropy, sum_p2), name, call.inplace_backward
         )
-    return with_reductions(
-        tokens, step_sums(tokens, layout, name), layout, values, (entropy, sum_p2, ref_logits is not None)
-    )
+    wanted = (entropy, sum_p2, ref_logits is not None)
+    tokens = of_tokens(tokens, layout)
+    values = [of_tokens(value, layout) if wants else None for value, wants in zip(values, wanted, strict=True)]
+    return with_reductions(tokens, step_sums(tokens, layout, name), layout, values, wanted)
 
 
 def _checked_reference(ref_logits: Tensor, call: LogitsCall) -> Tensor:
@@ -76,7 +79,8 @@ class ReductionsRoute(torch.autograd.Function):
         )
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(logits, ref_logits, lse, ref_lse, entropy, sum_p2, layout.labels, layout.row_of)
-            ctx.settings = (a, c, wanted, backend, inplace_backward)
+            ctx.wanted, ctx.settings = wanted, GradientSettings(a, c, backend, inplace_backward)
+            ctx.branching = branching(layout)
         asked = zip((entropy, sum_p2, kl), (*wanted, ref_logits is not None), strict=True)
         ctx.mark_non_differentiable(*[value for value, wants in asked if not wants])
         ctx.set_materialize_grads(False)
@@ -86,7 +90,7 @@ class ReductionsRoute(torch.autograd.Function):
     def backward(ctx, *upstream):
         d_tokens, d_entropy, d_sum_p2, d_kl = upstream
         logits, ref, lse, ref_lse, entropy, sum_p2, labels, row_of = ctx.saved_tensors
-        a, c, wanted, backend, inplace_backward = ctx.settings
+        wanted = ctx.wanted
         # under torch.compile an empty output gets an empty gradient
         d_entropy, d_sum_p2 = d_entropy if wanted[0] else None, d_sum_p2 if wanted[1] else None
         d_kl = None if ref is None else d_kl
@@ -94,10 +98,6 @@ class ReductionsRoute(torch.autograd.Function):
             return (None,) * 8
         refuse_double_backward()
         coefs = gradient_coefs(entropy, sum_p2, d_tokens, d_entropy, d_sum_p2, d_kl)
-        args = (logits, row_of, labels, lse, None if d_kl is None else ref, ref_lse, coefs, a, c, backend)
-        if inplace_backward:
-            ops.row_reductions_bwd_(*args)
-            d_logits = logits.detach()  # the saved logits would keep the model's graph alive
-        else:
-            d_logits = ops.row_reductions_bwd(*args)
+        ref = (None if d_kl is None else ref, ref_lse)
+        d_logits = write_gradient(logits, row_of, labels, lse, coefs, None, ctx.settings, ctx.branching, ref)
         return d_logits, None, None, None, None, None, None, None

@@ -14,6 +14,8 @@ from ...layout.steps import StepLayout
 from ...objective.pair import PairLossSpec, reference_loss, step_loss
 from ...objective.sums import in_dtype, step_sums
 from ..shared import refuse_double_backward
+from ..tree_rows import branching, shared_rows, to_rows, to_tokens
+from .gradient import GradientSettings, write_gradient
 from .prepare import LogitsCall
 
 
@@ -36,7 +38,8 @@ def logps(call: LogitsCall) -> tuple[Tensor, Tensor]:
 
 def reference_tokens(call: LogitsCall) -> Tensor:
     """(N,) token log-probs by plain torch."""
-    return reference.token_logps(call.logits, call.layout.rows, call.layout.labels, call.a, call.c)
+    tokens = reference.token_logps(call.logits, call.layout.rows, call.layout.labels, call.a, call.c)
+    return to_tokens(tokens, call.layout)
 
 
 def _apply(call: LogitsCall, spec: PairLossSpec | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -62,11 +65,14 @@ class LogitsRoute(torch.autograd.Function):
         inplace_backward: bool,
     ):
         tokens, lse = ops.token_logp_fwd(logits, layout.rows, layout.labels, a, c, backend)
+        tokens = to_tokens(tokens, layout)
         weights = in_dtype(layout.weights, tokens.dtype)
         loss, sums, pair_losses, coef = step_loss(tokens, weights, layout, spec, backend)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(logits, lse, coef, weights, layout.labels, layout.row_of, layout.step_of_row)
-            ctx.settings = (a, c, backend, inplace_backward)
+            ctx.settings = GradientSettings(a, c, backend, inplace_backward)
+            ctx.shared = layout if shared_rows(layout) is not None else None
+            ctx.branching = branching(layout)
         ctx.mark_non_differentiable(pair_losses)
         ctx.set_materialize_grads(False)
         return loss, sums, tokens, pair_losses
@@ -78,16 +84,12 @@ class LogitsRoute(torch.autograd.Function):
             return (None,) * 7
         refuse_double_backward()
         logits, lse, coef, weights, labels, row_of, step_of_row = ctx.saved_tensors
-        a, c, backend, inplace_backward = ctx.settings
         if d_sums is not None or d_tokens is not None:
             coef = _total_coef(coef, weights, step_of_row, d_loss, d_sums, d_tokens)
             d_loss = None
-        args = (logits, row_of, labels, lse, coef, d_loss, a, c, backend)
-        if inplace_backward:
-            ops.token_logp_bwd_(*args)
-            d_logits = logits.detach()  # the saved logits would keep the model's graph alive
-        else:
-            d_logits = ops.token_logp_bwd(*args)
+        if ctx.shared is not None:
+            coef = to_rows(coef, ctx.shared)
+        d_logits = write_gradient(logits, row_of, labels, lse, coef, d_loss, ctx.settings, ctx.branching)
         return d_logits, None, None, None, None, None, None
 
 
