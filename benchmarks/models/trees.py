@@ -3,8 +3,8 @@
 
     python -m benchmarks trees             # prints the table and writes benchmarks/results/trees.md (a minute)
 
-Log-probs of all tokens, a preference loss on both routes, and its gradient for every parameter. Every model is tiny, its
-random weights are large, and sliding windows are shorter than the sequences. No weights are downloaded.
+Log-probs of scored tokens, a preference loss on both routes, and its gradient for every parameter. Every model is tiny,
+its random weights are large, and sliding windows are shorter than the sequences. No weights are downloaded.
 """
 
 from __future__ import annotations
@@ -190,7 +190,8 @@ def table() -> list[str]:
 
 _TEXT = """# Trees against separate sequences
 
-Written by `python -m benchmarks trees`; change that file, not this one. torch {torch}, transformers {transformers}, CPU.
+Written by `python -m benchmarks trees`; change benchmarks/models/trees.py, not this file.
+torch {torch}, transformers {transformers}, CPU.
 
 Tiny random models, three pairs of sequences ({unshared} tokens, {tokens} as a tree). Sliding windows are 8 tokens, the
 paths {longest}. A sigmoid loss over the pairs of steps. Each number is the largest absolute difference between one

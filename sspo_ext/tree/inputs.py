@@ -92,7 +92,7 @@ def tree_attention(model: nn.Module, attention: str = "auto") -> Iterator[str]:
             refused[name] = reason
     finally:
         if attention_of(config) != own:
-            _set_attention(model, str(own))
+            config._attn_implementation = own  # unchecked: the model came with it
     reasons = "; ".join(f"with {name}: {reason}" for name, reason in refused.items())
     raise _unsupported(model, reasons, "run the sequences unshared")
 
