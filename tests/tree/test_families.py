@@ -69,7 +69,13 @@ def test_another_branch_does_not_change_a_bit(name, attention):
 @pytest.mark.parametrize("attention", trees.ATTENTIONS)
 @pytest.mark.parametrize(
     ("name", "lengths"),
-    (("llama", (12, 9, 12)), ("mistral", (12, 9, 12)), ("gpt2", (12, 9, 12)), ("mixtral", (12,) * 3)),
+    (
+        ("llama", (12, 9, 12)),
+        ("llama", (12,) * 3),
+        ("mistral", (12, 9, 12)),
+        ("gpt2", (12, 9, 12)),
+        ("mixtral", (12,) * 3),
+    ),
 )
 def test_a_tree_of_one_path_is_the_plain_batch(name, lengths, attention):
     """Bit for bit: a padded batch of sequences that share nothing, its logits, its loss and every gradient.
@@ -101,4 +107,6 @@ def test_a_tree_of_one_path_is_the_plain_batch(name, lengths, attention):
         got = run(StepLayout.from_tree(tree, sequences, steps), **tree_inputs(model, tree))
         expected = run(StepLayout.from_step_ids(ids, padded), input_ids=ids, attention_mask=mask)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
-    assert all(torch.equal(a, b) for a, b in zip(got[2], expected[2], strict=True))
+    # Without padding and windows transformers gives SDPA no mask, and its causal backward adds in another order.
+    same = torch.equal if name != "llama" or attention == "eager" or min(lengths) < 12 else torch.allclose
+    assert all(same(a, b) for a, b in zip(got[2], expected[2], strict=True))

@@ -70,6 +70,11 @@ def spelt_out(mask):
     return seen[:, :length, :length]
 
 
+def whole_blocks():
+    """Chains of two blocks and of three: a block of queries ends where the tree ends."""
+    return TokenTree.from_sequences([range(2 * BLOCK), range(1000, 1000 + 3 * BLOCK)])
+
+
 TREES = [(0, None), (1, 500), (2, 512), (3, 900)]
 
 
@@ -89,10 +94,10 @@ def test_block_mask_sees_the_path(seed, max_tokens, window):
     assert torch.equal(spelt_out(mask), by_hand(tree, window))
 
 
-@pytest.mark.parametrize(("seed", "max_tokens"), TREES)
+@pytest.mark.parametrize(("seed", "max_tokens"), [*TREES, (None, None)])
 def test_block_mask_has_torchs_blocks(seed, max_tokens):
     """No block more than torch finds in the dense mask, none in part that is full, and the same for the gradients."""
-    tree = made_up_tree(seed, max_tokens)
+    tree = whole_blocks() if seed is None else made_up_tree(seed, max_tokens)
     got, (rows, length) = block_mask(tree), tree.shape
     expected = create_block_mask(got.mask_mod, rows, None, length, length, device="cpu")
     for name in ("kv", "full_kv", "q", "full_q"):
