@@ -20,6 +20,7 @@ COMMANDS = {
     ),
     "gpu": ("kernels.gpu", "on a GPU: correctness, then times next to the predictions and the peers"),
     "families": ("models.families", "linear route compared with logits route on tiny models of many families"),
+    "trees": ("models.trees", "sequences as a tree compared with each alone, on tiny models of many families"),
     "real-routes": ("models.real_routes", "the real run on both routes and with TRL's DPOTrainer"),
     "compression": ("compression", "trains SSPO, outcome-only RL, length penalties and controls, and compares them"),
     "probe": ("models.probe", "K probes of a chain: packed, cached and K forwards"),

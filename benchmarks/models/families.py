@@ -76,13 +76,13 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
 _LORA = "llama-lora"
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """A tiny random causal LM of one family, in eval mode."""
+def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> nn.Module:
+    """A tiny random causal LM of one family, in eval mode. `changes` are other options of its config."""
     import transformers
 
     model_class, config_class, options = FAMILIES["llama" if name == _LORA else name]
     torch.manual_seed(seed)
-    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**options))
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**options | changes))
     if name == _LORA:
         import peft
 

@@ -16,6 +16,9 @@ ENGINES = ("packed", "cached", "separate")  # in the order in which "auto" tries
 
 SAMPLING_ENGINES = ("cached", "separate")
 
+# What must fit into a model's table of positions, in the words of an error.
+TOKENS = "tokens with all that follows them (a probe and its answer, or max_new_tokens)"
+
 Trunks = Sequence[Sequence[int]]
 
 
