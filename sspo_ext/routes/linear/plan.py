@@ -23,7 +23,7 @@ import torch
 
 from ...layout.pairs import StepPairs, connected_steps
 from ...layout.steps import StepLayout
-from ...objective.policy import segments_of
+from ...objective.idle import idle_rows, offsets_among, units_on_host
 from .budget import budget_of
 from .packing import packed
 
@@ -297,13 +297,15 @@ def pref_plan(
     index = None
     if not (logps_only or reductions):
         index = (layout.pair_by_index() if pairs is None else pairs).host_index.numpy()
-    return _waiting_plan(layout, index, products, reductions)
+    return _waiting_plan(layout.host_step_offsets.numpy(), index, products, reductions)
 
 
 def policy_plan(
     layout: StepLayout,
     *,
     importance_sampling_level: str = "token",
+    advantages: torch.Tensor | None = None,
+    skip_zero_advantages: bool = False,
     vocab: int,
     hidden: int,
     dtype: torch.dtype = torch.float32,
@@ -317,6 +319,8 @@ def policy_plan(
     Args:
         layout: the batch's StepLayout.
         importance_sampling_level: that of the loss: 'token', 'step' or 'sequence'.
+        advantages: those of a loss without KL and entropy, on the host: idle rows cost one GEMM.
+        skip_zero_advantages: that of the loss: they cost none.
         vocab: V, rows of the head's weight.
         hidden: H, columns of the head's weight.
         dtype: the dtype of the GEMMs.
@@ -335,16 +339,25 @@ def policy_plan(
     columns = hidden if weight_gradient and dtype.itemsize == 2 else 0
     budget = budget_of(vocab, dtype, chunk_bytes, layout.device, accumulator_columns=columns)
     products = Products(*budget, vocab, hidden, dtype, hidden_gradient, weight_gradient, bias_gradient)
+    offsets, steps, rows = units_on_host(layout, importance_sampling_level), layout.host_step_offsets.numpy(), 0
+    idle = None if advantages is None else idle_rows(advantages, layout, offsets)
+    if idle is not None:
+        busy, rows = np.flatnonzero(~idle), 0 if skip_zero_advantages else int(idle.sum())
+        steps = offsets_among(steps, busy)
+        offsets = None if offsets is None else offsets_among(offsets, busy)
     if dtype == torch.float16:
-        return _waiting_plan(layout, None, products, False)
-    offsets = None
-    if importance_sampling_level != "token":
-        offsets = segments_of(layout, importance_sampling_level).host_offsets.numpy()
-    return make_policy_plan(offsets, layout.num_rows, products)
+        plan = _waiting_plan(steps, None, products, False)
+    else:
+        plan = make_policy_plan(offsets, int(steps[-1]), products)
+    if not rows:
+        return plan
+    nothing, start, end = np.zeros(0, np.int64), plan.num_rows, plan.num_rows + rows
+    idle_group = Group("logps", start, end, cut_evenly(start, end, budget.rows), nothing, nothing)
+    return replace(plan, num_rows=end, groups=[*plan.groups, idle_group])
 
 
-def _waiting_plan(layout: StepLayout, index: np.ndarray | None, products: Products, reductions: bool) -> LinearPlan:
+def _waiting_plan(offsets: np.ndarray, index: np.ndarray | None, products: Products, reductions: bool) -> LinearPlan:
     """The plan of a call whose gradients wait for backward where they must, as in float16 with a trained head."""
     if products.dtype == torch.float16 and products.trained:
         index = None
-    return make_plan(layout.host_step_offsets.numpy(), index, products, reductions=reductions)
+    return make_plan(offsets, index, products, reductions=reductions)
