@@ -236,6 +236,7 @@ def linear_step_policy_loss(
     accum_dtype: torch.dtype | None = None,
     weight_grad: Tensor | None = None,
     tp_group=None,
+    batch_invariant: bool = False,
     backend: str = "auto",
     **loss_options: float | None,
 ) -> StepPolicyOutput:
@@ -278,6 +279,7 @@ def linear_step_policy_loss(
         accum_dtype: as in `linear_step_pref_loss`.
         weight_grad: as in `linear_step_pref_loss`.
         tp_group: as in `linear_step_pref_loss`.
+        batch_invariant: as in `linear_step_pref_loss`.
         backend: as in `step_pref_loss`.
         **loss_options: as in `step_policy_loss`.
 
@@ -295,10 +297,11 @@ def linear_step_policy_loss(
     """
     if token_weights is not None and isinstance(layout, StepLayout):
         layout = layout.with_row_weights(token_weights)
-    call = linear.prepare(
-        hidden, weight, bias, layout, temperature, logit_softcap, logit_scale, chunk_bytes, accum_dtype, weight_grad,
-        tp_group, backend,
+    linear_options = linear.LinearOptions(
+        temperature, logit_softcap, logit_scale, chunk_bytes, accum_dtype, weight_grad, tp_group, batch_invariant,
+        backend,
     )  # fmt: skip
+    call = linear.prepare(hidden, weight, bias, layout, linear_options)
     options = PolicyOptions(
         loss_type, importance_sampling_level, length_normalize, prob_threshold, kl_coef, kl_estimator, entropy_coef,
         aggregation, num_items, loss_options,

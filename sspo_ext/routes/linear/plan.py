@@ -24,7 +24,7 @@ import torch
 from ...layout.pairs import StepPairs, connected_steps
 from ...layout.steps import StepLayout
 from ...objective.idle import idle_rows, offsets_among, units_on_host
-from .budget import budget_of
+from .budget import budget_of, whole_tiles
 from .packing import packed
 
 
@@ -51,6 +51,7 @@ class Products:
     chunk_rows: int
     rows_at_once: int  # a batch with no more rows is one chunk
     rows_of_a_unit: int  # to which a chunk may grow for a unit that would otherwise be computed twice
+    tile: int  # rows of every product of logits; 1: they have any size
     vocab: int
     hidden: int
     dtype: torch.dtype
@@ -62,6 +63,13 @@ class Products:
     def trained(self) -> bool:
         """Whether the head itself gets a gradient."""
         return self.weight_gradient or self.bias_gradient
+
+    def cut(self, start: int, end: int) -> list[tuple[int, int]]:
+        """[start, end) in the fewest chunks, as even as they can be; all but the last are whole tiles."""
+        count = -(-(end - start) // self.chunk_rows)
+        edges = np.linspace(start, end, count + 1).round().astype(int).tolist() if count else [start]
+        edges = [min(start + whole_tiles(edge - start, self.tile), end) for edge in edges]
+        return list(zip(edges[:-1], edges[1:], strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,15 +89,16 @@ class LinearPlan(Products):
 
     @property
     def gemm_rows(self) -> int:
-        """Sum over rows of the GEMMs that each enters."""
+        """Sum over rows of the GEMMs that each enters, rows that fill a tile included."""
         total, gradients = 0, self.weight_gradient + self.hidden_gradient
         for group in self.groups:
-            rows = group.end - group.start
-            total += rows * {"logps": 1, "frozen": 2, "complete": 1 + gradients}.get(group.kind, 2 + gradients)
+            sizes = [end - start for start, end in group.chunks]
+            computed = [whole_tiles(size, self.tile) for size in sizes]
+            total += sum(sizes) * {"logps": 0, "frozen": 1}.get(group.kind, gradients)
+            total += sum(computed) * (2 if group.kind in ("recompute", "later") else 1)
             if group.kind == "recompute":
                 # the last chunk's logits are still in the buffer when the backward sweep starts with it
-                start, end = group.chunks[-1]
-                total -= end - start
+                total -= computed[-1]
         return total
 
     @property
@@ -100,7 +109,8 @@ class LinearPlan(Products):
     @property
     def buffer_bytes(self) -> int:
         """Bytes of the reused logits buffer."""
-        return min(self.chunk_rows, max(self.num_rows, 1)) * self.vocab * self.dtype.itemsize
+        rows = whole_tiles(min(self.chunk_rows, max(self.num_rows, 1)), self.tile)
+        return rows * self.vocab * self.dtype.itemsize
 
     @property
     def accumulator_bytes(self) -> int:
@@ -141,14 +151,14 @@ def make_plan(
     reductions: bool = False,
 ) -> LinearPlan:
     """The plan of a pair loss, or of log-probs alone."""
-    num_rows, num_steps, chunk_rows = int(host_step_offsets[-1]), len(host_step_offsets) - 1, products.chunk_rows
+    num_rows, num_steps = int(host_step_offsets[-1]), len(host_step_offsets) - 1
     trained, hidden_gradient = products.trained, products.hidden_gradient
     order = None
     if host_pair_index is None or not (hidden_gradient or trained):
         later = trained or (reductions and hidden_gradient)
         kind = "later" if later else "frozen" if hidden_gradient else "logps"
         pairs = np.arange(0 if host_pair_index is None else len(host_pair_index))
-        groups = [Group(kind, 0, num_rows, cut_evenly(0, num_rows, chunk_rows), np.arange(num_steps), pairs)]
+        groups = [Group(kind, 0, num_rows, products.cut(0, num_rows), np.arange(num_steps), pairs)]
     else:
         order, groups, products = _groups_by_unit(host_step_offsets, host_pair_index, products)
     return LinearPlan(**vars(products), num_rows=num_rows, order=order, groups=groups)
@@ -186,7 +196,7 @@ def _groups_by_unit(
         steps = [s for u in units for s in steps_of[u]] if steps is None else steps
         end = at + int(counts[steps].sum())
         if end > at:
-            cut = cut_evenly(at, end, products.chunk_rows)
+            cut = products.cut(at, end)
             pairs = [p for u in units for p in pairs_of[u]]
             groups.append(Group(kind, at, end, cut, np.array(steps), np.array(pairs, np.int64)))
         placed.extend(steps)
@@ -214,13 +224,6 @@ def _grown(products: Products, sizes: list[int]) -> Products:
     return replace(products, chunk_rows=max(rows))
 
 
-def cut_evenly(start: int, end: int, size: int) -> list[tuple[int, int]]:
-    """[start, end) in the fewest chunks of at most `size`, as even as they can be."""
-    count = -(-(end - start) // size)
-    edges = np.linspace(start, end, count + 1).round().astype(int).tolist() if count else [start]
-    return list(zip(edges[:-1], edges[1:], strict=True))
-
-
 def make_policy_plan(
     host_unit_offsets: np.ndarray | None,  # (U + 1,) rows of the units, one after the other; None: each row is one
     num_rows: int,
@@ -238,12 +241,12 @@ def make_policy_plan(
     chunk_rows = products.chunk_rows
 
     def group(kind: str, start: int, end: int) -> Group:
-        return Group(kind, start, end, cut_evenly(start, end, chunk_rows), nothing, nothing)
+        return Group(kind, start, end, products.cut(start, end), nothing, nothing)
 
     if not (products.hidden_gradient or products.trained):
         groups = [group("logps", 0, num_rows)]
     elif host_unit_offsets is None:
-        groups = [group("complete", start, end) for start, end in cut_evenly(0, num_rows, chunk_rows)]
+        groups = [group("complete", start, end) for start, end in products.cut(0, num_rows)]
     else:
         groups, start = [], 0
         ends = host_unit_offsets[1:].tolist()
@@ -266,6 +269,7 @@ def pref_plan(
     hidden_gradient: bool = True,
     weight_gradient: bool = True,
     bias_gradient: bool = False,
+    batch_invariant: bool = False,
     logps_only: bool = False,
     reductions: bool = False,
 ) -> LinearPlan:
@@ -281,6 +285,7 @@ def pref_plan(
         hidden_gradient: whether the hidden states need a gradient.
         weight_gradient: whether the head's weight needs a gradient.
         bias_gradient: whether the head's bias needs a gradient.
+        batch_invariant: that of the call.
         logps_only: plan `linear_step_logps` instead.
         reductions: plan `linear_step_logps` with entropy, sum_p2 or kl (for kl without the reference's own products).
 
@@ -292,7 +297,9 @@ def pref_plan(
         >>> text = str(plan)
     """
     columns = hidden if weight_gradient and dtype.itemsize == 2 else 0
-    budget = budget_of(vocab, dtype, chunk_bytes, layout.device, accumulator_columns=columns)
+    budget = budget_of(
+        vocab, dtype, chunk_bytes, layout.device, accumulator_columns=columns, batch_invariant=batch_invariant
+    )
     products = Products(*budget, vocab, hidden, dtype, hidden_gradient, weight_gradient, bias_gradient)
     index = None
     if not (logps_only or reductions):
@@ -313,6 +320,7 @@ def policy_plan(
     hidden_gradient: bool = True,
     weight_gradient: bool = True,
     bias_gradient: bool = False,
+    batch_invariant: bool = False,
 ) -> LinearPlan:
     """What `linear_step_policy_loss` will do with a trained head: rows, chunks, GEMMs, FLOPs, bytes. Print it.
 
@@ -328,6 +336,7 @@ def policy_plan(
         hidden_gradient: whether the hidden states need a gradient.
         weight_gradient: whether the head's weight needs a gradient.
         bias_gradient: whether the head's bias needs a gradient.
+        batch_invariant: that of the call.
 
     Returns:
         LinearPlan.
@@ -337,7 +346,9 @@ def policy_plan(
         >>> text = str(plan)
     """
     columns = hidden if weight_gradient and dtype.itemsize == 2 else 0
-    budget = budget_of(vocab, dtype, chunk_bytes, layout.device, accumulator_columns=columns)
+    budget = budget_of(
+        vocab, dtype, chunk_bytes, layout.device, accumulator_columns=columns, batch_invariant=batch_invariant
+    )
     products = Products(*budget, vocab, hidden, dtype, hidden_gradient, weight_gradient, bias_gradient)
     offsets, steps, rows = units_on_host(layout, importance_sampling_level), layout.host_step_offsets.numpy(), 0
     idle = None if advantages is None else idle_rows(advantages, layout, offsets)
@@ -352,7 +363,7 @@ def policy_plan(
     if not rows:
         return plan
     nothing, start, end = np.zeros(0, np.int64), plan.num_rows, plan.num_rows + rows
-    idle_group = Group("logps", start, end, cut_evenly(start, end, budget.rows), nothing, nothing)
+    idle_group = Group("logps", start, end, products.cut(start, end), nothing, nothing)
     return replace(plan, num_rows=end, groups=[*plan.groups, idle_group])
 
 
