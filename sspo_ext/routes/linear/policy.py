@@ -8,13 +8,19 @@ head costs three GEMMs. `policy` chooses between kernels and reference.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from ... import backends
 from ...formulas.dual import derivative
 from ...layout.steps import StepLayout
+from ...layout.tree_rows import rows_among
+from ...objective.idle import offsets_among
 from ...objective.policy import POLICY_SCHEMA, PolicyProblem, pack_problem, unpack_problem
+from ...objective.values import copied
 from ..shared import gradient_coefs, refuse_double_backward, scale_kept
 from ..tree_rows import added_branches, extra_rows, host_row, to_tokens
 from . import engine
@@ -130,7 +136,66 @@ def run_policy(
 
 
 def policy(call: LinearCall, problem: PolicyProblem) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss (), token log-probs (N,) and, with an entropy bonus, the entropy of each row (N,)."""
+    """Loss (), token log-probs (N,) and, with an entropy bonus, the entropy of each row (N,).
+
+    Log-probs of rows that the problem skips are NaN.
+    """
+    if problem.idle is None or (problem.skipped is None and not any(call.needs)):
+        return _policy(call, problem)
+    layout = call.layout
+    busy, places = _places(np.flatnonzero(~problem.idle), layout)
+    some = _only(call, busy, places)
+    loss, values, _ = _policy(some, problem.only(busy, places, some.layout.step_offsets))
+    tokens = values.new_full((layout.num_rows,), torch.nan).index_copy(0, places, values.detach())
+    if problem.skipped is None:  # one product for rows that need no gradient
+        idle, (known, source) = np.flatnonzero(problem.idle), _known(layout, busy, problem.idle)
+        if len(known):  # tokens of a tree whose rows others have
+            tokens = tokens.index_copy(0, _places(known, layout)[1], tokens[_places(source, layout)[1]])
+            idle = np.setdiff1d(idle, known)
+        idle, places = _places(idle, layout)
+        rest = _only(call, idle, places)
+        with torch.no_grad():
+            values = logps(replace(rest, settings=replace(rest.settings, record=False)))[0]
+        tokens.index_copy_(0, places, values)
+        loss = loss + 0 * values.sum()  # what is not finite shows
+    return loss, tokens, None
+
+
+def _places(kept: np.ndarray, layout: StepLayout) -> tuple[np.ndarray, Tensor]:
+    """Tokens (n,), on the host and on the device."""
+    return kept, copied(torch.from_numpy(kept), layout.device)
+
+
+def _known(layout: StepLayout, busy: np.ndarray, idle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Idle tokens whose row a busy token has too, and such a token for each."""
+    row = host_row(layout)
+    if row is None:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    of_row = np.full(layout.rows.shape[0], -1, np.int64)
+    of_row[row.numpy()[busy]] = busy
+    source = np.where(idle, of_row[row.numpy()], -1)
+    known = np.flatnonzero(source >= 0)
+    return known, source[known]
+
+
+def _only(call: LinearCall, kept: np.ndarray, places: Tensor) -> LinearCall:
+    """The call for some tokens of its layout."""
+    layout = call.layout
+    offsets = torch.from_numpy(offsets_among(layout.host_step_offsets.numpy(), kept))
+    rows, tree = places, layout.tree_rows
+    if tree is not None:
+        used, tree = rows_among(tree, kept)
+        rows, tree = _places(used, layout)[1], tree.to(layout.device)
+    some = replace(
+        layout, rows=layout.rows[rows], labels=layout.labels[rows], step_of_row=layout.step_of_row[places],
+        weights=None if layout.weights is None else layout.weights[places], host_step_offsets=offsets,
+        step_offsets=copied(offsets.to(torch.int32), layout.device), tree_rows=tree,
+    )  # fmt: skip
+    return replace(call, layout=some)
+
+
+def _policy(call: LinearCall, problem: PolicyProblem) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same, of rows that all have a gradient."""
     layout, settings, wants_entropy = call.layout, call.settings, problem.entropy_coef != 0
     needs = call.needs
     # float16 gradients wait for the loss scale, which is known in backward

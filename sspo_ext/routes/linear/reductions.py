@@ -38,7 +38,7 @@ def _set_up_both(
     assert ref_weight is not None
     work = set_up(call, buffers=2)
     bias = None if ref_bias is None else ref_bias.to(call.dtype)
-    head = Head(ref_weight.to(call.dtype), bias, call.a, call.c, call.backend, None)
+    head = Head(ref_weight.to(call.dtype), bias, call.a, call.c, call.backend, None, call.batch_invariant)
     rows = engine.Rows(ref_hidden, call.rows, call.labels, call.rows, None, work.plan, call.dtype)
     return work, engine.Reference(head, rows)
 
@@ -90,7 +90,10 @@ def logps_with_reductions(call: LinearCall, ref: KlReference | None, *, entropy:
     """Step log-probs with the reductions that are asked for, and with kl if there is a reference."""
     layout, settings = call.layout, call.settings
     name = backends.with_reductions(settings.requested, settings.backend)
-    for argument, given in (("tp_group", settings.tp_group != ""), ("weight_grad", settings.weight_grad is not None)):
+    for argument, given in (
+        ("tp_group", settings.tp_group != ""), ("weight_grad", settings.weight_grad is not None),
+        ("batch_invariant", settings.batch_invariant),
+    ):  # fmt: skip
         if name != settings.backend and given:
             raise ValueError(
                 f"{argument}: {settings.backend!r} has no entropy, sum_p2 or kl, and 'reference' no {argument}"
