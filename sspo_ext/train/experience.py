@@ -18,6 +18,7 @@ from ..data.prompts import prompt_tokens
 from ..layout.steps import StepLayout
 from ..signals.credit.baselines import combine_advantages, outcome_advantages
 from ..signals.credit.gae import spread, step_gae
+from ..signals.probing.options import NEAR_ZERO
 from ..signals.split import step_ids_from_tokens
 from ..signals.values import StepValues
 from .options import dictionary
@@ -25,6 +26,8 @@ from .options import dictionary
 if TYPE_CHECKING:
     from .means import Sums
     from .sspo_config import SSPOConfig
+
+_ALL_BUT_ALL = 0.99  # of the values of an update
 
 
 @dataclass
@@ -228,11 +231,12 @@ def rollout_metrics(rows: Iterable[Summary]) -> dict[str, float]:
 def update_metrics(
     rows: Iterable[Summary], advantages: Sequence[Sequence[float]]
 ) -> dict[str, tuple[float, int]]:  # name: (sum, count)
-    """`rollout_metrics`, the values of the prompt and before the last step, and the advantages of all steps."""
+    """`rollout_metrics`, the values before steps, and the advantages of all steps."""
     rows = list(rows)
     found: dict[str, tuple[float, int]] = {name: (value, 1) for name, value in rollout_metrics(rows).items()}
     probed = [row.values for row in rows if len(row.values) > 1]
     if probed:
+        found["values/near_zero"] = near_zero(rows), 1
         found["values/first"] = sum(v[0] for v in probed), len(probed)
         found["values/last"] = sum(v[-2] for v in probed), len(probed)
     flat = torch.tensor([a for row in advantages for a in row])
@@ -244,6 +248,26 @@ def update_metrics(
         if silent:
             warnings.warn(_silence(rows), stacklevel=2)
     return found
+
+
+def near_zero(rows: Iterable[Summary]) -> float:
+    """The share of values before steps that are all but zero; 0 without steps."""
+    values = [v for row in rows for v in row.values[:-1]]
+    return sum(abs(v) < NEAR_ZERO for v in values) / max(len(values), 1)
+
+
+def warn_near_zero(rows: Sequence[Summary], probe: str) -> bool:
+    """Warns if nearly all values of an update are all but zero, and returns whether it did."""
+    share = near_zero(rows)
+    if share < _ALL_BUT_ALL:
+        return False
+    warnings.warn(
+        f"{share:.1%} of an update's values are below {NEAR_ZERO:g}: after the probe {probe!r} the model hardly ever "
+        "gives the right answer. Either it cannot know it there, or this text does not make it answer: `sspo-ext probe` "
+        "compares texts on the model's own completions. values/near_zero is logged",
+        stacklevel=2,
+    )
+    return True
 
 
 def _silence(rows: Sequence[Summary]) -> str:

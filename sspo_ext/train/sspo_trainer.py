@@ -36,6 +36,7 @@ from .experience import (
     rollout_number,
     step_advantages,
     update_metrics,
+    warn_near_zero,
 )
 from .means import Sums
 from .model_call import call_model, check_processes, choose_route, router_loss
@@ -133,6 +134,7 @@ class SSPOTrainer(RolloutTrainer):
             disable_dropout(policy)
         self.reward_func = reward_func
         self._unit_rewards = args.combine != "outcome" and not own_values
+        self._watch_probe = self._unit_rewards  # until it has warned
         self.pad_token_id = tokenizer.pad_token_id or 0
         self.eos_token_ids = end_tokens(policy, tokenizer)
         self.delimiters = step_delimiters(policy, tokenizer, args.split_by, self.eos_token_ids)
@@ -248,6 +250,8 @@ class SSPOTrainer(RolloutTrainer):
             rollout.reward = rollout.reward if rollout.ended else lowest
         for name, (total, count) in update_metrics(everyone, advantages).items():
             self._sums.add(name, total, count)
+        if self._watch_probe:
+            self._watch_probe = not warn_near_zero(everyone, self.args.asked.text)
         return everyone
 
     def on_rollouts(self, rollouts: Sequence[Rollout]) -> None:

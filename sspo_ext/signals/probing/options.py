@@ -10,6 +10,8 @@ from typing import Any
 from ..._checks import check_choice, check_count, check_not_negative
 from ..branches.branch import ENGINES, SAMPLING_ENGINES
 
+NEAR_ZERO = 1e-3  # a value below this says that the model does not answer rightly here
+
 # The options that have an effect in one mode only.
 _OWN = {"likelihood": ("reduce",), "graded": ("grader", "num_samples", "max_answer_tokens", "temperature")}
 
