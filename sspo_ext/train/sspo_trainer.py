@@ -22,6 +22,8 @@ from ..data.chat import row_probe
 from ..data.graders import Grader
 from ..hf.wrappers import eval_mode
 from ..losses.policy import StepPolicyOutput, linear_step_policy_loss, step_policy_loss
+from ..signals.probing.likelihood import unit_values
+from ..signals.probing.options import FLOOR
 from ..signals.probing.probe import probe_step_values
 from ..signals.values import StepBatch
 from .dropout import disable_dropout
@@ -197,6 +199,8 @@ class SSPOTrainer(RolloutTrainer):
     def step_values(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         """Estimates the value of every prefix: the policy's own chance of the right answer, asked by the probe.
 
+        Log-probabilities (`probe_options={"reduce": "logprob"}`) are put on the scale of the rewards, see `unit_values`.
+
         Args:
             rollouts: Rollouts of this process, split into steps and graded.
 
@@ -210,8 +214,10 @@ class SSPOTrainer(RolloutTrainer):
         options = {"tokenizer": self.processing_class, **dictionary(self.args.probe_options), **grader}
         with torch.no_grad(), self.accelerator.autocast():
             probes = [row_probe(self.args.asked, r.row) for r in rollouts]
-            values = probe_step_values(self.model, states, probes, answers, **options).to_lists()
-        return [[*v, 0.0] if r.steps else v for r, v in zip(rollouts, values, strict=True)]
+            values = probe_step_values(self.model, states, probes, answers, **options)
+        if options.get("reduce") == "logprob":
+            values = unit_values(values, options.get("floor", FLOOR))
+        return [[*v, 0.0] if r.steps else v for r, v in zip(rollouts, values.to_lists(), strict=True)]
 
     def advantages(
         self, rewards: Tensor, num_steps: Sequence[int], values: Sequence[list[float]], groups: Tensor
