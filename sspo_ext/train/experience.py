@@ -19,7 +19,7 @@ from ..layout.steps import StepLayout
 from ..signals.credit.baselines import combine_advantages, outcome_advantages
 from ..signals.credit.gae import spread, step_gae
 from ..signals.probing.options import NEAR_ZERO
-from ..signals.split import step_ids_from_tokens
+from ..signals.split import split_steps
 from ..signals.values import StepValues
 from .options import dictionary
 
@@ -124,28 +124,6 @@ def rollout_number(updates_done: int, num_iterations: int) -> int:
             f"updates, since rollouts are not saved, got one after {updates_done}; name or keep an earlier one"
         )
     return updates_done // num_iterations
-
-
-def split_steps(completions: Sequence[Sequence[int]], delimiters: Tensor) -> list[list[list[int]]]:
-    """The token ids of every step of every completion.
-
-    The steps cover the completion, and the last one has the end of sequence. A completion without a delimiter is one
-    step; an empty one has none.
-    """
-    longest = max(map(len, completions), default=0)
-    if not longest:
-        return [[] for _ in completions]
-    ids, mask = torch.zeros(2, len(completions), longest, dtype=torch.int64)
-    for row, tokens in enumerate(completions):
-        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
-        mask[row, : len(tokens)] = 1
-    found = []
-    for tokens, steps in zip(completions, step_ids_from_tokens(ids, mask, delimiters).tolist(), strict=True):
-        parts: list[list[int]] = [[] for _ in range(steps[len(tokens) - 1] + 1 if tokens else 0)]
-        for token, step in zip(tokens, steps, strict=False):
-            parts[step].append(token)
-        found.append(parts)
-    return found
 
 
 def prompt_ids(rows: Sequence[Mapping], tokenizer, chat_template_kwargs: dict) -> list[list[int]]:
@@ -263,8 +241,8 @@ def warn_near_zero(rows: Sequence[Summary], probe: str) -> bool:
         return False
     warnings.warn(
         f"{share:.1%} of an update's values are below {NEAR_ZERO:g}: after the probe {probe!r} the model hardly ever "
-        "gives the right answer. Either it cannot know it there, or this text does not make it answer: `sspo-ext probe` "
-        "compares texts on the model's own completions. values/near_zero is logged",
+        "gives the right answer. Either it cannot know it there, or this text does not make it answer: "
+        "`sspo-ext probe` compares texts on the model's own completions. values/near_zero is logged",
         stacklevel=2,
     )
     return True

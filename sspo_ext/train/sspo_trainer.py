@@ -199,7 +199,7 @@ class SSPOTrainer(RolloutTrainer):
     def step_values(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         """Estimates the value of every prefix: the policy's own chance of the right answer, asked by the probe.
 
-        Log-probabilities (`probe_options={"reduce": "logprob"}`) are put on the scale of the rewards, see `unit_values`.
+        Log-probabilities (`probe_options={"reduce": "logprob"}`) are put on the rewards' scale, see `unit_values`.
 
         Args:
             rollouts: Rollouts of this process, split into steps and graded.

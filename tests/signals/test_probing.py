@@ -382,7 +382,7 @@ class TestLogprob:
             probe_step_values(Broken(), BATCH, [2], [[7], [7]], reduce="logprob")
 
     def test_on_the_scale_of_rewards(self):
-        """Worked out by hand, floor -8: steps gain nats / 8; the last gains its surprise, or what it loses to the floor."""
+        """Worked out by hand, floor -8: a step gains nats / 8, the last its surprise or its fall to the floor."""
         values = StepValues.from_lists([[-4.0, -2.0, -6.0], [-4.0, -2.0, -6.0]])
         unit = unit_values(values, -8.0)
         assert unit.to_lists() == [[0.5, 0.75, 0.25]] * 2

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("transformers")
 
 from helpers.rl import make_trainer
+
 FLOOR = -6.85  # some of the random model's values are below e^-6.85, others above
 
 

@@ -83,8 +83,8 @@ def unit_values(values: StepValues, floor: float = FLOOR) -> StepValues:
     A reward of 1 is log 1 = 0 there, and a reward of 0 is the floor, as far as log 0 can be. So at gamma = 1 and
     lambda = 0 a step's advantage is the information that it adds, log V_k - log V_{k-1}, in units of |floor| nats. The
     last step of a right answer gains -log V_{K-1} of them, which is the model's surprise; that of a wrong one loses
-    log V_{K-1} - floor. Logarithms themselves have no place beside a discount: of values below 0, gamma * V - V is above
-    0, and every idle step would be rewarded. The scale is ours.
+    log V_{K-1} - floor. Logarithms themselves have no place beside a discount: of values below 0, gamma * V - V is
+    above 0, and every idle step would be rewarded. The scale is ours.
 
     Args:
         values: of `probe_step_values` with reduce="logprob", in [floor, 0].

@@ -90,8 +90,8 @@ def probe_step_values(
         >>> [v_0, v_1] = values.to_lists()[0]
     """
     options = ProbeOptions(
-        mode=mode, reduce=reduce, floor=floor, engine=engine, max_tokens=max_tokens, grader=grader, num_samples=num_samples,
-        max_answer_tokens=max_answer_tokens, temperature=temperature, seed=seed,
+        mode=mode, reduce=reduce, floor=floor, engine=engine, max_tokens=max_tokens, grader=grader,
+        num_samples=num_samples, max_answer_tokens=max_answer_tokens, temperature=temperature, seed=seed,
     )  # fmt: skip
     if not isinstance(batch, StepBatch):
         raise TypeError(f"batch: expected a StepBatch, got {describe(batch)}")
