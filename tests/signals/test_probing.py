@@ -318,7 +318,8 @@ class TestErrors:
         assert as_probe(Probe(text)).text == text and as_probe(f"{text}:").text == f"{text}:"
         for known in ("EN", "English", "english", " en"):
             assert as_probe(known) is PROBES["en"]
-        assert as_probe("\nAnswer").text == "\nAnswer"
+        assert as_probe("\nAnswer").text == "\nAnswer" and as_probe("\nAnswer").separator == " "
+        assert [as_probe(t).separator for t in ("so \\boxed{", "A: ", "A:\n", "(", "is $")] == [""] * 5
         assert as_probe("zh") is PROBES["zh"] and as_probe("####").text == "####" and as_probe("答案").text == "答案"
 
     def test_batches(self):

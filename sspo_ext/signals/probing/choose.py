@@ -73,7 +73,7 @@ def choose_probe(
         ...     model, tokenizer, ["6 + 13 + 7 = ?\n"], ["26"], ["So it is:"], max_completion_length=12
         ... )
         >>> choice.best, len(choice.trials)
-        (None, 10)
+        (None, 11)
     """
     tried = named_probes(probes, builtin=builtin)
     if tokenizer is None or not len(prompts) or len(prompts) != len(answers):
