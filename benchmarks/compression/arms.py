@@ -70,6 +70,7 @@ ARMS = {
         Arm("sspo-0", "SSPO, lambda 0", {"lam": 0.0}),
         Arm("sspo-0-zero", "... V = 0", {"lam": 0.0}, ZeroValues),
         Arm("sspo-0-shuffled", "... V shuffled", {"lam": 0.0}, ShuffledValues),
+        Arm("sspo-0-logprob", "... log V", {"lam": 0.0, "probe_options": {"reduce": "logprob"}}),
         Arm("sspo-9", "SSPO, lambda 0.9", {"lam": 0.9}),
         Arm("sspo-9-zero", "... V = 0", {"lam": 0.9}, ZeroValues),
         Arm("sspo-9-shuffled", "... V shuffled", {"lam": 0.9}, ShuffledValues),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .._help import DefaultsFormatter
-from . import rl, trace, train
+from . import probe, rl, trace, train
 from .arguments import positive
 from .training import Interrupted
 
@@ -78,10 +78,12 @@ def build_parser() -> argparse.ArgumentParser:
     for module, name, text in (
         (train, "train", "train a causal LM on preference rows"),
         (rl, "rl", "train a causal LM by SSPO on prompts with answers"),
+        (probe, "probe", "find the probe that makes a causal LM answer"),
         (trace, "trace", "compute values, advantages and step preferences of given chains"),
     ):
         more = {"description": module.DESCRIPTION, "epilog": f"example:\n  {module.EXAMPLE}"}
-        more["usage"] = f"sspo-ext {name} --model MODEL --data JSONL [JSONL ...] --output-dir DIR [options]"
+        folder = "" if module is probe else " --output-dir DIR"
+        more["usage"] = f"sspo-ext {name} --model MODEL --data JSONL [JSONL ...]{folder} [options]"
         module.add_arguments(command(name, module.run, "train", text, **more))
     text = "train a small model to reason correctly and briefly: offline, in three minutes"
     demo = command("demo", _demo, "demo", text)

@@ -73,9 +73,9 @@ def _add_values(parser: argparse.ArgumentParser) -> None:
         "answers that the grader accepts",
     )  # fmt: skip
     add(
-        "--reduce", default="joint", choices=("joint", "mean"),
+        "--reduce", default="joint", choices=("joint", "mean", "logprob"),
         help="likelihood of an answer of several tokens. joint: of the whole answer; mean: the geometric mean over its "
-        "tokens",
+        "tokens; logprob: the logarithm of joint, from 0 (e^-10 or less) to 1 (certain)",
     )  # fmt: skip
     add("--num-samples", type=positive, default=5, help="graded: answers sampled after each step")
     add("--gamma", type=float, default=0.9, help="discount per step, of advantages and of continuations")

@@ -2,7 +2,8 @@
 """Signals without gradient: where the steps of a response are, and what each of them is worth.
 
 steps        split_text, token_step_ids; inside a trainer delimiter_mask, step_ids_from_tokens
-values       probe_step_values (SSPO's verbal value probing), with StepBatch, StepValues, Probe, PROBES, as_probe
+values       probe_step_values (SSPO's verbal value probing), with StepBatch, StepValues, Probe, PROBES, as_probe;
+             unit_values of log-probabilities; choose_probe finds the text, compare_probes on completions of yours
 advantages   step_gae, outcome_advantages (BASELINES), combine_advantages
 preferences  trace_candidates, nodes_from_rollouts, pair_candidates, pair_rows, divergence_weights
 log-probs    branch_logps of many continuations of few sequences; why_not tells which engine a model supports
@@ -17,6 +18,9 @@ from .pairing.candidates import trace_candidates
 from .pairing.node import Candidate, Node
 from .pairing.pairs import TracedPair, divergence_index, divergence_weights, pair_candidates, pair_rows
 from .pairing.rollouts import nodes_from_rollouts
+from .probing.choose import choose_probe, named_probes
+from .probing.compare import ProbeChoice, ProbeTrial, compare_probes
+from .probing.likelihood import unit_values
 from .probing.probe import probe_step_values
 from .probing.texts import PROBES, Probe, as_probe
 from .split import delimiter_mask, split_text, step_ids_from_tokens, token_step_ids
@@ -30,15 +34,20 @@ __all__ = [
     "Candidate",
     "Node",
     "Probe",
+    "ProbeChoice",
+    "ProbeTrial",
     "StepBatch",
     "StepValues",
     "TracedPair",
     "as_probe",
     "branch_logps",
+    "choose_probe",
     "combine_advantages",
+    "compare_probes",
     "delimiter_mask",
     "divergence_index",
     "divergence_weights",
+    "named_probes",
     "nodes_from_rollouts",
     "outcome_advantages",
     "pair_candidates",
@@ -49,5 +58,6 @@ __all__ = [
     "step_ids_from_tokens",
     "token_step_ids",
     "trace_candidates",
+    "unit_values",
     "why_not",
 ]

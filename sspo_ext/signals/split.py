@@ -325,3 +325,25 @@ def step_ids_from_tokens(input_ids: Tensor, response_mask: Tensor, delimiters: T
     ends |= (trail > 0) & (run >= 2) & (follows == 1) & (solid | seen)
     ends |= ((token & _MATCH) != 0) & (text.sum(-1, keepdim=True) > text.cumsum(-1))
     return torch.where(mask, ends.cumsum(-1) - ends.to(torch.int64), -1)
+
+
+def split_steps(completions: Sequence[Sequence[int]], delimiters: Tensor) -> list[list[list[int]]]:
+    """Return the token ids of every step of every completion.
+
+    The steps cover the completion, and the last one has the end of sequence. A completion without a delimiter is one
+    step; an empty one has none.
+    """
+    longest = max(map(len, completions), default=0)
+    if not longest:
+        return [[] for _ in completions]
+    ids, mask = torch.zeros(2, len(completions), longest, dtype=torch.int64)
+    for row, tokens in enumerate(completions):
+        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+        mask[row, : len(tokens)] = 1
+    found = []
+    for tokens, steps in zip(completions, step_ids_from_tokens(ids, mask, delimiters).tolist(), strict=True):
+        parts: list[list[int]] = [[] for _ in range(steps[len(tokens) - 1] + 1 if tokens else 0)]
+        for token, step in zip(tokens, steps, strict=False):
+            parts[step].append(token)
+        found.append(parts)
+    return found

@@ -19,6 +19,8 @@ from ..signals.credit.gae import step_gae
 from ..signals.pairing.candidates import trace_candidates
 from ..signals.pairing.pairs import pair_candidates, pair_rows
 from ..signals.pairing.rollouts import nodes_from_rollouts
+from ..signals.probing.likelihood import unit_values
+from ..signals.probing.options import FLOOR
 from ..signals.probing.probe import probe_step_values
 from ..signals.probing.texts import Probe, as_probe
 from .chains import Chain, step_batch
@@ -56,7 +58,7 @@ def trace_values(
         batch_size: chains probed between two writes.
         progress: called with (chains done, chains in all).
         settings: more settings of the run, such as the model's name. `resume` refuses rows made with other settings.
-        **options: of `probe_step_values`.
+        **options: of `probe_step_values`. Log-probabilities are put on the scale of rewards, see `unit_values`.
 
     Returns:
         A row for each chain: {"key": the chain's source, "prompt", "answer", "reward", "steps": [text] * K, "values":
@@ -80,6 +82,8 @@ def trace_values(
         values = probe_step_values(
             model, step_batch(some), probes, [c.answer for c in some], tokenizer=tokenizer, **options
         )
+        if options.get("reduce") == "logprob":
+            values = unit_values(values, options.get("floor", FLOOR))
         rewards = torch.tensor([c.reward for c in some], device=values.values.device)
         advantages = step_gae(values, rewards, gamma=gamma, lam=lam).split(values.steps_per_sequence.tolist())
         store.add(

@@ -18,13 +18,16 @@ from ..data.prompts import prompt_tokens
 from ..layout.steps import StepLayout
 from ..signals.credit.baselines import combine_advantages, outcome_advantages
 from ..signals.credit.gae import spread, step_gae
-from ..signals.split import step_ids_from_tokens
+from ..signals.probing.options import NEAR_ZERO
+from ..signals.split import split_steps
 from ..signals.values import StepValues
 from .options import dictionary
 
 if TYPE_CHECKING:
     from .means import Sums
     from .sspo_config import SSPOConfig
+
+_ALL_BUT_ALL = 0.99  # of the values of an update
 
 
 @dataclass
@@ -123,28 +126,6 @@ def rollout_number(updates_done: int, num_iterations: int) -> int:
     return updates_done // num_iterations
 
 
-def split_steps(completions: Sequence[Sequence[int]], delimiters: Tensor) -> list[list[list[int]]]:
-    """The token ids of every step of every completion.
-
-    The steps cover the completion, and the last one has the end of sequence. A completion without a delimiter is one
-    step; an empty one has none.
-    """
-    longest = max(map(len, completions), default=0)
-    if not longest:
-        return [[] for _ in completions]
-    ids, mask = torch.zeros(2, len(completions), longest, dtype=torch.int64)
-    for row, tokens in enumerate(completions):
-        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
-        mask[row, : len(tokens)] = 1
-    found = []
-    for tokens, steps in zip(completions, step_ids_from_tokens(ids, mask, delimiters).tolist(), strict=True):
-        parts: list[list[int]] = [[] for _ in range(steps[len(tokens) - 1] + 1 if tokens else 0)]
-        for token, step in zip(tokens, steps, strict=False):
-            parts[step].append(token)
-        found.append(parts)
-    return found
-
-
 def prompt_ids(rows: Sequence[Mapping], tokenizer, chat_template_kwargs: dict) -> list[list[int]]:
     """The token ids of the rows' prompts. Equal prompts, which a group has, are tokenized once."""
     keys = [(isinstance(row["prompt"], str), str([row.get(name) for name in ("prompt", *COLUMNS)])) for row in rows]
@@ -228,11 +209,12 @@ def rollout_metrics(rows: Iterable[Summary]) -> dict[str, float]:
 def update_metrics(
     rows: Iterable[Summary], advantages: Sequence[Sequence[float]]
 ) -> dict[str, tuple[float, int]]:  # name: (sum, count)
-    """`rollout_metrics`, the values of the prompt and before the last step, and the advantages of all steps."""
+    """`rollout_metrics`, the values before steps, and the advantages of all steps."""
     rows = list(rows)
     found: dict[str, tuple[float, int]] = {name: (value, 1) for name, value in rollout_metrics(rows).items()}
     probed = [row.values for row in rows if len(row.values) > 1]
     if probed:
+        found["values/near_zero"] = near_zero(rows), 1
         found["values/first"] = sum(v[0] for v in probed), len(probed)
         found["values/last"] = sum(v[-2] for v in probed), len(probed)
     flat = torch.tensor([a for row in advantages for a in row])
@@ -244,6 +226,26 @@ def update_metrics(
         if silent:
             warnings.warn(_silence(rows), stacklevel=2)
     return found
+
+
+def near_zero(rows: Iterable[Summary]) -> float:
+    """The share of values before steps that are all but zero; 0 without steps."""
+    values = [v for row in rows for v in row.values[:-1]]
+    return sum(abs(v) < NEAR_ZERO for v in values) / max(len(values), 1)
+
+
+def warn_near_zero(rows: Sequence[Summary], probe: str) -> bool:
+    """Warns if nearly all values of an update are all but zero, and returns whether it did."""
+    share = near_zero(rows)
+    if share < _ALL_BUT_ALL:
+        return False
+    warnings.warn(
+        f"{share:.1%} of an update's values are below {NEAR_ZERO:g}: after the probe {probe!r} the model hardly ever "
+        "gives the right answer. Either it cannot know it there, or this text does not make it answer: "
+        "`sspo-ext probe` compares texts on the model's own completions. values/near_zero is logged",
+        stacklevel=2,
+    )
+    return True
 
 
 def _silence(rows: Sequence[Summary]) -> str:

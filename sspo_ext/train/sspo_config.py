@@ -69,7 +69,8 @@ class SSPOConfig(TrainingArguments):
             Dr. GRPO.
         min_signal: The step advantages of an update are 0 if their standard deviation and half their absolute mean are
             below this, on the scale of rewards and values. The default is a hundredth of the range from 0 to 1: a model
-            that is never right, and knows it, then learns nothing. 0 lets every difference count.
+            that is never right, and knows it, then learns nothing. 0 lets every difference count. With
+            log-probabilities (`reduce="logprob"`) the range is |floor| nats, so the default is a tenth of a nat.
         loss_type: "reinforce", "ppo" or "cispo".
         loss_options: Other options of the loss type and of `sspo_ext.step_policy_loss`, such as
             `{"importance_sampling_level": "sequence"}`.

@@ -22,6 +22,8 @@ from ..data.chat import row_probe
 from ..data.graders import Grader
 from ..hf.wrappers import eval_mode
 from ..losses.policy import StepPolicyOutput, linear_step_policy_loss, step_policy_loss
+from ..signals.probing.likelihood import unit_values
+from ..signals.probing.options import FLOOR
 from ..signals.probing.probe import probe_step_values
 from ..signals.values import StepBatch
 from .dropout import disable_dropout
@@ -36,6 +38,7 @@ from .experience import (
     rollout_number,
     step_advantages,
     update_metrics,
+    warn_near_zero,
 )
 from .means import Sums
 from .model_call import call_model, check_processes, choose_route, router_loss
@@ -133,6 +136,7 @@ class SSPOTrainer(RolloutTrainer):
             disable_dropout(policy)
         self.reward_func = reward_func
         self._unit_rewards = args.combine != "outcome" and not own_values
+        self._watch_probe = self._unit_rewards  # until it has warned
         self.pad_token_id = tokenizer.pad_token_id or 0
         self.eos_token_ids = end_tokens(policy, tokenizer)
         self.delimiters = step_delimiters(policy, tokenizer, args.split_by, self.eos_token_ids)
@@ -195,6 +199,8 @@ class SSPOTrainer(RolloutTrainer):
     def step_values(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         """Estimates the value of every prefix: the policy's own chance of the right answer, asked by the probe.
 
+        Log-probabilities (`probe_options={"reduce": "logprob"}`) are put on the rewards' scale, see `unit_values`.
+
         Args:
             rollouts: Rollouts of this process, split into steps and graded.
 
@@ -208,8 +214,10 @@ class SSPOTrainer(RolloutTrainer):
         options = {"tokenizer": self.processing_class, **dictionary(self.args.probe_options), **grader}
         with torch.no_grad(), self.accelerator.autocast():
             probes = [row_probe(self.args.asked, r.row) for r in rollouts]
-            values = probe_step_values(self.model, states, probes, answers, **options).to_lists()
-        return [[*v, 0.0] if r.steps else v for r, v in zip(rollouts, values, strict=True)]
+            values = probe_step_values(self.model, states, probes, answers, **options)
+        if options.get("reduce") == "logprob":
+            values = unit_values(values, options.get("floor", FLOOR))
+        return [[*v, 0.0] if r.steps else v for r, v in zip(rollouts, values.to_lists(), strict=True)]
 
     def advantages(
         self, rewards: Tensor, num_steps: Sequence[int], values: Sequence[list[float]], groups: Tensor
@@ -248,6 +256,8 @@ class SSPOTrainer(RolloutTrainer):
             rollout.reward = rollout.reward if rollout.ended else lowest
         for name, (total, count) in update_metrics(everyone, advantages).items():
             self._sums.add(name, total, count)
+        if self._watch_probe:
+            self._watch_probe = not warn_near_zero(everyone, self.args.asked.text)
         return everyone
 
     def on_rollouts(self, rollouts: Sequence[Rollout]) -> None:

@@ -24,7 +24,8 @@ from helpers.ranks import sspo_two_ranks
 from helpers.rl import ROWS, config, make_model, make_tokenizer, make_trainer, parameters
 from helpers.sspo import REWARDS, TEXTS, Fixed, said
 
-from sspo_ext.train.experience import PromptSampler, Rollout, policy_batch, split_steps
+from sspo_ext.signals.split import split_steps
+from sspo_ext.train.experience import PromptSampler, Rollout, policy_batch
 from sspo_ext.train.sspo_trainer import SSPOTrainer
 
 # ---- the update

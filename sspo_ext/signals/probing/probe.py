@@ -14,7 +14,7 @@ from ..._checks import describe
 from ..values import StepBatch, StepValues
 from .graded import graded_values
 from .likelihood import likelihood_values
-from .options import ProbeOptions
+from .options import FLOOR, ProbeOptions
 from .states import States
 from .texts import Answer, AnyProbe, Probe
 
@@ -27,6 +27,7 @@ def probe_step_values(
     *,
     mode: str = "likelihood",
     reduce: str = "joint",
+    floor: float = FLOOR,
     engine: str = "auto",
     max_tokens: int = 4096,
     tokenizer=None,
@@ -39,7 +40,8 @@ def probe_step_values(
     r"""Compute the values V_0, ..., V_K of every sequence: after the question alone, and after each of its K steps.
 
     A short text, the probe, is appended to each state, so that the model answers at once. V_k is in [0, 1], on the
-    scale of E[reward | the model answers after step k], and has no gradient. There are two modes:
+    scale of E[reward | the model answers after step k], and has no gradient (only "logprob" has a scale of its own).
+    There are two modes:
 
         likelihood   the probability of the gold answer after the probe
         graded       the mean grade of a few short answers that are sampled after the probe
@@ -60,7 +62,9 @@ def probe_step_values(
             probability of the answer. "mean" is exp(mean of log p), which overstates long answers; with exact-match
             rewards the model then learns never to answer. Of several accepted texts, "joint" adds the probabilities
             (a text that begins with another counts as that other, so they exclude each other), and "mean" takes the
-            largest.
+            largest. "logprob" is the logarithm of "joint", in [floor, 0]: `unit_values` puts it on the scale of
+            rewards. It tells .001 from .0001, as likelihoods of long or unlikely answers are (arXiv 2602.03979).
+        floor: with "logprob", the least value, below 0; an impossible answer has it.
         engine: how the states are computed, see `branch_logps`: "auto", "packed", "cached" or "separate". With "graded"
             answers are sampled from a cache: "auto", "cached" or "separate". All give the same numbers.
         max_tokens: the budget of one forward in tokens.
@@ -86,8 +90,8 @@ def probe_step_values(
         >>> [v_0, v_1] = values.to_lists()[0]
     """
     options = ProbeOptions(
-        mode=mode, reduce=reduce, engine=engine, max_tokens=max_tokens, grader=grader, num_samples=num_samples,
-        max_answer_tokens=max_answer_tokens, temperature=temperature, seed=seed,
+        mode=mode, reduce=reduce, floor=floor, engine=engine, max_tokens=max_tokens, grader=grader,
+        num_samples=num_samples, max_answer_tokens=max_answer_tokens, temperature=temperature, seed=seed,
     )  # fmt: skip
     if not isinstance(batch, StepBatch):
         raise TypeError(f"batch: expected a StepBatch, got {describe(batch)}")
@@ -97,6 +101,8 @@ def probe_step_values(
     if mode == "graded":
         values = graded_values(model, states, answers, tokenizer, options)
     else:
-        values = likelihood_values(model, states, answers, reduce=reduce, engine=engine, max_tokens=max_tokens)
+        values = likelihood_values(
+            model, states, answers, reduce=reduce, floor=floor, engine=engine, max_tokens=max_tokens
+        )
     offsets = np.cumsum([0, *(len(steps) + 1 for steps in batch.step_ids)])
     return StepValues.from_tensor(values, torch.from_numpy(offsets))

@@ -48,6 +48,7 @@ PROBES = {
     "es": Probe("La respuesta final es"),
     "ru": Probe("Окончательный ответ:"),
     "symbol": Probe("####"),
+    "boxed": Probe("So the final answer is \\boxed{", separator=""),
 }
 
 _NAMES = {
@@ -61,6 +62,8 @@ _NAMES = {
     "russian": "ru",
 }
 
+_OPEN_END = re.compile(r"[\s({\[$]$")  # the answer follows without a space
+
 _LIKE_A_LANGUAGE = re.compile(r"[A-Za-z]+([-_][A-Za-z]+)?")  # the whole text: "\nAnswer" is no language
 
 
@@ -69,7 +72,8 @@ def as_probe(probe: str | Probe) -> Probe:
 
     Args:
         probe: a Probe, which is returned as it is; a language of `PROBES` or its English name, in any case; or another
-            text, which then asks for the answer.
+            text, which then asks for the answer. The answer follows after a space, or without one if the text ends in
+            white space, an opening bracket or "$".
 
     Returns:
         The Probe.
@@ -94,7 +98,7 @@ def as_probe(probe: str | Probe) -> Probe:
             f"probe: expected a language ({', '.join(PROBES)}) or a text that asks for the answer, got {probe!r}, "
             f"which reads like a language; if this word is the text, pass Probe({probe!r}), or {probe + ':'!r}"
         )
-    return language or Probe(probe)
+    return language or Probe(probe, separator="" if _OPEN_END.search(probe) else " ")
 
 
 AnyProbe = str | Probe | Sequence[int]

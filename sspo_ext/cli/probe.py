@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sspo-ext probe`: which probe makes a model answer. Imports nothing heavy until it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import add_loading, add_model, add_prompts, count, not_negative, positive
+from .training import load
+
+if TYPE_CHECKING:
+    from ..signals.probing.compare import ProbeChoice
+    from ..signals.probing.texts import Probe
+    from ..train.experience import Rollout
+
+DESCRIPTION = """\
+Find the probe that makes a model answer, before training with sspo-ext rl.
+The model completes some prompts. After each step of each completion every probe
+asks for the answer. A good probe's value is low before the answer is reached
+and high after it."""
+
+EXAMPLE = "sspo-ext probe --model MODEL --data problems.jsonl --grader math-verify --text 'So the answer is'"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `sspo-ext probe`."""
+    add_model(parser)
+    add = parser.add_argument
+    add(
+        "--data", required=True, nargs="+", metavar="JSONL",
+        help="rows with prompt (a text or chat messages) and answer, as for sspo-ext rl",
+    )  # fmt: skip
+    add("--prompts", type=positive, default=16, metavar="N", help="take the first N rows")
+    add(
+        "--grader", default="exact",
+        help="what says whether a completion is right: exact, exact:MARKER, math-verify, reasoning-gym or "
+        "module:function",
+    )  # fmt: skip
+    add("--output", metavar="JSON", help="file for the table's numbers")
+    group = parser.add_argument_group("probes")
+    add = group.add_argument
+    add("--text", action="append", default=[], help="a text to try, or a language (en, zh, ...); repeatable")
+    add("--builtin", action=argparse.BooleanOptionalAction, default=True, help="try the texts of all languages as well")
+    add("--probe-turn", action="store_true", help="try each text in a new turn of the user too")
+    add("--engine", default="auto", choices=("auto", "packed", "cached", "separate"), help="how values are computed")
+    add("--max-tokens", type=positive, default=4096, help="most tokens in one forward pass of the values")
+    group = parser.add_argument_group("completions")
+    add = group.add_argument
+    add("--num-generations", type=positive, default=4, help="completions of each prompt")
+    add("--max-completion-length", type=positive, default=256, help="most tokens; one that reaches it is wrong")
+    add("--temperature", type=not_negative, default=1.0, help="temperature of sampling; 0: greedy, one of each prompt")
+    add(
+        "--split-by", default="newline",
+        help="where a completion is split into steps: newline, blank_line, or a regular expression",
+    )  # fmt: skip
+    add_prompts(group)
+    add(
+        "--rollout-engine", default="generate", choices=("generate", "compact"),
+        help="what completes the prompts. generate: transformers; compact: a loop that drops finished completions",
+    )  # fmt: skip
+    add("--rollout-batch-size", type=positive, default=16, help="completions sampled at once")
+    add("--seed", type=count, default=0, help="seed of the completions")
+    add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    add_loading(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the table and what to take; write it with --output."""
+    from ..data.graders import load_grader
+    from ..data.prompts import load_prompt_rows
+    from ..signals.probing.choose import named_probes
+    from ..signals.split import split_text
+
+    # Cheap checks come first: options, files, rows, then the model.
+    split_text("", options.split_by)
+    if options.split_by == "numbered":
+        raise ValueError("--split-by: 'numbered' shows in no single token; expected newline, blank_line or a regex")
+    probes = named_probes(options.text, builtin=options.builtin)
+    if options.output and not Path(options.output).resolve().parent.is_dir():
+        raise ValueError(f"--output: no folder {str(Path(options.output).parent)!r}")
+    grader = load_grader(options.grader)
+    rows = load_prompt_rows(options.data, texts=True)[: options.prompts]
+
+    import torch
+
+    from ..train.models import load_tokenizer
+
+    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    if options.probe_turn:
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError("--probe-turn: the tokenizer has no chat template, which writes the user's turn")
+        probes |= _in_turns(probes, dict(options.chat_template_option))
+    prompts = _checked_prompts(options, rows, tokenizer)
+    model, _ = load(options, tokenizer)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)  # pyright: ignore[reportArgumentType]  # a decorator of transformers hides the signature
+    _check_fits(options, model, tokenizer, prompts, rows, probes)
+    rollouts = _complete(options, model, tokenizer, rows, prompts, grader)
+    choice = _compare(options, model, tokenizer, rollouts, probes)
+    print(choice.table())
+    if options.output:
+        made = {name: getattr(options, name) for name in _MADE}
+        text = json.dumps({"options": made, **choice.to_dict()}, indent=1, ensure_ascii=False, allow_nan=False)
+        Path(options.output).write_text(text + "\n", encoding="utf-8")
+        print(f"\nwritten to {options.output}")
+
+
+_MADE = (
+    "model data prompts grader text probe_turn num_generations max_completion_length temperature split_by seed dtype"
+).split()
+
+
+def _in_turns(probes: dict[str, Probe], template: dict[str, Any]) -> dict[str, Probe]:
+    """The probes asked in a turn of the user."""
+    asked = {"turn": True, "separator": "", "chat_template_kwargs": template or None}
+    return {f"{name}, turn": replace(probe, **asked) for name, probe in probes.items()}
+
+
+def _checked_prompts(options: argparse.Namespace, rows: list[dict], tokenizer) -> list[list[int]]:
+    from ..data.prompts import check_rows
+    from ..train.sspo_inputs import has_chat
+
+    return check_rows(
+        "--data", rows, chat=has_chat(tokenizer), answers=True, texts=True, tokenizer=tokenizer,
+        chat_template_kwargs=dict(options.chat_template_option), special_tokens=options.special_tokens,
+    )  # fmt: skip
+
+
+def _check_fits(options: argparse.Namespace, model, tokenizer, prompts, rows, probes: dict[str, Probe]) -> None:
+    """ValueError for prompts that the model cannot read with a completion, a probe and an answer."""
+    from ..data.graders import answer_texts
+    from ..train.limits import check_fits, model_limits
+
+    def tokens(texts) -> int:
+        return max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+
+    asked = tokens(p.text for p in probes.values()) + tokens(t for row in rows for t in answer_texts(row["answer"]))
+    named = ((f"row {i}", [ids]) for i, ids in enumerate(prompts))
+    check_fits("--data", named, model_limits(model), more=options.max_completion_length + asked)
+
+
+def _complete(options: argparse.Namespace, model, tokenizer, rows, prompts, grader) -> list[Rollout]:
+    """Completions of the prompts, in steps and graded."""
+    from functools import partial
+
+    import torch
+    from tqdm.auto import tqdm
+
+    from ..data.graders import grade_rows
+    from ..train.experience import graded_rollouts
+    from ..train.rollout import end_tokens, make_engine
+    from ..train.sampling import Sampling
+    from ..train.sspo_inputs import step_delimiters
+
+    ends = end_tokens(model, tokenizer)
+    sampling = Sampling(options.max_completion_length, ends, options.temperature)
+    delimiters = step_delimiters(model, tokenizer, options.split_by, ends)
+    engine = make_engine(options.rollout_engine, tokenizer, rows_at_once=options.rollout_batch_size)
+    each = options.num_generations if options.temperature else 1
+    places = [(i, j) for i in range(len(rows)) for j in range(each)]
+    completions: list[list[int]] = []
+    model.eval()
+    with tqdm(total=len(places), desc="completions", disable=None) as bar, torch.no_grad():
+        for start in range(0, len(places), options.rollout_batch_size):
+            some = places[start : start + options.rollout_batch_size]
+            seeds = [(options.seed, i, j) for i, j in some]
+            completions += engine.complete(model, [prompts[i] for i, _ in some], sampling, seeds)
+            bar.update(len(some))
+    owned = [rows[i] for i, _ in places]
+    return graded_rollouts(
+        owned, [prompts[i] for i, _ in places], completions, tokenizer, ends, delimiters, partial(grade_rows, grader)
+    )
+
+
+def _compare(options: argparse.Namespace, model, tokenizer, rollouts, probes: dict[str, Probe]) -> ProbeChoice:
+    from tqdm.auto import tqdm
+
+    from ..data.graders import answer_texts
+    from ..signals.probing.compare import compare_probes
+    from ..signals.values import StepBatch
+
+    batch = StepBatch([r.prompt_ids for r in rollouts], [r.steps for r in rollouts])
+    with tqdm(total=len(rollouts), desc="values", disable=None) as bar:
+
+        def told(done: int, of: int) -> None:
+            bar.update(done - bar.n)
+
+        return compare_probes(
+            model, tokenizer, batch, [answer_texts(r.row["answer"]) for r in rollouts], [r.reward for r in rollouts],
+            probes, engine=options.engine, max_tokens=options.max_tokens, progress=told,
+        )  # fmt: skip
