@@ -29,6 +29,7 @@ from .checkpoints import (
 from .loaded_weights import check_adapter, check_finite, check_loaded, naming_the_adapter
 from .model_call import batch_logps
 from .models import check_trainable
+from .sharded import reshard
 
 
 class StepTrainer(Trainer):
@@ -86,6 +87,16 @@ class StepTrainer(Trainer):
             self._resumed_at = updates_done(checkpoint)
         return super().train(checkpoint, *args, **kwargs)
 
+    @property
+    def _fsdp(self) -> Any:
+        return self.accelerator.state.fsdp_plugin
+
+    @property
+    def zero_stage(self) -> int:
+        """The stage of DeepSpeed's ZeRO; 0 without DeepSpeed."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        return 0 if plugin is None else plugin.zero_stage
+
     def planned_updates(self) -> int:
         """The updates of the whole training, as Trainer counts them."""
         args = self.args
@@ -108,11 +119,16 @@ class StepTrainer(Trainer):
             shutil.rmtree(mark.with_name(UNFINISHED), ignore_errors=True)  # of a run that was killed
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, of a model whose weights are finite."""
+        """Trainer's, of a model whose weights are finite, and whole whatever FSDP writes into checkpoints."""
+        if self.is_fsdp_enabled:
+            reshard(self.model)
         check_finite(self.model, f"after {self.state.global_step} updates")
         folder = Path(output_dir or self.args.output_dir)
         with naming_the_file(folder) if self._work is None else contextlib.nullcontext():
             super().save_model(output_dir, _internal_call)
+            if self.is_fsdp_enabled and not _internal_call and "FULL" not in str(self._fsdp.state_dict_type):
+                # Trainer writes no weights then
+                self._save(str(folder), state_dict=self.accelerator.get_state_dict(self.model))
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Trainer's. A loss that is not finite ends the training, so that its model is not saved as the result."""

@@ -98,7 +98,10 @@ class GenerateEngine(_BatchEngine):
             eos_token_id=list(sampling.eos_token_ids), pad_token_id=self.pad_token_id,
         )  # fmt: skip
         with generation_config_of(model, config):
-            out = model.generate(**inputs, logits_processor=choose, generation_config=config)
+            # on a sharded model the trainer keeps processes in step, in all that calls the model
+            out = model.generate(
+                **inputs, logits_processor=choose, generation_config=config, synced_gpus=False
+            )  # fmt: skip
         return [up_to_end(ids, sampling.eos_token_ids) for ids in out[:, width:].tolist()]
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ from .experience import Rollout, Summary, graded_rollouts, prompt_ids, rollout_m
 from .means import Sums
 from .options import dictionary
 from .sampling import RolloutEngine, Sampling
+from .sharded import in_step
 from .sspo_inputs import has_chat, rendering_of
 
 
@@ -57,6 +59,12 @@ class RolloutTrainer(StepTrainer):
             grader = functools.partial(grade_rows, self.reward_func, unit=self._unit_rewards, trainer_state=self.state)
             return graded_rollouts(rows, prompts, completions, tokenizer, self.eos_token_ids, self.delimiters, grader)
 
+    def in_step(self) -> contextlib.AbstractContextManager:
+        """A block within which processes may call the model a different number of times, even if it is sharded."""
+        if self.accelerator.num_processes == 1 or not (self.is_fsdp_enabled or self.zero_stage == 3):
+            return contextlib.nullcontext()
+        return in_step(self.model, self.args.device)
+
     def evaluate(self, eval_dataset: Any = None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Completes a dataset greedily and grades it.
 
@@ -75,16 +83,18 @@ class RolloutTrainer(StepTrainer):
         tokenizer = self.processing_class
         check_rows("eval_dataset", dataset, chat=has_chat(tokenizer), required=True, **rendering_of(args, tokenizer))
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        rows = [dataset[i] for i in range(rank, len(dataset), world)]
+        # Every process completes as many rows, and those beyond the last one are not counted.
+        mine, each = len(range(rank, len(dataset), world)), -(-len(dataset) // world)
+        rows = [dataset[min(rank + i * world, len(dataset) - 1)] for i in range(each)]
         # vLLM makes its own batches, and the weights are loaded into it in every call.
         size = args.rollout_batch_size or args.per_device_eval_batch_size
         size = len(rows) if args.rollout_engine == "vllm" else size
         rollouts: list[Rollout] = []
-        with eval_mode(self.model):
+        with eval_mode(self.model), self.in_step():
             for i in range(0, len(rows), max(size, 1)):
                 some = rows[i : i + size]
                 rollouts += self.roll_out(some, [(i + j,) for j in range(len(some))], temperature=0.0)
-        shared = [Summary.of(0, rollout) for rollout in rollouts]
+        shared = [Summary.of(0, rollout) for rollout in rollouts[:mine]]
         everyone = gather_object(shared) if world > 1 else shared
         self._sums.forget("time/rollout", "time/grade")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in rollout_metrics(everyone).items()}

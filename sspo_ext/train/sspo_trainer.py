@@ -181,11 +181,12 @@ class SSPOTrainer(RolloutTrainer):
         update = rollout_number(self.state.global_step, args.num_iterations)
         with eval_mode(self.model):
             rows = [row for batch in batches for row in batch]
-            rollouts = self.roll_out(rows, [(args.seed, update, place) for place in places])
-            if args.combine != "outcome":
-                with self._sums.phase("probe"):
-                    for rollout, values in zip(rollouts, self.step_values(rollouts), strict=True):
-                        rollout.values = values
+            with self.in_step():
+                rollouts = self.roll_out(rows, [(args.seed, update, place) for place in places])
+                if args.combine != "outcome":
+                    with self._sums.phase("probe"):
+                        for rollout, values in zip(rollouts, self.step_values(rollouts), strict=True):
+                            rollout.values = values
             everyone = self._assign_advantages(places, rollouts)
             # Similar lengths share a micro-batch and need little padding; the loss is a sum over all of them anyway.
             rollouts.sort(key=lambda r: len(r.prompt_ids) + len(r.completion_ids))

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both trainers' updates on one process and, under torchrun, on two, with the model whole or sharded.
+
+Usage: python -m helpers.ranks.sharded_two_ranks FOLDER CASES, a JSON object of names and the arguments of `trained`.
+"""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+warnings.filterwarnings("ignore")
+
+import torch  # noqa: E402
+
+from helpers import preference, rl  # noqa: E402
+from sspo_ext.train.preference_trainer import StepPreferenceTrainer  # noqa: E402
+
+LAUNCHED_AS = {
+    "fsdp2": {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_RESHARD_AFTER_FORWARD": "true",
+    },
+}  # fmt: skip
+"""What `accelerate launch` puts into the environment, with its defaults."""
+
+
+def fsdp_on_cpus() -> None:
+    """Makes accelerate shard on CPUs, which it does on accelerators alone."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    plain = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+
+
+def zero(stage: int) -> dict:
+    """DeepSpeed's config, with all that Trainer fills in."""
+    return {
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto", "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+    }  # fmt: skip
+
+
+def model_of(trainer: str, tied: bool, lora: bool):
+    model = (rl if trainer == "sspo" else preference).make_model()
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    if not lora:
+        return model, None
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return model, config
+
+
+def trained(
+    folder: Path, *, trainer: str, layout: str = "ddp", route: str = "linear", tied: bool = False, lora: bool = False,
+    evaluate: str = "", save: bool = False, **options,
+) -> dict:  # fmt: skip
+    """Three updates: the trained weights, the log, evaluations, and the weights that were saved."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and layout.startswith("zero"):
+        options |= {"deepspeed": zero(int(layout[-1])), "use_cpu": False}
+    more = {"route": route, "max_steps": 3, **options}
+    model, adapter = model_of(trainer, tied, lora)
+    torch.manual_seed(0)  # of a new adapter
+    if trainer == "sspo":
+        made = rl.make_trainer(
+            folder, model, peft_config=adapter, per_device_train_batch_size=2,
+            gradient_accumulation_steps=8 // world, eval_dataset=rl.ROWS[:5], per_device_eval_batch_size=2, **more,
+        )  # fmt: skip
+    else:
+        args = preference.config(folder, **{"gradient_accumulation_steps": 4 // world, **more})
+        features = preference.make_features(16)
+        made = StepPreferenceTrainer(model, args, features, features[:5], peft_config=adapter)
+    found = {"before": made.evaluate()} if "before" in evaluate else {}
+    made.train()
+    if "after" in evaluate:
+        found["after"] = made.evaluate()
+    found["weights"] = whole_weights(made)
+    found["logs"] = made.state.log_history
+    if save:
+        made.save_result()
+        from safetensors.torch import load_file
+
+        files = sorted(folder.glob("*model*.safetensors"))
+        found["saved"] = [load_file(file) for file in files]
+        assert world == 1 or made.is_fsdp_enabled == (layout == "fsdp2")
+    return found
+
+
+def whole_weights(trainer) -> dict[str, torch.Tensor]:
+    """The trained parameters, gathered from all processes."""
+    weights = {}
+    for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
+        if p.requires_grad:
+            name = name.removeprefix("module.")
+            if hasattr(p, "ds_id") and hasattr(p, "ds_tensor"):
+                import deepspeed
+
+                with deepspeed.zero.GatheredParameters([p]):
+                    weights[name] = p.detach().clone()
+            else:
+                p = p.detach()
+                weights[name] = (p.full_tensor() if hasattr(p, "full_tensor") else p).clone()
+    return weights
+
+
+def main(folder: Path, cases: dict[str, dict]) -> dict:
+    """The findings of every case, one after the other in the same processes."""
+    from accelerate.state import AcceleratorState
+
+    found, world = {}, int(os.environ.get("WORLD_SIZE", 1))
+    for name, case in cases.items():
+        launched = LAUNCHED_AS.get(case.get("layout", "ddp"), {}) if world > 1 else {}
+        os.environ.update(launched)
+        try:
+            found[name] = trained(folder / name, **case)
+        finally:
+            for variable in launched:
+                os.environ.pop(variable)
+            AcceleratorState._reset_state(reset_partial_state=True)
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    fsdp_on_cpus()
+    out = Path(sys.argv[1])
+    found = main(out, json.loads(sys.argv[2]))
+    if torch.distributed.get_rank() == 0:
+        torch.save(found, out / "found.pt")
+    torch.distributed.destroy_process_group()

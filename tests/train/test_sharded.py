@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both trainers on two CPU processes against one: the same updates, evaluations and saved weights.
+
+The differences of the weights are printed (pytest -s). Mutations tried (what was broken -> which test went red):
+    SSPOTrainer.in_step does nothing         -> [fsdp2-sspo], a process aborts in a collective
+    no rows are added in evaluate            -> [fsdp2-sspo]
+    save_model is Trainer's alone            -> [fsdp2-pref], no weights are saved
+    no reshard before the weights are looked at -> [fsdp2-pref], tensors are mixed
+"""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from helpers.launch import torchrun
+from helpers.ranks import sharded_two_ranks
+
+CASES = {
+    "fsdp2-pref": {
+        "linear": {"evaluate": "after", "save": True},
+        "logits, lora": {"route": "logits", "lora": True, "save": True},
+        "tied, checkpoints": {"tied": True, "save": True, "save_strategy": "steps", "save_steps": 2},
+    },
+    "fsdp2-sspo": {
+        "uneven probes": {"probe_options": {"max_tokens": 40}, "evaluate": "after", "save": True},
+        "compact": {"rollout_engine": "compact", "rollout_batch_size": 2, "route": "logits"},
+        "lora": {"probe_options": {"max_tokens": 40}, "lora": True, "evaluate": "after"},
+    },
+}  # fmt: skip
+
+
+def worst(one: dict, two: dict) -> float:
+    assert one and one.keys() <= two.keys()  # tied weights may be saved under both of their names
+    return max((one[name] - two[name]).abs().max().item() for name in one)
+
+
+def moved(found: dict, case: dict) -> float:
+    """How far training took the weights; an adapter's B begins at 0."""
+    model, _ = sharded_two_ranks.model_of(case["trainer"], case.get("tied", False), False)
+    start = dict(model.named_parameters())
+    return max((w - start[n] if n in start else w).abs().max().item() for n, w in found.items() if "lora_A" not in n)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", CASES)
+def test_two_processes_train_what_one_does(group, tmp_path):
+    layout, trainer = group.split("-")
+    cases = {name: {"layout": layout, "trainer": trainer, **case} for name, case in CASES[group].items()}
+    (tmp_path / "two").mkdir()
+    torchrun("helpers.ranks.sharded_two_ranks", tmp_path / "two", json.dumps(cases))
+    found = torch.load(tmp_path / "two" / "found.pt", weights_only=False)
+    for name, one in sharded_two_ranks.main(tmp_path / "one", cases).items():
+        two = found[name]
+        difference, way = worst(one["weights"], two["weights"]), moved(one["weights"], cases[name])
+        print(f"\n{group}, {name}: weights move by {way:.1e}, and differ by {difference:.1e}")
+        assert way > 5e-3 and difference < 1e-6, name
+        for when in ("before", "after"):
+            for metric, value in one.get(when, {}).items():
+                if not metric.endswith(("_runtime", "_per_second", "_time")):
+                    assert two[when][metric] == pytest.approx(value, rel=1e-5, abs=1e-6), (name, when, metric)
+        if "saved" in one:
+            assert len(one["saved"]) == len(two["saved"]) == 1, name
+            assert worst(one["saved"][0], two["saved"][0]) < 1e-6, name
