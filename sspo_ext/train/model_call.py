@@ -20,6 +20,7 @@ from ..hf.wrappers import UnsupportedHead
 from ..layout.steps import StepLayout
 from ..losses.logps import linear_step_logps, step_logps
 from ..objective.sums import StepLogps
+from ..tree.masks import tree_mask
 
 logger = logging.getLogger(__name__)
 
@@ -108,11 +109,12 @@ class ModelCall(NamedTuple):
 
 def call_model(model: nn.Module, batch: dict, route: str, chunk_bytes: int | None) -> ModelCall:
     """Runs the model on a batch, up to its hidden states or its logits."""
+    inputs = model_inputs(model, batch)
     if route == "linear":
-        hidden, outputs = forward_hidden(model, **model_inputs(batch))
+        hidden, outputs = forward_hidden(model, **inputs)
         head = model_head(model)
         return ModelCall((hidden, head.weight), {**head.options, "chunk_bytes": chunk_bytes}, outputs)
-    outputs = model(**model_inputs(batch), use_cache=False)
+    outputs = model(**inputs, use_cache=False)
     return ModelCall((text_logits(outputs, batch["layout"]),), {}, outputs)
 
 
@@ -135,11 +137,17 @@ _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
-def model_inputs(batch: dict) -> dict[str, Tensor | int]:
+def model_inputs(model: nn.Module, batch: dict) -> dict[str, Any]:
     """The part of the batch that the model reads.
 
     The labels are left out. Packed sequences have no mask in the batch: with a mask of ones they would see each other.
+    A tree's mask has the form that the model takes, and is made on its device.
     """
+    if "tree" in batch:
+        tree = batch["tree"]
+        return {
+            "input_ids": tree.input_ids, "position_ids": tree.position_ids, "attention_mask": tree_mask(model, tree)
+        }  # fmt: skip
     return {k: batch[k] for k in (*_MODEL_INPUTS, *_BOUNDARIES) if k in batch}
 
 
