@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 # PEFT's kinds whose virtual tokens stand before the text in the logits.
@@ -63,6 +64,17 @@ def text_config(model: nn.Module) -> Any:
     config = getattr(unwrap(model), "config", None)
     get = getattr(config, "get_text_config", None)
     return config if get is None else get(decoder=True)
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the model's first float parameter; float32 for a model without one."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter; the CPU for a model without one."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def find_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:

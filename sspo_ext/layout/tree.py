@@ -55,6 +55,11 @@ class TokenTree(Built, TensorBundle):
         return self.host_place.shape[0]
 
     @property
+    def longest(self) -> int:
+        """The tokens of the longest sequence."""
+        return int(self.host_offsets.diff().max()) if self.num_sequences else 0
+
+    @property
     def sharing(self) -> float:
         """`num_unshared_tokens / num_tokens`: how many sequences a token stands for on average; 1 if none is shared."""
         return self.num_unshared_tokens / max(self.num_tokens, 1) if self.num_unshared_tokens else 1.0
@@ -63,6 +68,10 @@ class TokenTree(Built, TensorBundle):
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.input_ids.device
+
+    def places(self) -> tuple[Tensor, ...]:
+        """For each sequence the places of its tokens on the grid, row * L + column, on the host."""
+        return self.host_place.split(self.host_offsets.diff().tolist())
 
     def __repr__(self) -> str:
         return (
@@ -117,7 +126,7 @@ class TokenTree(Built, TensorBundle):
             _refuse_long(lengths, max_tokens)
         if pad_to_multiple_of is not None:
             check_count("pad_to_multiple_of", pad_to_multiple_of)
-        # Bytes compare as the ids do if the highest byte comes first; a prefix comes before what it begins.
+        # Bytes sort as the ids do if the highest byte comes first, and on every machine alike.
         keys = [ids.astype(">i8").tobytes() for ids in found]
         order = sorted((b for b in range(len(found)) if lengths[b]), key=lambda b: (group[b], keys[b]))
         shared = _shared(found, order, group)

@@ -42,7 +42,7 @@ def tokenizer():
 def given(tokenizer) -> dict:
     """What an example may use: names of its own, which it may change."""
     names = {"torch": torch}
-    for module in ("sspo_ext", "sspo_ext.losses", "sspo_ext.signals", "sspo_ext.hf"):
+    for module in ("sspo_ext", "sspo_ext.tree", "sspo_ext.losses", "sspo_ext.signals", "sspo_ext.hf"):
         names |= {name: value for name, value in vars(importlib.import_module(module)).items() if name[0] != "_"}
     torch.manual_seed(0)
     vocabulary = len(tokenizer)

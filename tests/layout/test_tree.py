@@ -2,7 +2,7 @@
 """TokenTree: equal prefixes are stored once, every path is its sequence, and a row keeps to its budget.
 
 Mutations of sspo_ext/layout/tree.py, each caught by the test named:
-  keys with the lowest byte first ("<i8")                         test_a_prefix_is_stored_once
+  keys with the lowest byte first ("<i8")                         test_branches_are_in_the_order_of_their_ids
   `shared` one token too short                                    test_a_prefix_is_stored_once
   `end[path[kept:]]` as `end[path[kept + 1:]]`                    test_end_is_the_subtree
   `parent[start]` left at own - 1                                 test_paths_spell_the_sequences
@@ -153,6 +153,10 @@ def test_rows_are_filled():
     tree = TokenTree.from_sequences(sequences, max_tokens=10)
     assert tree.shape == (2, 10) and tree.num_tokens == 20
     assert TokenTree.from_sequences(sequences).shape == (4, 5)
+
+
+def test_branches_are_in_the_order_of_their_ids():
+    assert TokenTree.from_sequences([[5, 256], [5, 1], [0]], max_tokens=4).input_ids.tolist() == [[0, 5, 1, 256]]
 
 
 def test_groups_are_apart():

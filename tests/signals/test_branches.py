@@ -21,7 +21,6 @@ from helpers.rl import make_tokenizer, make_trainer
 from benchmarks.models import families
 from sspo_ext.signals.branches import sample, support
 from sspo_ext.signals.branches.branch import Branch
-from sspo_ext.signals.branches.engines import Tree
 from sspo_ext.signals.branches.score import branch_logps
 from sspo_ext.signals.branches.support import why_not
 
@@ -187,17 +186,6 @@ class TestEngines:
             branch_logps(models("llama"), TRUNKS, [branch])
 
 
-class TestTree:
-    def test_equal_tokens_after_equal_contexts_are_one(self):
-        tree = Tree([5, 6, 7])
-        assert tree.add(2, [8, 9, 10], 0) == ([1, 3, 4], [8, 9, 10])
-        assert tree.add(2, [8, 9, 11], 2) == ([4], [11])
-        assert tree.add(2, [7, 3], 0) == ([1, 2], [7, 3])  # the trunk's own token
-        assert len(tree) == 5
-        assert tree.positions() == [0, 1, 2, 2, 3]
-        assert [row.nonzero()[0].tolist() for row in tree.mask()] == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4]]
-
-
 class IgnoresMasks(nn.Module):
     """Reads every token before a position, whatever the mask says, as a recurrent model does."""
 
@@ -236,23 +224,27 @@ class TestSupport:
             branch_logps(model, TRUNKS, BRANCHES, engine="packed")
         close(branch_logps(model, TRUNKS, BRANCHES).tokens, torch.cat([hand_rolled(model, b) for b in BRANCHES]))
 
-    @pytest.mark.parametrize("attention", ("flex_attention", "flash_attention_2", None))
-    def test_attention_that_takes_no_mask_of_our_own_is_refused_unrun(self, attention):
+    @pytest.mark.parametrize(
+        ("attention", "reason"),
+        (("flex_attention", "does not support"), ("flash_attention_2", "4-D mask"), (None, "4-D mask")),
+    )
+    def test_attention_that_takes_no_mask_of_our_own_is_refused_unrun(self, attention, reason):
         model = IgnoresMasks()
         model.config._attn_implementation = attention
-        assert "4-D mask" in why_not(model, "packed")
+        assert reason in why_not(model, "packed")
 
     def test_unknown_layers_are_refused(self):
         model = IgnoresMasks()
         model.config.layer_types = ["full_attention", "linear_attention"]
         assert "linear_attention" in why_not(model, "packed")
 
-    def test_asked_once_and_forgotten_with_the_model(self, monkeypatch):
+    @pytest.mark.parametrize("engine", ENGINES)
+    def test_asked_once_and_forgotten_with_the_model(self, engine):
         model, runs = families.enlarge(families.build("llama")), []
-        monkeypatch.setattr(support, "run_engine", lambda *a, run=support.run_engine: runs.append(a[3]) or run(*a))
+        model.register_forward_pre_hook(lambda module, args: runs.append(1))
         for _ in range(3):
-            assert why_not(model, "packed") is None
-        assert runs == ["separate", "packed"]
+            assert why_not(model, engine) is None
+        assert len(runs) == {"packed": 5 + 1, "cached": 5 + 4}[engine]  # five paths alone, then together
         known = weakref.ref(model)
         del model
         assert known() is None

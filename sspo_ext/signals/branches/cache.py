@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ...hf.cache import cache_input, cache_of, has_virtual_tokens
+from ...hf.wrappers import model_device
 from .branch import Branch, Trunks, by_trunk, in_budget
-from .model import logits_at, model_device
+from .model import logits_at
 
 
 class Grown(NamedTuple):

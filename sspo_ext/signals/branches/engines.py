@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import check_choice
+from ...hf.wrappers import model_device
+from ...layout.tree import TokenTree
+from ...tree.masks import tree_mask
 from .branch import ENGINES, Branch, BranchLogps, Trunks, by_trunk, in_budget
 from .cache import cached_rows
-from .masks import four_d_mask
-from .model import label_logps, logits_at, model_device
+from .model import label_logps, logits_at
 
 
 def run_engine(
@@ -64,75 +66,24 @@ def _separate(
         yield [(r, len(ids) - start)], label_logps(logits, ids[start:])
 
 
-class Tree:
-    """A trunk and branches as one tree of tokens: a token is stored once for all paths that share it."""
-
-    def __init__(self, trunk: Sequence[int]):
-        self.tokens = list(trunk)
-        self.parents = list(range(-1, len(trunk) - 1))
-        self.children = {(i - 1, token): i for i, token in enumerate(trunk)}
-
-    def add(self, cut: int, ids: Sequence[int], start: int) -> tuple[list[int], list[int]]:
-        """Add a branch; return (the nodes whose logits predict ids[start:], ids[start:]).
-
-        The last token of a branch is only predicted, so it becomes no node.
-        """
-        node, nodes = cut - 1, []
-        for j, token in enumerate(ids):
-            if j >= start:
-                nodes.append(node)
-            if j == len(ids) - 1:
-                break
-            child = self.children.get((node, token))
-            if child is None:
-                child = self.children[node, token] = len(self.tokens)
-                self.tokens.append(token)
-                self.parents.append(node)
-            node = child
-        return nodes, list(ids[start:])
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def positions(self) -> list[int]:
-        """Return the position of each token: its depth in the tree."""
-        depth: list[int] = []
-        for parent in self.parents:
-            depth.append(0 if parent < 0 else depth[parent] + 1)
-        return depth
-
-    def mask(self) -> np.ndarray:
-        """Return the (T, T) bool mask: each token sees the path from the root to itself."""
-        seen = np.eye(len(self), dtype=bool)
-        for i, parent in enumerate(self.parents):
-            if parent >= 0:
-                seen[i] |= seen[parent]
-        return seen
+def _tree(trunks: Trunks, branches: Sequence[Branch], groups: list[list[int]]) -> TokenTree:
+    """The branches of each group as a tree. A branch's last token is only predicted, so it is left out."""
+    paths, number = [], []
+    for g, members in enumerate(groups):
+        paths += [[*trunks[branches[r].trunk][: branches[r].cut], *branches[r].ids[:-1]] for r in members]
+        number += [g] * len(members)
+    return TokenTree.from_sequences(paths, groups=number)
 
 
-# A tree, and [(branch, its nodes, its scored tokens)].
-_Row = tuple[Tree, list[tuple[int, list[int], list[int]]]]
-
-
-def _trees(model: nn.Module, batch: list[_Row]) -> _Part:
-    """Run one forward of trees, the longest first."""
-    length = len(batch[0][0])
-    ids, positions = np.zeros((2, len(batch), length), np.int64)
-    # Padding sees itself: a softmax over nothing would be NaN.
-    mask = np.broadcast_to(np.eye(length, dtype=bool), (len(batch), length, length)).copy()
-    at, labels, owners = [], [], []
-    for i, (tree, scored) in enumerate(batch):
-        n = len(tree)
-        ids[i, :n], positions[i, :n] = tree.tokens, tree.positions()
-        mask[i, :n, :n] = tree.mask()
-        for r, nodes, tokens in scored:
-            at += [i * length + node for node in nodes]
-            labels += tokens
-            owners.append((r, len(tokens)))
-    device = model_device(model)
-    ids, positions, mask, at = (torch.from_numpy(np.asarray(x)).to(device) for x in (ids, positions, mask, at))
-    inputs = {"attention_mask": four_d_mask(model, mask, positions), "position_ids": positions}
-    logits, _ = logits_at(model, at, input_ids=ids, **inputs)
+def _trees(model: nn.Module, trunks: Trunks, branches: Sequence[Branch], groups: list[list[int]]) -> _Part:
+    """Run one forward of trees."""
+    tree = _tree(trunks, branches, groups)
+    owners = [(r, len(branches[r].ids) - branches[r].start) for members in groups for r in members]
+    at = torch.cat([path[len(path) - n :] for path, (_, n) in zip(tree.places(), owners, strict=True)])
+    labels = [token for r, _ in owners for token in branches[r].ids[branches[r].start :]]
+    tree = tree.to(model_device(model))
+    inputs = {"attention_mask": tree_mask(model, tree), "position_ids": tree.position_ids}
+    logits, _ = logits_at(model, at.to(tree.device), input_ids=tree.input_ids, **inputs)
     return owners, label_logps(logits, labels)
 
 
@@ -145,18 +96,15 @@ def _packed(
     *,
     fallback: Callable[[int], str],
 ) -> Iterator[_Part]:
-    rows: list[_Row] = []
+    groups: list[list[int]] = []
     beyond: list[int] = []
     for members in by_trunk(branches, todo, max_tokens):
-        if len(members) == 1 and branches[members[0]].cut + len(branches[members[0]].ids) > max_tokens:
-            beyond += members
-            continue
-        tree = Tree(trunks[branches[members[0]].trunk][: max(branches[r].cut for r in members)])
-        scored = [(r, *tree.add(*branches[r][1:])) for r in members]
-        rows.append((tree, scored))
-    rows.sort(key=lambda row: len(row[0]), reverse=True)
-    for some in in_budget([len(tree) for tree, _ in rows], max_tokens):
-        yield _trees(model, rows[some.start : some.stop])
+        alone = len(members) == 1 and branches[members[0]].cut + len(branches[members[0]].ids) > max_tokens
+        (beyond.extend if alone else groups.append)(members)
+    sized = [(_tree(trunks, branches, [members]).num_tokens, members) for members in groups]
+    sized.sort(key=lambda item: item[0], reverse=True)
+    for some in in_budget([size for size, _ in sized], max_tokens):
+        yield _trees(model, trunks, branches, [members for _, members in sized[some.start : some.stop]])
     # A path beyond the budget would be alone in its tree. The trunk's cache still shares its context.
     if beyond:
         longest = max(branches[r].cut + len(branches[r].ids) for r in beyond)

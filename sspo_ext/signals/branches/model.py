@@ -48,14 +48,3 @@ def label_logps(logits: Tensor, labels: Sequence[int]) -> Tensor:
         for rows, some in zip(logits.split(_ROWS), target.split(_ROWS), strict=True)
     ]
     return torch.cat(parts).clamp(max=0)
-
-
-def model_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of the model's first float parameter; float32 for a model without one."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
-def model_device(model: nn.Module) -> torch.device:
-    """Return the device of the model's first parameter; the CPU for a model without one."""
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device

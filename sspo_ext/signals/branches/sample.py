@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ..._checks import check_count, check_not_negative
 from ...hf.cache import cache_input, cache_of, has_virtual_tokens
-from ...hf.wrappers import eval_mode
+from ...hf.wrappers import eval_mode, model_device
+from ...tree.support import check_positions
 from .branch import SAMPLING_ENGINES, Branch, Trunks, check_branches
 from .cache import cached_rows
-from .model import logits_at, model_device
-from .support import check_positions, choose_engine
+from .model import logits_at
+from .support import choose_engine
 
 
 def sample_branches(
@@ -70,7 +71,7 @@ def sample_branches(
             raise ValueError(f"branches: branch {r} has no token to continue from")
     result: list[list[list[int]]] = [[] for _ in branches]
     longest = max((b.cut + len(b.ids) for b in branches), default=1 - max_new_tokens) + max_new_tokens
-    check_positions(model, longest - 1)
+    check_positions("trunks", model, longest - 1)
     with torch.no_grad(), eval_mode(model):
         run = {"separate": _separate, "cached": _cached}[choose_engine(model, engine, longest, SAMPLING_ENGINES)]
         for members, start in run(model, trunks, branches, num_samples, max_new_tokens, max_tokens):

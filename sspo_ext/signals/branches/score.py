@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from ...hf.wrappers import eval_mode
+from ...tree.support import check_positions
 from .branch import Branch, BranchLogps, Trunks, check_branches
 from .engines import run_engine
-from .support import check_positions, choose_engine, why_not
+from .support import choose_engine, why_not
 
 
 def branch_logps(
@@ -59,7 +60,7 @@ def branch_logps(
     """
     check_branches(trunks, branches, max_tokens)
     longest = max((b.cut + len(b.ids) for b in branches), default=0)
-    check_positions(model, longest - 1)  # the last token is only predicted
+    check_positions("trunks", model, longest - 1)  # the last token is only predicted
     with torch.no_grad(), eval_mode(model):
         engine = choose_engine(model, engine, longest)
         return run_engine(

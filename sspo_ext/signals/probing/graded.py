@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...hf.wrappers import model_device
 from ..branches.branch import Branch
-from ..branches.model import model_device
 from ..branches.sample import sample_branches
 from .options import ProbeOptions
 from .states import States, special_ids
