@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the sequences of a batch share their prefixes, and how: by a count of what the model computes. On the host."""
+"""Whether and how the sequences of a batch share their prefixes: by a count of what the model computes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,19 @@ class PrefixSharing:
     Args:
         always: whether sequences are shared even where it costs more than it saves. Then it is the cheapest tree.
         token_cost: what a token costs in a model's layers without its attention, in units of one query and one key.
-        skips: whether attention skips pairs that do not see each other, as FlexAttention does.
+        attention: the model's for trees. "flex_attention" skips pairs that do not see each other, others compute them.
         one_row: whether all trees are put into one row, without padding.
     """
 
     always: bool = False
     token_cost: float = 4096.0
-    skips: bool = False
+    attention: str = "sdpa"
     one_row: bool = False
+
+    @property
+    def skips(self) -> bool:
+        """Whether attention skips pairs that do not see each other."""
+        return self.attention == "flex_attention"
 
     def tree(self, sequences: Sequence[Tensor], groups: Sequence[int], pad_token_id: int = 0) -> TokenTree | None:
         """The cheapest tree of a batch, or None where the batch is cheaper without one.
