@@ -23,6 +23,7 @@ COMMANDS = {
     "real-routes": ("models.real_routes", "the real run on both routes and with TRL's DPOTrainer"),
     "compression": ("compression", "trains SSPO, outcome-only RL, length penalties and controls, and compares them"),
     "probe": ("models.probe", "K probes of a chain: packed, cached and K forwards"),
+    "prefixes": ("models.prefixes", "shared prefixes: tokens, time and memory next to unshared ones and TRL"),
     "trace-run": ("models.trace_run", "values of real chains, probed with a real model"),
     "trace-train": (
         "models.trace_train",
