@@ -87,7 +87,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-Step = tuple[Callable[[], object], dict]  # one forward and backward, and what it computes
+Step = tuple[Callable[[], torch.Tensor], dict]  # one forward and backward, and what it computes
 
 
 def contestant(name: str, problem: str, model, tokenizer, features: list, options) -> Step:
@@ -116,7 +116,7 @@ def contestant(name: str, problem: str, model, tokenizer, features: list, option
         tokens = _tokens(batch)
     model.train()
 
-    def step() -> object:
+    def step() -> torch.Tensor:
         with trainer.attention_for(batch) if name != "TRL" else torch.enable_grad():
             loss = trainer.compute_loss(model, dict(batch))
             loss.backward()
