@@ -25,6 +25,7 @@ COMMANDS = {
     "compression": ("compression", "trains SSPO, outcome-only RL, length penalties and controls, and compares them"),
     "probe": ("models.probe", "K probes of a chain: packed, cached and K forwards"),
     "probe-choice": ("models.probe_choice", "which probe makes a real model answer"),
+    "prefixes": ("models.prefixes", "shared prefixes: tokens, time and memory next to unshared ones and TRL"),
     "trace-run": ("models.trace_run", "values of real chains, probed with a real model"),
     "trace-train": (
         "models.trace_train",

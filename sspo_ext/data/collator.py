@@ -12,6 +12,7 @@ import torch
 from ..layout.pairs import StepPairs
 from ..layout.steps import StepLayout
 from .rows import LARGEST
+from .sharing import PrefixSharing
 
 SIDES = ("chosen", "rejected")
 
@@ -32,12 +33,15 @@ class StepPreferenceCollator:
         flash_attention: with `packed`, also return the sequence boundaries under the names that FlashAttention models
             of transformers take. Without it these models compute them from `position_ids`, and each layer then waits
             for the device.
+        sharing: compute the tokens that sequences have in common once, where that pays. None never does it.
 
     Returns:
         A callable: features of n rows -> batch, a dict with
 
             * "input_ids" and "attention_mask", (2n, T) int64; with `packed` instead "input_ids" and "position_ids",
               (1, total) int64;
+            * where sequences share prefixes, "tree", a TokenTree, and its "input_ids" (R, L) int64; the model's other
+              inputs are then those of `sspo_ext.tree.tree_inputs`;
             * with `flash_attention`, "cu_seq_lens_q" and "cu_seq_lens_k", (2n + 1,) int32, and "max_length_q" and
               "max_length_k", int;
             * "layout", a StepLayout, and "pairs", a StepPairs, with weights and margins where a row has any;
@@ -61,6 +65,7 @@ class StepPreferenceCollator:
     pad_to_multiple_of: int | None = None
     vocab_size: int | None = None
     flash_attention: bool = False
+    sharing: PrefixSharing | None = None
 
     def __call__(self, features: Sequence[dict]) -> dict:
         """Collate the features of one or more rows."""
@@ -73,7 +78,13 @@ class StepPreferenceCollator:
         names = [str(f.get("source") or "a row without a source") for f in features] * 2
         if self.vocab_size is not None:
             _check_ids(ids, names, self.vocab_size)
-        batch, layout = (self._pack if self.packed else self._pad)(ids, labels, steps)
+        groups = [*range(len(features))] * 2
+        tree = None if self.sharing is None else self.sharing.tree(ids, groups, self.pad_token_id)
+        if tree is not None:
+            layout = StepLayout.from_tree(tree, labels, steps, vocab_size=self.vocab_size)
+            batch: dict = {"input_ids": tree.input_ids, "tree": tree}
+        else:
+            batch, layout = (self._pack if self.packed else self._pad)(ids, labels, steps)
         counts = [_num_steps(row) for row in steps]
         base = [0, *accumulate(counts)]
         n = len(features)

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
+from ..data.sharing import PrefixSharing
 from ..layout.bundle import TensorBundle
 from ..objective.sums import StepLogps
+from ..tree.inputs import using_attention
 from .checkpoints import (
     STATE,
     UNFINISHED,
@@ -50,6 +52,7 @@ class StepTrainer(Trainer):
     train_dataset: Any
     eval_dataset: Any
     route: str
+    sharing: PrefixSharing | None = None  # how the sequences of a batch share their prefixes
 
     _resumed_at: int | None = None  # updates of the checkpoint that training began with
     _checkpoint: str | None = None  # the same, or the best one: what is loaded
@@ -157,7 +160,7 @@ class StepTrainer(Trainer):
 
     def logps_without_grad(self, model: nn.Module, batch: dict) -> StepLogps:
         """`step_logps` of a batch that is not yet on the device, without a gradient."""
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self.accelerator.autocast(), self.attention_for(batch):
             return self.step_logps(model, self._prepare_inputs(batch))
 
     def _prepare_inputs(self, inputs):
@@ -165,6 +168,17 @@ class StepTrainer(Trainer):
         if "advantages" in inputs:  # on the host they tell the loss which rows need no gradient
             prepared["advantages"] = inputs["advantages"]
         return prepared
+
+    def attention_for(self, batch: dict) -> contextlib.AbstractContextManager:
+        """An attention that takes the batch, in forward and backward: another than the model's own for trees."""
+        if "tree" not in batch or self.sharing is None:
+            return contextlib.nullcontext()
+        return using_attention(self.model, self.sharing.attention)
+
+    def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Tensor:
+        """Trainer's, with an attention that takes the batch."""
+        with self.attention_for(inputs):
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def _prepare_input(self, data):
         return data.to(self.args.device) if isinstance(data, TensorBundle) else super()._prepare_input(data)

@@ -15,6 +15,7 @@ from torch.utils.data import Sampler
 from ..data.chat import COLUMNS, chat_options
 from ..data.graders import Grader, answer_grader, answer_texts
 from ..data.prompts import prompt_tokens
+from ..data.sharing import PrefixSharing
 from ..layout.steps import StepLayout
 from ..signals.credit.baselines import combine_advantages, outcome_advantages
 from ..signals.credit.gae import spread, step_gae
@@ -167,28 +168,59 @@ def graded_rollouts(
     ]
 
 
-def policy_batch(rollouts: Sequence[Rollout], pad_token_id: int) -> dict:
-    """A micro-batch of rollouts, right-padded.
+def prompt_groups(rollouts: Sequence[Rollout]) -> list[int]:
+    """For each rollout the number of its prompt; equal prompts have one number."""
+    numbers: dict[tuple[int, ...], int] = {}
+    return [numbers.setdefault(tuple(r.prompt_ids), len(numbers)) for r in rollouts]
+
+
+def micro_batches(
+    rollouts: Sequence[Rollout], size: int, pad_token_id: int, sharing: PrefixSharing | None = None
+) -> list[dict]:
+    """Micro-batches of `size` rollouts; see `policy_batch`.
+
+    Similar lengths share a micro-batch and need little padding; the loss is a sum over all of them anyway. Where
+    prefixes are shared, so do the rollouts of a prompt.
+    """
+    groups = prompt_groups(rollouts) if sharing is not None else [0] * len(rollouts)
+    lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in rollouts]
+    longest: dict[int, int] = {}
+    for group, length in zip(groups, lengths, strict=True):
+        longest[group] = max(longest.get(group, 0), length)
+    order = sorted(range(len(rollouts)), key=lambda i: (longest[groups[i]], groups[i], lengths[i]))
+    return [
+        policy_batch([rollouts[i] for i in order[start : start + size]], pad_token_id, sharing)
+        for start in range(0, len(order), size)
+    ]
+
+
+def policy_batch(rollouts: Sequence[Rollout], pad_token_id: int, sharing: PrefixSharing | None = None) -> dict:
+    """A micro-batch of rollouts, right-padded, or as trees where prefixes are shared and that pays.
 
     Returns:
         "input_ids" and "attention_mask" (n, T) int64; "layout", in which every token of a completion is scored, in its
-        step; "advantages" (S,) float32, one for each step.
+        step; "advantages" (S,) float32, one for each step. Instead of the mask a TokenTree as "tree".
     """
-    length = max(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
-    ids = torch.full((len(rollouts), length), pad_token_id)
-    mask = torch.zeros_like(ids)
-    labels, steps = torch.full_like(ids, -100), torch.full_like(ids, -1)
-    for b, r in enumerate(rollouts):
-        start = len(r.prompt_ids)
-        end = start + len(r.completion_ids)
-        ids[b, :end] = torch.tensor(r.prompt_ids + r.completion_ids)
-        mask[b, :end] = 1
-        labels[b, start:end] = ids[b, start:end]
-        numbers = [k for k, step in enumerate(r.steps) for _ in step]
-        steps[b, start:end] = torch.tensor(numbers, dtype=torch.int64)
-    layout = StepLayout.from_step_ids(labels, steps)
+    ids = [torch.tensor([*r.prompt_ids, *r.completion_ids], dtype=torch.int64) for r in rollouts]
+    starts = [len(r.prompt_ids) for r in rollouts]
+    labels, steps = [row.clone() for row in ids], [torch.full_like(row, -1) for row in ids]
+    for r, start, label, step in zip(rollouts, starts, labels, steps, strict=True):
+        label[:start] = -100
+        step[start:] = torch.tensor([k for k, tokens in enumerate(r.steps) for _ in tokens], dtype=torch.int64)
     advantages = torch.tensor([a for r in rollouts for a in r.advantages], dtype=torch.float32)
-    return {"input_ids": ids, "attention_mask": mask, "layout": layout, "advantages": advantages}
+    tree = None if sharing is None else sharing.tree(ids, prompt_groups(rollouts), pad_token_id)
+    if tree is not None:
+        layout = StepLayout.from_tree(tree, labels, steps)
+        return {"input_ids": tree.input_ids, "tree": tree, "layout": layout, "advantages": advantages}
+    layout = StepLayout.from_step_ids(_padded(labels, -100), _padded(steps, -1))
+    return {
+        "input_ids": _padded(ids, pad_token_id), "attention_mask": _padded([torch.ones_like(row) for row in ids], 0),
+        "layout": layout, "advantages": advantages,
+    }  # fmt: skip
+
+
+def _padded(rows: list[Tensor], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
 def rollout_metrics(rows: Iterable[Summary]) -> dict[str, float]:

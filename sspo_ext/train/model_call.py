@@ -13,13 +13,17 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from .._checks import check_choice
+from ..data.sharing import PREFIX_SHARING, PrefixSharing
 from ..hf.check import check_head
 from ..hf.forward import forward_hidden
 from ..hf.head import model_head
-from ..hf.wrappers import UnsupportedHead
+from ..hf.wrappers import UnsupportedHead, base_model, text_config
 from ..layout.steps import StepLayout
 from ..losses.logps import linear_step_logps, step_logps
 from ..objective.sums import StepLogps
+from ..tree.inputs import tree_attention
+from ..tree.masks import tree_mask, window_of
+from ..tree.support import UnsupportedTree, why_not
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +96,56 @@ def check_processes(args) -> None:
         )
 
 
+def choose_sharing(model: nn.Module, prefix_sharing: str | bool, *, packing: bool = False) -> PrefixSharing | None:
+    """How the sequences of a batch share their prefixes; None if they do not.
+
+    Args:
+        model: A causal LM, where it will be trained.
+        prefix_sharing: One of `PREFIX_SHARING`.
+        packing: Whether a batch is one row.
+
+    Returns:
+        PrefixSharing: the answer of the first process, on every process. With "auto" None for a model that cannot.
+
+    Raises:
+        UnsupportedTree: With True, for a model that cannot run sequences that share prefixes.
+        ValueError: For an unknown choice.
+    """
+    check_choice("prefix_sharing", prefix_sharing, PREFIX_SHARING)
+    if prefix_sharing is False:
+        return None
+    ((attention, refusal),) = broadcast_object_list([_tree_attention(model)])
+    if attention is not None:
+        return PrefixSharing(prefix_sharing is True, _token_cost(model), attention, one_row=packing)
+    if prefix_sharing is True:
+        raise UnsupportedTree(f"prefix_sharing: {refusal}; use prefix_sharing=False")
+    logger.info("prefixes are not shared: %s", refusal)
+    return None
+
+
+def _tree_attention(model: nn.Module) -> tuple[str | None, str | None]:
+    """The attention with which the model runs trees; or None, and why it runs none."""
+    config: Any = text_config(model)
+    window = window_of(config)
+    if getattr(config, "output_router_logits", False):
+        return None, "the balance loss of its routers would count a shared token once, and takes no 4-D mask"
+    try:
+        with tree_attention(model) as attention:
+            refusal = why_not(model, 0 if window is None else window + 1)
+            return (attention, None) if refusal is None else (None, refusal)
+    except UnsupportedTree as error:
+        return None, str(error)
+
+
+def _token_cost(model: nn.Module) -> float:
+    """The products of a token in the layers without their attention, in units of those of one query and one key."""
+    config, inner = hf_model(text_config(model)), hf_model(base_model(model))
+    ends = (inner.get_input_embeddings(), inner.get_output_embeddings())
+    words = {id(p) for module in ends if module is not None for p in module.parameters()}
+    weights = sum(p.numel() for p in inner.parameters() if id(p) not in words)
+    return weights / (2 * config.num_hidden_layers * config.hidden_size)
+
+
 class ModelCall(NamedTuple):
     """A model's forward, ready for a loss function of its route.
 
@@ -108,11 +162,12 @@ class ModelCall(NamedTuple):
 
 def call_model(model: nn.Module, batch: dict, route: str, chunk_bytes: int | None) -> ModelCall:
     """Runs the model on a batch, up to its hidden states or its logits."""
+    inputs = model_inputs(model, batch)
     if route == "linear":
-        hidden, outputs = forward_hidden(model, **model_inputs(batch))
+        hidden, outputs = forward_hidden(model, **inputs)
         head = model_head(model)
         return ModelCall((hidden, head.weight), {**head.options, "chunk_bytes": chunk_bytes}, outputs)
-    outputs = model(**model_inputs(batch), use_cache=False)
+    outputs = model(**inputs, use_cache=False)
     return ModelCall((text_logits(outputs, batch["layout"]),), {}, outputs)
 
 
@@ -135,11 +190,17 @@ _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
-def model_inputs(batch: dict) -> dict[str, Tensor | int]:
+def model_inputs(model: nn.Module, batch: dict) -> dict[str, Any]:
     """The part of the batch that the model reads.
 
     The labels are left out. Packed sequences have no mask in the batch: with a mask of ones they would see each other.
+    A tree's mask has the form that the model takes, and is made on its device.
     """
+    if "tree" in batch:
+        tree = batch["tree"]
+        return {
+            "input_ids": tree.input_ids, "position_ids": tree.position_ids, "attention_mask": tree_mask(model, tree)
+        }  # fmt: skip
     return {k: batch[k] for k in (*_MODEL_INPUTS, *_BOUNDARIES) if k in batch}
 
 

@@ -22,7 +22,14 @@ from ..objective.pair_arguments import checked_options, chosen_formulas
 from .dropout import disable_dropout
 from .limits import model_limits
 from .means import Means
-from .model_call import call_model, check_processes, choose_route, router_loss, uses_flash_attention
+from .model_call import (
+    call_model,
+    check_processes,
+    choose_route,
+    choose_sharing,
+    router_loss,
+    uses_flash_attention,
+)
 from .models import check_trainable, model_and_tokenizer, with_adapter
 from .options import check_optimizer, dictionary
 from .preference_config import StepPreferenceConfig
@@ -106,6 +113,7 @@ class StepPreferenceTrainer(ReferencedTrainer):
             disable_dropout(policy)
         self._limits = model_limits(policy)
         self._checked = {}
+        collates = data_collator is None
         if data_collator is None:
             pad = getattr(tokenizer, "pad_token_id", None)
             data_collator = StepPreferenceCollator(
@@ -123,6 +131,11 @@ class StepPreferenceTrainer(ReferencedTrainer):
         # Versions of Trainer without loss_is_scaled_for_ga decide by this whether to divide by the accumulation steps.
         self.model_accepts_loss_kwargs = True
         self.route = choose_route(self.model, args.route, args.device)
+        if isinstance(self.data_collator, StepPreferenceCollator) and collates:
+            self.sharing = choose_sharing(self.model, args.prefix_sharing, packing=args.packing)
+            self.data_collator.sharing = self.sharing
+        elif args.prefix_sharing is True:
+            raise ValueError("prefix_sharing: expected 'auto' or False beside a data_collator, which makes the batches")
         for dataset, name in self._datasets():
             self._check_rows(dataset, name)
         if args.packing:
@@ -204,7 +217,7 @@ class StepPreferenceTrainer(ReferencedTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss of an evaluation batch. Trainer's own method gives none for a batch without labels."""
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.compute_loss_context_manager(), self.attention_for(inputs):
             return self.compute_loss(model, inputs).detach(), None, None
 
     def train(self, *args, **kwargs):

@@ -32,8 +32,8 @@ from .experience import (
     Rollout,
     Summary,
     lowest_reward,
+    micro_batches,
     num_items,
-    policy_batch,
     probe_answers,
     rollout_number,
     step_advantages,
@@ -41,7 +41,7 @@ from .experience import (
     warn_near_zero,
 )
 from .means import Sums
-from .model_call import call_model, check_processes, choose_route, router_loss
+from .model_call import call_model, check_processes, choose_route, choose_sharing, router_loss
 from .models import check_trainable, model_and_tokenizer, with_adapter
 from .options import check_optimizer, dictionary
 from .rollout import end_tokens, make_engine
@@ -153,6 +153,7 @@ class SSPOTrainer(RolloutTrainer):
             args.rollout_engine, tokenizer, rows_at_once=args.rollout_batch_size, **options
         )
         self.route = choose_route(self.model, args.route, args.device)
+        self.sharing = choose_sharing(self.model, args.prefix_sharing)
         if self.ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
 
@@ -188,9 +189,8 @@ class SSPOTrainer(RolloutTrainer):
                         for rollout, values in zip(rollouts, self.step_values(rollouts), strict=True):
                             rollout.values = values
             everyone = self._assign_advantages(places, rollouts)
-            # Similar lengths share a micro-batch and need little padding; the loss is a sum over all of them anyway.
             rollouts.sort(key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
-            micro = [policy_batch(rollouts[i : i + size], self.pad_token_id) for i in range(0, len(rollouts), size)]
+            micro = micro_batches(rollouts, size, self.pad_token_id, self.sharing)
             with self._sums.phase("logps"):
                 for batch in micro:
                     self._add_log_probs(batch)
