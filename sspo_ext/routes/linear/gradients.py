@@ -29,6 +29,7 @@ class WeightGradient:
 
     def __init__(self, head: Head, plan: LinearPlan, accum_dtype: torch.dtype):
         weight, chunks = head.weight, plan.weight_chunks
+        self.empty = head.empty
         self.total = head.empty(tuple(weight.shape), weight.dtype if chunks <= 1 else accum_dtype)
         if not chunks:
             self.total.zero_()
@@ -43,6 +44,12 @@ class WeightGradient:
         else:
             self.total.addmm_(gradient.t(), hidden)
         self.first = False
+
+    def in_dtype(self, dtype: torch.dtype) -> Tensor:
+        """The sum, rounded once."""
+        if self.total.dtype == dtype:
+            return self.total
+        return self.empty(tuple(self.total.shape), dtype).copy_(self.total)
 
 
 @dataclass
