@@ -2,7 +2,8 @@
 """Products that are summed in float32: no chunk's product is rounded to 16 bits first.
 
 Mutations, and the test that catches each: a product in bfloat16, then added (test_product_is_not_rounded,
-test_many_chunks_are_as_exact_as_one); the first product added instead of written (test_product_is_not_rounded).
+test_many_chunks_are_as_exact_as_one); the first product added instead of written (test_product_is_not_rounded); oneMKL
+asked for a CPU without matrix tiles (test_the_processor_decides).
 """
 
 import pytest
@@ -11,26 +12,35 @@ from helpers.linear import layout_of_lengths, pairs_of, problem, truth_of
 from helpers.linear_route import BF16, F16, F32, F64, linear_route
 
 from benchmarks.kernels import ledger
+from sspo_ext.backends import cpu
 from sspo_ext.routes.linear import products
 
 
-@pytest.fixture(params=["library", "float32 blocks"])
+def _blocks():
+    return None
+
+
+WAYS = {"ours": lambda: cpu.add_product, "oneMKL": products.mkl_bfloat16, "float32 blocks": _blocks}
+
+
+@pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
-    """OneMKL's product where this CPU and torch have it, and the way without it."""
-    if request.param == "library" and products.mkl_bfloat16() is None:
+    """The ways to a product of bfloat16 matrices on a CPU, where this CPU, torch and the build have them."""
+    if request.param == "ours" and cpu.product_why_not() is not None:
+        pytest.skip(cpu.product_why_not())
+    if request.param == "oneMKL" and products.mkl_bfloat16() is None:
         pytest.skip("torch here has no oneMKL, or the CPU no bfloat16 instructions")
-    if request.param != "library":
-        monkeypatch.setattr(products, "mkl_bfloat16", lambda: None)
-        monkeypatch.setattr(products, "_BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(products, "cpu_bfloat16", WAYS[request.param])
+    monkeypatch.setattr(products, "_BLOCK_BYTES", 1 << 12)
     return request.param
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
-@pytest.mark.parametrize(("n", "V", "H"), [(1, 1, 1), (7, 33, 5), (130, 257, 64), (0, 9, 3)])
+@pytest.mark.parametrize(("n", "V", "H"), [(1, 1, 1), (7, 33, 5), (130, 257, 64), (0, 9, 3), (257, 101, 65)])
 def test_product_is_not_rounded(way, dtype, n, V, H):
     g = torch.Generator().manual_seed(n)
     padded = torch.randn(n, V + 13, generator=g).to(dtype)
-    gradient, hidden = padded[:, :V], torch.randn(n, H, generator=g).to(dtype)
+    gradient, hidden = padded[:, :V], torch.randn(n, H + 3, generator=g).to(dtype)[:, :H]
     truth = gradient.to(F64).t() @ hidden.to(F64)
     total = torch.full((V, H), float("nan"))
     products.add_product(total, gradient, hidden, True)
@@ -53,6 +63,19 @@ def test_many_chunks_are_as_exact_as_one(way):
 
     one, many = error(layout.num_rows), error(rows)
     assert many <= 1.1 * one, (many, one)
+
+
+def test_the_processor_decides(monkeypatch):
+    """Matrix tiles: oneMKL. AVX512_BF16 alone: ours. Neither: None, float32 blocks. Never a trial, never by vendor."""
+    here = {"amx_tile": True, "avx512_bf16": True}
+    monkeypatch.setattr(products, "_supports", here.get)
+    monkeypatch.setattr(products, "mkl_bfloat16", lambda: len)
+    monkeypatch.setattr(cpu, "product_why_not", lambda: None)
+    assert products.cpu_bfloat16() is len
+    here["amx_tile"] = False
+    assert products.cpu_bfloat16() is cpu.add_product
+    monkeypatch.setattr(cpu, "product_why_not", lambda: "not built")
+    assert products.cpu_bfloat16() is None
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
