@@ -11,6 +11,7 @@ from torch import Tensor
 from ... import backends
 from ...backends.addresses import accumulator
 from .plan import LinearPlan
+from .products import project
 from .shards import VocabShard
 
 
@@ -48,10 +49,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, V) into the buffer."""
-        out = self.buffer[: hidden.shape[0]]
-        if self.bias is None:
-            return torch.mm(hidden, self.weight.t(), out=out)
-        return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+        return project(hidden, self.weight, self.bias, self.buffer[: hidden.shape[0]])
 
     def logps(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(n,) log-probs and log-sum-exps of a chunk, always over the whole vocabulary."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of 16-bit matrices that are added up in float32 without being rounded to 16 bits first."""
+"""The three products of a chunk. Where several chunks are added up in float32, none is rounded to 16 bits first."""
 
 from __future__ import annotations
 
@@ -16,6 +16,59 @@ from ...backends import cpu
 
 # Of float32 temporaries where no library has such a product: about a core's cache; on a GPU, few launches.
 _BLOCK_BYTES, _GPU_BLOCK_BYTES = 4 << 20, 256 << 20
+
+
+def project(
+    hidden: Tensor,  # (n, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    out: Tensor,  # (n, V)
+) -> Tensor:
+    """Writes hidden @ weight^T + bias."""
+    if not _widens(weight):
+        return torch.mm(hidden, weight.t(), out=out) if bias is None else torch.addmm(bias, hidden, weight.t(), out=out)
+    wide = hidden.float()
+    for rows in _blocks(weight, max(hidden.shape)):
+        product = wide @ weight[rows].float().t()
+        out[:, rows] = product if bias is None else product.add_(bias[rows])
+    return out
+
+
+def project_back(gradient: Tensor, weight: Tensor) -> Tensor:
+    """(n, H): gradient (n, V) @ weight (V, H)."""
+    if not _widens(weight):
+        return torch.mm(gradient, weight)
+    total = torch.zeros(gradient.shape[0], weight.shape[1])
+    for rows in _blocks(weight, max(total.shape)):
+        total.addmm_(gradient[:, rows].float(), weight[rows].float())
+    return total.to(gradient.dtype)
+
+
+def add_product_in_place(total: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> None:
+    """As `add_product`, for a total of the operands' dtype: it is rounded once a call."""
+    if not _widens(hidden):
+        torch.mm(gradient.t(), hidden, out=total) if first else total.addmm_(gradient.t(), hidden)
+        return
+    wide = hidden.float()
+    for rows in _blocks(total, max(hidden.shape)):
+        product = gradient[:, rows].float().t() @ wide
+        total[rows] = product if first else product.add_(total[rows])
+
+
+def _widens(operand: Tensor) -> bool:
+    """Whether float32 copies of 16-bit operands, a block at a time, are multiplied instead.
+
+    A CPU without instructions for the dtype: torch may take 200 times as long as in float32 (docs/gpu.md).
+    """
+    return operand.device.type == "cpu" and operand.itemsize == 2 and not cpu_multiplies(operand.dtype)
+
+
+@functools.cache
+def cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch has fast products of this 16-bit dtype on this CPU: oneDNN's, which it then takes."""
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    supported = getattr(torch.ops.mkldnn, name, None)
+    return supported is not None and supported()
 
 
 def add_product(
@@ -44,7 +97,7 @@ def add_product(
         in_bfloat16(total, gradient, hidden, first)
         return
     wide = hidden.float()
-    for rows in _blocks(total, max(gradient.shape[0], hidden.shape[1])):
+    for rows in _blocks(total, max(hidden.shape)):
         total[rows].addmm_(gradient[:, rows].float().t(), wide, beta=0.0 if first else 1.0)
 
 

@@ -3,13 +3,15 @@
 
 Mutations, and the test that catches each: a product in bfloat16, then added (test_product_is_not_rounded,
 test_many_chunks_are_as_exact_as_one); the first product added instead of written (test_product_is_not_rounded); oneMKL
-asked for a CPU without matrix tiles (test_the_processor_decides).
+asked for a CPU without matrix tiles (test_the_processor_decides); a bias added twice, blocks of dH that overwrite
+(test_the_rule_holds_with_float32_copies_and_without).
 """
 
 import pytest
 import torch
 from helpers.linear import layout_of_lengths, pairs_of, problem, truth_of
-from helpers.linear_route import BF16, F16, F32, F64, linear_route
+from helpers.linear_route import BF16, F16, F32, F64, SHAPE, assert_rule, linear_route, units_batch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.kernels import ledger
 from sspo_ext.backends import cpu
@@ -63,6 +65,61 @@ def test_many_chunks_are_as_exact_as_one(way):
 
     one, many = error(layout.num_rows), error(rows)
     assert many <= 1.1 * one, (many, one)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("multiplies", [True, False])
+@pytest.mark.parametrize("rows", [10_000, 5])
+def test_the_rule_holds_with_float32_copies_and_without(monkeypatch, dtype, multiplies, rows):
+    """Loss and gradients by the 16-bit products of torch, and by blocks of float32 copies of a few rows each."""
+    widened = []
+    monkeypatch.setattr(products, "cpu_multiplies", lambda of: widened.append(of) or multiplies)
+    monkeypatch.setattr(products, "_BLOCK_BYTES", 1 << 11)
+    layout, pairs, options = units_batch()
+    p = problem(SHAPE, hidden_dtype=dtype, weight_dtype=dtype)
+    assert_rule(p, layout, pairs, rows=rows, **options)
+    assert set(widened) == {dtype}
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_a_sum_in_16_bits(monkeypatch, dtype, multiplies):
+    """`accum_dtype` of the weight: the sum itself is rounded, once a call."""
+    monkeypatch.setattr(products, "cpu_multiplies", lambda dtype: multiplies)
+    monkeypatch.setattr(products, "_BLOCK_BYTES", 1 << 10)
+    g = torch.Generator().manual_seed(0)
+    gradient, hidden = (torch.randn(20, size, generator=g).to(dtype) for size in (57, 11))
+    truth = gradient.to(F64).t() @ hidden.to(F64)
+    total = torch.full((57, 11), float("nan"), dtype=dtype)
+    for k in (1, 2):
+        products.add_product_in_place(total, gradient, hidden, k == 1)
+        assert ((total - k * truth).abs() <= k * torch.finfo(dtype).eps * (k * truth).abs() + 1e-4).all()
+
+
+class _Products(TorchDispatchMode):
+    """Asserts that no 16-bit matrices are multiplied; counts products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "mm" in func.overloadpacket.__name__:
+            self.count += 1
+            assert all(t.itemsize == 4 for t in args if isinstance(t, torch.Tensor)), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_without_instructions_all_products_are_float32(monkeypatch, dtype):
+    """Where torch would multiply element by element, and take 200 times as long."""
+    monkeypatch.setattr(products, "cpu_multiplies", lambda dtype: False)
+    hidden, weight, logits = (torch.ones(shape, dtype=dtype) for shape in ((3, 5), (7, 5), (3, 7)))
+    with _Products() as seen:
+        products.project(hidden, weight, None, logits)
+        products.project(hidden, weight, weight[:, 0], logits)
+        products.project_back(logits, weight)
+        for first in (True, False):
+            products.add_product_in_place(weight, logits, hidden, first)
+    assert seen.count == 5
 
 
 def test_the_processor_decides(monkeypatch):
