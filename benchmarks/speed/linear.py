@@ -229,10 +229,8 @@ def budgets_table(settings: Settings) -> Table:
         )  # fmt: skip
     table.rows += [[p.name, "", *ms(times[p.name]), "", *[""] * len(contestants)] for p in contestants]
     table.note_rounds(times)
-    kept = os.environ.get("MALLOC_MMAP_MAX_")
-    table.notes.append(
-        "* Freed memory: " + ("given back to the system (malloc's default)." if kept is None else "kept by malloc.")
-    )
+    malloc = " ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_"))
+    table.notes.append("* Freed memory: " + (f"kept by malloc ({malloc})." if malloc else "malloc's default."))
     return table
 
 
