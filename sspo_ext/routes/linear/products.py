@@ -58,7 +58,7 @@ def add_product_in_place(total: Tensor, gradient: Tensor, hidden: Tensor, first:
 def _widens(operand: Tensor) -> bool:
     """Whether float32 copies of 16-bit operands, a block at a time, are multiplied instead.
 
-    A CPU without instructions for the dtype: torch may take 200 times as long as in float32 (docs/gpu.md).
+    A CPU without instructions for the dtype: torch may take 200 times as long as in float32 (docs/results).
     """
     return operand.device.type == "cpu" and operand.itemsize == 2 and not cpu_multiplies(operand.dtype)
 
@@ -140,7 +140,7 @@ def cpu_bfloat16() -> Product | None:
 
     The instruction set decides, so a machine gives the same bits in every run. With matrix tiles (AMX): oneMKL's, which
     torch contains. With AVX512_BF16 alone: ours, since oneMKL uses these instructions on few processors, and on others
-    takes as long as in float32 (measured: docs/gpu.md).
+    takes as long as in float32 (measured: docs/results).
     """
     if _supports("amx_tile"):
         product = mkl_bfloat16()
