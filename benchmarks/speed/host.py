@@ -4,8 +4,8 @@
     python -m benchmarks host [--rounds 3000]
 
 Two sequences of 8 scored tokens, V = 32, float32, one thread: wrapper, checks, dispatch and autograd. Medians and 5 %
-quantiles in microseconds, the contestants one after the other. Then what the linear route's plan of a larger batch takes,
-with its tables: the first time, and for the same layout again.
+quantiles in microseconds, the contestants one after the other. Then what the linear route's plan of a larger batch
+takes, with its tables: the first time, and for the same layout again.
 """
 
 # pyright: reportMissingImports=false
@@ -146,10 +146,10 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name} was not run: {error}")
             continue
         print(f"| {name} | {median:.0f} | {low:.0f} |")
-    first, *later = planning(30)
-    print(f"| plan of 32,768 rows and 512 pairs, the first time | {first * 1e6:.0f} | |")
+    first, *later = (1e6 * seconds for seconds in planning(30))
     later.sort()
-    print(f"| plan of the same layout again | {later[len(later) // 2] * 1e6:.0f} | {later[len(later) // 20] * 1e6:.0f} |")
+    print(f"| plan of 32,768 rows and 512 pairs, the first time | {first:.0f} | |")
+    print(f"| plan of the same layout again | {later[len(later) // 2]:.0f} | {later[len(later) // 20]:.0f} |")
 
 
 if __name__ == "__main__":

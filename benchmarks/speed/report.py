@@ -33,7 +33,8 @@ def write(folder: Path) -> None:
             machines.append(table.machine)
     parts = [INTRODUCTION]
     for number, machine in enumerate(machines, 1):
-        parts.append("\n".join([f"Machine {number}:\n", *(f"* {key}: {value}" for key, value in machine.items())]) + "\n")
+        lines = (f"* {key}: {value}" for key, value in machine.items())
+        parts.append("\n".join([f"Machine {number}:\n", *lines]) + "\n")
     pictures = plots.draw(folder, {table.name: table for table in found})
     for table in found:
         parts.append(f"{table.markdown()}* Machine {machines.index(table.machine) + 1}.\n")
