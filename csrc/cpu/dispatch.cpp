@@ -113,7 +113,8 @@ const Isa& choose_isa() {
 ProductChoice choose_product() {
 #if defined(__x86_64__)
     if (choose_isa().kernels != &kAvx512) return {nullptr, "the instruction set in use is not avx512"};
-    if (!has_avx512_bf16()) return {nullptr, "this CPU lacks AVX512_BF16"};
+    static const bool has_instructions = has_avx512_bf16();  // a virtual machine traps the question
+    if (!has_instructions) return {nullptr, "this CPU lacks AVX512_BF16"};
     if (!kAvx512Bf16Product) return {nullptr, "the compiler of this build is older than AVX512_BF16"};
     return {kAvx512Bf16Product, ""};
 #else
