@@ -40,6 +40,7 @@ SOURCES = {
 X86_SOURCES = {
     "csrc/cpu/isa/avx2.cpp": [*KERNEL_FLAGS, *AVX2_FLAGS],
     "csrc/cpu/isa/avx512.cpp": [*KERNEL_FLAGS, *AVX512_FLAGS],
+    "csrc/cpu/isa/avx512_bf16.cpp": [*KERNEL_FLAGS, *AVX512_FLAGS],
 }
 
 

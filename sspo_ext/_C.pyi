@@ -97,6 +97,14 @@ def step_loss_fwd(
     """`sizes`: N, S, P. `inputs`: the addresses of logp, weights, step_offsets, ref, pair_index, adj_offsets,
     adj_pairs, pair_weights, pair_margins, pair_labels and scale. `out`: those of loss, sums, pair_loss and coef."""
 
+def add_product(
+    total: int, gradient: int, hidden: int, strides: _Sizes, sizes: _Sizes, first: bool, threads: int, /
+) -> None:
+    """`strides`: of the rows of total, gradient and hidden. `sizes`: n, V, H."""
+
+def product_why_not() -> str:
+    """Why add_product cannot run here ('' where it can)."""
+
 def prepare_large_output(data: int, bytes: int, /) -> None:
     """Asks the system for large pages under memory that is about to be written."""
 

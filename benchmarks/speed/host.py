@@ -4,7 +4,8 @@
     python -m benchmarks host [--rounds 3000]
 
 Two sequences of 8 scored tokens, V = 32, float32, one thread: wrapper, checks, dispatch and autograd. Medians and 5 %
-quantiles in microseconds, the contestants one after the other.
+quantiles in microseconds, the contestants one after the other. Then what the linear route's plan of a larger batch
+takes, with its tables: the first time, and for the same layout again.
 """
 
 # pyright: reportMissingImports=false
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 
@@ -87,6 +89,36 @@ CONTESTANTS = {
 }
 
 
+def planning(calls: int) -> list[float]:
+    """Seconds that each of some calls of one layout plans: 64 sequences of 512 tokens, steps of 32, pairs of steps."""
+    from sspo_ext import StepLayout, linear_step_pref_loss
+    from sspo_ext.routes.linear import engine, ops
+
+    ids = (torch.arange(513) - 1).div(32, rounding_mode="floor").expand(64, -1).contiguous()
+    layout = StepLayout.from_step_ids(torch.randint(V, ids.shape), ids)
+    pairs, ref = layout.pair_by_index(), torch.zeros(layout.num_steps)
+    hidden, weight = torch.randn(*ids.shape, 8, requires_grad=True), torch.randn(V, 8, requires_grad=True)
+    seconds: list[float] = []
+
+    def timed(function: Callable) -> Callable:
+        def call(*args):
+            start = time.perf_counter()
+            result = function(*args)
+            seconds[-1] += time.perf_counter() - start
+            return result
+
+        return call
+
+    with (
+        mock.patch.object(ops, "cached_plan", timed(ops.cached_plan)),
+        mock.patch.object(engine, "kept_on_device", timed(engine.kept_on_device)),
+    ):
+        for _ in range(calls):
+            seconds.append(0.0)
+            linear_step_pref_loss(hidden, weight, layout, pairs, ref=ref, chunk_bytes=1024 * 4 * V)
+    return seconds
+
+
 def microseconds(run: Callable[[], None], rounds: int) -> tuple[float, float]:
     """(median, 5 % quantile)."""
     for _ in range(rounds // 10):
@@ -114,6 +146,10 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name} was not run: {error}")
             continue
         print(f"| {name} | {median:.0f} | {low:.0f} |")
+    first, *later = (1e6 * seconds for seconds in planning(30))
+    later.sort()
+    print(f"| plan of 32,768 rows and 512 pairs, the first time | {first:.0f} | |")
+    print(f"| plan of the same layout again | {later[len(later) // 2]:.0f} | {later[len(later) // 20]:.0f} |")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,13 @@ python -m benchmarks linear [--only linear-bf16 ...] [--redo] [--quick]
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 
 import torch
+
+from sspo_ext.routes.linear.products import add_product
 
 from . import peers, tables
 from .measure import Case, extra_peak_mib, interleave, ratio
@@ -79,8 +82,7 @@ def time_table(settings: Settings, dtype: torch.dtype, ref: str) -> Table:
     spec = base_spec(settings, dtype, ref=ref)
     check(spec)
     problem, whole = LinearProblem(spec, DEVICE), replace(spec, step=None)
-    sequences = LinearProblem.__new__(LinearProblem)
-    sequences.__dict__ = {**problem.__dict__, **_layout_of(whole)}
+    sequences = _sharing(problem, whole)
     contestants, notes = usable(LINEAR_PEERS, problem)
     floor = BareGemms(problem)
     cases = [
@@ -107,6 +109,13 @@ def time_table(settings: Settings, dtype: torch.dtype, ref: str) -> Table:
         table.rows.append([case.name, *ms(times[case.name]), round(over, 3), round(1 / over, 3)])
     table.note_rounds(times)
     return table
+
+
+def _sharing(problem: LinearProblem, spec: LinearSpec) -> LinearProblem:
+    """The problem of `spec` on the tensors of `problem`."""
+    other = LinearProblem.__new__(LinearProblem)
+    other.__dict__ = {**problem.__dict__, **_layout_of(spec)}
+    return other
 
 
 def _layout_of(spec: LinearSpec) -> dict:
@@ -187,6 +196,85 @@ def steps_table(settings: Settings) -> Table:
     table.notes.append(
         "* Budget 64 MiB: a pair of steps of 1024 or more does not fit in it and takes a fourth GEMM, in its floor too."
     )
+    return table
+
+
+def budgets_table(settings: Settings) -> Table:
+    """Ours over the bare GEMMs with the same chunks, at three budgets of logits; the peers know no budget."""
+    rows, step, dtype = settings.size(2048, 64), settings.size(32, 4), torch.bfloat16
+    spec = replace(base_spec(settings, dtype, ref="cached"), length=rows // 4 + 1, prompt=0.0, step=step)
+    check(spec)
+    problem = LinearProblem(spec, DEVICE)
+    whole = _sharing(problem, replace(spec, step=None))
+    contestants, notes = usable([LIGER, TORCH, TRL], whole)
+    table = Table(
+        "",
+        f"Linear route, budgets of logits: {problem.layout.num_rows} scored rows, H {spec.hidden}, V {spec.vocab}, "
+        f"{short(dtype)}, trained head, reference cached",
+        ["", "chunks", "ms", "quartiles", "/ bare GEMMs", *(f"{p.name}, x" for p in contestants)],
+        notes=["Bare GEMMs: the same chunks, buffers that exist. Contestants: their time over ours.", *notes],
+    )
+    floors, cases = {}, cases_for(whole, contestants)
+    for mib in (32, 128, 512) if not settings.quick else (0.02, 0.08, 0.32):
+        own = _sharing(problem, replace(spec, chunk_bytes=int(mib * 2**20)))
+        floors[mib] = BareGemms(own)
+        cases += [*cases_for(own, [OURS], f", {mib} MiB"), Case(f"{FLOOR}, {mib} MiB", floors[mib])]
+    times = interleave(cases, settings.count(5), limit_s=settings.limit_s)
+    for mib, floor in floors.items():
+        ours = f"{OURS.name}, {mib} MiB"
+        others = [round(ratio(times, p.name, ours), 2) for p in contestants]
+        table.rows.append(
+            [ours, floor.plan.weight_chunks, *ms(times[ours]), round(ratio(times, ours, f"{FLOOR}, {mib} MiB"), 3),
+             *others]
+        )  # fmt: skip
+    table.rows += [[p.name, "", *ms(times[p.name]), "", *[""] * len(contestants)] for p in contestants]
+    table.note_rounds(times)
+    malloc = " ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_"))
+    table.notes.append("* Freed memory: " + (f"kept by malloc ({malloc})." if malloc else "malloc's default."))
+    return table
+
+
+def weight_error_table(settings: Settings) -> Table:
+    """The gradient of a bfloat16 head against float64, by how the products of its chunks are summed."""
+    n, V, H, count = 32, settings.size(4096, 61), settings.size(256, 16), 64
+    generator = torch.Generator().manual_seed(0)
+    gradient, hidden = (torch.randn(count * n, size, generator=generator).bfloat16() for size in (V, H))
+    truth = gradient.double().t() @ hidden.double()
+    chunks = list(zip(gradient.split(n), hidden.split(n), strict=True))
+
+    def rounded(dtype: torch.dtype) -> torch.Tensor:
+        total = torch.zeros(V, H, dtype=dtype)
+        for g, h in chunks:
+            total += (g.t() @ h).to(dtype)
+        return total
+
+    def summed(pieces) -> torch.Tensor:
+        total = torch.empty(V, H)
+        for k, (g, h) in enumerate(pieces):
+            add_product(total, g, h, k == 0)
+        return total
+
+    ways = {
+        "one chunk, one product": gradient.t() @ hidden,
+        f"{count} chunks, sspo_ext": summed(chunks),
+        f"{count} chunks, each product rounded to bfloat16, sum in float32": rounded(torch.float32),
+        f"{count} chunks, each product rounded to bfloat16, sum in bfloat16": rounded(torch.bfloat16),
+    }
+    table = Table(
+        "",
+        f"Gradient of a bfloat16 head, {count * n} rows, V {V}, H {H}: error against float64",
+        ["", "root mean square error / that of the gradient", "x one chunk", "before the last rounding"],
+        notes=["The gradient is delivered in bfloat16. The last column is the error of the sum before that."],
+    )
+
+    def error(value: torch.Tensor) -> float:
+        return ((value.double() - truth).norm() / truth.norm()).item()
+
+    one = error(ways["one chunk, one product"])
+    for name, value in ways.items():
+        delivered = error(value.bfloat16())
+        before = "" if value.dtype == torch.bfloat16 else f"{error(value):.2g}"
+        table.rows.append([name, f"{delivered:.3g}", f"{delivered / one:.3g}", before])
     return table
 
 
@@ -273,6 +361,8 @@ TABLES = {
     "linear-cached-fp32": lambda settings: time_table(settings, torch.float32, "cached"),
     "linear-cached-bf16": lambda settings: time_table(settings, torch.bfloat16, "cached"),
     "linear-frozen": frozen_table,
+    "linear-budgets": budgets_table,
+    "linear-weight-error": weight_error_table,
     "linear-mask": mask_table,
     "linear-steps": steps_table,
     "linear-memory": memory_table,

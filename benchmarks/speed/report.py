@@ -32,11 +32,12 @@ def write(folder: Path) -> None:
         if table.machine not in machines:
             machines.append(table.machine)
     parts = [INTRODUCTION]
-    for machine in machines:
-        parts.append("\n".join(f"* {key}: {value}" for key, value in machine.items()) + "\n")
+    for number, machine in enumerate(machines, 1):
+        lines = (f"* {key}: {value}" for key, value in machine.items())
+        parts.append("\n".join([f"Machine {number}:\n", *lines]) + "\n")
     pictures = plots.draw(folder, {table.name: table for table in found})
     for table in found:
-        parts.append(table.markdown())
+        parts.append(f"{table.markdown()}* Machine {machines.index(table.machine) + 1}.\n")
         parts += [f"![{table.title}]({name})\n" for name in pictures.get(table.name, [])]
     (folder / "RESULTS.md").write_text("\n".join(parts))
 

@@ -137,6 +137,25 @@ void step_loss_fwd(bool is_double, Sizes sizes, std::array<Address, 11> in, int 
               : step_loss<float>(sizes, in, formula, options, label, out);
 }
 
+void add_product(Address total, Address gradient, Address hidden, Sizes strides, Sizes sizes, bool first, int threads) {
+    const sspo::ProductChoice choice = sspo::choose_product();
+    if (!choice.product) throw std::runtime_error(choice.why_not);
+    const auto [n, V, H] = sizes;
+    if (n < 0 || V < 0 || H < 0) throw py::value_error("sizes must not be negative");
+    const sspo::ProductArgs args{at<float>(total),
+                                 at<uint16_t>(gradient),
+                                 at<uint16_t>(hidden),
+                                 strides[0],
+                                 strides[1],
+                                 strides[2],
+                                 n,
+                                 V,
+                                 H,
+                                 first};
+    py::gil_scoped_release release;
+    sspo::add_product(*choice.product, args, threads);
+}
+
 void prepare_large_output(Address data, int64_t bytes) { sspo::prepare_large_output(at<void>(data), bytes); }
 
 }  // namespace
@@ -149,6 +168,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("row_reductions_fwd", &row_reductions_fwd);
     m.def("row_reductions_bwd", &row_reductions_bwd);
     m.def("step_loss_fwd", &step_loss_fwd);
+    m.def("add_product", &add_product);
+    m.def(
+        "product_why_not", [] { return sspo::choose_product().why_not; },
+        "Why add_product cannot run here ('' where it can).");
     m.def("prepare_large_output", &prepare_large_output);
     m.def("isa", [] { return sspo::choose_isa().name; }, "The instruction set in use; SSPO_CPU_ISA names another.");
     m.def(

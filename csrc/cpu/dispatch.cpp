@@ -51,6 +51,11 @@ bool has_f16c() {  // only newer compilers know the name in __builtin_cpu_suppor
     unsigned eax, ebx, ecx, edx;
     return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
 }
+
+bool has_avx512_bf16() {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 5);
+}
 #endif
 
 std::vector<Isa> detect() {
@@ -103,6 +108,18 @@ const Isa& choose_isa() {
     for (const Isa& isa : isas())
         if (isa.why_not.empty()) best = &isa;
     return *best;
+}
+
+ProductChoice choose_product() {
+#if defined(__x86_64__)
+    if (choose_isa().kernels != &kAvx512) return {nullptr, "the instruction set in use is not avx512"};
+    static const bool has_instructions = has_avx512_bf16();  // a virtual machine traps the question
+    if (!has_instructions) return {nullptr, "this CPU lacks AVX512_BF16"};
+    if (!kAvx512Bf16Product) return {nullptr, "the compiler of this build is older than AVX512_BF16"};
+    return {kAvx512Bf16Product, ""};
+#else
+    return {nullptr, "this build is not for x86-64"};
+#endif
 }
 
 bool prepare_large_output(void* data, int64_t bytes) {
@@ -191,6 +208,22 @@ void backward(Args args, int threads, const Work& work) {
 }
 
 }  // namespace
+
+void add_product(const Product& product, const ProductArgs& args, int threads) {
+    if (args.V == 0 || args.H == 0) return;
+    constexpr int64_t kLine = 64;
+    std::vector<uint32_t> buffer((size_t)(product.packed_size(args) + kLine / 4));
+    uint32_t* packed = (uint32_t*)(((uintptr_t)buffer.data() + kLine - 1) / kLine * kLine);
+    const int64_t pairs = (args.n + 1) / 2, pairs_a_block = std::max<int64_t>(1, kBlockBytes / (4 * args.H));
+    parallel_for(pairs, pairs_a_block, threads,
+                 [&](int64_t begin, int64_t end) { product.pack(args, packed, begin, end); });
+    // `total` may be fresh memory, see kFreshBlockBytes.
+    const int64_t row_bytes = 4 * args.H, bytes = args.V * row_bytes,
+                  block = std::clamp(bytes / (8 * std::max(threads, 1)), kBlockBytes, kFreshBlockBytes);
+    const int64_t rows = std::max<int64_t>(1, block / row_bytes / product.block_rows) * product.block_rows;
+    parallel_for(args.V, rows, threads,
+                 [&](int64_t begin, int64_t end) { product.multiply(args, packed, begin, end); });
+}
 
 void token_logp_fwd(const Kernels& kernels, const FwdArgs& args, int64_t N, int threads) {
     forward(args, N, threads, kernels.token_logp_fwd);

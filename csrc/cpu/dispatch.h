@@ -23,6 +23,14 @@ const std::vector<Isa>& isas();  // the slowest first
 // named one cannot run here.
 const Isa& choose_isa();
 
+// The product of bfloat16 matrices that runs here, or null and the reason. It belongs to the instruction set "avx512",
+// and SSPO_CPU_ISA can leave it out.
+struct ProductChoice {
+    const Product* product;
+    std::string why_not;
+};
+ProductChoice choose_product();
+
 // Calls work(begin, end) over [0, count) in blocks of `block`, from up to `threads` threads. `work` must not throw.
 void parallel_for(int64_t count, int64_t block, int threads, const std::function<void(int64_t, int64_t)>& work);
 
@@ -33,6 +41,7 @@ void parallel_for(int64_t count, int64_t block, int threads, const std::function
 // written fastest past the caches, without being read first. All of this changes the time alone.
 bool prepare_large_output(void* data, int64_t bytes);
 
+void add_product(const Product&, const ProductArgs&, int threads);
 void token_logp_fwd(const Kernels&, const FwdArgs&, int64_t N, int threads);
 void token_logp_bwd(const Kernels&, const BwdArgs&, int threads);
 void row_reductions_fwd(const Kernels&, const ReductionArgs&, int64_t N, int threads);

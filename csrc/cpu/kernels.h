@@ -78,10 +78,29 @@ struct Kernels {
     void (*row_reductions_bwd)(const ReductionGradArgs&, int64_t begin, int64_t end);
 };
 
+// total (V, H) += gradient (n, V)^T hidden (n, H), bfloat16 into float32.
+struct ProductArgs {
+    float* total;
+    const uint16_t* gradient;
+    const uint16_t* hidden;
+    int64_t total_stride, gradient_stride, hidden_stride;  // of a row
+    int64_t n, V, H;
+    bool first;  // total is written, not added to
+};
+
+// The product by one instruction set. Each element's sum runs over n in one order, whatever the ranges.
+struct Product {
+    int64_t block_rows;  // ranges of `multiply` begin at multiples of it
+    int64_t (*packed_size)(const ProductArgs&);
+    void (*pack)(const ProductArgs&, uint32_t* packed, int64_t begin, int64_t end);  // pairs of rows of hidden
+    void (*multiply)(const ProductArgs&, const uint32_t* packed, int64_t begin, int64_t end);  // rows of total
+};
+
 extern const Kernels kBaseline;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Product* const kAvx512Bf16Product;  // null where the compiler does not know the instructions
 #endif
 
 }  // namespace sspo

@@ -200,6 +200,36 @@ def step_loss_fwd(given: StepLossArguments) -> tuple[Tensor, Tensor, Tensor, Ten
     return loss, sums, pair_losses, coef
 
 
+def product_why_not() -> str | None:
+    """The reason why `add_product` cannot run here, or None."""
+    return (_C.product_why_not() or None) if _C is not None else "sspo_ext._C could not be imported"
+
+
+def add_product(
+    total: Tensor,  # (V, H) float32; written where `first`
+    gradient: Tensor,  # (n, V) bfloat16
+    hidden: Tensor,  # (n, H) bfloat16
+    first: bool,
+) -> None:
+    """Total += gradient^T @ hidden in float32, by the CPU's bfloat16 instructions. Rows are contiguous, strides any.
+
+    Each element is summed over n in one order: the same bits at any number of threads.
+    """
+    n, V, H = *gradient.shape, hidden.shape[1]
+    for name, t, shape, dtype in (
+        ("total", total, (V, H), torch.float32),
+        ("gradient", gradient, (n, V), torch.bfloat16),
+        ("hidden", hidden, (n, H), torch.bfloat16),
+    ):
+        if t.shape != shape or t.dtype != dtype or not t.is_cpu or (t.shape[1] > 1 and t.stride(1) != 1):
+            raise TypeError(f"{name}: expected {shape} {dtype} with contiguous rows on the CPU, got {tuple(t.shape)} "
+                            f"{t.dtype} on {t.device}")  # fmt: skip
+    _kernels().add_product(
+        total.data_ptr(), gradient.data_ptr(), hidden.data_ptr(),
+        (total.stride(0), gradient.stride(0), hidden.stride(0)), (n, V, H), first, torch.get_num_threads(),
+    )  # fmt: skip
+
+
 _LARGE_BYTES = 32 << 20
 
 

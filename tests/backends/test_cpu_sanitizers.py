@@ -15,6 +15,8 @@ from helpers import cpu_checks as build
 from helpers.cuda_emulation import why_not
 from helpers.paths import ROOT
 
+from sspo_ext.backends import cpu
+
 pytestmark = pytest.mark.slow
 
 OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0"}  # Python keeps what it has allocated
@@ -47,9 +49,11 @@ def test_cpu_kernels(sound_program, sanitizer):
     """Every instruction set that this machine can run, by three threads."""
     status, output = run(sound_program(sanitizer))
     assert status == 0 and "baseline" in output and "0 differences" in output, output[-4000:]
+    assert (cpu.product_why_not() is None) == ("\nproduct\n" in output), output[-4000:]
 
 
 ROW, STEPS, LOGP, REDUCTIONS = "row.h", "step_loss.cpp", "token_logp.h", "row_reductions.h"
+PRODUCT = "isa/avx512_bf16.cpp"
 OVERFLOW = "heap-buffer-overflow|SEGV"
 FAULTS = {  # file, what stands there, what is planted, what must be told
     "label past the row": (ROW, "label >= 0 && label < V", "label >= 0", f"labels, |{OVERFLOW}"),
@@ -99,12 +103,23 @@ FAULTS = {  # file, what stands there, what is planted, what must be told
         "dispatch.cpp", "work(b * block, std::min(count, (b + 1) * block))", "work(b * block, (b + 1) * block)",
         OVERFLOW,
     ),
+    "product: a row past the last pair": (PRODUCT, "if (2 * p + 1 == n)", "if (false)", f"product|{OVERFLOW}"),
+    "product: columns past the last": (
+        PRODUCT, "left >= kLanes ? 0xffff : left <= 0 ? 0 : (1 << left) - 1", "0xffff", f"product|{OVERFLOW}",
+    ),
+    "product: rows past the last": (PRODUCT, "if (rows - row >= kRows)", "if (row >= 0)", f"product|{OVERFLOW}"),
+    "product: hidden past the last column": (
+        PRODUCT, "a.H - column < kColumns ? a.H - column : kColumns", "kColumns", f"product|{OVERFLOW}",
+    ),
+    "product: a later block of pairs overwrites": (PRODUCT, "a.first && first == 0", "a.first", "product"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_caught(sound_program, tmp_path, fault):
     file, old, new, told = FAULTS[fault]
+    if file == PRODUCT and cpu.product_why_not() is not None:
+        pytest.skip(str(cpu.product_why_not()))
     program = build.build_with_fault(tmp_path, "address", sound_program("address"), file, old, new)
     status, output = run(program, "baseline")
     assert status != 0 and any(word in output for word in told.split("|")), f"not caught:\n{output[-4000:]}"
@@ -153,7 +168,7 @@ def run_tests(module: Path, *arguments: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize(
     "file",
-    ["test_cpu_edges", "test_cpu_step_loss", "test_cpu_huge_logits", "test_label_contract"],
+    ["test_cpu_edges", "test_cpu_step_loss", "test_cpu_huge_logits", "test_cpu_product", "test_label_contract"],
 )
 def test_binding_and_wrapper(sanitized_module, file):
     status, output = run_tests(sanitized_module, f"tests/backends/{file}.py")

@@ -14,11 +14,12 @@ from helpers.paths import TESTS
 
 CHECKS = TESTS / "backends" / "cpu_sanitizers"
 FLAGS = ["-ffp-contract=fast", "-Wno-psabi", "-Wno-maybe-uninitialized"]
-# instruction set -> flags, as setup.py has them
+# file of csrc/cpu/isa -> flags, as setup.py has them
 ISAS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISAS["avx512"] = [*ISAS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+    ISAS["avx512_bf16"] = ISAS["avx512"]
 PLAIN = ("dispatch.cpp", "step_loss.cpp")
 
 
@@ -38,7 +39,7 @@ def compile_csrc(
 
 def build_checks(folder: Path, sanitizer: str) -> Path:
     """The program of checks; its objects stay beside it."""
-    own = [CHECKS / "checks.cpp", CHECKS / "bad_input.cpp"]
+    own = [CHECKS / f"{name}.cpp" for name in ("checks", "bad_input", "product")]
     objects = compile_objects(folder, sanitizer, own, flags=[f"-I{CSRC / 'cpu'}", *FLAGS])
     return link(folder / "checks", [*objects, *compile_csrc(folder, sanitizer)], sanitizer)
 
@@ -51,7 +52,8 @@ def build_with_fault(folder: Path, sanitizer: str, sound: Path, file: str, old: 
     assert text.count(old) == 1, f"{file} has {old!r} {text.count(old)} times: plant the fault elsewhere"
     (changed / "cpu" / file).write_text(text.replace(old, new))
     unused = ("-Wno-unused-parameter", "-Wno-unused-variable", "-Wno-unused-but-set-variable", "-Wno-unused-function")
-    (objects,) = compile_csrc(folder, sanitizer, changed, (file if file in PLAIN else "baseline.cpp",), unused)
+    source = Path(file).name if file.endswith(".cpp") else "baseline.cpp"
+    (objects,) = compile_csrc(folder, sanitizer, changed, (source,), unused)
     kept = [path for path in sound.parent.glob("*.o") if path.stem != objects.stem]
     return link(folder / "checks", [objects, *kept], sanitizer)
 

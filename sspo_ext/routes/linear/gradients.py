@@ -11,7 +11,7 @@ from torch import Tensor
 from ..shared import scale_kept
 from .head import Head
 from .plan import LinearPlan
-from .products import add_columns, add_product
+from .products import add_columns, add_product, add_product_in_place, project_back
 
 
 def scale_rows(directions: Tensor, rows: Tensor, scale: Tensor, backend: str) -> Tensor:
@@ -29,6 +29,7 @@ class WeightGradient:
 
     def __init__(self, head: Head, plan: LinearPlan, accum_dtype: torch.dtype):
         weight, chunks = head.weight, plan.weight_chunks
+        self.empty = head.empty
         self.total = head.empty(tuple(weight.shape), weight.dtype if chunks <= 1 else accum_dtype)
         if not chunks:
             self.total.zero_()
@@ -36,13 +37,15 @@ class WeightGradient:
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
         """Adds gradient (n, V)^T @ hidden (n, H)."""
-        if self.total.dtype != gradient.dtype:
-            add_product(self.total, gradient, hidden, self.first)
-        elif self.first:
-            torch.mm(gradient.t(), hidden, out=self.total)
-        else:
-            self.total.addmm_(gradient.t(), hidden)
+        add = add_product if self.total.dtype != gradient.dtype else add_product_in_place
+        add(self.total, gradient, hidden, self.first)
         self.first = False
+
+    def in_dtype(self, dtype: torch.dtype) -> Tensor:
+        """The sum, rounded once."""
+        if self.total.dtype == dtype:
+            return self.total
+        return self.empty(tuple(self.total.shape), dtype).copy_(self.total)
 
 
 @dataclass
@@ -56,7 +59,7 @@ class Gradients:
     def add(self, head: Head, gradient: Tensor, hidden: Tensor, rows: Tensor) -> None:
         """Adds a chunk: its d/dlogits (n, V), its hidden states (n, H), and their rows (n,) of the batch."""
         if self.hidden is not None:
-            d_hidden = torch.mm(gradient, head.weight)
+            d_hidden = project_back(gradient, head.weight)
             if head.shard is not None:
                 d_hidden = head.shard.all_reduce(d_hidden.to(head.acc_dtype))
             self.hidden.index_copy_(0, rows, d_hidden.to(self.hidden.dtype))

@@ -12,6 +12,7 @@ from ... import backends
 from ...backends.addresses import accumulator
 from .budget import whole_tiles
 from .plan import LinearPlan
+from .products import project
 from .shards import VocabShard
 
 
@@ -71,9 +72,7 @@ class Head:
         return self.buffer[:n]
 
     def _product(self, hidden: Tensor, out: Tensor) -> Tensor:
-        if self.bias is None:
-            return torch.mm(hidden, self.weight.t(), out=out)
-        return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+        return project(hidden, self.weight, self.bias, out)
 
     def logps(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(n,) log-probs and log-sum-exps of a chunk, always over the whole vocabulary."""

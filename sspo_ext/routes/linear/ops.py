@@ -95,7 +95,7 @@ class HeadCall:
         """(N0, H), (V, H), (V,), each empty when not asked for."""
         d_weight = head.weight.new_empty(0, dtype=self.grad_dtype)
         if gradients.weight is not None:
-            d_weight = gradients.weight.total.to(self.grad_dtype)
+            d_weight = gradients.weight.in_dtype(self.grad_dtype)
         return (
             head.weight.new_empty(0) if gradients.hidden is None else gradients.hidden,
             d_weight,

@@ -325,6 +325,7 @@ int main(int argc, char** argv) {
     for (int formula = 0; formula < kNumPairFormulas; ++formula)
         check_steps<float>(formula), check_steps<double>(formula);
     check_bad_steps();
+    check_product();
     printf("%d differences\n", failures);
     return failures != 0;
 }

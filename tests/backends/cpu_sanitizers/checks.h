@@ -69,4 +69,7 @@ inline std::vector<int32_t> wrong_indices(int32_t size) { return {-1, size, size
 void check_positions(const sspo::Isa& isa, DType dtype, int64_t V);
 void check_bad_steps();
 
+// product.cpp
+void check_product();
+
 }  // namespace checks
