@@ -17,6 +17,7 @@ from torch import Tensor
 from .._checks import check_count, check_float, check_integer, check_shape, check_tensor, check_whole, describe
 from .bundle import Steps, constant
 from .pairs import StepPairs
+from .response import refuse_logits, response_fields
 from .spans import checked_spans, sequence_of_spans, step_of_token
 
 
@@ -190,6 +191,36 @@ class StepLayout(Steps):
         return cls._build(labels[None], tokens, step_sequence, len(lengths), token_weights, ignore_index, vocab_size)
 
     @classmethod
+    def from_response(
+        cls, mask: Tensor, step_ids: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> StepLayout:
+        """Layout of tokens whose log-probs an engine has computed already, for `policy_loss` and `pref_loss`.
+
+        It has no labels, so losses of logits and hidden states refuse it. The first column counts too: engines hand
+        over the log-probs of a response's tokens, and its first token is predicted from the prompt. Values (B, T) that
+        a loss takes beside it are aligned with the mask. Tensors on a device are copied to the host once (a sync).
+
+        Args:
+            mask: (B, T) bool or number, nonzero where the model wrote the token; (total,) with `cu_seqlens`.
+            step_ids: int of the same shape: 0, 1, 2, ... along each sequence, -1 where nothing is scored. A token is
+                scored where both say so. None: each sequence is one step.
+            cu_seqlens: (B + 1,) int, for sequences laid end to end: where each one starts, and total.
+
+        Returns:
+            A StepLayout on the device of `mask`.
+
+        Raises:
+            TypeError: An argument is no tensor, or of a wrong dtype.
+            ValueError: Step ids go backwards, or shapes do not agree. The message names sequence and position.
+
+        Examples:
+            >>> layout = StepLayout.from_response(torch.tensor([[1, 1, 1, 0]]), torch.tensor([[0, 0, 1, 1]]))
+            >>> layout.counts
+            tensor([2, 1], dtype=torch.int32)
+        """
+        return cls(**response_fields(mask, step_ids, cu_seqlens))
+
+    @classmethod
     def _build(
         cls,
         labels: Tensor,  # (B, T)
@@ -335,6 +366,7 @@ class StepLayout(Steps):
         Skipped while compiling, where a guard on a label's value would recompile for every batch. The kernels then give
         NaN for such a label and never read out of bounds.
         """
+        refuse_logits(self.num_rows, self.labels.shape[0])
         if not torch.compiler.is_compiling() and self.max_label is not None and self.max_label[0] >= vocab:
             raise ValueError(_label_message(self.max_label, vocab, None))
 
