@@ -3,7 +3,8 @@
 
 steps        split_text, token_step_ids; inside a trainer delimiter_mask, step_ids_from_tokens
 values       probe_step_values (SSPO's verbal value probing), with StepBatch, StepValues, Probe, PROBES, as_probe
-advantages   step_gae, outcome_advantages (BASELINES), combine_advantages
+advantages   step_gae, outcome_advantages (BASELINES), combine_advantages; on padded tensors step_gae_tokens,
+             steps_to_tokens, combine_advantages_tokens
 preferences  trace_candidates, nodes_from_rollouts, pair_candidates, pair_rows, divergence_weights
 log-probs    branch_logps of many continuations of few sequences; why_not tells which engine a model supports
 """
@@ -13,6 +14,7 @@ from .branches.score import branch_logps
 from .branches.support import why_not
 from .credit.baselines import BASELINES, combine_advantages, outcome_advantages
 from .credit.gae import step_gae
+from .credit.tokens import combine_advantages_tokens, step_gae_tokens, steps_to_tokens
 from .pairing.candidates import trace_candidates
 from .pairing.node import Candidate, Node
 from .pairing.pairs import TracedPair, divergence_index, divergence_weights, pair_candidates, pair_rows
@@ -36,6 +38,7 @@ __all__ = [
     "as_probe",
     "branch_logps",
     "combine_advantages",
+    "combine_advantages_tokens",
     "delimiter_mask",
     "divergence_index",
     "divergence_weights",
@@ -46,7 +49,9 @@ __all__ = [
     "probe_step_values",
     "split_text",
     "step_gae",
+    "step_gae_tokens",
     "step_ids_from_tokens",
+    "steps_to_tokens",
     "token_step_ids",
     "trace_candidates",
     "why_not",
