@@ -22,7 +22,7 @@ from ..objective.sums import StepLogps
 from ..signals.credit.tokens import combine_advantages_tokens, step_gae_tokens
 from ..signals.split import delimiter_mask, step_ids_from_tokens
 from ..signals.values import StepBatch, StepValues
-from .probing import values_before_steps
+from .probing import LogprobEngine, values_before_steps
 from .versions import check_version
 
 check_version("trl", "1.16")
@@ -51,12 +51,14 @@ class StepGRPOTrainer(GRPOTrainer):
         combine: how step and outcome advantages are combined, as in `combine_advantages`.
         step_scale: factor of the step advantages.
         split_by: what a step is, as in `split_text`; not "numbered".
-        probe_options: further options of `probe_step_values`.
+        engine: asked for values in place of the policy, such as a `servers.LogprobServer`. It must have the policy's
+            weights; handing them over is up to the caller.
+        probe_options: further options of `probe_step_values`, beside an engine of `probe_requests`.
         **kwargs: GRPOTrainer's.
 
     Raises:
-        NotImplementedError: the policy is sharded (FSDP, ZeRO-3), where ranks would probe different numbers of states.
-            Override `step_values` there, to ask an inference engine.
+        NotImplementedError: the policy is sharded (FSDP, ZeRO-3), where ranks would probe different numbers of states,
+            and neither is an engine given nor `step_values` overridden.
 
     Examples:
         >>> trainer = StepGRPOTrainer(model, reward, args, rows, processing_class=tokenizer, probe="####")
@@ -73,19 +75,20 @@ class StepGRPOTrainer(GRPOTrainer):
         combine: str = "add",
         step_scale: float = 1.0,
         split_by: str = "newline",
+        engine: LogprobEngine | None = None,
         probe_options: dict[str, Any] | None = None,
         **kwargs,
     ):
         self.probe, self.answer_column, self.split_by = probe, answer_column, split_by
         self.gamma, self.lam, self.combine, self.step_scale = gamma, lam, combine, step_scale
-        self.probe_options = probe_options or {}
+        self.engine, self.probe_options = engine, probe_options or {}
         super().__init__(*args, **kwargs)
-        own = type(self).step_values is not StepGRPOTrainer.step_values
+        own = engine is not None or type(self).step_values is not StepGRPOTrainer.step_values
         zero_3 = getattr(self.accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3
         if not own and (self.is_fsdp_enabled or zero_3):
             raise NotImplementedError(
                 "StepGRPOTrainer: a sharded policy (FSDP, ZeRO-3) cannot be probed on ranks that ask different numbers "
-                "of states; override step_values to ask an inference engine"
+                "of states; pass an engine, or override step_values"
             )
 
     ends_step = functools.cached_property(_delimiters)
@@ -105,7 +108,7 @@ class StepGRPOTrainer(GRPOTrainer):
         with torch.no_grad(), self.accelerator.autocast():
             return values_before_steps(
                 self.accelerator.unwrap_model(self.model), batch, self.probe, answers, tokenizer=tokenizer,
-                **self.probe_options,
+                engine=self.engine, **self.probe_options,
             )  # fmt: skip
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):

@@ -2,7 +2,8 @@
 """Signals without gradient: where the steps of a response are, and what each of them is worth.
 
 steps        split_text, token_step_ids; inside a trainer delimiter_mask, step_ids_from_tokens
-values       probe_step_values (SSPO's verbal value probing), with StepBatch, StepValues, Probe, PROBES, as_probe
+values       probe_step_values (SSPO's verbal value probing), with StepBatch, StepValues, Probe, PROBES, as_probe;
+             through an inference engine probe_requests, values_from_logprobs
 advantages   step_gae, outcome_advantages (BASELINES), combine_advantages; on padded tensors step_gae_tokens,
              steps_to_tokens, combine_advantages_tokens
 preferences  trace_candidates, nodes_from_rollouts, pair_candidates, pair_rows, divergence_weights
@@ -20,6 +21,7 @@ from .pairing.node import Candidate, Node
 from .pairing.pairs import TracedPair, divergence_index, divergence_weights, pair_candidates, pair_rows
 from .pairing.rollouts import nodes_from_rollouts
 from .probing.probe import probe_step_values
+from .probing.requests import ProbeRequests, probe_requests, values_from_logprobs
 from .probing.texts import PROBES, Probe, as_probe
 from .split import delimiter_mask, split_text, step_ids_from_tokens, token_step_ids
 from .values import StepBatch, StepValues
@@ -32,6 +34,7 @@ __all__ = [
     "Candidate",
     "Node",
     "Probe",
+    "ProbeRequests",
     "StepBatch",
     "StepValues",
     "TracedPair",
@@ -46,6 +49,7 @@ __all__ = [
     "outcome_advantages",
     "pair_candidates",
     "pair_rows",
+    "probe_requests",
     "probe_step_values",
     "split_text",
     "step_gae",
@@ -54,5 +58,6 @@ __all__ = [
     "steps_to_tokens",
     "token_step_ids",
     "trace_candidates",
+    "values_from_logprobs",
     "why_not",
 ]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,16 +20,23 @@ def likelihood_values(
 ) -> torch.Tensor:  # (states,) float32 in [0, 1]
     """Return the likelihood of the gold answer at every state; see `probe_step_values`."""
     branches, counts = [], []
-    for state in states.at:
-        probe, spellings = states.encoded(state, answers[state.sequence])
-        spellings = _distinct(spellings, reduce)
-        given = [*state.more, *probe]
+    for state, (given, spellings) in zip(states.at, spelled(states, answers, reduce), strict=True):
         branches += [Branch(state.sequence, state.cut, [*given, *ids], len(given)) for ids in spellings]
         counts.append(len(spellings))
     logps = branch_logps(model, states.trunks, branches, engine=engine, max_tokens=max_tokens)
-    scores = logps.sums()
-    if reduce == "mean":
-        scores = scores / logps.offsets.diff()
+    return reduced(logps.sums(), logps.offsets.diff(), counts, reduce)
+
+
+def spelled(states: States, answers: Sequence[Answer], reduce: str) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """For every state, the tokens between it and an answer, and the tokens of each accepted answer."""
+    for state in states.at:
+        probe, spellings = states.encoded(state, answers[state.sequence])
+        yield [*state.more, *probe], _distinct(spellings, reduce)
+
+
+def reduced(sums: torch.Tensor, lengths: torch.Tensor, counts: Sequence[int], reduce: str) -> torch.Tensor:
+    """Every state's value from the log-probs (n,) and lengths (n,) of its `counts` answers."""
+    scores = sums / lengths if reduce == "mean" else sums
     offsets = torch.tensor([0, *np.cumsum(counts)], device=scores.device)
     how = "sum" if reduce == "joint" else "max"
     return torch.segment_reduce(scores.exp(), how, offsets=offsets).clamp(0, 1)
