@@ -21,8 +21,6 @@ from verl.experimental.reward_loop.reward_manager import register  # pyright: ig
 from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager  # pyright: ignore
 from verl.trainer.ppo import core_algos, ray_trainer  # pyright: ignore[reportMissingImports]
 
-from ..layout.steps import StepLayout
-from ..losses.from_logps import policy_loss
 from ..signals.credit.baselines import outcome_advantages
 from ..signals.credit.tokens import combine_advantages_tokens, step_gae_tokens
 from ..signals.probing.texts import as_probe
@@ -30,22 +28,12 @@ from ..signals.split import delimiter_mask, step_ids_from_tokens
 from ..signals.values import StepBatch
 from .probing import values_before_steps
 from .servers import LogprobServer
+from .steps import apart, policy_loss_at, steps_of_values
 from .versions import check_version
 
 check_version("verl", "0.9")
 
 NAME = "sspo"  # of the estimator, the loss, the reward manager and the key of its extra info
-
-
-def steps_of_values(values: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Step ids (B, T), -1 outside the mask, and values at every token, from values that are NaN but at steps' starts.
-
-    A step may start at a token outside the mask (a tool's output): its value stands at its first token inside, too.
-    """
-    starts = ~values.isnan()
-    place = torch.arange(values.shape[1], device=values.device)
-    filled = values.gather(1, torch.where(starts, place, 0).cummax(1).values)
-    return torch.where(response_mask.bool(), starts.long().cumsum(1) - 1, -1), filled.nan_to_num()
 
 
 def values_tensor(extra: str, length: int) -> Tensor:
@@ -86,36 +74,6 @@ def sspo_advantage(
     return apart(advantages, step_ids), advantages
 
 
-def apart(advantages: Tensor, step_ids: Tensor) -> Tensor:
-    """Advantages in which neighbouring steps differ, by one unit in the last place at least: the loss sees no step ids.
-
-    Of two neighbours with equal advantages the odd one moves up.
-    """
-    scored = step_ids >= 0
-    starts = scored & (step_ids != _before(step_ids, scored))
-    number = starts.long().cumsum(1)
-    tie = starts & (advantages == _before(advantages, scored))
-    tied = torch.zeros_like(number).scatter_reduce(1, number, tie.long(), "amax")  # a step and the one before it
-    tied = tied + torch.nn.functional.pad(tied[:, 1:], (0, 1))
-    moved = torch.nextafter(advantages, torch.full_like(advantages, float("inf")))
-    return torch.where(scored & (number % 2 == 1) & (tied.gather(1, number) > 0), moved, advantages)
-
-
-def _before(values: Tensor, scored: Tensor) -> Tensor:
-    """(B, T): at each token the value of the last scored token before it; its own where there is none."""
-    place = torch.arange(values.shape[1], device=values.device)
-    last = torch.where(scored, place, -1).cummax(1).values
-    previous = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
-    return torch.where(previous >= 0, values.gather(1, previous.clamp(min=0)), values)
-
-
-def step_ids_from_advantages(advantages: Tensor, response_mask: Tensor) -> Tensor:
-    """(B, T): a step is a run of equal advantages; -1 outside the mask."""
-    scored = response_mask.bool()
-    starts = scored & (advantages != _before(advantages, scored))
-    return torch.where(scored, starts.long().cumsum(1), -1)
-
-
 _AGGREGATIONS = {
     "token-mean": "token", "token-sum": "sum", "seq-mean-token-sum": "sum", "seq-mean-token-sum-norm": "sum",
     "seq-mean-token-mean": "sequence",
@@ -135,11 +93,9 @@ def _loss(
 ) -> tuple[Tensor, dict[str, Any]]:
     if loss_agg_mode not in _AGGREGATIONS:
         raise ValueError(f"loss_agg_mode: expected one of {', '.join(_AGGREGATIONS)}, got {loss_agg_mode!r}")
-    layout = StepLayout.from_response(response_mask, step_ids_from_advantages(advantages, response_mask))
-    out = policy_loss(
-        log_prob, layout, advantages, old=old_log_prob, loss_type="ppo", importance_sampling_level=level,
-        aggregation=_AGGREGATIONS[loss_agg_mode], num_items=_num_items(loss_agg_mode, config, response_mask),
-        token_weights=rollout_is_weights, **_clip(config),
+    out = policy_loss_at(
+        level, log_prob, old_log_prob, advantages, response_mask, aggregation=_AGGREGATIONS[loss_agg_mode],
+        num_items=_num_items(loss_agg_mode, config, response_mask), token_weights=rollout_is_weights, **_clip(config),
     )  # fmt: skip
     metrics = {f"actor/{name}": value.item() for name, value in out.metrics.items() if "ratio" in name}
     return out.loss, metrics

@@ -30,7 +30,8 @@ from verl.trainer.ppo import core_algos, ray_trainer  # noqa: E402
 from verl.trainer.ppo.v1 import utils as v1  # noqa: E402
 
 from sspo_ext import StepLayout, policy_loss  # noqa: E402
-from sspo_ext.integrations.verl import NAME, step_ids_from_advantages  # noqa: E402
+from sspo_ext.integrations.steps import step_ids_from_advantages  # noqa: E402
+from sspo_ext.integrations.verl import NAME  # noqa: E402
 from sspo_ext.signals import StepValues, combine_advantages, outcome_advantages, step_gae  # noqa: E402
 
 # (values before each step, tokens of each step, masked tokens after the response); rewards; questions
