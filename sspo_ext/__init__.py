@@ -18,6 +18,7 @@ prefer_installed(__path__)
 from .layout.pairs import StepPairs  # noqa: E402
 from .layout.steps import StepLayout  # noqa: E402
 from .losses.criterion import StepPrefLoss  # noqa: E402
+from .losses.from_logps import policy_loss  # noqa: E402
 from .losses.logps import linear_step_logps, step_logps  # noqa: E402
 from .losses.policy import StepPolicyOutput, linear_step_policy_loss, step_policy_loss  # noqa: E402
 from .losses.pref import StepPrefOutput, linear_step_pref_loss, pref_loss, step_pref_loss  # noqa: E402
@@ -34,6 +35,7 @@ __all__ = [
     "linear_step_logps",
     "linear_step_policy_loss",
     "linear_step_pref_loss",
+    "policy_loss",
     "pref_loss",
     "step_logps",
     "step_policy_loss",

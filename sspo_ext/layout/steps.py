@@ -18,9 +18,11 @@ from torch import Tensor
 from .._checks import check_count, check_float, check_integer, check_shape, check_tensor, check_whole, describe
 from .bundle import Steps, constant
 from .pairs import StepPairs
+from .response import refuse_logits, response_fields
 from .spans import checked_spans, sequence_of_spans, step_of_token
+from .tokens import Tokens, label_message, refuse_ids
 from .tree import TokenTree
-from .tree_rows import TreeRows, checked_sequences, padded, rows_of_tree, sequence_lengths
+from .tree_rows import TreeRows, padded_sequences, rows_of_tree
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -129,12 +131,12 @@ class StepLayout(Steps):
         batch, length = labels.shape
         ids = step_ids.cpu().numpy().astype(np.int64)
         running = np.maximum.accumulate(ids, axis=1)
-        _refuse(ids < -1, ids, "step_ids", "0, 1, 2, ... or -1 (not scored)")
-        _refuse((ids >= 0) & (ids < running), ids, "step_ids", "ids that never go back along a sequence")
-        _refuse(ids >= length, ids, "step_ids", f"ids below the sequence length {length}")
+        refuse_ids(ids < -1, ids, "step_ids", "0, 1, 2, ... or -1 (not scored)")
+        refuse_ids((ids >= 0) & (ids < running), ids, "step_ids", "ids that never go back along a sequence")
+        refuse_ids(ids >= length, ids, "step_ids", f"ids below the sequence length {length}")
         steps = running[:, -1] + 1 if length else np.zeros(batch, np.int64)
         base = np.cumsum(steps) - steps
-        tokens = _Tokens(
+        tokens = Tokens(
             step=np.where(ids >= 0, ids + base[:, None], -1),
             sequence=np.broadcast_to(np.arange(batch)[:, None], ids.shape),
             position=np.broadcast_to(np.arange(length), ids.shape),
@@ -191,7 +193,7 @@ class StepLayout(Steps):
         spans = checked_spans(step_offsets.cpu().numpy().astype(np.int64), total)
         step_sequence = sequence_of_spans(spans, cu)
         lengths = np.diff(cu)
-        tokens = _Tokens(
+        tokens = Tokens(
             step=step_of_token(spans, total)[None],
             sequence=np.repeat(np.arange(len(lengths)), lengths)[None],
             position=(np.arange(total) - np.repeat(cu[:-1], lengths))[None],
@@ -239,22 +241,46 @@ class StepLayout(Steps):
             >>> StepLayout.from_tree(tree, ids, [torch.tensor([-1, -1, 0])] * 2).rows
             tensor([1, 1])
         """
-        check_whole("ignore_index", ignore_index)
-        lengths = sequence_lengths(tree)
-        ids = padded(checked_sequences("step_ids", step_ids, lengths), -1)
-        label = padded(checked_sequences("labels", labels, lengths), ignore_index)
-        weights = None
-        if token_weights is not None:
-            weights = padded(checked_sequences("token_weights", token_weights, lengths, floating=True), 1)
+        label, ids, weights = padded_sequences(tree, labels, step_ids, token_weights, ignore_index)
         built = cls.from_step_ids(label, ids, token_weights=weights, ignore_index=ignore_index, vocab_size=vocab_size)
         rows = rows_of_tree(tree, built.rows.numpy(), built.labels.numpy(), label.shape[1])
         return replace(built, **rows).to(tree.input_ids.device)
 
     @classmethod
+    def from_response(
+        cls, mask: Tensor, step_ids: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> StepLayout:
+        """Layout of tokens whose log-probs an engine has computed already, for `policy_loss` and `pref_loss`.
+
+        It has no labels, so losses of logits and hidden states refuse it. The first column counts too: engines hand
+        over the log-probs of a response's tokens, and its first token is predicted from the prompt. Values (B, T) that
+        a loss takes beside it are aligned with the mask. Tensors on a device are copied to the host once (a sync).
+
+        Args:
+            mask: (B, T) bool or number, nonzero where the model wrote the token; (total,) with `cu_seqlens`.
+            step_ids: int of the same shape: 0, 1, 2, ... along each sequence, -1 where nothing is scored. A token is
+                scored where both say so. None: each sequence is one step.
+            cu_seqlens: (B + 1,) int, for sequences laid end to end: where each one starts, and total.
+
+        Returns:
+            A StepLayout on the device of `mask`.
+
+        Raises:
+            TypeError: An argument is no tensor, or of a wrong dtype.
+            ValueError: Step ids go backwards, or shapes do not agree. The message names sequence and position.
+
+        Examples:
+            >>> layout = StepLayout.from_response(torch.tensor([[1, 1, 1, 0]]), torch.tensor([[0, 0, 1, 1]]))
+            >>> layout.counts
+            tensor([2, 1], dtype=torch.int32)
+        """
+        return cls(**response_fields(mask, step_ids, cu_seqlens))
+
+    @classmethod
     def _build(
         cls,
         labels: Tensor,  # (B, T)
-        tokens: _Tokens,
+        tokens: Tokens,
         step_sequence: np.ndarray,  # (S,)
         num_sequences: int,
         token_weights: Tensor | None,  # (B, T)
@@ -281,7 +307,7 @@ class StepLayout(Steps):
             bad |= real & (label >= vocab_size)
         if bad.any():
             where = tokens.described(label, np.argwhere(bad)[0])
-            raise ValueError(_label_message(where, vocab_size, ignore_index))
+            raise ValueError(label_message(where, vocab_size, ignore_index))
 
         flat = np.flatnonzero(scored)
         num_steps = len(step_sequence)
@@ -396,33 +422,6 @@ class StepLayout(Steps):
         Skipped while compiling, where a guard on a label's value would recompile for every batch. The kernels then give
         NaN for such a label and never read out of bounds.
         """
+        refuse_logits(self.num_rows, self.labels.shape[0])
         if not torch.compiler.is_compiling() and self.max_label is not None and self.max_label[0] >= vocab:
-            raise ValueError(_label_message(self.max_label, vocab, None))
-
-
-@dataclass(frozen=True, eq=False)
-class _Tokens:
-    """Where each token of a (B, T) batch stands."""
-
-    step: np.ndarray  # (B, T): step in the batch's numbering, -1 for none
-    sequence: np.ndarray  # (B, T)
-    position: np.ndarray  # (B, T): position within the sequence
-
-    def described(self, label: np.ndarray, index) -> tuple[int, int, int]:
-        """(value, sequence, position) of a label, for an error message."""
-        at = tuple(index)
-        return int(label[at]), int(self.sequence[at]), int(self.position[at])
-
-
-def _refuse(bad: np.ndarray, ids: np.ndarray, name: str, expected: str) -> None:
-    """Raises for the first entry that is bad."""
-    if bad.any():
-        b, t = (int(i) for i in np.argwhere(bad)[0])
-        raise ValueError(f"{name}: expected {expected}, got {int(ids[b, t])} in sequence {b} at position {t}")
-
-
-def _label_message(where: tuple[int, int, int], vocab_size: int | None, ignore_index: int | None) -> str:
-    value, sequence, position = where
-    upper = "V" if vocab_size is None else str(vocab_size)
-    other = "" if ignore_index is None else f" or {ignore_index} (ignore_index)"
-    return f"labels: expected values in [0, {upper}){other}, got {value} in sequence {sequence} at position {position}"
+            raise ValueError(label_message(self.max_label, vocab, None))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import check_float, check_integer, check_kind, check_shape, describe
+from .._checks import check_float, check_integer, check_kind, check_shape, check_whole, describe
 from .bundle import TensorBundle
 from .tree import TokenTree
 
@@ -69,6 +69,24 @@ def checked_sequences(name: str, values: Sequence, lengths: np.ndarray, *, float
         check_shape(f"{name}[{b}]", value, (length,))
         made.append(value.detach().cpu())
     return made
+
+
+def padded_sequences(
+    tree: TokenTree,
+    labels: Sequence[Tensor],
+    step_ids: Sequence[Tensor],
+    token_weights: Sequence[Tensor] | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Labels, step ids and weights (B, T) of the tree's sequences."""
+    check_whole("ignore_index", ignore_index)
+    lengths = sequence_lengths(tree)
+    ids = padded(checked_sequences("step_ids", step_ids, lengths), -1)
+    label = padded(checked_sequences("labels", labels, lengths), ignore_index)
+    weights = None
+    if token_weights is not None:
+        weights = padded(checked_sequences("token_weights", token_weights, lengths, floating=True), 1)
+    return label, ids, weights
 
 
 def padded(sequences: list[Tensor], fill: float) -> Tensor:

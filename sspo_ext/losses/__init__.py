@@ -5,6 +5,7 @@ from ..routes.linear.plan import LinearPlan, policy_plan, pref_plan
 from .catalogue import Entry, catalogue
 from .common import LOSS_FUNCTIONS, LossFunction, StepLossOutput
 from .criterion import StepPrefLoss
+from .from_logps import policy_loss
 from .lists import level_pairs, listwise_loss, plackett_luce_loss, tpo_l_loss, tpo_loss, trpa_loss
 from .logps import linear_step_logps, step_logps
 from .policy import StepPolicyOutput, linear_step_policy_loss, step_policy_loss
@@ -45,6 +46,7 @@ __all__ = [
     "oreo_loss",
     "oreo_value_loss",
     "plackett_luce_loss",
+    "policy_loss",
     "policy_plan",
     "pref_loss",
     "pref_plan",

@@ -14,7 +14,7 @@ from ..formulas.registry import PAIR_FORMULAS
 from ..layout.pairs import StepPairs
 from ..layout.steps import StepLayout
 from ..objective.pair import PairLossSpec, loss_of_sums, mixed_pair_losses
-from ..objective.pair_arguments import check_logps, chosen_formulas, pair_loss_spec, resolve_pairs
+from ..objective.pair_arguments import checked_logps, chosen_formulas, pair_loss_spec, resolve_pairs
 from ..objective.sums import StepLogps
 from ..routes.linear import settings as linear
 from ..routes.linear.pref import pref as linear_pref
@@ -203,7 +203,7 @@ def _check_once(name: str, by_name: object) -> None:
 
 
 def pref_loss(
-    logps: StepLogps,
+    logps: StepLogps | Tensor,
     layout: StepLayout,
     pairs: StepPairs | Tensor | None = None,
     *,
@@ -220,15 +220,15 @@ def pref_loss(
     num_items: float | Tensor | None = None,
     **loss_options: float,
 ) -> StepPrefOutput:
-    """`step_pref_loss` from step log-probs of either route: a few torch ops on (S,).
+    """`step_pref_loss` from log-probs of either route, or of an engine: a few torch ops on (S,).
 
-    Use it when something else needs the same pass over the logits (WPO's weights, entropy), or when a value depends on
-    the log-probs. With a trained head on the linear route it costs one GEMM more than `linear_step_pref_loss`. The
-    token weights are those of the layout that made `logps`.
+    Use it when something else needs the same pass over the logits (WPO's weights, entropy), or a value depends on the
+    log-probs. With a trained head on the linear route it costs one GEMM more than `linear_step_pref_loss`. The token
+    weights are the layout's.
 
     Args:
-        logps: StepLogps of `step_logps` or `linear_step_logps`.
-        layout: the StepLayout that made them.
+        logps: StepLogps, or token log-probs as in `policy_loss`.
+        layout: their StepLayout.
         pairs: StepPairs or (P, 2) int: winner step, loser step. Default: pair by index.
         ref: as in `step_pref_loss`.
         reference_free: as in `step_pref_loss`.
@@ -255,7 +255,7 @@ def pref_loss(
         >>> weights = wpo_weights(logps, layout, pairs)
         >>> pref_loss(logps, layout, pairs, weights=weights, reference_free=True).loss.backward()
     """
-    check_logps("logps", logps, layout)
+    logps = checked_logps(logps, layout)
     formulas = chosen_formulas(loss_type, loss_weights)
     pairs = resolve_pairs(layout, pairs, weights, margins, soft_labels)
     spec = pair_loss_spec(

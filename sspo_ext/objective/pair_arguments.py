@@ -172,6 +172,14 @@ def check_logps(name: str, logps: StepLogps, layout: StepLayout) -> None:
     check_device(f"{name}.sums", logps.sums, layout.device, "the layout")
 
 
+def checked_logps(logps: StepLogps | Tensor, layout: StepLayout) -> StepLogps:
+    """Step log-probs of this layout, from themselves or from token log-probs."""
+    if isinstance(logps, Tensor):
+        return StepLogps.from_tokens(logps, layout)
+    check_logps("logps", logps, layout)
+    return logps
+
+
 def check_smoothing(label_smoothing: float) -> None:
     """ValueError unless it is in [0, 0.5)."""
     if not 0 <= label_smoothing < 0.5:

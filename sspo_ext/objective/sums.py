@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from .._checks import check_device, check_float, check_kind, check_shape, describe
 from ..backends import ops, reference
 from ..layout.steps import StepLayout
 
@@ -40,10 +41,65 @@ class StepLogps:
             if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
                 object.__setattr__(self, name, value.float())
 
+    @classmethod
+    def from_tokens(cls, tokens: Tensor, layout: StepLayout, *, entropy: Tensor | None = None) -> StepLogps:
+        """Step log-probs of token log-probs that an engine has computed; differentiable in both.
+
+        Every loss that takes StepLogps takes what comes back.
+
+        Args:
+            tokens: (B, T) float aligned with the layout's tokens, (total,) of a packed layout, or (N,) in row order.
+                What stands at unscored tokens is not read.
+            layout: StepLayout; `StepLayout.from_response` where there are no labels.
+            entropy: of each token's distribution, in the same forms.
+
+        Returns:
+            StepLogps in float32 (float64 for float64 log-probs).
+
+        Raises:
+            TypeError: An argument is no float tensor, or no StepLayout.
+            ValueError: A shape or device does not fit.
+
+        Examples:
+            >>> layout = StepLayout.from_response(torch.ones(1, 3), torch.tensor([[0, 0, 1]]))
+            >>> StepLogps.from_tokens(torch.tensor([[-1.0, -2.0, -4.0]]), layout).sums
+            tensor([-3., -4.])
+        """
+        check_kind("layout", layout, StepLayout, "a StepLayout")
+        rows = _rows("logps", tokens, layout)
+        return cls(
+            sums_over_steps(rows, layout), layout.counts, rows,
+            None if entropy is None else _rows("entropy", entropy, layout).to(rows.dtype),
+        )  # fmt: skip
+
     @property
     def means(self) -> Tensor:
         """(S,): sums / counts, 0 for an empty step."""
         return self.sums / self.counts.clamp(min=1)
+
+
+def _rows(name: str, values: Tensor, layout: StepLayout) -> Tensor:
+    """(N,) in row order and at least float32, from any form of `StepLogps.from_tokens`; differentiable."""
+    check_float(name, values, ndim=(1, 2))
+    check_device(name, values, layout.device, "the layout")
+    rows = aligned_rows(name, values, layout, (layout.num_rows,))
+    if rows is None:
+        rows = values
+    if rows.shape != (layout.num_rows,):
+        raise ValueError(f"{name}: expected ({layout.num_rows},) rows or {layout.shape} tokens, got {describe(values)}")
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def aligned_rows(name: str, value: Tensor, layout: StepLayout, others: tuple[int, ...]) -> Tensor | None:
+    """(N,) in row order from (B, T) values aligned with the labels, or (total,) of a packed batch.
+
+    None for another form; `others` are the lengths of 1-D values of other forms.
+    """
+    packed = value.ndim == 1 and layout.shape == (1, value.shape[0]) and value.shape[0] not in others
+    if value.ndim != 2 and not packed:
+        return None
+    check_shape(name, value if value.ndim == 2 else value[None], layout.shape)
+    return value.reshape(-1)[layout.places]
 
 
 def with_reductions(

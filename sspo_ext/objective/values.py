@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._checks import check_device, check_float, check_num_items, check_shape, describe
 from ..layout.steps import StepLayout
-from .sums import StepLogps, sums_over_steps
+from .sums import StepLogps, aligned_rows, sums_over_steps
 
 
 def copied(values: Tensor, device: torch.device) -> Tensor:
@@ -42,18 +42,6 @@ def divided(total: Tensor, items: float | Tensor) -> Tensor:
         return total / items if items else 0 * total
     items = items.to(total.device, total.dtype)
     return torch.where(items > 0, total / items.clamp(min=torch.finfo(items.dtype).tiny), 0 * total)
-
-
-def aligned_rows(name: str, value: Tensor, layout: StepLayout, others: tuple[int, ...]) -> Tensor | None:
-    """(N,) in row order from (B, T) values aligned with the labels, or (total,) of a packed batch.
-
-    None for another form; `others` are the lengths of 1-D values of other forms.
-    """
-    packed = value.ndim == 1 and layout.shape == (1, value.shape[0]) and value.shape[0] not in others
-    if value.ndim != 2 and not packed:
-        return None
-    check_shape(name, value if value.ndim == 2 else value[None], layout.shape)
-    return value.reshape(-1)[layout.places]
 
 
 def reference_sums(ref: StepLogps | Tensor | None, layout: StepLayout) -> Tensor | None:

@@ -16,9 +16,11 @@ _NOISE = 1e-6  # a deviation of at most this share of the largest value is round
 
 
 def group_index(groups: Tensor) -> tuple[Tensor, int]:
-    """Map arbitrary ids to ((B,) int64 in [0, G), G). On a device this is a synchronisation."""
-    ids, index = torch.unique(groups, return_inverse=True)
-    return index, ids.shape[0]
+    """Map arbitrary ids (B,) to ((B,) int64 in [0, B), B), without a synchronisation; some numbers may be unused."""
+    ordered, order = torch.sort(groups, stable=True)
+    first = torch.ones_like(ordered, dtype=torch.int64)
+    first[1:] = ordered[1:] != ordered[:-1]
+    return torch.zeros_like(order).scatter(0, order, first.cumsum(0) - 1), groups.shape[0]
 
 
 def group_moments(values: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,14 +91,15 @@ def outcome_advantages(rewards: Tensor, name: str = "rloo", *, groups: Tensor | 
         reinforce++           (R - mean) / (std + 1e-4) in the batch     arXiv 2501.03262
         reinforce++_baseline  R - mean of the group, then reinforce++    arXiv 2501.03262
 
-    The standard deviation has n - 1 in its denominator. A group of one, and rewards that do not differ, have advantage
-    0 (except for "reinforce"). A reward that is not finite makes its whole group, or the batch, not finite.
+    Nothing waits for a device. The standard deviation has n - 1 in its denominator. A group of one, and rewards that do
+    not differ, have advantage 0 (except for "reinforce"). A reward that is not finite makes its whole group, or the
+    batch, not finite.
 
     Args:
         rewards: (B,) float: the outcome of each sequence.
         name: the baseline, one of `BASELINES`.
         groups: (B,) int: the question that each sequence answers, any ids in any order. Needed except for "reinforce"
-            and "reinforce++", which ignore it. On a device this costs a synchronisation.
+            and "reinforce++", which ignore it.
 
     Returns:
         (B,) advantages, detached, in float32, or in float64 if the rewards are float64.
@@ -163,14 +166,11 @@ def combine_advantages(
         >>> combine_advantages(torch.tensor([0.5, 0.25]), torch.tensor([1.0]), torch.tensor([0, 0]))
         tensor([1.5000, 1.2500])
     """
-    check_choice("how", how, COMBINE)
+    check_combination(how, step_scale, outcome_scale)
     check_float("step_advantages", step_advantages, ndim=1)
     check_float("outcome_advantages", outcome_advantages, ndim=1)
     check_integer("step_sequence", step_sequence)
     check_shape("step_sequence", step_sequence, tuple(step_advantages.shape))
-    for name, value in (("step_scale", step_scale), ("outcome_scale", outcome_scale)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: expected a number, got {describe(value)}")
     device = step_advantages.device
     for name, tensor in (("outcome_advantages", outcome_advantages), ("step_sequence", step_sequence)):
         check_device(name, tensor, device, "step_advantages")
@@ -181,8 +181,21 @@ def combine_advantages(
                 f"step_sequence: expected numbers of the {len(outcome_advantages)} sequences, got "
                 f"{int(low) if low < 0 else int(high)}"
             )
-    step = step_scale * step_advantages.detach()
+    outcome = outcome_advantages.detach()[step_sequence.long()]
+    return combined(step_advantages.detach(), outcome, how, step_scale, outcome_scale)
+
+
+def check_combination(how: str, step_scale: float, outcome_scale: float) -> None:
+    """TypeError or ValueError unless the options of `combine_advantages` are such."""
+    check_choice("how", how, COMBINE)
+    for name, value in (("step_scale", step_scale), ("outcome_scale", outcome_scale)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a number, got {describe(value)}")
+
+
+def combined(step: Tensor, outcome: Tensor, how: str, step_scale: float, outcome_scale: float) -> Tensor:
+    """Combine advantages of steps with those of their sequences' outcomes, of shapes that broadcast."""
+    step = step_scale * step
     if how == "replace":
         return step
-    outcome = outcome_scale * outcome_advantages.detach()[step_sequence.long()]
-    return outcome + step if how == "add" else outcome * step
+    return outcome_scale * outcome + step if how == "add" else outcome_scale * outcome * step

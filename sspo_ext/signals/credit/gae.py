@@ -65,7 +65,11 @@ def step_gae(
         >>> step_gae(values, torch.tensor([1.0]), gamma=1.0, lam=0.0)
         tensor([0.2500, 0.5000])
     """
-    _check(values, rewards, gamma, lam, step_rewards, normalize, groups)
+    if not isinstance(values, StepValues):
+        raise TypeError(f"values: expected a StepValues, got {describe(values)}; StepValues.from_lists(...) builds one")
+    _check(values, rewards, step_rewards)
+    check_discounts(gamma, lam)
+    check_normalize(normalize, groups)
     v = values.values
     sequence, length = values.step_sequence, values.num_steps
     # A sequence has one value more than steps, so step j of the batch starts from value j + (number of its sequence).
@@ -77,20 +81,35 @@ def step_gae(
     if step_rewards is not None:
         advantage = advantage + step_rewards.detach().to(v.dtype)
 
-    # Doubling: after the pass with this shift, a step has the discounted sum of the next 2 * shift deltas.
-    shift, longest = 1, int(values.steps_per_sequence.max()) if values.num_sequences else 0
-    while shift < longest:
-        same = sequence[shift:] == sequence[:-shift]
-        later = torch.where(same, advantage[shift:], 0.0) * (gamma * lam) ** shift
-        advantage = torch.cat([advantage[:-shift] + later, advantage[-shift:]])
-        shift *= 2
-
+    longest = int(values.steps_per_sequence.max()) if values.num_sequences else 0
+    advantage = discounted_sums(advantage, sequence, gamma * lam, longest)
     if normalize == "none" or not length:
         return advantage
-    if groups is not None:
-        check_integer("groups", groups)
-        check_shape("groups", groups, (values.num_sequences,))
-    return _normalized(advantage, sequence, groups)
+    if groups is None:
+        return over_deviation(advantage, torch.zeros_like(sequence), 1)
+    check_integer("groups", groups)
+    check_shape("groups", groups, (values.num_sequences,))
+    index, count = group_index(groups.to(advantage.device))
+    return standardised(advantage, index[sequence], count)
+
+
+def discounted_sums(values: Tensor, run: Tensor, factor: float, longest: int) -> Tensor:
+    """Add up to each value (n,) the later ones of its run, times powers of the factor; `longest` bounds a run.
+
+    Doubling: after the pass with this shift, a place has the sum of its next 2 * shift values.
+    """
+    shift = 1
+    while shift < longest:
+        later = torch.where(run[shift:] == run[:-shift], values[shift:], 0.0) * factor**shift
+        values = torch.cat([values[:-shift] + later, values[-shift:]])
+        shift *= 2
+    return values
+
+
+def over_deviation(advantage: Tensor, index: Tensor, count: int) -> Tensor:
+    """Scale advantages (n,) over those with the same index, as `step_gae` does with "batch"."""
+    std, scale = _std_and_spread(advantage, index, count)
+    return advantage / torch.where(std == 0, 1.0, scale)[index]
 
 
 def spread(advantage: Tensor) -> Tensor:
@@ -98,48 +117,41 @@ def spread(advantage: Tensor) -> Tensor:
 
     On the scale of the rewards it says how much the steps of a batch, (S,), have to tell.
     """
-    return _std_and_spread(advantage)[1]
+    return _std_and_spread(advantage, torch.zeros_like(advantage, dtype=torch.int64), 1)[1]
 
 
-def _std_and_spread(advantage: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std, _ = group_moments(advantage, torch.zeros_like(advantage, dtype=torch.int64), 1)
+def _std_and_spread(advantage: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    mean, std, _ = group_moments(advantage, index, count)
     return std, torch.maximum(std, mean.abs() / 2)
 
 
-def _normalized(advantage: Tensor, sequence: Tensor, groups: Tensor | None) -> Tensor:
-    """Scale advantages over the batch, or with `groups` (B,) over the steps of each group."""
-    if groups is None:
-        std, scale = _std_and_spread(advantage)
-        return torch.where(std == 0, advantage, advantage / scale)
-    index, count = group_index(groups.to(advantage.device))
-    index = index[sequence]
+def standardised(advantage: Tensor, index: Tensor, count: int) -> Tensor:
+    """Standardise advantages (n,) over those with the same index, as `step_gae` does with "group"."""
     mean, std, _ = group_moments(advantage, index, count)
     return torch.where(std[index] == 0, 0.0, (advantage - mean[index]) / std[index])
 
 
-def _check(
-    values: StepValues,
-    rewards: Tensor,
-    gamma: float,
-    lam: float,
-    step_rewards: Tensor | None,
-    normalize: str,
-    groups: Tensor | None,
-) -> None:
-    if not isinstance(values, StepValues):
-        raise TypeError(f"values: expected a StepValues, got {describe(values)}; StepValues.from_lists(...) builds one")
+def _check(values: StepValues, rewards: Tensor, step_rewards: Tensor | None) -> None:
     check_float("rewards", rewards)
     check_shape("rewards", rewards, (values.num_sequences,))
     check_device("rewards", rewards, values.values.device, "values")
+    if step_rewards is not None:
+        check_float("step_rewards", step_rewards)
+        check_shape("step_rewards", step_rewards, (values.num_steps,))
+        check_device("step_rewards", step_rewards, values.values.device, "values")
+
+
+def check_discounts(gamma: float, lam: float) -> None:
+    """TypeError or ValueError unless both are in [0, 1]."""
     for name, value in (("gamma", gamma), ("lam", lam)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}: expected a number, got {describe(value)}")
         if not 0 <= value <= 1:
             raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
+
+
+def check_normalize(normalize: str, groups: Tensor | None) -> None:
+    """ValueError unless it is a way to scale advantages, with groups where it needs them and only there."""
     check_choice("normalize", normalize, NORMALIZE)
     if (groups is not None) != (normalize == "group"):
         raise ValueError(f"groups: expected with normalize='group' and only there, got {describe(groups)}")
-    if step_rewards is not None:
-        check_float("step_rewards", step_rewards)
-        check_shape("step_rewards", step_rewards, (values.num_steps,))
-        check_device("step_rewards", step_rewards, values.values.device, "values")

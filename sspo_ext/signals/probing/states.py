@@ -30,7 +30,7 @@ class States:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | None,
         batch: StepBatch,
         probe: Any,
         tokenizer,
@@ -103,7 +103,7 @@ class States:
         return ("a\n", probe.text) if ended else ("a", probe.lead + probe.text)
 
 
-def special_ids(model: nn.Module, tokenizer) -> set[int]:
+def special_ids(model: nn.Module | None, tokenizer) -> set[int]:
     """Return the tokens that end or pad a text: the tokenizer's, and the model's own ends of sequence."""
     found: set[int] = set() if tokenizer is None else set(tokenizer.all_special_ids)
     for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):

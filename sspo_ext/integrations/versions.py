@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters work with what they were tested with, and say so otherwise."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+
+def check_version(package: str, tested: str) -> None:
+    """Raise unless the installed version of a package is one that its adapter was tested with.
+
+    Args:
+        package: The distribution's name.
+        tested: Its version up to major and minor number, such as "1.16"; any patch of it will do.
+
+    Raises:
+        ImportError: The package is not installed, or in another version. The message names both.
+
+    Examples:
+        >>> check_version("torch", "0.1")
+        Traceback (most recent call last):
+        ImportError: torch: sspo_ext.integrations was tested with 0.1, and ... is installed; pip install 'torch==0.1.*'
+    """
+    command = f"pip install '{package}=={tested}.*'"
+    try:
+        found = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        raise ImportError(
+            f"{package}: sspo_ext.integrations needs {tested}, and none is installed; {command}"
+        ) from None
+    if found.split(".")[:2] != tested.split("."):
+        raise ImportError(
+            f"{package}: sspo_ext.integrations was tested with {tested}, and {found} is installed; {command}"
+        )
