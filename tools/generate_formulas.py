@@ -485,7 +485,7 @@ def main(argv: list[str] | None = None) -> int:
     if TorchVersion(torch.__version__) < "2.14":
         sources[POLICY_FILE] = policy_source()
     else:  # it halves the gradient of clamp at a bound that is a tensor; the kernels keep that of the inside
-        print(f"left alone: {POLICY_FILE.relative_to(ROOT)}, which is made with torch before 2.14")
+        print(f"left alone: {POLICY_FILE.name}, which is made with torch before 2.14")
     for path, source in sources.items():
         if path.exists() and path.read_text() == source:
             continue
