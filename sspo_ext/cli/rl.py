@@ -35,8 +35,8 @@ _METRICS = ("accuracy", "reward", "completions/mean_length", "completions/clippe
 # Options that SSPOConfig has under the same names, beside those of `training_arguments`.
 _SAME = (
     "num_generations max_completion_length temperature top_p top_k rollout_engine rollout_batch_size special_tokens "
-    "split_by probe probe_turn gamma lam baseline combine step_scale scale_advantages epsilon epsilon_high "
-    "kl_estimator entropy_coef aggregation num_iterations"
+    "split_by probe probe_turn gamma lam baseline combine step_scale scale_advantages min_signal "
+    "epsilon epsilon_high kl_estimator entropy_coef aggregation num_iterations"
 ).split()
 
 
@@ -123,6 +123,10 @@ def _add_advantages(parser: argparse.ArgumentParser) -> None:
         "--scale-advantages", action=argparse.BooleanOptionalAction, default=True,
         help="divide both kinds of advantages, each by its standard deviation over the update",
     )  # fmt: skip
+    add(
+        "--min-signal", type=float, default=0.01,
+        help="step advantages whose spread is below this, on the scale of the rewards, are 0",
+    )  # fmt: skip
 
 
 def _add_loss(parser: argparse.ArgumentParser) -> None:
@@ -199,7 +203,7 @@ def _check_options(options: argparse.Namespace) -> None:
     if not options.beta:
         check_effect(options, "kl_estimator", "without --beta")
     if options.combine == "outcome":
-        names = "probe probe_end probe_turn probe_option gamma lam step_scale"
+        names = "probe probe_end probe_turn probe_option gamma lam step_scale min_signal"
         check_effect(options, names, "with --combine outcome, which probes nothing")
 
 

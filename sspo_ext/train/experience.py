@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,12 +17,13 @@ from ..data.graders import Grader, answer_grader, answer_texts
 from ..data.prompts import prompt_tokens
 from ..layout.steps import StepLayout
 from ..signals.credit.baselines import combine_advantages, outcome_advantages
-from ..signals.credit.gae import step_gae
+from ..signals.credit.gae import spread, step_gae
 from ..signals.split import step_ids_from_tokens
 from ..signals.values import StepValues
 from .options import dictionary
 
 if TYPE_CHECKING:
+    from .means import Sums
     from .sspo_config import SSPOConfig
 
 
@@ -237,7 +239,22 @@ def update_metrics(
     if len(flat):
         found["advantages/mean"] = flat.mean().item(), 1
         found["advantages/std"] = flat.std(correction=0).item(), 1
+        silent = not flat.any()
+        found["advantages/silent"] = float(silent), 1
+        if silent:
+            warnings.warn(_silence(rows), stacklevel=2)
     return found
+
+
+def _silence(rows: Sequence[Summary]) -> str:
+    low, high = min(row.reward for row in rows), max(row.reward for row in rows)
+    rewards = f"all rewards are {low:g}" if low == high else f"rewards are from {low:g} to {high:g}"
+    values = [v for row in rows for v in row.values[:-1]]
+    told = f" and the values from {min(values):.2g} to {max(values):.2g}" if values else ""
+    return (
+        f"all {len(rows)} completions of an update have advantage 0 ({rewards}{told}), so it changes nothing; easier "
+        "prompts, more completions or another probe may help, and advantages/silent is the share of such updates"
+    )
 
 
 def probe_answers(
@@ -265,8 +282,13 @@ def step_advantages(
     num_steps: Sequence[int],
     values: Sequence[list[float]],
     groups: Tensor,
+    sums: Sums,
 ) -> list[list[float]]:
-    """See `SSPOTrainer.advantages`."""
+    """See `SSPOTrainer.advantages`. `sums` gets the metrics of the signal.
+
+    The model's values are never exactly equal. Where they and the rewards differ by less than `min_signal`, scaling
+    would turn rounding and noise into an update of full size. So such steps have advantage 0.
+    """
     outcome = outcome_advantages(rewards, args.baseline, groups=groups)
     if args.scale_advantages:
         outcome = over_std(outcome)
@@ -275,8 +297,13 @@ def step_advantages(
         found = outcome[step_sequence]
     else:
         traced = StepValues.from_lists(values)
+        plain = step_gae(traced, rewards, gamma=args.gamma, lam=args.lam)
+        signal = spread(plain).item() if len(plain) else 0.0
         normalize = "batch" if args.scale_advantages else "none"
         steps = step_gae(traced, rewards, gamma=args.gamma, lam=args.lam, normalize=normalize)
+        if signal < args.min_signal:
+            steps = torch.zeros_like(steps)
+        sums.add("advantages/signal", signal, 1)
         found = combine_advantages(steps, outcome, step_sequence, how=args.combine, step_scale=args.step_scale)
     return [part.tolist() for part in found.split(list(num_steps))]
 

@@ -7,9 +7,6 @@ Optimisers, schedules, checkpoints, DDP and logging are Trainer's.
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -22,19 +19,19 @@ from ..backends import select
 from ..data.collator import StepPreferenceCollator
 from ..losses.pref import StepPrefOutput, linear_step_pref_loss, step_pref_loss
 from ..objective.pair_arguments import checked_options, chosen_formulas
-from .base import StepTrainer
 from .dropout import disable_dropout
-from .limits import check_features, model_limits
+from .limits import model_limits
 from .means import Means
 from .model_call import call_model, check_processes, choose_route, router_loss, uses_flash_attention
 from .models import check_trainable, model_and_tokenizer, with_adapter
 from .options import check_optimizer, dictionary
 from .preference_config import StepPreferenceConfig
-from .reference_cache import TOKEN_COLUMNS, ReferenceCache, add_reference, reference_key
+from .reference_cache import TOKEN_COLUMNS
+from .referenced import ReferencedTrainer
 from .whole_batches import whole_batches
 
 
-class StepPreferenceTrainer(StepTrainer):
+class StepPreferenceTrainer(ReferencedTrainer):
     r"""Trains a causal LM on preference rows, with a loss on the log-probs of steps.
 
     The reference's step log-probs are computed once, before training, and cached on disk. The loss then needs no
@@ -108,7 +105,7 @@ class StepPreferenceTrainer(StepTrainer):
         if args.disable_dropout:
             disable_dropout(policy)
         self._limits = model_limits(policy)
-        self._checked: dict[str, Any] = {}  # the dataset of each name
+        self._checked = {}
         if data_collator is None:
             pad = getattr(tokenizer, "pad_token_id", None)
             data_collator = StepPreferenceCollator(
@@ -120,8 +117,6 @@ class StepPreferenceTrainer(StepTrainer):
         self._means = {"train": Means(), "eval": Means()}
         takes = any(formula.reference != "forbidden" for formula, _ in formulas)
         self._takes_reference = takes and not args.reference_free
-        self._reference_key: str | None = None
-        self._untrained = True
         super().__init__(policy, args, data_collator, train_dataset, eval_dataset, tokenizer, **trainer_kwargs)
         check_processes(args)
         check_optimizer(self, args)
@@ -255,98 +250,6 @@ class StepPreferenceTrainer(StepTrainer):
             logs.update({k: v for k, v in self._means["train"].pop(self.accelerator).items() if k != "loss"})
         super().log(logs, *args, **kwargs)
 
-    def _datasets(self) -> Iterator[tuple[Any, str]]:
-        """The trainer's datasets, and what errors call them."""
-        for name in ("train_dataset", "eval_dataset"):
-            dataset = getattr(self, name)
-            if name == "eval_dataset" and isinstance(dataset, dict):
-                yield from ((value, f"{name}[{key!r}]") for key, value in dataset.items())
-            else:
-                yield dataset, name
-
-    def _check_rows(self, dataset: Any, name: str) -> None:
-        """Checks the rows of a dataset, unless that is done."""
-        if dataset is not None and not any(dataset is known for known in self._checked.values()):
-            check_features(name, dataset, self._limits)
-            self._checked[name] = dataset
-
-    def _add_references(self) -> None:
-        """Adds the reference's log-probs to the trainer's datasets that lack them."""
-        for name in ("train_dataset", "eval_dataset"):
-            dataset = getattr(self, name)
-            if isinstance(dataset, dict):
-                added = {key: self._with_reference(value, f"{name}[{key!r}]") for key, value in dataset.items()}
-            else:
-                added = self._with_reference(dataset, name)
-            setattr(self, name, added)
-
-    def _with_reference(self, dataset: Any, name: str) -> Any:
-        """The dataset with the reference's log-probs of its rows, if the loss takes them."""
-        self._check_rows(dataset, name)
-        if not self._takes_reference or _has_reference(dataset):
-            return dataset
-        assert self.args.output_dir is not None
-        cache = ReferenceCache(
-            folder=self.args.reference_cache or os.path.join(self.args.output_dir, "reference_cache"),
-            batch_size=self.args.per_device_eval_batch_size,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-            barrier=self.accelerator.wait_for_everyone,
-            progress=self.is_world_process_zero() and not self.args.disable_tqdm,
-        )
-        known = self._untrained and not self._is_sharded
-        if self._reference_key is None and known:
-            self._reference_key = self._key_of_reference()
-        if self._reference_key is None:
-            raise self._unknown_reference(name)
-
-        def step_sums(batch: dict) -> Tensor:
-            nonlocal known
-            # rows that are in the cache need no model, whatever training has done to it
-            known = known or not self._is_sharded and self._key_of_reference() == self._reference_key
-            if not known:
-                raise self._unknown_reference(name)
-            return self.logps_without_grad(model, batch).sums
-
-        with self._reference_model() as model:
-            added = add_reference(dataset, self._reference_key, cache, self.data_collator, step_sums, name)
-        self._checked[name] = added
-        return added
-
-    @property
-    def _is_sharded(self) -> bool:
-        return (self.is_fsdp_enabled or self.is_deepspeed_enabled) and bool(self.accelerator._models)
-
-    def _key_of_reference(self) -> str:
-        settings = {"temperature": self.args.temperature, "mixed_precision": str(self.accelerator.mixed_precision)}
-        return reference_key(self.model, settings, adapters=not self._new_adapter)
-
-    def _unknown_reference(self, name: str) -> ValueError:
-        return ValueError(
-            f"{name}: expected rows with ref_chosen and ref_rejected, or rows that the trainer was given before "
-            "training; the reference is the model before training, which is no longer there"
-        )
-
-    @contextlib.contextmanager
-    def _reference_model(self):
-        """The model as given: without a new adapter and without dropout.
-
-        A model that Trainer will move or shard later is on the device of the batches meanwhile.
-        """
-        model, training = self.model, self.model.training
-        home = None
-        if not self.place_model_on_device and getattr(model, "hf_device_map", None) is None:
-            home = next(model.parameters()).device
-            model.to(self.args.device)
-        model.eval()
-        try:
-            with model.disable_adapter() if self._new_adapter else contextlib.nullcontext():
-                yield model
-        finally:
-            model.train(training)
-            if home is not None:
-                model.to(home)
-
     def _check_packing(self, dataset) -> None:
         """Compares one row packed and padded: in some models (OPT) packed sequences see each other, silently."""
         # Some datasets have only an iterator.
@@ -366,14 +269,3 @@ class StepPreferenceTrainer(StepTrainer):
                 f"packing: {name} gives other log-probs for packed sequences (by {difference:.3g} in a step); "
                 "use packing=False"
             )
-
-
-def _has_reference(dataset) -> bool:
-    """Whether the rows of a dataset, judged by the first one, have the reference's log-probs; so has no dataset."""
-    if dataset is None:
-        return True
-    if hasattr(dataset, "__len__"):
-        first = dataset[0] if len(dataset) else {}
-    else:
-        first = next(iter(dataset), {})
-    return {"ref_chosen", "ref_rejected"} <= set(first)

@@ -67,6 +67,9 @@ class SSPOConfig(TrainingArguments):
         scale_advantages: Whether to divide the outcome's advantages and the step advantages each by their standard
             deviation over the update. With False they stay as the baseline and GAE define them, as in plain RLOO or
             Dr. GRPO.
+        min_signal: The step advantages of an update are 0 if their standard deviation and half their absolute mean are
+            below this, on the scale of rewards and values. The default is a hundredth of the range from 0 to 1: a model
+            that is never right, and knows it, then learns nothing. 0 lets every difference count.
         loss_type: "reinforce", "ppo" or "cispo".
         loss_options: Other options of the loss type and of `sspo_ext.step_policy_loss`, such as
             `{"importance_sampling_level": "sequence"}`.
@@ -127,6 +130,7 @@ class SSPOConfig(TrainingArguments):
 
     step_scale: float = 1.0
     scale_advantages: bool = True
+    min_signal: float = 0.01
 
     loss_type: str = "reinforce"
     loss_options: dict | str | None = None
@@ -201,6 +205,7 @@ class SSPOConfig(TrainingArguments):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
         check_not_negative("step_scale", self.step_scale)
+        check_not_negative("min_signal", self.min_signal)
         if self.step_scale != 1 and self.combine == "outcome":
             raise ValueError(
                 f"step_scale: expected 1 with combine='outcome', which has no steps, got {self.step_scale}"

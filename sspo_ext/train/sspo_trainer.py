@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """SSPOTrainer: self-traced step-wise policy optimisation on `transformers.Trainer`.
 
-The methods stand in the order of one update: rollouts and grading (`roll_out`), values (`step_values`), advantages
-(`advantages`), loss (`policy_loss`, `compute_loss`). All but the loss happens where Trainer collects the micro-batches
-of an update.
+The methods stand in the order of one update: values (`step_values`), advantages (`advantages`), loss (`policy_loss`,
+`compute_loss`); rollouts and grading come before (`RolloutTrainer.roll_out`). All but the loss happens where Trainer
+collects the micro-batches of an update.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -20,25 +19,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.chat import row_probe
-from ..data.graders import Grader, grade_rows
-from ..data.prompts import check_rows
+from ..data.graders import Grader
 from ..hf.wrappers import eval_mode
 from ..losses.policy import StepPolicyOutput, linear_step_policy_loss, step_policy_loss
 from ..signals.probing.probe import probe_step_values
 from ..signals.values import StepBatch
-from .base import StepTrainer
 from .dropout import disable_dropout
 from .experience import (
     PromptSampler,
     Rollout,
     Summary,
-    graded_rollouts,
     lowest_reward,
     num_items,
     policy_batch,
     probe_answers,
-    prompt_ids,
-    rollout_metrics,
     rollout_number,
     step_advantages,
     update_metrics,
@@ -48,20 +42,19 @@ from .model_call import call_model, check_processes, choose_route, router_loss
 from .models import check_trainable, model_and_tokenizer, with_adapter
 from .options import check_optimizer, dictionary
 from .rollout import end_tokens, make_engine
-from .sampling import RolloutEngine, Sampling
+from .rollout_trainer import RolloutTrainer
+from .sampling import RolloutEngine
 from .sspo_config import SSPOConfig
 from .sspo_inputs import (
     check_batch,
     check_datasets,
     check_given,
     frozen_copy,
-    has_chat,
-    rendering_of,
     step_delimiters,
 )
 
 
-class SSPOTrainer(StepTrainer):
+class SSPOTrainer(RolloutTrainer):
     r"""Trains a causal LM on prompts with answers, by self-traced step-wise policy optimisation (SSPO).
 
     One update completes prompts with the policy, grades the answers, asks the policy itself what every prefix is worth,
@@ -199,31 +192,6 @@ class SSPOTrainer(StepTrainer):
         self.on_rollouts(rollouts)
         return micro, num_items(args, everyone, micro, self.accelerator)
 
-    def roll_out(
-        self, rows: Sequence[Mapping], seeds: Sequence[Sequence[int]], *, temperature: float | None = None
-    ) -> list[Rollout]:
-        """Completes the rows' prompts, grades the completions and splits them into steps.
-
-        Args:
-            rows: Rows of the dataset.
-            seeds: For each row a few non-negative integers. They decide what is drawn.
-            temperature: In place of `args.temperature`; 0 is greedy.
-
-        Returns:
-            One rollout for each row, without values and advantages.
-        """
-        args, tokenizer = self.args, self.processing_class
-        sampling = Sampling(
-            args.max_completion_length, self.eos_token_ids, args.temperature if temperature is None else temperature,
-            args.top_p, args.top_k,
-        )  # fmt: skip
-        with self._sums.phase("rollout"), torch.no_grad(), self.accelerator.autocast():
-            prompts = prompt_ids(rows, tokenizer, dictionary(args.chat_template_kwargs))
-            completions = self.engine.complete(self.model, prompts, sampling, seeds)
-        with self._sums.phase("grade"):
-            grader = functools.partial(grade_rows, self.reward_func, unit=self._unit_rewards, trainer_state=self.state)
-            return graded_rollouts(rows, prompts, completions, tokenizer, self.eos_token_ids, self.delimiters, grader)
-
     def step_values(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         """Estimates the value of every prefix: the policy's own chance of the right answer, asked by the probe.
 
@@ -249,8 +217,8 @@ class SSPOTrainer(StepTrainer):
         """Turns rewards and values of the whole update into one advantage for each step.
 
         Step advantages (GAE over steps) and the outcome's are each divided by their own standard deviation
-        (`scale_advantages`) and then combined. No mean is subtracted from step advantages: that would reward long
-        rollouts for their length.
+        (`scale_advantages`) and then combined. No mean is subtracted from step advantages: that would reward length.
+        Those that hardly differ are 0 (`min_signal`).
 
         Args:
             rewards: (B,) float32, one for each rollout of all processes.
@@ -261,7 +229,7 @@ class SSPOTrainer(StepTrainer):
         Returns:
             For each rollout a list with one advantage for each step.
         """
-        return step_advantages(self.args, rewards, num_steps, values, groups)
+        return step_advantages(self.args, rewards, num_steps, values, groups, self._sums)
 
     def _assign_advantages(self, places: Sequence[int], rollouts: Sequence[Rollout]) -> list[Summary]:
         """Gathers the rollouts of all processes, and sets rewards and advantages of this process's."""
@@ -331,47 +299,6 @@ class SSPOTrainer(StepTrainer):
         if aux is not None:
             loss = loss + aux / self.args.gradient_accumulation_steps
         return (loss, out) if return_outputs else loss
-
-    # ---- evaluation
-
-    def evaluate(self, eval_dataset: Any = None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Completes a dataset greedily and grades it.
-
-        Args:
-            eval_dataset: Rows as in training; None means the trainer's own. `per_device_eval_batch_size` of them (or
-                `rollout_batch_size`) are completed at once.
-            ignore_keys: Has no effect; Trainer passes it.
-            metric_key_prefix: Put before the names of the metrics.
-
-        Returns:
-            eval_accuracy (the share of rewards of at least 1), eval_reward, eval_reward_std,
-            eval_completions/mean_length (tokens), eval_completions/clipped_ratio and eval_steps/mean.
-        """
-        args = self.args
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        tokenizer = self.processing_class
-        check_rows("eval_dataset", dataset, chat=has_chat(tokenizer), required=True, **rendering_of(args, tokenizer))
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        rows = [dataset[i] for i in range(rank, len(dataset), world)]
-        # vLLM makes its own batches, and the weights are loaded into it in every call.
-        size = args.rollout_batch_size or args.per_device_eval_batch_size
-        size = len(rows) if args.rollout_engine == "vllm" else size
-        rollouts: list[Rollout] = []
-        with eval_mode(self.model):
-            for i in range(0, len(rows), max(size, 1)):
-                some = rows[i : i + size]
-                rollouts += self.roll_out(some, [(i + j,) for j in range(len(some))], temperature=0.0)
-        shared = [Summary.of(0, rollout) for rollout in rollouts]
-        everyone = gather_object(shared) if world > 1 else shared
-        self._sums.forget("time/rollout", "time/grade")
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in rollout_metrics(everyone).items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def predict(self, *args, **kwargs) -> NoReturn:
-        """Not there: `evaluate(dataset)` completes and grades a dataset."""
-        raise NotImplementedError("predict: expected evaluate(dataset), which completes its prompts and grades them")
 
     # ---- what Trainer asks for
 

@@ -55,7 +55,7 @@ def test_of_train(capsys, more, message):
             (("--combine", "outcome", *more), f"{more[0]}: has no effect with --combine outcome")
             for more in (
                 ("--gamma", "0.5"), ("--lam", "0.5"), ("--probe", "zh"), ("--probe-end", "."), ("--probe-turn",),
-                ("--probe-option", "reduce=mean"), ("--step-scale", "2"),
+                ("--probe-option", "reduce=mean"), ("--step-scale", "2"), ("--min-signal", "0"),
             )
         ),
     ),

@@ -131,7 +131,7 @@ class TestEngines:
         options = {"tokenizer": tokenizer, "reduce": reduce}
         expected = probe_step_values(models(name), batch, "en", ANSWERS, engine="separate", **options)
         assert expected.steps_per_sequence.tolist() == [3, 3, 0, 1]
-        assert ((expected.values >= 0) & (expected.values <= 1)).all() and expected.values.unique().numel() > 5
+        assert ((expected.values >= 0) & (expected.values <= 1)).all() and expected.values.unique().numel() >= 5
         for engine in ("packed", "cached", "auto"):
             if engine == "cached" and why_not(models(name), engine, 200):
                 continue

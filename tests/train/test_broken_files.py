@@ -108,7 +108,7 @@ def test_optimisers_that_are_not_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr("transformers.Trainer.get_optimizer_cls_and_kwargs", staticmethod(of))
     monkeypatch.setattr(
-        "sspo_ext.train.preference_trainer.add_reference", lambda *a, **k: pytest.fail("the reference pass has begun")
+        "sspo_ext.train.referenced.add_reference", lambda *a, **k: pytest.fail("the reference pass has begun")
     )
     message = "^optim: 'adamw_8bit' cannot be used: You need to install `bitsandbytes`"
     with pytest.raises(ImportError, match=message):

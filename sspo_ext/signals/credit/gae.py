@@ -93,11 +93,24 @@ def step_gae(
     return _normalized(advantage, sequence, groups)
 
 
+def spread(advantage: Tensor) -> Tensor:
+    """Compute what `normalize="batch"` divides by, (1,): the standard deviation, or half the absolute mean if larger.
+
+    On the scale of the rewards it says how much the steps of a batch, (S,), have to tell.
+    """
+    return _std_and_spread(advantage)[1]
+
+
+def _std_and_spread(advantage: Tensor) -> tuple[Tensor, Tensor]:
+    mean, std, _ = group_moments(advantage, torch.zeros_like(advantage, dtype=torch.int64), 1)
+    return std, torch.maximum(std, mean.abs() / 2)
+
+
 def _normalized(advantage: Tensor, sequence: Tensor, groups: Tensor | None) -> Tensor:
     """Scale advantages over the batch, or with `groups` (B,) over the steps of each group."""
     if groups is None:
-        mean, std, _ = group_moments(advantage, torch.zeros_like(sequence), 1)
-        return torch.where(std == 0, advantage, advantage / torch.maximum(std, mean.abs() / 2))
+        std, scale = _std_and_spread(advantage)
+        return torch.where(std == 0, advantage, advantage / scale)
     index, count = group_index(groups.to(advantage.device))
     index = index[sequence]
     mean, std, _ = group_moments(advantage, index, count)
