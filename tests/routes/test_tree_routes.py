@@ -153,6 +153,38 @@ def test_products(needs):
         assert plan.num_rows == unique and "rows" in str(plan)
 
 
+@pytest.mark.parametrize("level", ["token", "step"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_products_of_idle_rows(level, skip):
+    """A row that only tokens with an advantage of 0 have enters one product or none; one that others have too, three."""
+    batch = random_tree(0, V=V)
+    layout = batch.layout
+    advantages = torch.ones(layout.num_steps)
+    advantages[::2] = 0
+    idle = (advantages == 0)[layout.step_of_row]
+    busy = layout.tree_rows.shared.row[~idle].unique()
+    assert 0 < len(busy) < len(layout.rows) and torch.isin(layout.tree_rows.shared.row[idle], busy).any()
+    hidden, weight, _ = problem(batch.tree.shape, V, H).leaves()
+    options = {"importance_sampling_level": level, "skip_zero_advantages": skip}
+    plan = policy_plan(layout, advantages=advantages, vocab=V, hidden=H, **options)
+
+    def policy():
+        linear_step_policy_loss(hidden, weight, layout, advantages, loss_type="ppo", **options)
+
+    rows = 3 * len(busy) + (0 if skip else len(layout.rows) - len(busy))
+    assert gemm_flops(policy) == plan.flops == 2 * V * H * rows
+
+
+def test_batch_invariant(backend):
+    """With products of one shape a tree's log-probs are the padded batch's, bit for bit."""
+    batch = random_tree(2, V=V)
+    p = problem(batch.tree.shape, V, H)
+    options = {"bias": p.bias, "batch_invariant": True, "backend": backend}
+    ours = linear_step_logps(p.hidden, p.weight, batch.layout, **options)
+    theirs = linear_step_logps(batch.unshared(p.hidden), p.weight, batch.plain, **options)
+    assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.sums, theirs.sums)
+
+
 def test_pairs_of_one_tree_are_a_unit():
     """Pairs whose steps share a scored row are worked on together; others are not."""
     tokens = [torch.tensor(s) for s in ([1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 6, 7], [8, 2, 3], [8, 2, 4])]
