@@ -12,8 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sspo_ext.layout.pairs import StepPairs
 from sspo_ext.layout.steps import StepLayout
 from sspo_ext.layout.tree import TokenTree
+from sspo_ext.losses.logps import step_logps
+from sspo_ext.losses.policy import step_policy_loss
+from sspo_ext.losses.pref import step_pref_loss
 
 
 def pad(sequences: list[Tensor], fill: float) -> Tensor:
@@ -77,3 +81,34 @@ def random_tree(
     tree = TokenTree.from_sequences(sequences, max_tokens=max_tokens, groups=groups)
     logits = torch.randn(*tree.shape, V, generator=g, dtype=torch.float64) * 3
     return TreeBatch(tree, labels, step_ids, weights if weighted else None, logits.to(dtype))
+
+
+def pairs_of(layout: StepLayout, seed: int = 0, count: int = 9) -> StepPairs:
+    g = torch.Generator().manual_seed(seed)
+    winner = torch.randint(0, layout.num_steps, (count,), generator=g)
+    loser = (winner + 1 + torch.randint(0, layout.num_steps - 1, (count,), generator=g)) % layout.num_steps
+    return StepPairs.from_index(layout, torch.stack([winner, loser], 1), weights=torch.rand(count, generator=g))
+
+
+def losses(batch: TreeBatch):
+    """name -> loss of (logits, layout, options): a pair loss, a policy loss with entropy, and step log-probs."""
+    layout = batch.layout
+    g = torch.Generator().manual_seed(3)
+    pairs, advantages = pairs_of(layout), torch.randn(layout.num_steps, generator=g)
+    tokens = step_logps(batch.logits.double(), layout, backend="reference").tokens.float()
+    old, factors = tokens + torch.randn(tokens.shape, generator=g) * 0.2, torch.randn(tokens.shape, generator=g)
+
+    def pair(logits, own, **more):
+        return step_pref_loss(logits, own, pairs, reference_free=True, **more).loss
+
+    def policy(logits, own, **more):
+        return step_policy_loss(logits, own, advantages, old=old, loss_type="ppo", aggregation="step", **more).loss
+
+    def entropy(logits, own, **more):
+        options = {"old": old, "ref": old, "kl_coef": 0.1, "entropy_coef": 0.1, "loss_type": "ppo"}
+        return step_policy_loss(logits, own, advantages, **options, **more).loss
+
+    def logps(logits, own, **more):
+        return (step_logps(logits, own, **more).tokens * factors.to(logits.device)).sum()
+
+    return {"pair": pair, "policy": policy, "entropy": entropy, "logps": logps}

@@ -197,16 +197,20 @@ def test_reductions_in_place(backend):
 def test_policy_losses(backend, variant, aggregation, seed, weighted, more_options):
     both = Both(seed, weighted=weighted)
     layout, g = both.batch.layout, both.generator
-    tokens = step_logps(both.batch.logits, layout, backend="reference").tokens
-    old, ref = (tokens + torch.randn(tokens.shape, generator=g, dtype=F64) * s for s in (0.2, 0.3))
+    noise = torch.randn(2, layout.num_rows, generator=g, dtype=F64) * torch.tensor([[0.2], [0.3]])
+    tokens = [  # near each route's own, so that not all ratios are clipped
+        step_logps(both.batch.logits, layout, backend="reference").tokens,
+        linear_step_logps(both.hidden, both.weight, layout, bias=both.bias, backend="reference").tokens,
+    ]
     advantages = torch.randn(layout.num_steps, generator=g, dtype=F64)
-    options = {**with_old(VARIANTS[variant], old), **more_options, "aggregation": aggregation}
-    if "kl_coef" in options:
-        options["ref"] = ref
-    if "prob_threshold" in options:
-        options["old"] = old
 
     def loss(*args, **more):
+        old, ref = noise + tokens[len(args) - 2]
+        options = {**with_old(VARIANTS[variant], old), **more_options, "aggregation": aggregation}
+        if "kl_coef" in options:
+            options["ref"] = ref
+        if "prob_threshold" in options:
+            options["old"] = old
         out = (linear_step_policy_loss if len(args) == 3 else step_policy_loss)(*args, advantages, **options, **more)
         return out.loss, (out.tokens, out.step_logps, *(() if out.entropy is None else (out.entropy,)))
 
@@ -215,6 +219,32 @@ def test_policy_losses(backend, variant, aggregation, seed, weighted, more_optio
         for head, rows in (("trained", None), ("trained", 5), ("frozen", 5), ("none", None)):
             both.linear(lambda *args, rows=rows, **more: loss(*args, **budget(rows), **more), name, head)
     both.logits(loss, backend, inplace_backward=True)
+
+
+@pytest.mark.parametrize("level", ["token", "step", "sequence"])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("head", ["trained", "frozen"])
+def test_zero_advantages(backend, level, skip, head):
+    """Idle tokens whose row is another's, whose row is theirs alone, and a whole idle sequence."""
+    for seed in (0, 4, 7):
+        both = Both(seed, weighted=seed == 4)
+        layout = both.batch.layout
+        tokens = linear_step_logps(both.hidden, both.weight, layout, bias=both.bias, backend="reference").tokens
+        advantages = torch.randn(layout.num_steps, generator=both.generator, dtype=F64)
+        advantages[layout.step_sequence == 0] = 0
+        advantages[torch.rand(layout.num_steps, generator=both.generator) < 0.4] = 0
+        options = {"loss_type": "ppo", "old": tokens, "importance_sampling_level": level, "aggregation": "step"}
+
+        def loss(hidden, weight, own, layout=layout, advantages=advantages, options=options, **more):
+            skipping = {"skip_zero_advantages": skip} if own is layout else {}
+            out = linear_step_policy_loss(hidden, weight, own, advantages, **options, **skipping, **more)
+            idle = (advantages == 0)[own.step_of_row] if level != "sequence" else own.step_of_row < 0
+            return out.loss, (torch.where(idle, 0.0, out.tokens) if skip else out.tokens,)
+
+        if skip and level == "sequence":
+            continue  # which sequences are idle as a whole is not said in the output
+        for rows in (None, 5):
+            both.linear(lambda *args, loss=loss, rows=rows, **more: loss(*args, **budget(rows), **more), backend, head)
 
 
 @pytest.mark.parametrize("name", [name for name in LOSS_FUNCTIONS if name != "full_step_dpo"])

@@ -13,12 +13,10 @@ import pytest
 import torch
 from helpers.batch import dtypes_of
 from helpers.linear import assert_linear_rule, gemm_flops, problem
-from helpers.opcheck import opcheck
-from helpers.tree import TreeBatch, random_tree
+from helpers.tree import TreeBatch, losses, pairs_of, random_tree
 from helpers.truth import assert_fp64_rule
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sspo_ext.layout.pairs import StepPairs
@@ -26,45 +24,11 @@ from sspo_ext.layout.steps import StepLayout
 from sspo_ext.layout.tree import TokenTree
 from sspo_ext.losses import policy_plan, pref_plan
 from sspo_ext.losses.logps import linear_step_logps, step_logps
-from sspo_ext.losses.policy import linear_step_policy_loss, step_policy_loss
+from sspo_ext.losses.policy import linear_step_policy_loss
 from sspo_ext.losses.pref import linear_step_pref_loss, step_pref_loss
-from sspo_ext.routes import tree_rows
-from sspo_ext.routes.linear import ops as linear_ops
-from sspo_ext.routes.linear import policy as linear_policy
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 V, H = 37, 8
-
-
-def pairs_of(layout: StepLayout, seed: int = 0, count: int = 9) -> StepPairs:
-    g = torch.Generator().manual_seed(seed)
-    winner = torch.randint(0, layout.num_steps, (count,), generator=g)
-    loser = (winner + 1 + torch.randint(0, layout.num_steps - 1, (count,), generator=g)) % layout.num_steps
-    return StepPairs.from_index(layout, torch.stack([winner, loser], 1), weights=torch.rand(count, generator=g))
-
-
-def losses(batch: TreeBatch, dtype):
-    """name -> loss of (logits, layout, options): a pair loss, a policy loss with entropy, and step log-probs."""
-    layout = batch.layout
-    g = torch.Generator().manual_seed(3)
-    pairs, advantages = pairs_of(layout), torch.randn(layout.num_steps, generator=g)
-    tokens = step_logps(batch.logits.double(), layout, backend="reference").tokens.float()
-    old, factors = tokens + torch.randn(tokens.shape, generator=g) * 0.2, torch.randn(tokens.shape, generator=g)
-
-    def pair(logits, own, **more):
-        return step_pref_loss(logits, own, pairs, reference_free=True, **more).loss
-
-    def policy(logits, own, **more):
-        return step_policy_loss(logits, own, advantages, old=old, loss_type="ppo", aggregation="step", **more).loss
-
-    def entropy(logits, own, **more):
-        options = {"old": old, "ref": old, "kl_coef": 0.1, "entropy_coef": 0.1, "loss_type": "ppo"}
-        return step_policy_loss(logits, own, advantages, **options, **more).loss
-
-    def logps(logits, own, **more):
-        return (step_logps(logits, own, **more).tokens * factors.to(logits.device)).sum()
-
-    return {"pair": pair, "policy": policy, "entropy": entropy, "logps": logps}
 
 
 def run(loss, batch: TreeBatch, dtype, backend: str, plain: bool, **more):
@@ -85,7 +49,7 @@ def test_logits_rule(backend, name, inplace):
     for seed in range(2 if backend == "triton" else 6):
         for dtype in (d for d in dtypes_of(backend) if d != F64):
             batch = random_tree(seed, B=4 if backend == "triton" else 7, V=V, weighted=True, dtype=dtype)
-            loss = losses(batch, dtype)[name]
+            loss = losses(batch)[name]
             value, grad = run(loss, batch, dtype, backend, False, inplace_backward=inplace)
             same, same_grad = run(loss, batch, dtype, "reference", True)
             truth, truth_grad = run(loss, batch, F64, "reference", True)
@@ -121,6 +85,32 @@ def test_linear_rule(backend, hidden_dtype, needs, rows):
             assert_linear_rule(f"{name}, {seed}", ours, same, truth, hidden_dtype)
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", ["pair", "policy", "entropy", "frozen"])
+def test_linear_kernels(backend, name):
+    """Each kernel of the route in chunks of 4 rows, in float32; interpreted ones too."""
+    batch = random_tree(1, V=V, weighted=True)
+    layout, p = batch.layout, problem(batch.tree.shape, V, H)
+    assert layout.tree_rows.shared is not None and layout.tree_rows.branches is not None
+    advantages = torch.linspace(-1, 2, layout.num_steps)
+    old = linear_step_logps(p.hidden, p.weight, layout, bias=p.bias, backend="reference").tokens + 0.05
+    pairs, results = pairs_of(layout), []
+    for kind, dtype in (("ours", F32), ("torch", F32), ("truth", F64)):
+        leaves = p.leaves((1, 0, 0) if name == "frozen" else (1, 1, 1), dtype)
+        hidden, own = (leaves[0], layout) if kind == "ours" else (batch.unshared(leaves[0]), batch.plain)
+        options = {"bias": leaves[2], "chunk_bytes": 4 * V * 4, "backend": backend if kind == "ours" else "reference"}
+        if name in ("pair", "frozen"):
+            loss = linear_step_pref_loss(hidden, leaves[1], own, pairs, reference_free=True, **options).loss
+        else:
+            more = {"loss_type": "ppo", "old": old, "importance_sampling_level": "step"}
+            more |= {"entropy_coef": 0.1, "kl_coef": 0.1, "ref": old} if name == "entropy" else {}
+            loss = linear_step_policy_loss(hidden, leaves[1], own, advantages, **more, **options).loss
+        loss.backward()
+        results.append([loss.detach(), *(t.grad for t in leaves if t.grad is not None)])
+    for n, three in enumerate(zip(*results, strict=True)):
+        assert_linear_rule(f"{name}, {n}", *three, F32)
+
+
 # ---- products
 
 
@@ -151,6 +141,38 @@ def test_products(needs):
         assert gemm_flops(policy) == plan.flops == 2 * V * H * every * unique
         plan = policy_plan(layout, importance_sampling_level="sequence", chunk_bytes=unique * V, **sizes, **wants)
         assert plan.num_rows == unique and "rows" in str(plan)
+
+
+@pytest.mark.parametrize("level", ["token", "step"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_products_of_idle_rows(level, skip):
+    """A row whose tokens all have an advantage of 0 enters one product or none; one that others have too, three."""
+    batch = random_tree(0, V=V)
+    layout = batch.layout
+    advantages = torch.ones(layout.num_steps)
+    advantages[::2] = 0
+    idle = (advantages == 0)[layout.step_of_row]
+    busy = layout.tree_rows.shared.row[~idle].unique()
+    assert 0 < len(busy) < len(layout.rows) and torch.isin(layout.tree_rows.shared.row[idle], busy).any()
+    hidden, weight, _ = problem(batch.tree.shape, V, H).leaves()
+    options = {"importance_sampling_level": level, "skip_zero_advantages": skip}
+    plan = policy_plan(layout, advantages=advantages, vocab=V, hidden=H, **options)
+
+    def policy():
+        linear_step_policy_loss(hidden, weight, layout, advantages, loss_type="ppo", **options)
+
+    rows = 3 * len(busy) + (0 if skip else len(layout.rows) - len(busy))
+    assert gemm_flops(policy) == plan.flops == 2 * V * H * rows
+
+
+def test_batch_invariant(backend):
+    """With products of one shape a tree's log-probs are the padded batch's, bit for bit."""
+    batch = random_tree(2, V=V)
+    p = problem(batch.tree.shape, V, H)
+    options = {"bias": p.bias, "batch_invariant": True, "backend": backend}
+    ours = linear_step_logps(p.hidden, p.weight, batch.layout, **options)
+    theirs = linear_step_logps(batch.unshared(p.hidden), p.weight, batch.plain, **options)
+    assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.sums, theirs.sums)
 
 
 def test_pairs_of_one_tree_are_a_unit():
@@ -197,7 +219,7 @@ def test_random_trees(seed, budget, loss_type):
 def test_same_bits_again(backend):
     """Twice, and with another number of threads: sums over sequences have an order."""
     batch = random_tree(5, B=30, V=V)
-    loss = losses(batch, F32)["entropy"]
+    loss = losses(batch)["entropy"]
     first = run(loss, batch, F32, backend, False)
     threads = torch.get_num_threads()
     try:
@@ -280,80 +302,3 @@ def test_nothing_shared_costs_nothing():
             step_pref_loss(leaf, layout, pairs, reference_free=True).loss.backward()
         names.append(mode.names)
     assert names[0] == names[1] and len(names[0]) > 3
-
-
-# ---- torch.compile
-
-
-@pytest.mark.parametrize("name", ["pair", "entropy"])
-def test_compiled_equals_eager(backend, name):
-    """Trees of two rows whose other sizes all differ; the third needs no graph of its own."""
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    for n, seed in enumerate((2, 18, 10)):
-        batch = random_tree(seed, V=V)
-        loss = losses(batch, F32)[name]
-        if n == 0:
-            compiled = torch.compile(lambda fn, x, layout: fn(x * 1, layout, backend=backend), fullgraph=True,
-                                     backend=counter)  # fmt: skip
-        ours, eager = (batch.logits.clone().requires_grad_() for _ in range(2))
-        got, want = compiled(loss, ours, batch.layout), loss(eager * 1, batch.layout, backend=backend)
-        got.backward()
-        want.backward()
-        assert torch.equal(got, want) and torch.equal(ours.grad, eager.grad)
-    assert counter.frame_count == 2  # the second with sizes that vary
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0)])
-@pytest.mark.parametrize("module, op", [
-    (linear_ops, "linear_pref_fwd"), (linear_ops, "linear_logps_fwd"), (linear_ops, "linear_logps_bwd"),
-    (linear_policy, "linear_policy_fwd"), (tree_rows, "add_in_order"),
-])  # fmt: skip
-def test_opcheck(monkeypatch, module, op, needs):
-    """With the very arguments that the public functions pass."""
-    calls, real = [], getattr(module, op)
-    monkeypatch.setattr(module, op, lambda *args: (calls.append(args), real(*args))[1])
-    batch = random_tree(0, V=V, weighted=True)
-    layout, p = batch.layout, problem(batch.tree.shape, V, H)
-    hidden, weight, bias = p.leaves(needs)
-    options = {"bias": bias, "chunk_bytes": 6 * V * 4, "backend": "cpu"}
-    pair = linear_step_pref_loss(hidden, weight, layout, pairs_of(layout), reference_free=True, **options).loss
-    policy = linear_step_policy_loss(hidden, weight, layout, torch.ones(layout.num_steps), **options).loss
-    (pair + policy + linear_step_logps(hidden, weight, layout, **options).sums.sum()).backward()
-    if op == "linear_logps_bwd" and not needs[1] or op == "linear_policy_fwd" and not needs[1]:
-        assert not calls  # a frozen head's directions are known in forward
-    else:
-        assert calls
-    for args in calls:
-        opcheck(real, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
-
-
-@pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0)])
-def test_compiled_linear(backend, needs):
-    torch._dynamo.reset()
-    batch = random_tree(0, V=V)
-    p, pairs = problem(batch.tree.shape, V, H), pairs_of(batch.layout)
-    advantages = torch.ones(batch.layout.num_steps)
-
-    def pair(hidden, weight, bias):
-        return linear_step_pref_loss(
-            hidden, weight, batch.layout, pairs, bias=bias, reference_free=True, backend=backend
-        ).loss
-
-    def policy(hidden, weight, bias):
-        return linear_step_policy_loss(hidden, weight, batch.layout, advantages, bias=bias, backend=backend).loss
-
-    def logps(hidden, weight, bias):
-        out = linear_step_logps(hidden, weight, batch.layout, bias=bias, entropy=True, backend=backend)
-        return out.sums.sum() + out.entropy.sum()
-
-    for fn in (pair, policy, logps):
-        results = []
-        for call in (fn, torch.compile(fn, fullgraph=True, backend="aot_eager")):
-            leaves = p.leaves(needs)
-            loss = call(*leaves)
-            loss.backward()
-            results.append([loss.detach(), *(t.grad for t in leaves if t.grad is not None)])
-        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    torch._dynamo.reset()
