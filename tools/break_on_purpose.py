@@ -33,6 +33,7 @@ class Fault(NamedTuple):
 
 
 RULE = "tests/routes/linear/test_linear_rule.py"
+TREE = "tests/losses/test_tree.py"
 FAULTS = [
     Fault("layout/steps.py", "scored = (step >= 0) & real & (tokens.position > 0)", "scored = (step >= 0) & real",
           "tests/layout/test_steps.py"),
@@ -42,9 +43,9 @@ FAULTS = [
           "return logistic(beta * s.u_w - beta * s.u_l - s.margin, s.label)", "tests/formulas/test_formulas.py"),
     Fault("objective/pair.py", "loss, coef = loss + other[0], coef + other[3]",
           "loss, coef = loss + other[0], other[3]", "tests/objective/test_mixtures.py"),
-    Fault("objective/values.py", "return value.reshape(-1)[layout.rows + 1]", "return value.reshape(-1)[layout.rows]",
-          "tests/losses/test_pref_arguments.py"),
-    Fault("routes/logits/route.py", "lse, coef, d_loss, a, c, backend)", "lse, coef, None, a, c, backend)",
+    Fault("objective/values.py", "return value.reshape(-1)[layout.places]",
+          "return value.reshape(-1)[layout.places - 1]", "tests/losses/test_pref_arguments.py"),
+    Fault("routes/logits/gradient.py", "lse, coef, upstream, a, c, backend)", "lse, coef, None, a, c, backend)",
           "tests/losses/test_pref_backends.py"),
     Fault("routes/linear/engine.py", "index_copy_(0, self.order, values)", "copy_(values)",
           "tests/routes/linear/test_linear_inputs.py"),
@@ -53,6 +54,22 @@ FAULTS = [
     Fault("routes/linear/shards.py",
           "return torch.where((labels >= 0) & (labels < self.vocab), local, self.size)", "return local",
           "tests/routes/linear/test_tensor_parallel.py"),
+    Fault("layout/tree_rows.py", "position, places = place[at], place[at + 1]",
+          "position, places = place[at + 1] - 1, place[at + 1]", "tests/layout/test_tree_rows.py"),
+    Fault("layout/tree_rows.py", "row_of[positions] = first", "row_of[row_position] = np.arange(len(kept))",
+          "tests/layout/test_tree_rows.py"),
+    Fault("routes/tree_rows.py", "total.index_add_(0, index, values.double())",
+          "total.index_copy_(0, index, values.double())", TREE),
+    Fault("routes/tree_rows.py", "return coef.index_add(0, of.first, more)", "return coef", TREE),
+    Fault("routes/tree_rows.py", "(whole.index_select(0, at).to(wide) + more)", "(whole.index_select(0, at).to(wide))",
+          TREE),
+    Fault("routes/logits/gradient.py", "if terms is not None:", "if False:", TREE),
+    Fault("routes/logits/gradient.py", "rows = torch.cat([of.first, of.extra])", "rows = of.first", TREE),
+    Fault("routes/linear/step_rows.py", "return np.unique(np.stack([step[:-1][same], step[1:][same]], axis=1), axis=0)",
+          "return np.zeros((0, 2), np.int64)", "tests/routes/test_tree_routes.py"),
+    Fault("routes/linear/step_rows.py", "return rows[np.argsort(seen)]", "return self.row[tokens]",
+          "tests/routes/test_tree_routes.py"),
+    Fault("routes/linear/tree_policy.py", "rows = self.rows[number]", "rows = self.rows[number].clamp(max=0)", TREE),
     Fault("routes/shared.py", "if not _SMALLEST_FACTOR <= quotient <= _LARGEST_FACTOR:", "if quotient < 0:",
           "tests/backends/test_reference.py"),
     Fault("losses/unpaired.py", "torch.sigmoid(-beta * sign * (u - reference_point))",

@@ -15,14 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import (
-    check_count, check_float, check_integer, check_kind, check_shape, check_tensor, check_whole, describe,
-)  # fmt: skip
+from .._checks import check_count, check_float, check_integer, check_shape, check_tensor, check_whole, describe
 from .bundle import Steps, constant
 from .pairs import StepPairs
 from .spans import checked_spans, sequence_of_spans, step_of_token
 from .tree import TokenTree
-from .tree_rows import TreeRows, checked_sequences, padded, rows_of_tree
+from .tree_rows import TreeRows, checked_sequences, padded, rows_of_tree, sequence_lengths
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -241,9 +239,8 @@ class StepLayout(Steps):
             >>> StepLayout.from_tree(tree, ids, [torch.tensor([-1, -1, 0])] * 2).rows
             tensor([1, 1])
         """
-        check_kind("tree", tree, TokenTree, "a TokenTree")
         check_whole("ignore_index", ignore_index)
-        lengths = np.diff(tree.host_offsets.numpy())
+        lengths = sequence_lengths(tree)
         ids = padded(checked_sequences("step_ids", step_ids, lengths), -1)
         label = padded(checked_sequences("labels", labels, lengths), ignore_index)
         weights = None

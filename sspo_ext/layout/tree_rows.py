@@ -14,25 +14,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import check_float, check_integer, check_shape, describe
+from .._checks import check_float, check_integer, check_kind, check_shape, describe
 from .bundle import TensorBundle
 from .tree import TokenTree
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TreeRows(TensorBundle):
-    """How the N scored tokens of a tree's sequences stand to the U rows of its layout, a (position, label) each.
+class SharedRows(TensorBundle):
+    """Which of the U rows each of the N scored tokens has, where some tokens share one."""
 
-    E rows, the extra ones, are further labels of a position that has a row already; G positions have such rows.
-    """
+    row: Tensor  # (N,) int64
+    host_row: Tensor  # (N,) int64
+    host_offsets: Tensor  # (2,) int64: [0, U], as if all rows were one step
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Branches(TensorBundle):
+    """The G positions that predict several labels: they have a first row each, and E rows more in all."""
+
+    first: Tensor  # (G,) int64: the first row of each position
+    extra: Tensor  # (E,) int64: the other rows, ascending
+    position: Tensor  # (E,) int64: which of the G positions an extra row is at
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TreeRows(TensorBundle):
+    """How the N scored tokens of a tree's sequences stand to the U rows of its layout, a (position, label) each."""
 
     places: Tensor  # (N,) int64: where each scored token itself stands in the grid
-    row: Tensor | None  # (N,) int64: its row; None: row n belongs to token n, and to no other
-    first: Tensor | None  # (G,) int64: the first row of each position that has several; None, as below: none has
-    extra: Tensor | None  # (E,) int64: their other rows
-    group: Tensor | None  # (E,) int64: which of the G positions an extra row is of
-    host_row: Tensor | None  # (N,) int64
-    host_row_offsets: Tensor | None  # (2,) int64: [0, U], as if all rows were one step
+    shared: SharedRows | None  # None: row n is token n's alone
+    branches: Branches | None  # None: no position has two rows
+    host_rows: Tensor  # (U,) int64: the position of each row
+
+
+def sequence_lengths(tree: TokenTree) -> np.ndarray:
+    """(B,): how many tokens each sequence has; TypeError for what is no tree."""
+    check_kind("tree", tree, TokenTree, "a TokenTree")
+    return np.diff(tree.host_offsets.numpy())
 
 
 def checked_sequences(name: str, values: Sequence, lengths: np.ndarray, *, floating: bool = False) -> list[Tensor]:
@@ -75,39 +93,55 @@ def rows_of_tree(tree: TokenTree, rows: np.ndarray, labels: np.ndarray, length: 
     position, places = place[at], place[at + 1]
 
     known, label_number = np.unique(labels, return_inverse=True)
-    key = position * max(len(known), 1) + label_number
-    _, seen, inverse = np.unique(key, return_index=True, return_inverse=True)
-    rank = np.argsort(np.argsort(seen))
-    kept = np.sort(seen)  # rows in the order in which tokens meet them
-    row = rank[inverse]
-    row_position = position[kept]
-
-    positions, first, of_position, count = np.unique(
-        row_position, return_index=True, return_inverse=True, return_counts=True
-    )
-    row_of = np.full(shape[0] * shape[1], -1, np.int64)
+    kept, row = first_met(position * max(len(known), 1) + label_number)
+    row_of = np.full(shape[0] * shape[1], -1, np.int32)
+    positions, first = np.unique(position[kept], return_index=True)
     row_of[positions] = first
-    branching = np.flatnonzero(count > 1)
-    extra = np.flatnonzero(first[of_position] != np.arange(len(kept)))
-    group = np.searchsorted(branching, of_position[extra])
-
-    shared, branches = len(kept) < len(row), len(extra) > 0
-
-    def tensor(array: np.ndarray, given: bool = True) -> Tensor | None:
-        return torch.from_numpy(np.ascontiguousarray(array, np.int64)) if given else None
-
     return {
-        "rows": tensor(row_position),
-        "labels": tensor(labels[kept]),
-        "row_of": torch.from_numpy(row_of.astype(np.int32)),
+        "rows": _tensor(position[kept]),
+        "labels": _tensor(labels[kept]),
+        "row_of": torch.from_numpy(row_of),
         "shape": shape,
-        "tree_rows": TreeRows(
-            places=torch.from_numpy(np.ascontiguousarray(places)),
-            row=tensor(row, shared),
-            first=tensor(first[branching], branches),
-            extra=tensor(extra, branches),
-            group=tensor(group, branches),
-            host_row=tensor(row, shared),
-            host_row_offsets=tensor(np.array([0, len(kept)]), shared),
-        ),
+        "tree_rows": _tree_rows(_tensor(places), row, position[kept]),
     }
+
+
+def rows_among(tree: TreeRows, kept: np.ndarray) -> tuple[np.ndarray, TreeRows]:
+    """The rows that some tokens have, and the table of these tokens and rows alone.
+
+    Args:
+        tree: the table of N tokens.
+        kept: (n,) the tokens, ascending.
+    """
+    if tree.shared is None:
+        used, row = kept, np.arange(len(kept))
+    else:
+        of_token = tree.shared.host_row.numpy()[kept]
+        met, row = first_met(of_token)
+        used = of_token[met]
+    index = torch.from_numpy(kept).to(tree.places.device, non_blocking=True)
+    return used, _tree_rows(tree.places[index], row, tree.host_rows.numpy()[used])
+
+
+def first_met(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each distinct value is first (U,), ascending, and which of them each value is (N,)."""
+    _, seen, inverse = np.unique(values, return_index=True, return_inverse=True)
+    return np.sort(seen), np.argsort(np.argsort(seen))[inverse]
+
+
+def _tree_rows(places: Tensor, row: np.ndarray, position: np.ndarray) -> TreeRows:
+    """The tables of N tokens and U rows, from the tokens' rows (N,) and the rows' positions (U,)."""
+    size, shared, branches = len(position), None, None
+    if size < len(row):
+        shared = SharedRows(_tensor(row), _tensor(row), _tensor(np.array([0, size])))
+    _, first, group, count = np.unique(position, return_index=True, return_inverse=True, return_counts=True)
+    extra = np.flatnonzero(first[group] != np.arange(size))
+    if len(extra):
+        branching = np.flatnonzero(count > 1)
+        at = np.searchsorted(branching, group[extra])
+        branches = Branches(_tensor(first[branching]), _tensor(extra), _tensor(at))
+    return TreeRows(places, shared, branches, _tensor(position))
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, np.int64))

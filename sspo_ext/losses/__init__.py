@@ -4,10 +4,11 @@
 from ..routes.linear.plan import LinearPlan, policy_plan, pref_plan
 from .catalogue import Entry, catalogue
 from .common import LOSS_FUNCTIONS, LossFunction, StepLossOutput
+from .criterion import StepPrefLoss
 from .lists import level_pairs, listwise_loss, plackett_luce_loss, tpo_l_loss, tpo_loss, trpa_loss
 from .logps import linear_step_logps, step_logps
 from .policy import StepPolicyOutput, linear_step_policy_loss, step_policy_loss
-from .pref import StepPrefLoss, StepPrefOutput, linear_step_pref_loss, pref_loss, step_pref_loss
+from .pref import StepPrefOutput, linear_step_pref_loss, pref_loss, step_pref_loss
 from .state import RewardMean
 from .targets import direct_advantage_loss, implicit_prm_loss, oreo_loss, oreo_value_loss
 from .token_weights import full_step_weights, ld_dpo_weights, spo_weights, tgdpo_weights

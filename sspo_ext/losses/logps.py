@@ -36,6 +36,7 @@ def linear_step_logps(
     accum_dtype: torch.dtype | None = None,
     weight_grad: Tensor | None = None,
     tp_group=None,
+    batch_invariant: bool = False,
     backend: str = "auto",
 ) -> StepLogps:
     """Sum over each step of log_softmax(hidden @ weight.T + bias)[row, label], without storing (N, V); differentiable.
@@ -64,6 +65,7 @@ def linear_step_logps(
         accum_dtype: as in `linear_step_pref_loss`.
         weight_grad: as in `linear_step_pref_loss`.
         tp_group: as in `linear_step_pref_loss`.
+        batch_invariant: as in `linear_step_pref_loss`.
         backend: as in `step_pref_loss`.
 
     Returns:
@@ -78,10 +80,11 @@ def linear_step_logps(
         ...     hidden = model.model(input_ids).last_hidden_state
         ...     ref = linear_step_logps(hidden, model.lm_head.weight, layout)
     """
-    call = linear.prepare(
-        hidden, weight, bias, layout, temperature, logit_softcap, logit_scale, chunk_bytes, accum_dtype, weight_grad,
-        tp_group, backend,
+    options = linear.LinearOptions(
+        temperature, logit_softcap, logit_scale, chunk_bytes, accum_dtype, weight_grad, tp_group, batch_invariant,
+        backend,
     )  # fmt: skip
+    call = linear.prepare(hidden, weight, bias, layout, options)
     check_bool("entropy", entropy)
     check_bool("sum_p2", sum_p2)
     ref = kl_reference(call, kl_ref_hidden, kl_ref_weight, kl_ref_bias)

@@ -14,7 +14,7 @@ from ..backends.addresses import accumulator
 from ..formulas.policy import POLICY_FORMULAS
 from ..layout.steps import StepLayout
 from ..objective.policy import PolicyProblem
-from ..objective.policy_arguments import PolicyOptions, policy_problem
+from ..objective.policy_arguments import PolicyOptions, policy_problem, without_idle_rows
 from ..objective.sums import StepLogps, step_sums
 from ..routes.linear import settings as linear
 from ..routes.linear.policy import policy as linear_policy
@@ -32,7 +32,7 @@ class StepPolicyOutput:
     """
 
     loss: Tensor  # () float32 (float64 for float64 inputs)
-    tokens: Tensor  # (N,) log-prob of each scored token, in row order
+    tokens: Tensor  # (N,) log-prob of each scored token, in row order; NaN where skip_zero_advantages left it out
     layout: StepLayout = field(repr=False)
     problem: PolicyProblem = field(repr=False)
     entropy: Tensor | None = field(repr=False)  # (N,), with entropy_coef
@@ -54,40 +54,46 @@ class StepPolicyOutput:
         ratio/mean (with old); advantages/mean; tokens/count; steps/logps (mean S_k), steps/tokens (mean length),
         steps/count, steps/empty. Ppo also has clip_ratio/low_mean, clip_ratio/high_mean and clip_ratio/region_mean
         (TRL's names), the shares of tokens whose gradient the clip has removed. Tokens that prob_threshold leaves out
-        do not count.
+        do not count. With skip_zero_advantages there is tokens/skipped if there are any, and kl, ratio/mean and
+        steps/logps are means over the others; what else there is needs no log-probs of skipped tokens.
         """
         if self._metrics:
             return self._metrics
         p, counts = self.problem, self.layout.counts
-        counted = p.scale != 0
-        tokens, steps = counted.sum(), (counts > 0).sum()
+        counted, tokens_of, steps_of = p.scale != 0, self.tokens, counts > 0
+        measured, measured_steps, made = counted, steps_of, {}
+        if p.skipped is not None:
+            measured, made["tokens/skipped"] = counted & ~p.skipped, p.skipped.sum()
+            per_step = torch.zeros_like(counts).index_add(0, self.layout.step_of_row, p.skipped.to(counts.dtype))
+            measured_steps = steps_of & (per_step == 0)
+            tokens_of = torch.where(p.skipped, 0.0, tokens_of)
 
-        def mean(x: Tensor) -> Tensor:
-            return torch.where(counted, x, 0.0).sum() / tokens.clamp(min=1)
+        def mean(x: Tensor, over: Tensor) -> Tensor:
+            return torch.where(over, x, 0.0).sum() / over.sum().clamp(min=1)
 
-        made: dict[str, Tensor] = {"policy_loss": p.total(p.surrogate(self.tokens))}
+        made["policy_loss"] = p.total(p.surrogate(tokens_of))
         if p.ref is not None:
-            made["kl"] = mean(p.kl(self.tokens))
+            made["kl"] = mean(p.kl(self.tokens), measured)
         if self.entropy is not None:
-            made["entropy"] = mean(self.entropy)
+            made["entropy"] = mean(self.entropy, counted)
         if p.old is not None and POLICY_FORMULAS[p.formula].has_ratio:
             ratio = torch.exp(p.log_ratio(self.tokens))
-            made["ratio/mean"] = mean(ratio)
+            made["ratio/mean"] = mean(ratio, measured)
             if p.formula == "ppo":
                 epsilon, epsilon_high, _ = p.options
-                low = mean(((ratio < 1 - epsilon) & (p.advantage < 0)).to(ratio.dtype))
-                high = mean(((ratio > 1 + epsilon_high) & (p.advantage > 0)).to(ratio.dtype))
+                low = mean(((ratio < 1 - epsilon) & (p.advantage < 0)).to(ratio.dtype), counted)
+                high = mean(((ratio > 1 + epsilon_high) & (p.advantage > 0)).to(ratio.dtype), counted)
                 made["clip_ratio/low_mean"], made["clip_ratio/high_mean"] = low, high
                 made["clip_ratio/region_mean"] = low + high
         self._metrics.update(
             made,
             **{
-                "advantages/mean": mean(p.advantage),
-                "tokens/count": tokens,
-                "steps/logps": self.step_logps.sum() / steps.clamp(min=1),
-                "steps/tokens": counts.sum() / steps.clamp(min=1),
-                "steps/count": steps,
-                "steps/empty": counts.numel() - steps,
+                "advantages/mean": mean(p.advantage, counted),
+                "tokens/count": counted.sum(),
+                "steps/logps": mean(self.step_logps, measured_steps),
+                "steps/tokens": mean(counts, steps_of),
+                "steps/count": steps_of.sum(),
+                "steps/empty": (~steps_of).sum(),
             },
         )
         return self._metrics
@@ -136,6 +142,7 @@ def step_policy_loss(
         layout: StepLayout, or unshifted labels (B, T) int beside `step_ids`; build the layout in the collator to avoid
             the copy to the host.
         advantages: (S,) for each step, or for each token (N,) in row order or (B, T) aligned with the labels; detached.
+            On the layout's device, or on the host.
         step_ids: (B, T) int, beside plain labels.
         old: log-probs of the policy that sampled the tokens: StepLogps, (N,) or (B, T); detached. For losses with a
             ratio, and for prob_threshold.
@@ -224,10 +231,12 @@ def linear_step_policy_loss(
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
     token_weights: Tensor | None = None,
+    skip_zero_advantages: bool = False,
     chunk_bytes: int | None = None,
     accum_dtype: torch.dtype | None = None,
     weight_grad: Tensor | None = None,
     tp_group=None,
+    batch_invariant: bool = False,
     backend: str = "auto",
     **loss_options: float | None,
 ) -> StepPolicyOutput:
@@ -237,6 +246,11 @@ def linear_step_policy_loss(
     trained one. Tokens interact only through the ratio of their step or sequence; one that is larger than a chunk costs
     4 (3 with a frozen head and an entropy bonus). In float16, where gradients wait for the loss scale, a trained head
     costs 4 too. `sspo_ext.losses.policy_plan(layout, ...)` prints all this.
+
+    A row is idle if its advantage is 0 and there is neither a KL term nor an entropy bonus; in a step or sequence that
+    shares a ratio, if all advantages are 0. Its loss and gradients are 0. Where the host knows it, because `advantages`
+    lie there (beside a layout on a GPU too; nothing waits), an idle row costs 1 GEMM, for its log-prob, or none with
+    `skip_zero_advantages`. With advantages on a GPU, and under torch.compile, all rows are treated alike.
 
     Args:
         hidden: (B, T, H), or (total, H) with a packed layout: the model's last hidden states.
@@ -259,10 +273,13 @@ def linear_step_policy_loss(
         logit_softcap: as in `step_pref_loss`.
         logit_scale: as in `step_pref_loss`.
         token_weights: as in `step_policy_loss`.
+        skip_zero_advantages: leave idle rows out of every GEMM. Their `.tokens` are NaN, and so are the `.step_logps`
+            of their steps. A value in them that is not finite goes unseen. What the loss divides by stays the same.
         chunk_bytes: as in `linear_step_pref_loss`.
         accum_dtype: as in `linear_step_pref_loss`.
         weight_grad: as in `linear_step_pref_loss`.
         tp_group: as in `linear_step_pref_loss`.
+        batch_invariant: as in `linear_step_pref_loss`.
         backend: as in `step_pref_loss`.
         **loss_options: as in `step_policy_loss`.
 
@@ -280,13 +297,15 @@ def linear_step_policy_loss(
     """
     if token_weights is not None and isinstance(layout, StepLayout):
         layout = layout.with_row_weights(token_weights)
-    call = linear.prepare(
-        hidden, weight, bias, layout, temperature, logit_softcap, logit_scale, chunk_bytes, accum_dtype, weight_grad,
-        tp_group, backend,
+    linear_options = linear.LinearOptions(
+        temperature, logit_softcap, logit_scale, chunk_bytes, accum_dtype, weight_grad, tp_group, batch_invariant,
+        backend,
     )  # fmt: skip
+    call = linear.prepare(hidden, weight, bias, layout, linear_options)
     options = PolicyOptions(
         loss_type, importance_sampling_level, length_normalize, prob_threshold, kl_coef, kl_estimator, entropy_coef,
         aggregation, num_items, loss_options,
     )  # fmt: skip
     problem = policy_problem(layout, call.acc_dtype, call.settings.backend, advantages, old, ref, options)
+    problem = without_idle_rows(problem, layout, advantages, importance_sampling_level, skip_zero_advantages)
     return policy_output(*linear_policy(call, problem), layout, problem)

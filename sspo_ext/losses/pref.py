@@ -3,19 +3,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import check_tensor
 from ..formulas.registry import PAIR_FORMULAS
 from ..layout.pairs import StepPairs
 from ..layout.steps import StepLayout
 from ..objective.pair import PairLossSpec, loss_of_sums, mixed_pair_losses
-from ..objective.pair_arguments import check_logps, checked_options, chosen_formulas, pair_loss_spec, resolve_pairs
+from ..objective.pair_arguments import check_logps, chosen_formulas, pair_loss_spec, resolve_pairs
 from ..objective.sums import StepLogps
 from ..routes.linear import settings as linear
 from ..routes.linear.pref import pref as linear_pref
@@ -278,51 +277,6 @@ def pref_output(
     )  # fmt: skip
 
 
-class StepPrefLoss(nn.Module):
-    """`step_pref_loss` with its options bound, as a module.
-
-    Args:
-        loss_type: as in `step_pref_loss`.
-        beta: as in `step_pref_loss`.
-        **options: further keyword arguments of `step_pref_loss`; checked at once.
-
-    Examples:
-        >>> criterion = StepPrefLoss(loss_type="ipo", beta=0.2, reference_free=True)
-        >>> criterion(logits, layout, pairs).loss.backward()
-    """
-
-    def __init__(self, loss_type: str | Sequence[str] = "sigmoid", beta: float | None = None, **options):
-        super().__init__()
-        common = inspect.signature(step_pref_loss).parameters
-        formulas = chosen_formulas(loss_type, options.get("loss_weights"))
-        checked_options(formulas, beta, {k: v for k, v in options.items() if k not in common})
-        self.options = {"loss_type": loss_type, "beta": beta, **options}
-
-    def forward(
-        self,
-        logits: Tensor,
-        layout: StepLayout | Tensor | None = None,
-        steps_or_pairs: StepPairs | Tensor | None = None,
-        **kwargs,
-    ) -> StepPrefOutput:
-        """`step_pref_loss` of these logits; keyword arguments replace bound options.
-
-        Args:
-            logits: as in `step_pref_loss`.
-            layout: as in `step_pref_loss`.
-            steps_or_pairs: as in `step_pref_loss`.
-            **kwargs: further arguments of `step_pref_loss`.
-
-        Returns:
-            StepPrefOutput.
-        """
-        return step_pref_loss(logits, layout, steps_or_pairs, **{**self.options, **kwargs})
-
-    def extra_repr(self) -> str:
-        """The bound options."""
-        return ", ".join(f"{k}={v!r}" for k, v in self.options.items() if v is not None)
-
-
 def linear_step_pref_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -349,6 +303,7 @@ def linear_step_pref_loss(
     accum_dtype: torch.dtype | None = None,
     weight_grad: Tensor | None = None,
     tp_group=None,
+    batch_invariant: bool = False,
     backend: str = "auto",
     **loss_options: float,
 ) -> StepPrefOutput:
@@ -396,6 +351,10 @@ def linear_step_pref_loss(
         tp_group: process group over which the vocabulary is split. Beside a plain `weight`, this rank's rows, the parts
             are equal (Megatron's layout; rows that pad V must carry a bias of -inf). Beside a DTensor sharded over its
             rows it is the group of its mesh. Labels and hidden states must be equal on all its ranks.
+        batch_invariant: give a row's log-prob, and what else is computed from its logits, the same bits alone, in any
+            batch and at any `chunk_bytes`: of the same dtypes, device, library and number of threads. Logits are then
+            products of tiles of 128 rows on CPUs, of 256 elsewhere, the last filled up; a chunk has one at least.
+            Gradients are as they would be otherwise. docs/numerics.md has the price.
         backend: as in `step_pref_loss`.
         **loss_options: as in `step_pref_loss`.
 
@@ -414,10 +373,11 @@ def linear_step_pref_loss(
     formulas = chosen_formulas(loss_type, loss_weights)
     if token_weights is not None and isinstance(layout, StepLayout):
         layout = layout.with_row_weights(token_weights)
-    call = linear.prepare(
-        hidden, weight, bias, layout, temperature, logit_softcap, logit_scale, chunk_bytes, accum_dtype, weight_grad,
-        tp_group, backend,
+    options = linear.LinearOptions(
+        temperature, logit_softcap, logit_scale, chunk_bytes, accum_dtype, weight_grad, tp_group, batch_invariant,
+        backend,
     )  # fmt: skip
+    call = linear.prepare(hidden, weight, bias, layout, options)
     pairs = resolve_pairs(layout, pairs, weights, margins, soft_labels)
     spec = pair_loss_spec(
         formulas, layout, pairs, call.acc_dtype, ref, beta, label_smoothing, reduction, num_items, loss_options,

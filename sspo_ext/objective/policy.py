@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,9 @@ from .. import backends
 from ..backends import ops
 from ..formulas.policy import KL_ESTIMATORS, MAX_LOG_RATIO, POLICY_FORMULAS, PolicyScores
 from ..layout.steps import StepLayout
+from .idle import offsets_among
 from .sums import segment_sums, total
+from .values import copied
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +58,23 @@ class PolicyProblem:
     segments: Segments | None = field(repr=False)  # None: each token has its own ratio
     step_offsets: Tensor = field(repr=False)  # (S + 1,) int32
     backend: str
+    idle: np.ndarray | None = field(repr=False, default=None)  # (N,) bool: rows that no gradient reaches, if known
+    skipped: Tensor | None = field(repr=False, default=None)  # (N,) bool: the same, if their log-probs are not wanted
+
+    def only(self, kept: np.ndarray, places: Tensor, step_offsets: Tensor) -> PolicyProblem:
+        """The loss of some rows alone, which are whole segments: rows `kept` (n,), ascending, and on the device too."""
+
+        def pick(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.index_select(0, places)
+
+        segments = self.segments
+        if segments is not None:
+            offsets = torch.from_numpy(offsets_among(segments.host_offsets.numpy(), kept))
+            segments = Segments(copied(offsets.to(torch.int32), places.device), None, offsets)
+        return replace(
+            self, advantage=pick(self.advantage), old=pick(self.old), ref=pick(self.ref), scale=pick(self.scale),
+            segments=segments, step_offsets=step_offsets, idle=None, skipped=None,
+        )  # fmt: skip
 
     def part(self, start: int, end: int) -> PolicyProblem:
         """Rows [start, end), which are whole segments."""

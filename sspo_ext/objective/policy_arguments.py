@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,9 +14,10 @@ from .._checks import check_bool, check_choice, check_not_negative, check_num_it
 from ..backends import ops
 from ..formulas.policy import KL_ESTIMATORS, LEVELS, PolicyFormula, get_policy_formula
 from ..layout.steps import StepLayout
+from .idle import idle_rows, units_on_host
 from .policy import PolicyProblem, segments_of
 from .sums import StepLogps
-from .values import number_beside, one_over, step_or_token_values, token_values
+from .values import copied, number_beside, one_over, step_or_token_values, token_values
 
 AGGREGATIONS = ("token", "step", "sequence", "sum")
 
@@ -85,6 +86,8 @@ def policy_problem(
         for name, value in (("old", old), ("ref", ref))
     )
     options.check_threshold(old is not None)
+    if isinstance(advantages, Tensor) and advantages.device.type == "cpu" != layout.device.type:
+        advantages = copied(advantages.detach(), layout.device)
     make = _fused_constants if backends.has_policy_kernels(backend) else _constants
     advantage, scale, norm = make(layout, dtype, backend, advantages, old_rows, options)
     level = options.importance_sampling_level
@@ -104,6 +107,26 @@ def policy_problem(
         step_offsets=layout.step_offsets,
         backend=backend,
     )
+
+
+def without_idle_rows(
+    problem: PolicyProblem, layout: StepLayout, advantages: Tensor, level: str, skip: bool
+) -> PolicyProblem:
+    """The problem with what the host knows of rows that no gradient reaches; `skip`: whether they may be left out."""
+    check_bool("skip_zero_advantages", skip)
+    if skip and torch.compiler.is_compiling():
+        raise ValueError("skip_zero_advantages: expected False under torch.compile, which keeps every row, got True")
+    if skip and (advantages.device.type != "cpu" or (advantages.ndim == 2 and layout.device.type != "cpu")):
+        raise ValueError(
+            "skip_zero_advantages: expected advantages on the host, where products are planned, and for a layout "
+            f"elsewhere one a step or a row, got {describe(advantages)}"
+        )
+    if problem.kl_coef or problem.entropy_coef:  # every row has a gradient
+        return problem
+    idle = idle_rows(advantages, layout, units_on_host(layout, level))
+    if idle is None:
+        return problem
+    return replace(problem, idle=idle, skipped=copied(torch.from_numpy(idle), layout.device) if skip else None)
 
 
 def _constants(

@@ -11,6 +11,12 @@ from ..layout.steps import StepLayout
 from .sums import StepLogps, sums_over_steps
 
 
+def copied(values: Tensor, device: torch.device) -> Tensor:
+    """A copy of host values on the device, for which the host does not wait."""
+    values = values.pin_memory() if device.type == "cuda" else values
+    return values.to(device, non_blocking=True)
+
+
 def one_over(items: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(): 1 / items, or 0 when there is nothing to divide by. The host does not wait for a tensor."""
     check_num_items(items)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends.ops import register
 from ..layout.steps import StepLayout
-from ..layout.tree_rows import TreeRows
+from ..layout.tree_rows import Branches, SharedRows
 
 
 def _add_in_order(values: Tensor, index: Tensor, size: int) -> Tensor:
@@ -28,44 +28,50 @@ def _add_in_order(values: Tensor, index: Tensor, size: int) -> Tensor:
 # an op: torch.compile would turn the sum into atomics
 add_in_order = register(
     "add_in_order",
-    "(Tensor values, Tensor index, int size) -> Tensor",
+    "(Tensor values, Tensor index, SymInt size) -> Tensor",
     _add_in_order,
     lambda values, index, size: values.new_empty((size, *values.shape[1:])),
 )
 
 
-def shared_rows(layout: StepLayout) -> TreeRows | None:
-    """The tree's table from tokens to rows; None where row n is token n's."""
-    tree = layout.tree_rows
-    return None if tree is None or tree.row is None else tree
+def shared_rows(layout: StepLayout) -> SharedRows | None:
+    """The table from tokens to rows; None where row n is token n's."""
+    return None if layout.tree_rows is None else layout.tree_rows.shared
 
 
-def branching(layout: StepLayout) -> StepLayout | None:
-    """The layout, if it has positions that predict several labels."""
-    return layout if layout.tree_rows is not None and layout.tree_rows.extra is not None else None
+def host_row(layout: StepLayout) -> Tensor | None:
+    """(N,) int64: that table on the host."""
+    shared = shared_rows(layout)
+    return None if shared is None else shared.host_row
+
+
+def branches(layout: StepLayout) -> Branches | None:
+    """The positions that predict several labels; None where none does."""
+    return None if layout.tree_rows is None else layout.tree_rows.branches
 
 
 def extra_rows(layout: StepLayout) -> Tensor | None:
     """(E,): the rows that are further labels of a position."""
-    return None if layout.tree_rows is None else layout.tree_rows.extra
+    found = branches(layout)
+    return None if found is None else found.extra
 
 
 def plan_offsets(layout: StepLayout) -> Tensor:
     """(S + 1,) int64 on the host, for a plan in which steps do not matter: it ends with the number of rows."""
-    tree = shared_rows(layout)
-    return layout.host_step_offsets if tree is None else tree.host_row_offsets
+    shared = shared_rows(layout)
+    return layout.host_step_offsets if shared is None else shared.host_offsets
 
 
 def to_tokens(values: Tensor, layout: StepLayout) -> Tensor:
     """(U,) values of rows -> (N,) of tokens."""
-    tree = shared_rows(layout)
-    return values if tree is None else values.index_select(0, tree.row)
+    shared = shared_rows(layout)
+    return values if shared is None else values.index_select(0, shared.row)
 
 
 def to_rows(values: Tensor, layout: StepLayout) -> Tensor:
     """(N,) or (N, K) values of tokens -> their sums over each row, (U,) or (U, K)."""
-    tree = shared_rows(layout)
-    return values if tree is None else add_in_order(values.contiguous(), tree.row, layout.rows.shape[0])
+    shared = shared_rows(layout)
+    return values if shared is None else add_in_order(values.contiguous(), shared.row, layout.rows.shape[0])
 
 
 class OfTokens(torch.autograd.Function):
@@ -86,22 +92,20 @@ def of_tokens(values: Tensor, layout: StepLayout) -> Tensor:
     return values if shared_rows(layout) is None else OfTokens.apply(values, layout)
 
 
-def whole_coefs(coef: Tensor, tree: TreeRows) -> Tensor:
+def whole_coefs(coef: Tensor, of: Branches) -> Tensor:
     """Coefficients (U,) or (U, K) with the sum over its rows at the first row of each branching position."""
-    assert tree.first is not None and tree.extra is not None and tree.group is not None
-    more = add_in_order(coef.index_select(0, tree.extra), tree.group, tree.first.shape[0])
-    return coef.index_add(0, tree.first, more)
+    more = add_in_order(coef.index_select(0, of.extra), of.position, of.first.shape[0])
+    return coef.index_add(0, of.first, more)
 
 
-def added_branches(gradients: Tensor, layout: StepLayout | None) -> Tensor:
+def added_branches(gradients: Tensor, layout: StepLayout) -> Tensor:
     """(N0, H) from (N0 + E, H): the gradients of extra rows added, in float32, to those of their positions."""
-    if layout is None:
+    of = branches(layout)
+    if of is None:
         return gradients
-    tree = layout.tree_rows
-    assert tree is not None and tree.first is not None and tree.extra is not None and tree.group is not None
-    size = gradients.shape[0] - tree.extra.shape[0]
-    at, wide = layout.rows.index_select(0, tree.first), torch.promote_types(gradients.dtype, torch.float32)
-    more = add_in_order(gradients[size:].to(wide), tree.group, tree.first.shape[0])
+    size = gradients.shape[0] - of.extra.shape[0]
+    at, wide = layout.rows.index_select(0, of.first), torch.promote_types(gradients.dtype, torch.float32)
+    more = add_in_order(gradients[size:].to(wide), of.position, of.first.shape[0])
     whole = gradients[:size]
     return whole.index_copy(0, at, (whole.index_select(0, at).to(wide) + more).to(whole.dtype))
 

@@ -144,6 +144,12 @@ class StepTrainer(Trainer):
         with torch.no_grad(), self.accelerator.autocast():
             return self.step_logps(model, self._prepare_inputs(batch))
 
+    def _prepare_inputs(self, inputs):
+        prepared = super()._prepare_inputs(inputs)
+        if "advantages" in inputs:  # on the host they tell the loss which rows need no gradient
+            prepared["advantages"] = inputs["advantages"]
+        return prepared
+
     def _prepare_input(self, data):
         return data.to(self.args.device) if isinstance(data, TensorBundle) else super()._prepare_input(data)
 

@@ -277,7 +277,8 @@ class SSPOTrainer(RolloutTrainer):
 
         Args:
             model: The policy, perhaps wrapped (DDP).
-            batch: What `policy_batch` returns, on the model's device, with log-probs "old" and "ref" if needed.
+            batch: What `policy_batch` returns, on the model's device (advantages: on the host).
+                With log-probs "old" and "ref" if needed.
             num_items: The number of tokens, steps or sequences that the loss divides by; None means this batch's.
 
         Returns:

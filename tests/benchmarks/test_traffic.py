@@ -13,6 +13,9 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.policy import step_policy_loss
+
 pytest.importorskip("triton")
 traffic = pytest.importorskip("benchmarks.kernels.traffic", reason="not a checkout of the repository")
 pytestmark = pytest.mark.skipif(
@@ -31,6 +34,23 @@ def test_ours_is_the_minimum():
         assert 1 <= row["read_forward"] <= 1.02 and row["written_forward"] <= 0.02, row
         assert 1 <= row["read_backward"] <= 1.02 and 1 <= row["written_backward"] <= 1.02, row
         assert 1 <= row["of_minimum"] <= 1.02, row
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_without_a_gradient_is_written_and_not_read(dtype, entropy_coef):
+    """A policy loss with an advantage of 0 for one of two sequences; an entropy bonus moves its rows too."""
+    work = traffic.Work(V, dtype)
+    logits = work.logits.clone().requires_grad_()
+    layout = StepLayout.from_step_ids(work.labels, work.step_ids)
+    out = step_policy_loss(
+        logits, layout, torch.tensor([0.0, 1.0]), entropy_coef=entropy_coef, backend="triton", loss_type="ppo"
+    )
+    with traffic.count_traffic() as backward:
+        out.loss.backward()
+    read = 1 if entropy_coef else 0.5
+    assert read <= backward.loaded / work.scored_bytes <= read + 0.02
+    assert 1 <= backward.stored / work.gradient_bytes <= 1.02
 
 
 def test_the_counter_sees_a_second_read():

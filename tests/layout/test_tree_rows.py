@@ -39,14 +39,13 @@ def test_golden():
     assert tree.input_ids.tolist() == [[5, 6, 7, 8, 9]]
     assert (layout.rows.tolist(), layout.labels.tolist()) == ([0, 1, 2, 1], [6, 7, 8, 9])
     assert layout.row_of.tolist() == [0, 1, 2, -1, -1]
-    assert layout.tree_rows.row.tolist() == [0, 1, 2, 0, 3, 2, 0]
+    assert layout.tree_rows.shared.row.tolist() == [0, 1, 2, 0, 3, 2, 0]
     assert layout.places.tolist() == [1, 2, 3, 1, 4, 3, 1]
     assert layout.step_offsets.tolist() == [0, 2, 3, 4, 5, 6, 7]
     assert layout.step_sequence.tolist() == [0, 0, 1, 1, 2, 3]
     assert layout.sequence_offsets.tolist() == [0, 3, 5, 6, 7, 7]
-    assert [t.tolist() for t in (layout.tree_rows.first, layout.tree_rows.extra, layout.tree_rows.group)] == [
-        [1], [3], [0],
-    ]  # fmt: skip
+    branches = layout.tree_rows.branches
+    assert [t.tolist() for t in (branches.first, branches.extra, branches.position)] == [[1], [3], [0]]
     assert (layout.num_rows, layout.num_steps, layout.num_sequences, layout.shape) == (7, 6, 5, (1, 5))
     assert "tree of 4 rows" in repr(layout)
 
@@ -73,8 +72,8 @@ def test_every_token_has_its_row(seed, split):
     """A token's row is at its parent and has its label; rows are distinct; each position names its first row."""
     batch = random_tree(seed, max_tokens=20 if split else None)
     layout, tree = batch.layout, batch.tree
-    row = layout.tree_rows.row
-    row = torch.arange(layout.num_rows) if row is None else row
+    shared, branches = layout.tree_rows.shared, layout.tree_rows.branches
+    row = torch.arange(layout.num_rows) if shared is None else shared.row
     places = layout.places
     length = tree.shape[1]
     parent = places // length * length + tree.parent.flatten()[places]
@@ -88,18 +87,16 @@ def test_every_token_has_its_row(seed, split):
         first.setdefault(position, n)
     assert layout.row_of.tolist() == [first.get(i, -1) for i in range(layout.row_of.shape[0])]
     extra = [n for n, (position, _) in enumerate(pairs) if first[position] != n]
-    table = layout.tree_rows
-    assert ([] if table.extra is None else table.extra.tolist()) == extra
-    if extra:
-        assert [layout.rows[table.first[k]].item() for k in table.group] == layout.rows[extra].tolist()
+    assert ([] if branches is None else branches.extra.tolist()) == extra
+    if branches is not None:
+        assert [layout.rows[branches.first[k]].item() for k in branches.position] == layout.rows[extra].tolist()
 
 
 def test_nothing_shared_needs_no_table():
     """Sequences that share nothing they score are rows like any others: no gather, no sum."""
     tree, layout = layout_of([[1, 2, 3], [1, 4, 5]], [[-1, -1, 0], [-1, -1, 0]])
     assert tree.sharing > 1
-    table = layout.tree_rows
-    assert table.row is None and table.extra is None and table.host_row is None and layout.rows.tolist() == [1, 3]
+    assert layout.tree_rows.shared is None and layout.tree_rows.branches is None and layout.rows.tolist() == [1, 3]
 
 
 def test_a_label_of_its_own():
@@ -111,10 +108,11 @@ def test_a_label_of_its_own():
 def test_to_moves_the_table():
     layout = random_tree(0).layout
     there = layout.to("meta")
-    assert there.tree_rows.row.device.type == there.tree_rows.extra.device.type == "meta"
-    assert there.tree_rows.host_row is layout.tree_rows.host_row
+    moved = (there.tree_rows.places, there.tree_rows.shared.row, there.tree_rows.branches.extra)
+    assert {t.device.type for t in moved} == {"meta"}
+    assert there.tree_rows.shared.host_row is layout.tree_rows.shared.host_row
     again = pickle.loads(pickle.dumps(layout))
-    assert torch.equal(again.tree_rows.row, layout.tree_rows.row)
+    assert torch.equal(again.tree_rows.shared.row, layout.tree_rows.shared.row)
 
 
 def test_row_weights():
@@ -186,6 +184,6 @@ def test_a_path_is_the_plain_batch():
     ids = [torch.tensor([-1, 0, 0, 1, 1, 2, 2])] * 3
     tree = TokenTree.from_sequences(tokens, max_tokens=7)
     layout, plain = StepLayout.from_tree(tree, tokens, ids), StepLayout.from_step_ids(pad(tokens, -100), pad(ids, -1))
-    assert layout.shape == plain.shape and layout.tree_rows.row is None
+    assert layout.shape == plain.shape and layout.tree_rows.shared is None
     for name in ("rows", "labels", "row_of", "step_offsets", "places"):
         assert torch.equal(getattr(layout, name), getattr(plain, name)), name

@@ -96,7 +96,7 @@ def test_every_argument_is_named(call):
 
 @pytest.mark.parametrize(
     "kind, ways",
-    ((StepPairs, "StepPairs.from_index"), (StepLayout, "StepLayout.from_offsets.* or StepLayout.from_step_ids")),
+    ((StepPairs, "StepPairs.from_index"), (StepLayout, "StepLayout.from_offsets.* or StepLayout.from_tree")),
 )
 def test_the_calls_that_make_them(kind, ways):
     """StepPairs(index) said that 10 arguments were missing."""

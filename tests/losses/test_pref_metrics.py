@@ -14,8 +14,9 @@ import torch
 from helpers.batch import oracle_steps, random_batch
 from helpers.pref import F64
 
+from sspo_ext.losses.criterion import StepPrefLoss
 from sspo_ext.losses.logps import step_logps
-from sspo_ext.losses.pref import StepPrefLoss, step_pref_loss
+from sspo_ext.losses.pref import step_pref_loss
 from sspo_ext.objective.sums import StepLogps
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from sspo_ext.layout.steps import StepLayout
+from sspo_ext.losses.criterion import StepPrefLoss
 from sspo_ext.losses.lists import listwise_loss, plackett_luce_loss
 from sspo_ext.losses.logps import step_logps
-from sspo_ext.losses.pref import StepPrefLoss, linear_step_pref_loss, pref_loss, step_pref_loss
+from sspo_ext.losses.pref import linear_step_pref_loss, pref_loss, step_pref_loss
 from sspo_ext.losses.targets import direct_advantage_loss
 from sspo_ext.objective.pair_arguments import _warn_reference_free
 

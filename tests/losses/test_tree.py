@@ -91,90 +91,83 @@ def near(got, want, name):
     assert error <= 1e-12 * size, f"{name}: off by {error:.3g} of {size:.3g}"
 
 
-def every(backend: str, twice: bool = True) -> list[str]:
-    return [backend, "reference"] if twice else [backend]
-
-
-ROWS = {"one chunk": None, "small chunks": 5}
-
-
 def budget(rows):
     return {} if rows is None else {"chunk_bytes": rows * V * 8}
 
 
+@pytest.mark.parametrize(("seed", "weighted"), [(0, False), (3, True)])
 @pytest.mark.parametrize("loss_type", [*PAIR_FORMULAS, ("sigmoid", "sft", "simpo")])
-def test_pair_losses(backend, loss_type):
+def test_pair_losses(backend, loss_type, seed, weighted):
     names = (loss_type,) if isinstance(loss_type, str) else loss_type
     facts = [PAIR_FORMULAS[name] for name in names]
-    for seed, weighted in ((0, False), (3, True)):
-        both = Both(seed, weighted=weighted)
-        pairs = both.pairs()
-        if not any(f.margins for f in facts):
-            pairs = StepPairs.from_index(both.batch.layout, pairs.host_index, weights=pairs.weights)
-        options = {"loss_type": loss_type if isinstance(loss_type, str) else list(loss_type)}
-        if any(f.smoothing == "required" for f in facts):
-            options["label_smoothing"] = 0.1
-        if any(f.reference != "forbidden" for f in facts):
-            tokens = step_logps(both.batch.logits, both.batch.layout, backend="reference").tokens
-            options["ref"] = tokens + torch.randn(tokens.shape, generator=both.generator, dtype=F64)
+    both = Both(seed, weighted=weighted)
+    pairs = both.pairs()
+    if not any(f.margins for f in facts):
+        pairs = StepPairs.from_index(both.batch.layout, pairs.host_index, weights=pairs.weights)
+    options = {"loss_type": loss_type if isinstance(loss_type, str) else list(loss_type)}
+    if any(f.smoothing == "required" for f in facts):
+        options["label_smoothing"] = 0.1
+    if any(f.reference != "forbidden" for f in facts):
+        tokens = step_logps(both.batch.logits, both.batch.layout, backend="reference").tokens
+        options["ref"] = tokens + torch.randn(tokens.shape, generator=both.generator, dtype=F64)
 
-        def loss(*args, **more):
-            out = (linear_step_pref_loss if len(args) == 3 else step_pref_loss)(*args, pairs, **options, **more)
-            return out.loss, (out.step_logps, out.pair_losses, out.rewards)
+    def loss(*args, **more):
+        out = (linear_step_pref_loss if len(args) == 3 else step_pref_loss)(*args, pairs, **options, **more)
+        return out.loss, (out.step_logps, out.pair_losses, out.rewards)
 
-        for name in every(backend):
-            both.logits(loss, name)
-            for head, rows in (("trained", None), ("trained", 5), ("frozen", 5), ("weight", None), ("none", None)):
-                both.linear(lambda *args, head=head, rows=rows, **more: loss(*args, **budget(rows), **more), name, head)
+    for name in (backend, "reference"):
+        both.logits(loss, name)
+        for head, rows in (("trained", None), ("trained", 5), ("frozen", 5), ("weight", None), ("none", None)):
+            both.linear(lambda *args, head=head, rows=rows, **more: loss(*args, **budget(rows), **more), name, head)
 
 
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("options", [{}, {"logit_softcap": 3.0, "logit_scale": 1.4}, {"temperature": 0.7}])
-def test_maps_and_in_place(backend, options, inplace):
-    for seed in range(4):
-        both = Both(seed)
-        pairs = both.pairs()
+def test_maps_and_in_place(backend, options, inplace, seed):
+    both = Both(seed)
+    pairs = both.pairs()
 
-        def loss(logits, layout, **more):
-            out = step_pref_loss(logits, layout, pairs, reference_free=True, **options, **more)
-            return out.loss, (out.step_logps,)
+    def loss(logits, layout, **more):
+        out = step_pref_loss(logits, layout, pairs, reference_free=True, **options, **more)
+        return out.loss, (out.step_logps,)
 
-        both.logits(loss, backend, inplace_backward=inplace)
+    both.logits(loss, backend, inplace_backward=inplace)
 
 
+@pytest.mark.parametrize(("seed", "weighted"), [(1, False), (4, True)])
 @pytest.mark.parametrize("asked", ["tokens", "sums", "entropy", "sum_p2", "kl", "all"])
-def test_step_logps(backend, asked):
-    for seed, weighted in ((1, False), (4, True)):
-        both = Both(seed, weighted=weighted)
-        batch, g = both.batch, both.generator
-        other = torch.randn(batch.logits.shape, generator=g, dtype=F64)
-        ref_hidden = torch.randn(*batch.tree.shape, H, generator=g, dtype=F64)
-        factors = torch.randn(5, batch.layout.num_rows, generator=g, dtype=F64)
-        per_step = torch.randn(batch.layout.num_steps, generator=g, dtype=F64)
-        wants = {"entropy": asked in ("entropy", "all"), "sum_p2": asked in ("sum_p2", "all")}
-        kl = asked in ("kl", "all")
+def test_step_logps(backend, asked, seed, weighted):
+    both = Both(seed, weighted=weighted)
+    batch, g = both.batch, both.generator
+    other = torch.randn(batch.logits.shape, generator=g, dtype=F64)
+    ref_hidden = torch.randn(*batch.tree.shape, H, generator=g, dtype=F64)
+    factors = torch.randn(5, batch.layout.num_rows, generator=g, dtype=F64)
+    per_step = torch.randn(batch.layout.num_steps, generator=g, dtype=F64)
+    wants = {"entropy": asked in ("entropy", "all"), "sum_p2": asked in ("sum_p2", "all")}
+    kl = asked in ("kl", "all")
 
-        def loss(*args, **more):
-            layout = args[-1]
-            if len(args) == 3:
-                given = {"kl_ref_hidden": ref_hidden} if kl else {}
-                call = linear_step_logps
-            else:
-                given = {"kl_ref_logits": other} if kl else {}
-                call = step_logps
-            if layout is batch.plain:
-                given = {name: batch.unshared(value) for name, value in given.items()}
-            out = call(*args, **wants, **given, **more)
-            values = [out.tokens, out.entropy, out.sum_p2, out.kl]
-            total = sum((f * v).sum() for f, v in zip(factors, values, strict=False) if v is not None)
-            if asked in ("tokens", "sums"):
-                total = (factors[0] * out.tokens).sum() if asked == "tokens" else (per_step * out.sums).sum()
-            return total, [out.sums, *(v.detach() for v in values if v is not None)]
+    def loss(*args, **more):
+        layout = args[-1]
+        if len(args) == 3:
+            given = {"kl_ref_hidden": ref_hidden} if kl else {}
+            call = linear_step_logps
+        else:
+            given = {"kl_ref_logits": other} if kl else {}
+            call = step_logps
+        if layout is batch.plain:
+            given = {name: batch.unshared(value) for name, value in given.items()}
+        out = call(*args, **wants, **given, **more)
+        values = [out.tokens, out.entropy, out.sum_p2, out.kl]
+        total = sum((f * v).sum() for f, v in zip(factors, values, strict=False) if v is not None)
+        if asked in ("tokens", "sums"):
+            total = (factors[0] * out.tokens).sum() if asked == "tokens" else (per_step * out.sums).sum()
+        return total, [out.sums, *(v.detach() for v in values if v is not None)]
 
-        for name in every(backend):
-            both.logits(loss, name)
-            for head in HEADS:
-                both.linear(lambda *args, **more: loss(*args, **budget(5), **more), name, head)
+    for name in (backend, "reference"):
+        both.logits(loss, name)
+        for head in HEADS:
+            both.linear(lambda *args, **more: loss(*args, **budget(5), **more), name, head)
 
 
 def test_reductions_in_place(backend):
@@ -190,37 +183,38 @@ def test_reductions_in_place(backend):
     both.logits(loss, backend, inplace_backward=True)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_policy_losses(backend, variant, aggregation):
-    for seed, weighted, more_options in (
+@pytest.mark.parametrize(
+    ("seed", "weighted", "more_options"),
+    [
         (0, False, {}),
         (2, True, {"kl_coef": 0.1}),
         (3, False, {"kl_coef": 0.1, "entropy_coef": 0.05}),
         (6, True, {"prob_threshold": 0.5}),
-    ):
-        both = Both(seed, weighted=weighted)
-        layout, g = both.batch.layout, both.generator
-        tokens = step_logps(both.batch.logits, layout, backend="reference").tokens
-        old, ref = (tokens + torch.randn(tokens.shape, generator=g, dtype=F64) * s for s in (0.2, 0.3))
-        advantages = torch.randn(layout.num_steps, generator=g, dtype=F64)
-        options = {**with_old(VARIANTS[variant], old), **more_options, "aggregation": aggregation}
-        if "kl_coef" in options:
-            options["ref"] = ref
-        if "prob_threshold" in options:
-            options["old"] = old
+    ],
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_policy_losses(backend, variant, aggregation, seed, weighted, more_options):
+    both = Both(seed, weighted=weighted)
+    layout, g = both.batch.layout, both.generator
+    tokens = step_logps(both.batch.logits, layout, backend="reference").tokens
+    old, ref = (tokens + torch.randn(tokens.shape, generator=g, dtype=F64) * s for s in (0.2, 0.3))
+    advantages = torch.randn(layout.num_steps, generator=g, dtype=F64)
+    options = {**with_old(VARIANTS[variant], old), **more_options, "aggregation": aggregation}
+    if "kl_coef" in options:
+        options["ref"] = ref
+    if "prob_threshold" in options:
+        options["old"] = old
 
-        def loss(*args, **more):
-            out = (linear_step_policy_loss if len(args) == 3 else step_policy_loss)(
-                *args, advantages, **options, **more
-            )
-            return out.loss, (out.tokens, out.step_logps, *(() if out.entropy is None else (out.entropy,)))
+    def loss(*args, **more):
+        out = (linear_step_policy_loss if len(args) == 3 else step_policy_loss)(*args, advantages, **options, **more)
+        return out.loss, (out.tokens, out.step_logps, *(() if out.entropy is None else (out.entropy,)))
 
-        for name in every(backend):
-            both.logits(loss, name)
-            for head, rows in (("trained", None), ("trained", 5), ("frozen", 5), ("none", None)):
-                both.linear(lambda *args, rows=rows, **more: loss(*args, **budget(rows), **more), name, head)
-        both.logits(loss, backend, inplace_backward=True)
+    for name in (backend, "reference"):
+        both.logits(loss, name)
+        for head, rows in (("trained", None), ("trained", 5), ("frozen", 5), ("none", None)):
+            both.linear(lambda *args, rows=rows, **more: loss(*args, **budget(rows), **more), name, head)
+    both.logits(loss, backend, inplace_backward=True)
 
 
 @pytest.mark.parametrize("name", [name for name in LOSS_FUNCTIONS if name != "full_step_dpo"])

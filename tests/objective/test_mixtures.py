@@ -15,7 +15,8 @@ import torch
 from helpers.batch import random_batch, random_pairs
 
 from sspo_ext.backends import ops
-from sspo_ext.losses.pref import StepPrefLoss, linear_step_pref_loss, step_pref_loss
+from sspo_ext.losses.criterion import StepPrefLoss
+from sspo_ext.losses.pref import linear_step_pref_loss, step_pref_loss
 from sspo_ext.objective.pair import LossTerm, pack_terms, unpack_terms
 
 F64 = torch.float64

@@ -12,6 +12,7 @@ Mutations tried (what was broken -> which test went red):
 
 import json
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -292,6 +293,16 @@ def test_policy_batch():
     assert batch["attention_mask"].tolist() == [[1] * 5, [1, 0, 0, 0, 0]]
     assert batch["layout"].labels.tolist() == [7, 8, 9] and batch["layout"].num_steps == 2
     assert batch["advantages"].tolist() == [0.5, -1.0]
+
+
+def test_advantages_stay_on_the_host(tmp_path):
+    """There they tell the loss, without a wait, which rows need no gradient."""
+    trainer = make_trainer(tmp_path)
+    batch = policy_batch([Rollout(None, [5], [7, 8], "", True, [[7], [8]], advantages=[0.5, 0.0])], 0)
+    with mock.patch.object(type(trainer.args), "device", torch.device("meta")):
+        moved = trainer._prepare_inputs(batch)
+    assert moved["input_ids"].device.type == moved["layout"].device.type == "meta"
+    assert moved["advantages"].tolist() == [0.5, 0.0]
 
 
 def test_prompts_in_order():

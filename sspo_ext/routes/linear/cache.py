@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ...objective.values import copied
+
 if TYPE_CHECKING:
     from .plan import LinearPlan
 
@@ -59,7 +61,4 @@ def kept_on_device(plan: LinearPlan, name: str, device: torch.device, make: Call
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """A copy that the host does not wait for."""
-    host = torch.from_numpy(array)
-    if device.type == "cuda":
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
+    return copied(torch.from_numpy(array), device)

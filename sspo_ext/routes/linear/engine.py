@@ -100,12 +100,12 @@ class PairProblem:
         def pick(values: Tensor | None, which: Tensor) -> Tensor | None:
             return None if values is None else values.index_select(0, which)
 
+        span, rows, weights = slice(group.start, group.end), None, self.weights
         if self.shared is None:
-            logps = tokens[group.start : group.end]
-            weights = None if self.weights is None else self.weights[group.start : group.end]
+            logps, weights = tokens[span], None if weights is None else weights[span]
         else:
             which, rows = self.shared[number]
-            logps, weights = tokens.index_select(0, rows), pick(self.weights, which)
+            logps, weights = tokens.index_select(0, rows), pick(weights, which)
         given = StepLossArguments(
             logps, weights, offsets, pick(self.ref, steps), index.view(-1, 2), adj_offsets, adj_pairs,
             pick(self.pair_weights, pairs), pick(self.pair_margins, pairs), pick(self.pair_labels, pairs), self.scale,
@@ -115,10 +115,10 @@ class PairProblem:
         loss, sums, losses, coef = evaluate_terms(
             step_loss_fwd, self.terms, given, pick(self.token_pair_weights, pairs)
         )
-        if self.shared is not None:
+        if rows is not None:
             # without pairs all are 0, and rows may be of other groups
             size = group.end - group.start
-            coef = coef.new_zeros(size) if not len(group.pairs) else add_in_order(coef, rows - group.start, size)
+            coef = add_in_order(coef, rows - group.start, size) if len(group.pairs) else coef.new_zeros(size)
         return loss, sums, losses, coef
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import backends
 from ...backends.addresses import accumulator
+from .budget import whole_tiles
 from .plan import LinearPlan
 from .shards import VocabShard
 
@@ -24,6 +25,7 @@ class Head:
     c: float
     backend: str
     shard: VocabShard | None
+    batch_invariant: bool
 
     def __post_init__(self):
         self.kernels = backends.load(self.backend)
@@ -32,13 +34,20 @@ class Head:
 
     def allocate(self, plan: LinearPlan) -> None:
         """Allocates the logits buffer and its row numbers for the plan's chunks."""
-        rows, device = min(plan.chunk_rows, plan.num_rows), self.weight.device
+        rows, device = whole_tiles(min(plan.chunk_rows, plan.num_rows), plan.tile), self.weight.device
         # a GPU's GEMMs are slow on rows that lie anywhere, as those of an odd vocabulary would
-        line = 1 if device.type == "cpu" else 128 // self.weight.itemsize
-        self.buffer = self.empty((rows, -(-self.vocab // line) * line), self.weight.dtype)[:, : self.vocab]
+        aligned = self.batch_invariant or device.type != "cpu"
+        self.buffer = self._rows(rows, self.vocab, 128 if aligned else self.weight.itemsize)
+        if self.batch_invariant:
+            self.tile = self._rows(plan.tile, self.weight.shape[1], 128).zero_()
         self.row_ids = torch.arange(rows, device=device)
         self.row_of = self.row_ids.to(torch.int32)
         self.ones = torch.ones(rows, dtype=self.acc_dtype, device=device)
+
+    def _rows(self, count: int, columns: int, alignment: int) -> Tensor:
+        """(count, columns), empty, in rows that lie alike in `alignment` bytes."""
+        line = alignment // self.weight.itemsize
+        return self.empty((count, -(-columns // line) * line), self.weight.dtype)[:, :columns]
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """torch.empty on the weight's device."""
@@ -47,8 +56,21 @@ class Head:
         return torch.empty(shape, dtype=dtype, device=self.weight.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(n, V) into the buffer."""
-        out = self.buffer[: hidden.shape[0]]
+        """(n, V) into the buffer.
+
+        With batch_invariant by products of one shape on operands that lie alike in memory, since a library chooses its
+        tiling by both. Whatever else is in a tile, and wherever the row is, its logits have the same bits.
+        """
+        n = hidden.shape[0]
+        if not self.batch_invariant:
+            return self._product(hidden, self.buffer[:n])
+        for part in range(0, n, self.tile.shape[0]):
+            some = hidden[part : part + self.tile.shape[0]]
+            self.tile[: some.shape[0]] = some
+            self._product(self.tile, self.buffer[part : part + self.tile.shape[0]])
+        return self.buffer[:n]
+
+    def _product(self, hidden: Tensor, out: Tensor) -> Tensor:
         if self.bias is None:
             return torch.mm(hidden, self.weight.t(), out=out)
         return torch.addmm(self.bias, hidden, self.weight.t(), out=out)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...layout.steps import StepLayout
 from ...objective.sums import step_sums
 from ..shared import refuse_double_backward
-from ..tree_rows import added_branches, branching, extra_rows, gradient_places, of_tokens, plan_offsets
+from ..tree_rows import added_branches, extra_rows, gradient_places, of_tokens, plan_offsets
 from . import ops as linear_ops
 from .gradients import scale_rows
 from .reference import reference_tokens
@@ -52,7 +52,7 @@ class LinearLogpsRoute(torch.autograd.Function):
             ctx.save_for_backward(gradient_places(layout.rows, extra, hidden.shape[0]), directions)
         elif any(needs):
             ctx.save_for_backward(layout.rows, hidden, weight, bias, layout.labels, offsets, lse, extra)
-        ctx.needs, ctx.settings, ctx.branching = needs, settings, branching(layout)
+        ctx.needs, ctx.settings, ctx.layout = needs, settings, layout
         ctx.dtypes = (hidden.dtype, None if bias is None else bias.dtype)
         return tokens
 
@@ -64,13 +64,13 @@ class LinearLogpsRoute(torch.autograd.Function):
         if linear_ops.is_frozen(needs):
             places, directions = ctx.saved_tensors
             d_hidden = scale_rows(directions, places, d_tokens, settings.backend)
-            return added_branches(d_hidden, ctx.branching).to(dtype), None, None, None, None
+            return added_branches(d_hidden, ctx.layout).to(dtype), None, None, None, None
         rows, hidden, weight, bias, labels, offsets, lse, extra = ctx.saved_tensors
         d_hidden, d_weight, d_bias = linear_ops.linear_logps_bwd(
             *settings.op_args(hidden, weight, bias, rows, labels, offsets, needs, extra), lse, d_tokens.contiguous()
         )
         return (
-            added_branches(d_hidden, ctx.branching) if needs[0] else None,
+            added_branches(d_hidden, ctx.layout) if needs[0] else None,
             settings.deliver_weight(d_weight, None) if needs[1] else None,
             d_bias.to(bias_dtype) if needs[2] else None,
             None,

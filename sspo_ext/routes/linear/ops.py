@@ -45,6 +45,7 @@ class HeadCall:
     accum_dtype: torch.dtype
     grad_dtype: torch.dtype
     chunk_bytes: int  # 0: the device's default
+    batch_invariant: bool
     tp_group: str  # "": the whole vocabulary is here
     vocab_start: int
     vocab_rows: int
@@ -67,7 +68,7 @@ class HeadCall:
         if self.tp_group:
             shard = VocabShard(self.tp_group, self.vocab_start, self.weight.shape[0], self.vocab_size)
         bias = None if self.bias is None else self.bias.to(self.dtype)
-        return Head(self.weight.to(self.dtype), bias, self.a, self.c, self.backend, shard)
+        return Head(self.weight.to(self.dtype), bias, self.a, self.c, self.backend, shard, self.batch_invariant)
 
     def products(self, buffers: int = 1) -> Products:
         """The call's GEMMs, in chunks for which this many logits buffers fit in the budget."""
@@ -76,7 +77,7 @@ class HeadCall:
         columns = size if self.needs[1] and self.accum_dtype != self.dtype == self.grad_dtype else 0
         budget = budget_of(
             self.vocab_rows * buffers, self.dtype, self.chunk_bytes or None, self.weight.device,
-            accumulator_columns=columns, sharded=bool(self.tp_group),
+            accumulator_columns=columns, sharded=bool(self.tp_group), batch_invariant=self.batch_invariant,
         )  # fmt: skip
         return Products(*budget, vocab, size, self.dtype, *self.needs)
 
@@ -116,7 +117,7 @@ SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor labels, Tensor? extra, Tensor host_step_offsets, "
     "bool[] needs, "
     "float a, float c, ScalarType dtype, ScalarType accum_dtype, ScalarType grad_dtype, int chunk_bytes, "
-    "str tp_group, int vocab_start, int vocab_rows, int vocab_size, str backend"
+    "bool batch_invariant, str tp_group, int vocab_start, int vocab_rows, int vocab_size, str backend"
 )
 _LEADING = len(fields(HeadCall))
 
@@ -175,8 +176,9 @@ def _linear_pref_fwd(
 ):  # fmt: skip
     shared = host_row is not None
     work = set_up(call, None if shared else token_weights, host_pair_index, host_row=host_row)
+    weights = token_weights if shared else work.rows.weights
     problem = engine.PairProblem(
-        token_weights if shared else work.rows.weights, ref, pair_weights, pair_margins, pair_labels, token_pair_weights, scale,
+        weights, ref, pair_weights, pair_margins, pair_labels, token_pair_weights, scale,
         unpack_terms(formulas, term_numbers, term_flags), call.backend,
     )  # fmt: skip
     row = host_row.numpy() if shared else None

@@ -24,8 +24,10 @@ import torch
 from ...layout.packing import packed
 from ...layout.pairs import StepPairs, connected_steps
 from ...layout.steps import StepLayout
-from ...objective.policy import segments_of
-from .budget import budget_of
+from ...layout.tree_rows import first_met
+from ...objective.idle import idle_rows, offsets_among, units_on_host
+from ..tree_rows import host_row
+from .budget import budget_of, whole_tiles
 from .step_rows import StepRows, units_that_share
 
 
@@ -52,6 +54,7 @@ class Products:
     chunk_rows: int
     rows_at_once: int  # a batch with no more rows is one chunk
     rows_of_a_unit: int  # to which a chunk may grow for a unit that would otherwise be computed twice
+    tile: int  # rows of every product of logits; 1: they have any size
     vocab: int
     hidden: int
     dtype: torch.dtype
@@ -63,6 +66,13 @@ class Products:
     def trained(self) -> bool:
         """Whether the head itself gets a gradient."""
         return self.weight_gradient or self.bias_gradient
+
+    def cut(self, start: int, end: int) -> list[tuple[int, int]]:
+        """[start, end) in the fewest chunks, as even as they can be; all but the last are whole tiles."""
+        count = -(-(end - start) // self.chunk_rows)
+        edges = np.linspace(start, end, count + 1).round().astype(int).tolist() if count else [start]
+        edges = [min(start + whole_tiles(edge - start, self.tile), end) for edge in edges]
+        return list(zip(edges[:-1], edges[1:], strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,15 +92,16 @@ class LinearPlan(Products):
 
     @property
     def gemm_rows(self) -> int:
-        """Sum over rows of the GEMMs that each enters."""
+        """Sum over rows of the GEMMs that each enters, rows that fill a tile included."""
         total, gradients = 0, self.weight_gradient + self.hidden_gradient
         for group in self.groups:
-            rows = group.end - group.start
-            total += rows * {"logps": 1, "frozen": 2, "complete": 1 + gradients}.get(group.kind, 2 + gradients)
+            sizes = [end - start for start, end in group.chunks]
+            computed = [whole_tiles(size, self.tile) for size in sizes]
+            total += sum(sizes) * {"logps": 0, "frozen": 1}.get(group.kind, gradients)
+            total += sum(computed) * (2 if group.kind in ("recompute", "later") else 1)
             if group.kind == "recompute":
                 # the last chunk's logits are still in the buffer when the backward sweep starts with it
-                start, end = group.chunks[-1]
-                total -= end - start
+                total -= computed[-1]
         return total
 
     @property
@@ -101,7 +112,8 @@ class LinearPlan(Products):
     @property
     def buffer_bytes(self) -> int:
         """Bytes of the reused logits buffer."""
-        return min(self.chunk_rows, max(self.num_rows, 1)) * self.vocab * self.dtype.itemsize
+        rows = whole_tiles(min(self.chunk_rows, max(self.num_rows, 1)), self.tile)
+        return rows * self.vocab * self.dtype.itemsize
 
     @property
     def accumulator_bytes(self) -> int:
@@ -144,14 +156,14 @@ def make_plan(
 ) -> LinearPlan:
     """The plan of a pair loss, or of log-probs alone."""
     step_rows = StepRows(host_step_offsets, host_row)
-    num_rows, num_steps, chunk_rows = step_rows.num_rows, len(host_step_offsets) - 1, products.chunk_rows
+    num_rows, num_steps = step_rows.num_rows, len(host_step_offsets) - 1
     trained, hidden_gradient = products.trained, products.hidden_gradient
     order = None
     if host_pair_index is None or not (hidden_gradient or trained):
         later = trained or (reductions and hidden_gradient)
         kind = "later" if later else "frozen" if hidden_gradient else "logps"
         pairs = np.arange(0 if host_pair_index is None else len(host_pair_index))
-        groups = [Group(kind, 0, num_rows, cut_evenly(0, num_rows, chunk_rows), np.arange(num_steps), pairs)]
+        groups = [Group(kind, 0, num_rows, products.cut(0, num_rows), np.arange(num_steps), pairs)]
     else:
         order, groups, products = _groups_by_unit(step_rows, host_pair_index, products)
     return LinearPlan(**vars(products), num_rows=num_rows, order=order, groups=groups)
@@ -197,7 +209,7 @@ def _groups_by_unit(
         done[rows] = True
         end = at + len(rows)
         if counts[steps].any():
-            cut = cut_evenly(at, end, products.chunk_rows)
+            cut = products.cut(at, end)
             pairs = [p for u in units for p in pairs_of[u]]
             groups.append(Group(kind, at, end, cut, np.array(steps), np.array(pairs, np.int64)))
         placed.append(rows)
@@ -222,13 +234,6 @@ def _grown(products: Products, sizes: list[int]) -> Products:
     if sum(sizes) <= products.rows_at_once:
         rows.append(sum(sizes))
     return replace(products, chunk_rows=max(rows))
-
-
-def cut_evenly(start: int, end: int, size: int) -> list[tuple[int, int]]:
-    """[start, end) in the fewest chunks of at most `size`, as even as they can be."""
-    count = -(-(end - start) // size)
-    edges = np.linspace(start, end, count + 1).round().astype(int).tolist() if count else [start]
-    return list(zip(edges[:-1], edges[1:], strict=True))
 
 
 def make_policy_plan(
@@ -257,15 +262,15 @@ def make_policy_plan(
 
     def group(kind: str, start: int, end: int) -> Group:
         members = nothing
-        if sets is not None:
+        if sets is not None and host_unit_offsets is not None:
             first, last = np.searchsorted(host_unit_offsets, [start, end])
             members = np.concatenate([nothing, *sets[first:last]])
-        return Group(kind, start, end, cut_evenly(start, end, chunk_rows), members, nothing)
+        return Group(kind, start, end, products.cut(start, end), members, nothing)
 
     if not (products.hidden_gradient or products.trained):
         groups = [group("logps", 0, num_rows)]
     elif host_unit_offsets is None:
-        groups = [group("complete", start, end) for start, end in cut_evenly(0, num_rows, chunk_rows)]
+        groups = [group("complete", start, end) for start, end in products.cut(0, num_rows)]
     else:
         groups, start = [], 0
         ends = host_unit_offsets[1:].tolist()
@@ -288,6 +293,7 @@ def pref_plan(
     hidden_gradient: bool = True,
     weight_gradient: bool = True,
     bias_gradient: bool = False,
+    batch_invariant: bool = False,
     logps_only: bool = False,
     reductions: bool = False,
 ) -> LinearPlan:
@@ -303,6 +309,7 @@ def pref_plan(
         hidden_gradient: whether the hidden states need a gradient.
         weight_gradient: whether the head's weight needs a gradient.
         bias_gradient: whether the head's bias needs a gradient.
+        batch_invariant: that of the call.
         logps_only: plan `linear_step_logps` instead.
         reductions: plan `linear_step_logps` with entropy, sum_p2 or kl (for kl without the reference's own products).
 
@@ -314,18 +321,22 @@ def pref_plan(
         >>> text = str(plan)
     """
     columns = hidden if weight_gradient and dtype.itemsize == 2 else 0
-    budget = budget_of(vocab, dtype, chunk_bytes, layout.device, accumulator_columns=columns)
+    budget = budget_of(
+        vocab, dtype, chunk_bytes, layout.device, accumulator_columns=columns, batch_invariant=batch_invariant
+    )
     products = Products(*budget, vocab, hidden, dtype, hidden_gradient, weight_gradient, bias_gradient)
     index = None
     if not (logps_only or reductions):
         index = (layout.pair_by_index() if pairs is None else pairs).host_index.numpy()
-    return _waiting_plan(layout, index, products, reductions)
+    return _waiting_plan(layout.host_step_offsets.numpy(), index, products, reductions, _host_row(layout))
 
 
 def policy_plan(
     layout: StepLayout,
     *,
     importance_sampling_level: str = "token",
+    advantages: torch.Tensor | None = None,
+    skip_zero_advantages: bool = False,
     vocab: int,
     hidden: int,
     dtype: torch.dtype = torch.float32,
@@ -333,12 +344,15 @@ def policy_plan(
     hidden_gradient: bool = True,
     weight_gradient: bool = True,
     bias_gradient: bool = False,
+    batch_invariant: bool = False,
 ) -> LinearPlan:
     """What `linear_step_policy_loss` will do with a trained head: rows, chunks, GEMMs, FLOPs, bytes. Print it.
 
     Args:
         layout: the batch's StepLayout.
         importance_sampling_level: that of the loss: 'token', 'step' or 'sequence'.
+        advantages: those of a loss without KL and entropy, on the host: idle rows cost one GEMM.
+        skip_zero_advantages: that of the loss: they cost none.
         vocab: V, rows of the head's weight.
         hidden: H, columns of the head's weight.
         dtype: the dtype of the GEMMs.
@@ -346,6 +360,7 @@ def policy_plan(
         hidden_gradient: whether the hidden states need a gradient.
         weight_gradient: whether the head's weight needs a gradient.
         bias_gradient: whether the head's bias needs a gradient.
+        batch_invariant: that of the call.
 
     Returns:
         LinearPlan.
@@ -355,23 +370,40 @@ def policy_plan(
         >>> text = str(plan)
     """
     columns = hidden if weight_gradient and dtype.itemsize == 2 else 0
-    budget = budget_of(vocab, dtype, chunk_bytes, layout.device, accumulator_columns=columns)
+    budget = budget_of(
+        vocab, dtype, chunk_bytes, layout.device, accumulator_columns=columns, batch_invariant=batch_invariant
+    )
     products = Products(*budget, vocab, hidden, dtype, hidden_gradient, weight_gradient, bias_gradient)
+    offsets, steps, rows = units_on_host(layout, importance_sampling_level), layout.host_step_offsets.numpy(), 0
+    idle = None if advantages is None else idle_rows(advantages, layout, offsets)
+    num_rows, row = layout.rows.shape[0], _host_row(layout)
+    if idle is not None:
+        busy = np.flatnonzero(~idle)
+        steps = offsets_among(steps, busy)
+        offsets = None if offsets is None else offsets_among(offsets, busy)
+        row = None if row is None else first_met(row[busy])[1]
+        num_busy = len(busy) if row is None else int(row.max(initial=-1)) + 1
+        num_rows, rows = num_busy, 0 if skip_zero_advantages else num_rows - num_busy
     if dtype == torch.float16:
-        return _waiting_plan(layout, None, products, False)
-    offsets = None
-    if importance_sampling_level != "token":
-        offsets = segments_of(layout, importance_sampling_level).host_offsets.numpy()
-    row = None if layout.tree_rows is None else layout.tree_rows.host_row
-    return make_policy_plan(offsets, layout.rows.shape[0], products, None if row is None else row.numpy())
+        plan = _waiting_plan(steps, None, products, False, row)
+    else:
+        plan = make_policy_plan(offsets, num_rows, products, row)
+    if not rows:
+        return plan
+    nothing, start, end = np.zeros(0, np.int64), plan.num_rows, plan.num_rows + rows
+    idle_group = Group("logps", start, end, products.cut(start, end), nothing, nothing)
+    return replace(plan, num_rows=end, groups=[*plan.groups, idle_group])
 
 
-def _waiting_plan(layout: StepLayout, index: np.ndarray | None, products: Products, reductions: bool) -> LinearPlan:
+def _waiting_plan(
+    offsets: np.ndarray, index: np.ndarray | None, products: Products, reductions: bool, row: np.ndarray | None
+) -> LinearPlan:
     """The plan of a call whose gradients wait for backward where they must, as in float16 with a trained head."""
     if products.dtype == torch.float16 and products.trained:
         index = None
-    row = None if layout.tree_rows is None else layout.tree_rows.host_row
-    return make_plan(
-        layout.host_step_offsets.numpy(), index, products, reductions=reductions,
-        host_row=None if row is None else row.numpy(),
-    )  # fmt: skip
+    return make_plan(offsets, index, products, reductions=reductions, host_row=row)
+
+
+def _host_row(layout: StepLayout) -> np.ndarray | None:
+    row = host_row(layout)
+    return None if row is None else row.numpy()

@@ -8,15 +8,21 @@ head costs three GEMMs. `policy` chooses between kernels and reference.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from ... import backends
 from ...formulas.dual import derivative
 from ...layout.steps import StepLayout
+from ...layout.tree_rows import rows_among
+from ...objective.idle import offsets_among
 from ...objective.policy import POLICY_SCHEMA, PolicyProblem, pack_problem, unpack_problem
+from ...objective.values import copied
 from ..shared import gradient_coefs, refuse_double_backward, scale_kept
-from ..tree_rows import added_branches, branching, extra_rows, to_tokens
+from ..tree_rows import added_branches, extra_rows, host_row, to_tokens
 from . import engine
 from .cache import cached_plan
 from .gradients import Gradients, start_gradients
@@ -72,7 +78,10 @@ def run_policy(
     shared: SharedTokens | None,
     gradients: Gradients,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs (U,) and entropy (U,) or empty, in the plan's order; gradients of sum(scale * rows) - entropy_coef * sum(scale * entropy)."""
+    """Log-probs (U,) and entropy (U,) or empty, in the plan's order.
+
+    The gradients are of sum(scale * rows) - entropy_coef * sum(scale * entropy).
+    """
     device, wants_entropy = rows.labels.device, problem.entropy_coef != 0
     tokens = torch.empty(plan.num_rows, dtype=head.acc_dtype, device=device)
     lse = torch.empty_like(tokens, dtype=torch.float64)
@@ -127,7 +136,66 @@ def run_policy(
 
 
 def policy(call: LinearCall, problem: PolicyProblem) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss (), token log-probs (N,) and, with an entropy bonus, the entropy of each row (N,)."""
+    """Loss (), token log-probs (N,) and, with an entropy bonus, the entropy of each row (N,).
+
+    Log-probs of rows that the problem skips are NaN.
+    """
+    if problem.idle is None or (problem.skipped is None and not any(call.needs)):
+        return _policy(call, problem)
+    layout = call.layout
+    busy, places = _places(np.flatnonzero(~problem.idle), layout)
+    some = _only(call, busy, places)
+    loss, values, _ = _policy(some, problem.only(busy, places, some.layout.step_offsets))
+    tokens = values.new_full((layout.num_rows,), torch.nan).index_copy(0, places, values.detach())
+    if problem.skipped is None:  # one product for rows that need no gradient
+        idle, (known, source) = np.flatnonzero(problem.idle), _known(layout, busy, problem.idle)
+        if len(known):  # tokens of a tree whose rows others have
+            tokens = tokens.index_copy(0, _places(known, layout)[1], tokens[_places(source, layout)[1]])
+            idle = np.setdiff1d(idle, known)
+        idle, places = _places(idle, layout)
+        rest = _only(call, idle, places)
+        with torch.no_grad():
+            values = logps(replace(rest, settings=replace(rest.settings, record=False)))[0]
+        tokens.index_copy_(0, places, values)
+        loss = loss + 0 * values.sum()  # what is not finite shows
+    return loss, tokens, None
+
+
+def _places(kept: np.ndarray, layout: StepLayout) -> tuple[np.ndarray, Tensor]:
+    """Tokens (n,), on the host and on the device."""
+    return kept, copied(torch.from_numpy(kept), layout.device)
+
+
+def _known(layout: StepLayout, busy: np.ndarray, idle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Idle tokens whose row a busy token has too, and such a token for each."""
+    row = host_row(layout)
+    if row is None:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    of_row = np.full(layout.rows.shape[0], -1, np.int64)
+    of_row[row.numpy()[busy]] = busy
+    source = np.where(idle, of_row[row.numpy()], -1)
+    known = np.flatnonzero(source >= 0)
+    return known, source[known]
+
+
+def _only(call: LinearCall, kept: np.ndarray, places: Tensor) -> LinearCall:
+    """The call for some tokens of its layout."""
+    layout = call.layout
+    offsets = torch.from_numpy(offsets_among(layout.host_step_offsets.numpy(), kept))
+    rows, tree = places, layout.tree_rows
+    if tree is not None:
+        used, tree = rows_among(tree, kept)
+        rows, tree = _places(used, layout)[1], tree.to(layout.device)
+    some = replace(
+        layout, rows=layout.rows[rows], labels=layout.labels[rows], step_of_row=layout.step_of_row[places],
+        weights=None if layout.weights is None else layout.weights[places], host_step_offsets=offsets,
+        step_offsets=copied(offsets.to(torch.int32), layout.device), tree_rows=tree,
+    )  # fmt: skip
+    return replace(call, layout=some)
+
+
+def _policy(call: LinearCall, problem: PolicyProblem) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same, of rows that all have a gradient."""
     layout, settings, wants_entropy = call.layout, call.settings, problem.entropy_coef != 0
     needs = call.needs
     # float16 gradients wait for the loss scale, which is known in backward
@@ -157,15 +225,15 @@ class LinearPolicyRoute(torch.autograd.Function):
         problem: PolicyProblem,
         settings: LinearSettings,
     ):
-        needs, extra, tree = settings.needs(ctx), extra_rows(layout), layout.tree_rows
+        needs, extra = settings.needs(ctx), extra_rows(layout)
         tokens, entropy, d_hidden, d_weight, d_bias = linear_policy_fwd(
             *settings.op_args(hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, needs, extra),
-            None if tree is None else tree.host_row,
+            host_row(layout),
             *pack_problem(problem),
         )
         tokens, entropy = to_tokens(tokens, layout), to_tokens(entropy, layout) if len(entropy) else entropy
         if any(needs):
-            d_hidden = added_branches(d_hidden, branching(layout)) if needs[0] else d_hidden
+            d_hidden = added_branches(d_hidden, layout) if needs[0] else d_hidden
             ctx.save_for_backward(d_hidden, d_weight, d_bias)
             ctx.needs, ctx.settings = needs, settings
             ctx.bias_dtype = None if bias is None else bias.dtype

@@ -14,7 +14,7 @@ from ...layout.steps import StepLayout
 from ...objective.pair import PairLossSpec, pack_terms, reference_loss, step_loss
 from ...objective.sums import in_dtype
 from ..shared import refuse_double_backward, scale_kept
-from ..tree_rows import added_branches, branching, extra_rows, gradient_places
+from ..tree_rows import added_branches, extra_rows, gradient_places, host_row
 from . import ops as linear_ops
 from .gradients import scale_rows
 from .logps import token_logps
@@ -46,19 +46,19 @@ class LinearPrefRoute(torch.autograd.Function):
         settings: LinearSettings,
     ):
         needs, acc, pairs = settings.needs(ctx), accumulator(settings.dtype), spec.pairs
-        extra, tree = extra_rows(layout), layout.tree_rows
+        extra = extra_rows(layout)
         loss, sums, pair_losses, coef, d_hidden, d_weight, d_bias = linear_ops.linear_pref_fwd(
             *settings.op_args(hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, needs, extra),
             in_dtype(layout.weights, acc), in_dtype(spec.ref, acc), pairs.host_index, in_dtype(pairs.weights, acc),
             in_dtype(pairs.margins, acc), in_dtype(pairs.soft_labels, acc), in_dtype(spec.token_pair_weights, acc),
-            spec.scale.to(acc), None if tree is None else tree.host_row, *pack_terms(spec.terms),
+            spec.scale.to(acc), host_row(layout), *pack_terms(spec.terms),
         )  # fmt: skip
         if any(needs):
             if needs[0] and not linear_ops.is_frozen(needs):
-                d_hidden = added_branches(d_hidden, branching(layout))
+                d_hidden = added_branches(d_hidden, layout)
             places = gradient_places(layout.rows, extra, hidden.shape[0])
             ctx.save_for_backward(places, coef, d_hidden, d_weight, d_bias)
-            ctx.needs, ctx.settings, ctx.branching = needs, settings, branching(layout)
+            ctx.needs, ctx.settings, ctx.layout = needs, settings, layout
             ctx.dtypes = (hidden.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(sums, pair_losses)
         ctx.set_materialize_grads(False)
@@ -74,7 +74,7 @@ class LinearPrefRoute(torch.autograd.Function):
         needs, settings, (dtype, bias_dtype) = ctx.needs, ctx.settings, ctx.dtypes
         if linear_ops.is_frozen(needs):
             d_hidden = scale_rows(d_hidden, places, coef * d_loss, settings.backend)
-            d_hidden = added_branches(d_hidden, ctx.branching).to(dtype)
+            d_hidden = added_branches(d_hidden, ctx.layout).to(dtype)
         elif needs[0]:
             d_hidden = scale_kept(d_hidden, d_loss, settings.backend)
         return (

@@ -19,7 +19,7 @@ from ...backends import reference
 from ...layout.steps import StepLayout
 from ...objective.sums import StepLogps, step_sums, with_reductions
 from ..shared import gradient_coefs, refuse_double_backward
-from ..tree_rows import added_branches, branching, extra_rows, of_tokens, plan_offsets
+from ..tree_rows import added_branches, extra_rows, of_tokens, plan_offsets
 from . import engine
 from .head import Head
 from .ops import HeadCall, Work, register_head_op, set_up
@@ -38,7 +38,7 @@ def _set_up_both(
     assert ref_weight is not None
     work = set_up(call, buffers=2)
     bias = None if ref_bias is None else ref_bias.to(call.dtype)
-    head = Head(ref_weight.to(call.dtype), bias, call.a, call.c, call.backend, None)
+    head = Head(ref_weight.to(call.dtype), bias, call.a, call.c, call.backend, None, call.batch_invariant)
     rows = engine.Rows(ref_hidden, call.rows, call.labels, call.rows, None, work.plan, call.dtype)
     return work, engine.Reference(head, rows)
 
@@ -90,7 +90,10 @@ def logps_with_reductions(call: LinearCall, ref: KlReference | None, *, entropy:
     """Step log-probs with the reductions that are asked for, and with kl if there is a reference."""
     layout, settings = call.layout, call.settings
     name = backends.with_reductions(settings.requested, settings.backend)
-    for argument, given in (("tp_group", settings.tp_group != ""), ("weight_grad", settings.weight_grad is not None)):
+    for argument, given in (
+        ("tp_group", settings.tp_group != ""), ("weight_grad", settings.weight_grad is not None),
+        ("batch_invariant", settings.batch_invariant),
+    ):  # fmt: skip
         if name != settings.backend and given:
             raise ValueError(
                 f"{argument}: {settings.backend!r} has no entropy, sum_p2 or kl, and 'reference' no {argument}"
@@ -105,7 +108,7 @@ def logps_with_reductions(call: LinearCall, ref: KlReference | None, *, entropy:
         tokens, *values = LinearReductionsRoute.apply(call.hidden, call.weight, call.bias, ref, layout, settings)
     wanted = (entropy, sum_p2, ref is not None)
     tokens = of_tokens(tokens, layout)
-    values = [of_tokens(value, layout) if wants else None for value, wants in zip(values, wanted, strict=True)]
+    values = [v if v is None or not len(v) else of_tokens(v, layout) for v in values]
     return with_reductions(tokens, step_sums(tokens, layout, name), layout, values, wanted)
 
 
@@ -164,8 +167,12 @@ class LinearReductionsRoute(torch.autograd.Function):
         )
         if any(needs):
             ctx.save_for_backward(*args, *ref_args, lse, ref_lse, entropy, sum_p2, extra)
-            ctx.branching = branching(layout)
-        ctx.needs, ctx.settings, ctx.dtypes = needs, settings, (hidden.dtype, None if bias is None else bias.dtype)
+        ctx.needs, ctx.settings, ctx.layout, ctx.dtypes = (
+            needs,
+            settings,
+            layout,
+            (hidden.dtype, None if bias is None else bias.dtype),
+        )
         if ref is None:
             ctx.mark_non_differentiable(kl)
         ctx.set_materialize_grads(False)
@@ -187,7 +194,7 @@ class LinearReductionsRoute(torch.autograd.Function):
             *settings.op_args(*args, needs, extra), *ref, lse, ref_lse, coefs
         )
         return (
-            added_branches(d_hidden, ctx.branching).to(dtype) if needs[0] else None,
+            added_branches(d_hidden, ctx.layout).to(dtype) if needs[0] else None,
             settings.deliver_weight(d_weight, None) if needs[1] else None,
             d_bias.to(bias_dtype) if needs[2] else None,
             None,

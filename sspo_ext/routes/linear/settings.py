@@ -4,16 +4,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import backends
-from ..._checks import check_count, check_device, check_float, check_shape, describe
+from ..._checks import check_bool, check_count, check_device, check_float, check_shape, describe
 from ...backends.addresses import accumulator
 from ...layout.steps import StepLayout
 from ..shared import logit_map, scale_kept
 from .shards import local_part, shard_of
+
+
+@dataclass(frozen=True, eq=False)
+class LinearOptions:
+    """The options that every public function of the route takes, as `linear_step_pref_loss` documents them."""
+
+    temperature: float
+    logit_softcap: float | None
+    logit_scale: float
+    chunk_bytes: int | None
+    accum_dtype: torch.dtype | None
+    weight_grad: Tensor | None
+    tp_group: Any
+    batch_invariant: bool
+    backend: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +41,7 @@ class LinearSettings:
     dtype: torch.dtype  # of the GEMMs
     accum_dtype: torch.dtype
     chunk_bytes: int  # 0: the device's default
+    batch_invariant: bool
     tp_group: str  # "": the whole vocabulary is here
     vocab_start: int
     vocab_rows: int  # of the largest shard
@@ -54,8 +71,8 @@ class LinearSettings:
         grad_dtype = weight.dtype if self.weight_grad is None else self.weight_grad.dtype
         return (
             hidden, weight, bias, rows, labels, extra, offsets, needs, self.a, self.c, self.dtype, self.accum_dtype,
-            grad_dtype, self.chunk_bytes, self.tp_group, self.vocab_start, self.vocab_rows, self.vocab_size,
-            self.backend,
+            grad_dtype, self.chunk_bytes, self.batch_invariant, self.tp_group, self.vocab_start, self.vocab_rows,
+            self.vocab_size, self.backend,
         )  # fmt: skip
 
     def deliver_weight(self, kept: Tensor, upstream: Tensor | None) -> Tensor | None:
@@ -94,16 +111,11 @@ def prepare(
     weight: Tensor,
     bias: Tensor | None,
     layout: StepLayout,
-    temperature: float,
-    logit_softcap: float | None,
-    logit_scale: float,
-    chunk_bytes: int | None,
-    accum_dtype: torch.dtype | None,
-    weight_grad: Tensor | None,
-    tp_group,
-    backend: str,
+    options: LinearOptions,
 ) -> LinearCall:
     """Checks the arguments that every function of the linear route takes; DTensors become their local part."""
+    chunk_bytes, accum_dtype, weight_grad = options.chunk_bytes, options.accum_dtype, options.weight_grad
+    tp_group, backend = options.tp_group, options.backend
     if not isinstance(layout, StepLayout):
         raise TypeError(
             f"layout: expected a StepLayout, got {type(layout).__name__}; StepLayout.from_step_ids(labels, step_ids) "
@@ -143,6 +155,7 @@ def prepare(
             raise ValueError("weight_grad: expected None for a weight that does not require grad, got a buffer")
     if chunk_bytes is not None:
         check_count("chunk_bytes", chunk_bytes)
+    check_bool("batch_invariant", options.batch_invariant)
     layout.check_vocab(shard.vocab)
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     autocast = hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type)
@@ -152,11 +165,11 @@ def prepare(
     if accum_dtype not in (accumulator(dtype), dtype):
         raise ValueError(f"accum_dtype: expected {accumulator(dtype)} or {dtype}, got {accum_dtype!r}")
     name = backends.select(backend, hidden.device.type, dtype)
-    if name == "reference" and (tp_group is not None or weight_grad is not None):
-        raise ValueError("backend: 'reference' has neither tp_group nor weight_grad; use another backend")
-    a, c = logit_map(temperature, logit_softcap, logit_scale)
+    if name == "reference" and (tp_group is not None or weight_grad is not None or options.batch_invariant):
+        raise ValueError("backend: 'reference' has no tp_group, weight_grad or batch_invariant; use another backend")
+    a, c = logit_map(options.temperature, options.logit_softcap, options.logit_scale)
     settings = LinearSettings(
-        a, c, dtype, accum_dtype, chunk_bytes or 0, shard.group_name, shard.start, shard.largest, shard.vocab, backend,
-        name, weight_grad, torch.is_grad_enabled(),
+        a, c, dtype, accum_dtype, chunk_bytes or 0, options.batch_invariant, shard.group_name, shard.start,
+        shard.largest, shard.vocab, backend, name, weight_grad, torch.is_grad_enabled(),
     )  # fmt: skip
     return LinearCall(hidden.reshape(-1, hidden.shape[-1]), weight, bias, layout, settings)

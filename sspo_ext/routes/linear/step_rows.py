@@ -19,7 +19,7 @@ class StepRows:
         """The tokens of these steps, step by step."""
         return _ranges(self.offsets[steps], self.counts[steps])
 
-    def rows(self, steps: list[int]) -> np.ndarray:
+    def rows(self, steps: list[int] | np.ndarray) -> np.ndarray:
         """The rows of these steps, each once, in the order in which tokens meet them."""
         tokens = self.tokens(steps)
         if self.row is None:

@@ -26,7 +26,10 @@ class SharedTokens:
     rows: list[Tensor]  # of each group: (n,) the row of each token, counted from the group's first
 
     def coefs(self, number: int, group: Group, of: Callable[..., Tensor], *values: Tensor) -> Tensor:
-        """(R,) or (R, K): what `of` gives for a group's tokens, summed over each row; `values` are of the plan's rows."""
+        """(R,) or (R, K): what `of` gives for a group's tokens, summed over each row.
+
+        `values` are those of the plan's rows that `of` needs for the tokens.
+        """
         rows = self.rows[number]
         tokens = [v[group.start : group.end].index_select(0, rows) if len(v) else v for v in values]
         made = of(self.problem.part(*self.spans[number]), *tokens)
@@ -35,14 +38,11 @@ class SharedTokens:
 
 def shared_tokens(plan: LinearPlan, problem: PolicyProblem, row: np.ndarray, device: torch.device) -> SharedTokens:
     """The problem's tokens, group by group."""
-    spans, which, rows, offsets = kept_on_device(plan, "tokens", device, lambda: _tables(plan, problem, row, device))
+    spans, which, rows, segments = kept_on_device(plan, "tokens", device, lambda: _tables(plan, problem, row, device))
 
     def pick(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.index_select(0, which)
 
-    segments = problem.segments
-    if segments is not None:
-        segments = Segments(offsets[0], None, offsets[1])
     ordered = replace(
         problem, advantage=pick(problem.advantage), old=pick(problem.old), ref=pick(problem.ref),
         scale=pick(problem.scale), segments=segments,
@@ -51,11 +51,11 @@ def shared_tokens(plan: LinearPlan, problem: PolicyProblem, row: np.ndarray, dev
 
 
 def _tables(plan: LinearPlan, problem: PolicyProblem, row: np.ndarray, device: torch.device):
-    """Spans, tokens and rows of the groups, and with segments their offsets, on the device and on the host."""
+    """Spans, tokens and rows of the groups, and their segments, if tokens have any."""
     place = np.arange(plan.num_rows)
     if plan.order is not None:
         place[plan.order] = np.arange(plan.num_rows)
-    offsets = None
+    segments = None
     if problem.segments is None:
         order = np.argsort(row, kind="stable")
         ends = np.searchsorted(row[order], [group.end for group in plan.groups])
@@ -65,11 +65,11 @@ def _tables(plan: LinearPlan, problem: PolicyProblem, row: np.ndarray, device: t
         tokens = [units.tokens(group.steps) for group in plan.groups]
         counts = np.concatenate([np.zeros(1, np.int64), *(units.counts[group.steps] for group in plan.groups)])
         host = np.cumsum(counts)
-        offsets = (to_device(host.astype(np.int32), device), torch.from_numpy(host))
+        segments = Segments(to_device(host.astype(np.int32), device), None, torch.from_numpy(host))
     lengths = [len(t) for t in tokens]
     ends = np.cumsum(lengths, dtype=np.int64).tolist()
     spans = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
     own = [place[row[t]] - group.start for t, group in zip(tokens, plan.groups, strict=True)]
     nothing = np.zeros(0, np.int64)
     which, rows = (to_device(np.concatenate([nothing, *values]), device) for values in (tokens, own))
-    return spans, which, list(rows.split(lengths)), offsets
+    return spans, which, list(rows.split(lengths)), segments

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ...backends import ops
 from ...layout.steps import StepLayout
-from ..tree_rows import whole_coefs
+from ...layout.tree_rows import Branches
+from ..tree_rows import branches, whole_coefs
 
 
 class GradientSettings(NamedTuple):
@@ -34,17 +35,17 @@ def write_gradient(
     coef: Tensor,  # (U,) d loss / d logp, or (U, 5) of `shared.gradient_coefs`
     upstream: Tensor | None,  # () multiplies `coef`, if (U,)
     settings: GradientSettings,
-    branching: StepLayout | None,  # whose positions predict several labels
+    layout: StepLayout | None,  # of a tree
     ref: tuple[Tensor | None, Tensor] | None = None,  # the reference's logits and lse, beside (U, 5) coefficients
 ) -> Tensor:
     """The gradient of the logits, over the logits themselves with `inplace`."""
     a, c, backend, inplace = settings
     terms = None
-    if branching is not None:
+    of = None if layout is None else branches(layout)
+    if layout is not None and of is not None:
         coef, upstream = coef if upstream is None else coef * upstream, None
-        terms = _one_hot_terms(logits, branching, coef if coef.ndim == 1 else coef[:, 0], a, c)
-        tree = branching.tree_rows
-        coef, labels = whole_coefs(coef, tree), labels.index_fill(0, tree.first, -1)
+        terms = _one_hot_terms(logits, layout, of, coef if coef.ndim == 1 else coef[:, 0], a, c)
+        coef, labels = whole_coefs(coef, of), labels.index_fill(0, of.first, -1)
     if ref is None:
         args = (logits, row_of, labels, lse, coef, upstream, a, c, backend)
         into, over = ops.token_logp_bwd, ops.token_logp_bwd_
@@ -63,12 +64,10 @@ def write_gradient(
 
 
 def _one_hot_terms(
-    logits: Tensor, layout: StepLayout, g: Tensor, a: float, c: float
+    logits: Tensor, layout: StepLayout, of: Branches, g: Tensor, a: float, c: float
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Which elements of (B, T, V) the labels of branching positions are, no two the same, and what to add there."""
-    tree = layout.tree_rows
-    assert tree is not None and tree.first is not None and tree.extra is not None
-    rows = torch.cat([tree.first, tree.extra])
+    rows = torch.cat([of.first, of.extra])
     length, vocab = logits.shape[1:]
     position, label = layout.rows.index_select(0, rows), layout.labels.index_select(0, rows)
     at = (position // length, position % length, label.clamp(0, vocab - 1))

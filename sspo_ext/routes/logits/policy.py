@@ -14,7 +14,7 @@ from ...backends import ops
 from ...layout.steps import StepLayout
 from ...objective.policy import PolicyProblem
 from ..shared import refuse_double_backward
-from ..tree_rows import branching, shared_rows, to_rows, to_tokens
+from ..tree_rows import to_rows, to_tokens
 from .gradient import GradientSettings, write_gradient
 from .prepare import LogitsCall
 from .reductions import logps_with_reductions
@@ -69,8 +69,7 @@ class PolicyRoute(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(logits, lse, coefs, layout.labels, layout.row_of)
             ctx.settings = GradientSettings(a, c, backend, inplace_backward)
-            ctx.shared = layout if shared_rows(layout) is not None else None
-            ctx.branching = branching(layout)
+            ctx.tree = layout if layout.tree_rows is not None else None
         ctx.mark_non_differentiable(tokens, entropy)
         ctx.set_materialize_grads(False)
         return loss, tokens, entropy
@@ -82,10 +81,10 @@ class PolicyRoute(torch.autograd.Function):
             return (None,) * 6
         refuse_double_backward()
         logits, lse, coefs, labels, row_of = ctx.saved_tensors
-        if ctx.shared is not None:
-            coefs = to_rows(coefs, ctx.shared)
+        if ctx.tree is not None:
+            coefs = to_rows(coefs, ctx.tree)
         ref = None
         if coefs.ndim == 2:
             coefs, d_loss, ref = coefs * d_loss, None, (None, lse[:0])
-        d_logits = write_gradient(logits, row_of, labels, lse, coefs, d_loss, ctx.settings, ctx.branching, ref)
+        d_logits = write_gradient(logits, row_of, labels, lse, coefs, d_loss, ctx.settings, ctx.tree, ref)
         return d_logits, None, None, None, None, None

@@ -19,7 +19,7 @@ from ...backends import ops, reference
 from ...layout.steps import StepLayout
 from ...objective.sums import StepLogps, step_sums, with_reductions
 from ..shared import gradient_coefs, refuse_double_backward
-from ..tree_rows import branching, of_tokens
+from ..tree_rows import of_tokens
 from .gradient import GradientSettings, write_gradient
 from .prepare import LogitsCall, no_inplace
 
@@ -41,7 +41,7 @@ def logps_with_reductions(call: LogitsCall, ref_logits: Tensor | None, *, entrop
         )
     wanted = (entropy, sum_p2, ref_logits is not None)
     tokens = of_tokens(tokens, layout)
-    values = [of_tokens(value, layout) if wants else None for value, wants in zip(values, wanted, strict=True)]
+    values = [v if v is None or not len(v) else of_tokens(v, layout) for v in values]
     return with_reductions(tokens, step_sums(tokens, layout, name), layout, values, wanted)
 
 
@@ -80,7 +80,7 @@ class ReductionsRoute(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(logits, ref_logits, lse, ref_lse, entropy, sum_p2, layout.labels, layout.row_of)
             ctx.wanted, ctx.settings = wanted, GradientSettings(a, c, backend, inplace_backward)
-            ctx.branching = branching(layout)
+            ctx.tree = layout if layout.tree_rows is not None else None
         asked = zip((entropy, sum_p2, kl), (*wanted, ref_logits is not None), strict=True)
         ctx.mark_non_differentiable(*[value for value, wants in asked if not wants])
         ctx.set_materialize_grads(False)
@@ -99,5 +99,5 @@ class ReductionsRoute(torch.autograd.Function):
         refuse_double_backward()
         coefs = gradient_coefs(entropy, sum_p2, d_tokens, d_entropy, d_sum_p2, d_kl)
         ref = (None if d_kl is None else ref, ref_lse)
-        d_logits = write_gradient(logits, row_of, labels, lse, coefs, None, ctx.settings, ctx.branching, ref)
+        d_logits = write_gradient(logits, row_of, labels, lse, coefs, None, ctx.settings, ctx.tree, ref)
         return d_logits, None, None, None, None, None, None, None

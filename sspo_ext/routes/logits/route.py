@@ -14,7 +14,7 @@ from ...layout.steps import StepLayout
 from ...objective.pair import PairLossSpec, reference_loss, step_loss
 from ...objective.sums import in_dtype, step_sums
 from ..shared import refuse_double_backward
-from ..tree_rows import branching, shared_rows, to_rows, to_tokens
+from ..tree_rows import to_rows, to_tokens
 from .gradient import GradientSettings, write_gradient
 from .prepare import LogitsCall
 
@@ -71,8 +71,7 @@ class LogitsRoute(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(logits, lse, coef, weights, layout.labels, layout.row_of, layout.step_of_row)
             ctx.settings = GradientSettings(a, c, backend, inplace_backward)
-            ctx.shared = layout if shared_rows(layout) is not None else None
-            ctx.branching = branching(layout)
+            ctx.tree = layout if layout.tree_rows is not None else None
         ctx.mark_non_differentiable(pair_losses)
         ctx.set_materialize_grads(False)
         return loss, sums, tokens, pair_losses
@@ -87,9 +86,9 @@ class LogitsRoute(torch.autograd.Function):
         if d_sums is not None or d_tokens is not None:
             coef = _total_coef(coef, weights, step_of_row, d_loss, d_sums, d_tokens)
             d_loss = None
-        if ctx.shared is not None:
-            coef = to_rows(coef, ctx.shared)
-        d_logits = write_gradient(logits, row_of, labels, lse, coef, d_loss, ctx.settings, ctx.branching)
+        if ctx.tree is not None:
+            coef = to_rows(coef, ctx.tree)
+        d_logits = write_gradient(logits, row_of, labels, lse, coef, d_loss, ctx.settings, ctx.tree)
         return d_logits, None, None, None, None, None, None
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from helpers.linear import Problem, pairs_of, problem
 from sspo_ext.layout.steps import StepLayout
+from sspo_ext.layout.tree import TokenTree
 from sspo_ext.losses.logps import linear_step_logps
 from sspo_ext.losses.policy import linear_step_policy_loss
 from sspo_ext.losses.pref import linear_step_pref_loss
@@ -34,6 +35,7 @@ class Case:
     ask: str = ""  # or "reductions", "same head" (for the reference of KL) or "policy"
     forbidden: int = 0  # last rows of the vocabulary with a bias of -inf, which Megatron pads a vocabulary with
     buffer: bool = False
+    tree: bool = False  # sequences with common beginnings, as a tree
     upstream: float = 1.0
     options: dict = field(default_factory=dict)
 
@@ -69,6 +71,18 @@ CASES |= {
         "policy, no gradient": {"ask": "policy", "rows": 6, "needs": (0, 0, 0)},
     }.items()
 }
+CASES |= {
+    f"{kind}, 2, tree, {name}": Case(2, V, kind, tree=True, **more)
+    for kind, V in (("megatron", 40), ("dtensor", 37))
+    for name, more in {
+        "all": {},
+        "frozen": {"needs": (1, 0, 0), "rows": 6},
+        "recompute": {"rows": 3, "upstream": -0.7},
+        "step log-probs": {"logps": True, "rows": 6},
+        "reductions": {"ask": "reductions", "rows": 6},
+        "policy": {"ask": "policy", "rows": 6, "upstream": -0.7},
+    }.items()
+}
 CASES["megatron, 4, reductions, a forbidden shard"] = Case(4, 40, ask="reductions", forbidden=13)
 CASES["megatron, 4, policy, a forbidden shard"] = Case(4, 40, ask="policy", rows=6, forbidden=10)
 CASES["dtensor, 4, reductions, a shard without rows"] = Case(4, 5, "dtensor", ask="reductions", rows=6)
@@ -81,17 +95,23 @@ def inputs(case: Case) -> tuple[StepLayout, object, Problem]:
     g = torch.Generator().manual_seed(1)
     labels = torch.randint(0, case.V - case.forbidden, SHAPE, generator=g)
     ids = (torch.arange(SHAPE[1]) - 2).div(3, rounding_mode="floor").clamp(min=-1).expand(SHAPE).contiguous()
-    layout = StepLayout.from_step_ids(labels, ids, token_weights=torch.rand(SHAPE, generator=g) + 0.5)
+    weights, sequences = torch.rand(SHAPE, generator=g) + 0.5, [slice(0, n) for n in (10, 10, 10, 9)]
+    if case.tree:
+        labels[1, :5], labels[2, :7], labels[3, :8] = labels[0, :5], labels[0, :7], labels[0, :8]
+        tokens, steps, own = ([t[b, s] for b, s in enumerate(sequences)] for t in (labels, ids, weights))
+        layout = StepLayout.from_tree(TokenTree.from_sequences(tokens), tokens, steps, token_weights=own)
+    else:
+        layout = StepLayout.from_step_ids(labels, ids, token_weights=weights)
     pairs = pairs_of(layout, (0, 3), (1, 4), (1, 7), (6, 9), (8, 11))
-    p = problem(SHAPE, case.V, H, hidden_dtype=case.dtype, weight_dtype=case.dtype, scale=2.0)
+    p = problem(layout.shape, case.V, H, hidden_dtype=case.dtype, weight_dtype=case.dtype, scale=2.0)
     p.bias[case.V - case.forbidden :] = -math.inf
     return layout, pairs, p
 
 
-def kl_reference(case: Case) -> tuple[Tensor, ...]:
+def kl_reference(case: Case, shape: tuple[int, int]) -> tuple[Tensor, ...]:
     """Hidden states, and with a head of its own weight and bias."""
     width = H if case.ask == "same head" else H + 2
-    p = problem(SHAPE, case.V, width, seed=7, hidden_dtype=case.dtype, weight_dtype=case.dtype, scale=2.0)
+    p = problem(shape, case.V, width, seed=7, hidden_dtype=case.dtype, weight_dtype=case.dtype, scale=2.0)
     p.bias[case.V - case.forbidden :] = -math.inf
     return (p.hidden,) if case.ask == "same head" else (p.hidden, p.weight, p.bias)
 
@@ -108,7 +128,7 @@ def call(case: Case, leaves, layout, pairs, kl_ref=None, **more) -> tuple[Tensor
         out = linear_step_policy_loss(*leaves[:2], layout, torch.linspace(1, 2, layout.num_steps), **constants, **more)
         return out.loss, torch.stack([out.tokens, out.entropy])
     if case.ask:
-        kl_ref = [t.to(leaves[0].dtype) for t in kl_reference(case)] if kl_ref is None else kl_ref
+        kl_ref = [t.to(leaves[0].dtype) for t in kl_reference(case, layout.shape)] if kl_ref is None else kl_ref
         names = ("kl_ref_hidden", "kl_ref_weight", "kl_ref_bias")
         reference = dict(zip(names, kl_ref, strict=False))
         out = linear_step_logps(*leaves[:2], layout, entropy=True, sum_p2=True, **reference, **more)
@@ -140,7 +160,7 @@ def run_case(case: Case, group, mesh, rank: int) -> dict[str, Tensor | None]:
     buffer = torch.ones(rows, H, dtype=case.dtype) if case.buffer else None
     more = {} if buffer is None else {"weight_grad": buffer}
     if case.ask in ("reductions", "same head"):
-        ref_hidden, *ref_head = kl_reference(case)
+        ref_hidden, *ref_head = kl_reference(case, layout.shape)
         more["kl_ref"] = [ref_hidden, *(t[mine] for t in ref_head)]
         if case.kind == "dtensor":
             more["kl_ref"][1:] = [distribute_tensor(t, mesh, [Shard(0)]) for t in ref_head]
