@@ -89,9 +89,9 @@ class InFloat64(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+        if args and isinstance(args[0], Tensor) and args[0].dtype in (torch.float64, torch.int64):
             if func is Tensor.float or func is Tensor.to and torch.float32 in (*args[1:], *kwargs.values()):
-                return args[0]
+                return args[0].double()
             if kwargs.get("dtype") == torch.float32:
                 kwargs = {**kwargs, "dtype": torch.float64}
         return func(*args, **kwargs)
