@@ -197,7 +197,7 @@ Tiny random models, three pairs of sequences ({unshared} tokens, {tokens} as a t
 paths {longest}. A sigmoid loss over the pairs of steps. Each number is the largest absolute difference between one
 forward of the tree and a forward of each sequence alone: of the log-probs of the scored tokens, of the loss, and of the
 gradient over every element of every parameter. In float64 the models' own casts to float32 (norms, softmax, routers)
-are kept in float64. Gemma-2 has no SDPA in transformers.
+are kept in float64. Gemma-2 has no SDPA in this transformers.
 
 {table}
 """
