@@ -119,7 +119,7 @@ def test_rows_of_the_buffer_begin_on_a_line(vocab):
     import sspo_ext
 
     weight = torch.empty(vocab, 8, dtype=torch.bfloat16, device="meta")
-    head = head_module.Head(weight, None, 1.0, 0.0, "triton", None)
+    head = head_module.Head(weight, None, 1.0, 0.0, "triton", None, False)
     layout = Shape(1024, vocab).layout()
     head.allocate(sspo_ext.losses.pref_plan(layout, vocab=vocab, hidden=8, dtype=torch.bfloat16))
     assert head.buffer.shape[1] == vocab and head.buffer.stride(0) * 2 % 128 == 0

@@ -18,6 +18,7 @@ import pytest
 import torch
 from helpers.linear import gemm_flops, problem
 
+from sspo_ext import backends
 from sspo_ext.layout.steps import StepLayout
 from sspo_ext.losses import policy_plan, pref_plan
 from sspo_ext.losses.logps import linear_step_logps
@@ -162,12 +163,15 @@ def test_gradients_are_right():
         torch.testing.assert_close(got, want)
 
 
-def test_refusals():
+def test_refusals(monkeypatch):
     labels, p = batch(torch.float32, 53, False)
     with pytest.raises(TypeError, match="batch_invariant: expected"):
         linear_step_logps(p.hidden, p.weight, layout_of(labels), batch_invariant=1)
     with pytest.raises(ValueError, match="'reference' has no tp_group, weight_grad or batch_invariant"):
         linear_step_logps(p.hidden, p.weight, layout_of(labels), batch_invariant=True, backend="reference")
+    monkeypatch.setattr(backends, "select", lambda *args: "cuda")
+    with pytest.raises(ValueError, match="'cuda' has no batch_invariant"):
+        linear_step_logps(p.hidden, p.weight, layout_of(labels), batch_invariant=True)
 
 
 def test_compiled():
