@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`batch_invariant=True`: a row's log-prob has the same bits alone, in another batch and at another chunk budget.
 
-Without it they differ here in float32 and bfloat16: a product of one row is not computed as one of many is. In float64
-hidden states of an odd size at their own addresses gave other bits at every second place of a tile.
+Without it a row alone differs here in float32 and float64: a product of one row is not computed as one of many is. In
+float64 hidden states of an odd size at their own addresses gave other bits at every second place of a tile.
 
 Shown to fail, each by the test named:
-  a last tile of the rows that are left             test_same_bits_in_every_batch
-  tiles of a chunk's size                           test_same_bits_in_every_batch
-  hidden states multiplied where they lie           test_same_bits_at_every_place_of_a_tile[float64]
+  a last tile of the rows that are left             test_same_bits_in_every_batch[float64]
+  tiles of a chunk's size                           test_what_ran_is_what_was_planned (no bits changed here)
+  hidden states multiplied where they lie           test_same_bits_in_every_batch[float64]
   products of the reference of kl of any size       test_reductions
   rows of padding forgotten in the plan             test_what_ran_is_what_was_planned
 """
