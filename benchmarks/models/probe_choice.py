@@ -73,7 +73,14 @@ def report(rows: list[dict]) -> str:
         "",
     ]
     for row in rows:
-        lines += [f"## {row['name']}", "", f"`{row['command']}`", "", f"{row['hardware']}.", ""]
+        lines += [
+            f"## {row['name']}",
+            "",
+            f"`{row['command']}`",
+            "",
+            f"{row['hardware']['cpu']}, torch {row['hardware']['torch']}.",
+            "",
+        ]
         lines += [f"{row['right']} of {row['completions']} completions are right.", ""]
         lines += ["| probe | text | before | after | AUC | under 0.001 | score |"]
         lines += ["| --- | --- | --: | --: | --: | --: | --: |"]
