@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         given = ["--max-completion-length", str(options.max_completion_length), "--seed", str(options.seed)]
         given += ["--temperature", str(options.temperature), "--num-generations", str(options.num_generations)]
         given += ["--prompts", str(options.problems), "--dtype", options.dtype, "--grader", options.grader]
+        given += [] if options.builtin else ["--no-builtin"]
         given += [part for text in options.text for part in ("--text", text)]
         where = ["--model", model_folder(options.model), "--data", str(data), "--output", str(found)]
         if sspo_ext(["probe", *where, *given, "--rollout-engine", "compact"]):
@@ -73,7 +74,14 @@ def report(rows: list[dict]) -> str:
         "",
     ]
     for row in rows:
-        lines += [f"## {row['name']}", "", f"`{row['command']}`", "", f"{row['hardware']}.", ""]
+        lines += [
+            f"## {row['name']}",
+            "",
+            f"`{row['command']}`",
+            "",
+            f"{row['hardware']['cpu']}, torch {row['hardware']['torch']}.",
+            "",
+        ]
         lines += [f"{row['right']} of {row['completions']} completions are right.", ""]
         lines += ["| probe | text | before | after | AUC | under 0.001 | score |"]
         lines += ["| --- | --- | --: | --: | --: | --: | --: |"]
@@ -100,6 +108,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--max-completion-length", type=int, default=200, help="tokens")
     add("--temperature", type=float, default=0.6, help="of the completions")
     add("--text", action="append", default=[], help="a text of your own; repeatable")
+    add("--builtin", action=argparse.BooleanOptionalAction, default=True, help="try the texts of all languages as well")
     add("--grader", default="math-verify", help="as for sspo-ext probe")
     add("--dtype", default="float32", help="of the weights")
     add("--threads", type=int, default=2, help="of torch")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_loading, add_model, add_prompts, count, not_negative, positive
+from .arguments import add_loading, add_model, add_prompts, check_effect, count, not_negative, positive
 from .training import load
 
 if TYPE_CHECKING:
@@ -48,6 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--probe-turn", action="store_true", help="try each text in a new turn of the user too")
     add("--engine", default="auto", choices=("auto", "packed", "cached", "separate"), help="how values are computed")
     add("--max-tokens", type=positive, default=4096, help="most tokens in one forward pass of the values")
+    add = parser.add_argument_group("forced answers").add_argument
+    add(
+        "--budget", choices=("steps", "tokens"),
+        help="also measure how often the model is right if the best probe demands the answer after so many steps or "
+        "tokens of a completion",
+    )  # fmt: skip
+    add(
+        "--budgets", type=count, nargs="+", metavar="N",
+        help="the budgets to try; the same for models that are compared (default: up to 17 over the completions)",
+    )  # fmt: skip
+    add("--plot", metavar="PNG", help="file for a picture of that curve")
     group = parser.add_argument_group("completions")
     add = group.add_argument
     add("--num-generations", type=positive, default=4, help="completions of each prompt")
@@ -80,8 +91,12 @@ def run(options: argparse.Namespace) -> None:
     if options.split_by == "numbered":
         raise ValueError("--split-by: 'numbered' shows in no single token; expected newline, blank_line or a regex")
     probes = named_probes(options.text, builtin=options.builtin)
-    if options.output and not Path(options.output).resolve().parent.is_dir():
-        raise ValueError(f"--output: no folder {str(Path(options.output).parent)!r}")
+    if not options.budget:
+        check_effect(options, "budgets plot", "without --budget")
+    for name in ("output", "plot"):
+        path = Path(getattr(options, name) or ".")
+        if not path.resolve().parent.is_dir():
+            raise ValueError(f"--{name}: no folder {str(path.parent)!r}")
     grader = load_grader(options.grader)
     rows = load_prompt_rows(options.data, texts=True)[: options.prompts]
 
@@ -102,9 +117,11 @@ def run(options: argparse.Namespace) -> None:
     rollouts = _complete(options, model, tokenizer, rows, prompts, grader)
     choice = _compare(options, model, tokenizer, rollouts, probes)
     print(choice.table())
+    found = {"options": {name: getattr(options, name) for name in _MADE}, **choice.to_dict()}
+    if options.budget:
+        found["budget"] = _budget(options, model, tokenizer, rollouts, choice, grader)
     if options.output:
-        made = {name: getattr(options, name) for name in _MADE}
-        text = json.dumps({"options": made, **choice.to_dict()}, indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
         Path(options.output).write_text(text + "\n", encoding="utf-8")
         print(f"\nwritten to {options.output}")
 
@@ -193,3 +210,30 @@ def _compare(options: argparse.Namespace, model, tokenizer, rollouts, probes: di
             model, tokenizer, batch, [answer_texts(r.row["answer"]) for r in rollouts], [r.reward for r in rollouts],
             probes, engine=options.engine, max_tokens=options.max_tokens, progress=told,
         )  # fmt: skip
+
+
+def _budget(options: argparse.Namespace, model, tokenizer, rollouts, choice: ProbeChoice, grader) -> dict[str, Any]:
+    """Measure, print and draw the budget curve of the best probe."""
+    from ..data.graders import answer_grader
+    from ..signals.probing.budget import budget_curve
+    from ..signals.values import StepBatch
+
+    probe = choice.trials[0].probe
+    judge = answer_grader(grader, probe)
+
+    def right(text: str, row: dict) -> float:
+        return judge(text, row["answer"], **{name: value for name, value in row.items() if name != "answer"})
+
+    curve = budget_curve(
+        model, tokenizer, StepBatch([r.prompt_ids for r in rollouts], [r.steps for r in rollouts]),
+        [r.row for r in rollouts], probe, right, by=options.budget, budgets=options.budgets,
+        rewards=[r.reward if r.ended else None for r in rollouts], max_tokens=options.max_tokens,
+    )  # fmt: skip
+    points = ", ".join(f"{n}: {a:.2f}" for n, a in zip(curve.budgets, curve.accuracy, strict=True))
+    print(f"\nRight if {choice.trials[0].name!r} demands the answer after so many {curve.by}: {points}")
+    print(f"The area under this curve is {curve.area:.3f}, and the completions have {curve.spent[-1]:.1f} tokens.")
+    if options.plot:
+        from ..tracing.budgets import draw_budget_curves
+
+        draw_budget_curves({Path(options.model).name: curve}, options.plot)
+    return {"probe": choice.trials[0].name, **curve.to_dict()}

@@ -4,6 +4,7 @@
 steps        split_text, token_step_ids; inside a trainer delimiter_mask, step_ids_from_tokens
 values       probe_step_values (SSPO's verbal value probing), with StepBatch, StepValues, Probe, PROBES, as_probe;
              unit_values of log-probabilities; choose_probe finds the text, compare_probes on completions of yours
+budgets      budget_curve (accuracy if the answer is demanded early), efficiency_gaps
 advantages   step_gae, outcome_advantages (BASELINES), combine_advantages
              through an inference engine probe_requests, values_from_logprobs
 advantages   step_gae, outcome_advantages (BASELINES), combine_advantages; on padded tensors step_gae_tokens,
@@ -22,6 +23,7 @@ from .pairing.candidates import trace_candidates
 from .pairing.node import Candidate, Node
 from .pairing.pairs import TracedPair, divergence_index, divergence_weights, pair_candidates, pair_rows
 from .pairing.rollouts import nodes_from_rollouts
+from .probing.budget import BudgetCurve, budget_curve, efficiency_gaps
 from .probing.choose import choose_probe, named_probes
 from .probing.compare import ProbeChoice, ProbeTrial, compare_probes
 from .probing.likelihood import unit_values
@@ -35,6 +37,7 @@ __all__ = [
     "BASELINES",
     "PROBES",
     "Branch",
+    "BudgetCurve",
     "BranchLogps",
     "Candidate",
     "Node",
@@ -47,6 +50,7 @@ __all__ = [
     "TracedPair",
     "as_probe",
     "branch_logps",
+    "budget_curve",
     "choose_probe",
     "combine_advantages",
     "compare_probes",
@@ -54,6 +58,7 @@ __all__ = [
     "delimiter_mask",
     "divergence_index",
     "divergence_weights",
+    "efficiency_gaps",
     "named_probes",
     "nodes_from_rollouts",
     "outcome_advantages",

@@ -183,9 +183,9 @@ def test_missing_extra_says_what_to_install(monkeypatch, capsys, tmp_path):
     assert "pip install 'sspo-ext[demo]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "rl", "trace", "demo"])
+@pytest.mark.parametrize("command", ["train", "rl", "probe", "trace", "demo"])
 def test_help_names_each_default_once(command, capsys):
-    """Mutation: argparse's own formatter -> red for all four."""
+    """Mutation: argparse's own formatter -> red for all."""
     with pytest.raises(SystemExit):
         main([command, "--help"])
     text = " ".join(capsys.readouterr().out.split())
