@@ -35,7 +35,7 @@ from .options import check_optimizer, dictionary
 from .preference_config import StepPreferenceConfig
 from .reference_cache import TOKEN_COLUMNS
 from .referenced import ReferencedTrainer
-from .whole_batches import whole_batches
+from .whole_batches import fill_last_batches, whole_batches
 
 
 class StepPreferenceTrainer(ReferencedTrainer):
@@ -228,10 +228,18 @@ class StepPreferenceTrainer(ReferencedTrainer):
 
     def _get_dataloader(self, dataset, description: str, *args, is_training: bool = False, **kwargs):
         dataset = self._with_reference(dataset, f"{description.lower()} dataset")
-        if not is_training and self.accelerator.num_processes > 1:
-            # accelerate fills the last batches with repeated rows, which would count in the means
-            dataset = whole_batches(dataset, self.args.eval_batch_size * self.accelerator.num_processes)
-        return super()._get_dataloader(dataset, description, *args, is_training=is_training, **kwargs)
+        processes = self.accelerator.num_processes
+        if processes == 1 or is_training and self.args.dataloader_drop_last:
+            return super()._get_dataloader(dataset, description, *args, is_training=is_training, **kwargs)
+        # accelerate fills the last batches with repeated rows, which would count in the loss and in the means
+        if not is_training or not hasattr(dataset, "__len__"):
+            size = self.args.train_batch_size if is_training else self.args.eval_batch_size
+            dataset = whole_batches(dataset, size * processes)
+            return super()._get_dataloader(dataset, description, *args, is_training=is_training, **kwargs)
+        dataset = whole_batches(dataset, 1)
+        dataloader = super()._get_dataloader(dataset, description, *args, is_training=is_training, **kwargs)
+        fill_last_batches(dataloader)
+        return dataloader
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """Adds to Trainer's metrics the loss as a mean over pairs, whatever the batch size, and the loss's metrics."""

@@ -4,6 +4,7 @@
 The differences of the weights are printed (pytest -s). Mutations tried (what was broken -> which test went red):
     SSPOTrainer.in_step does nothing         -> [fsdp2-sspo], a process aborts in a collective
     no rows are added in evaluate            -> [fsdp2-sspo]
+    accelerate fills the last batches        -> [ddp-pref], in a dataset and in a stream
     save_model is Trainer's alone            -> [fsdp2-pref], no weights are saved
     no reshard before the weights are looked at -> [fsdp2-pref], tensors are mixed
 """
@@ -19,6 +20,11 @@ from helpers.launch import torchrun
 from helpers.ranks import sharded_two_ranks
 
 CASES = {
+    "ddp-pref": {
+        "uneven end": {"rows": 13},
+        "fewer rows than processes": {"rows": 1, "save": True},
+        "uneven end of a stream": {"rows": 13, "stream": True, "reference_free": True},
+    },
     "fsdp2-pref": {
         "linear": {"evaluate": "after", "save": True},
         "logits, lora": {"route": "logits", "lora": True, "save": True},

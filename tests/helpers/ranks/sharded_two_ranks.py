@@ -52,6 +52,16 @@ def zero(stage: int) -> dict:
     }  # fmt: skip
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Rows without a length."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = rows
+
+    def __iter__(self):
+        yield from self.rows
+
+
 def model_of(trainer: str, tied: bool, lora: bool):
     model = (rl if trainer == "sspo" else preference).make_model()
     if tied:
@@ -67,7 +77,7 @@ def model_of(trainer: str, tied: bool, lora: bool):
 
 def trained(
     folder: Path, *, trainer: str, layout: str = "ddp", route: str = "linear", tied: bool = False, lora: bool = False,
-    evaluate: str = "", save: bool = False, **options,
+    evaluate: str = "", save: bool = False, rows: int = 16, stream: bool = False, **options,
 ) -> dict:  # fmt: skip
     """Three updates: the trained weights, the log, evaluations, and the weights that were saved."""
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -82,9 +92,12 @@ def trained(
             gradient_accumulation_steps=8 // world, eval_dataset=rl.ROWS[:5], per_device_eval_batch_size=2, **more,
         )  # fmt: skip
     else:
-        args = preference.config(folder, **{"gradient_accumulation_steps": 4 // world, **more})
-        features = preference.make_features(16)
-        made = StepPreferenceTrainer(model, args, features, features[:5], peft_config=adapter)
+        # Trainer does not update after the last batches of a stream, if there are too few to accumulate
+        shared = {"per_device_train_batch_size" if stream else "gradient_accumulation_steps": 4 // world}
+        args = preference.config(folder, **{**shared, **more})
+        features = preference.make_features(rows)
+        dataset = Stream(features) if stream else features
+        made = StepPreferenceTrainer(model, args, dataset, features[:5], peft_config=adapter)
     found = {"before": made.evaluate()} if "before" in evaluate else {}
     made.train()
     if "after" in evaluate:
