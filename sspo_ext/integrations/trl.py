@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """TRL's GRPOTrainer with an advantage for each step, and its DPOTrainer with pairs of steps."""
 
+# TRL's and transformers' trainers do not say what their members are.
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportOptionalSubscript=false
+
 from __future__ import annotations
 
 import contextlib

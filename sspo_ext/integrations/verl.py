@@ -101,7 +101,7 @@ def _loss(
     return out.loss, metrics
 
 
-def _clip(config) -> dict[str, float]:
+def _clip(config) -> dict[str, Any]:
     low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
     high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
     return {"epsilon": low, "epsilon_high": high, "delta": config.get("clip_ratio_c", 3.0)}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -98,10 +99,15 @@ def policy_loss(
         aggregation, num_items, loss_options,
     )  # fmt: skip
     problem = policy_problem(layout, tokens.dtype, name, advantages, old, ref, options)
-    scored = [tokens, logps.entropy if entropy_coef else None]
+    entropies = logps.entropy if entropy_coef else None
     if name != "reference":
-        scored = [None if values is None else _Once.apply(values) for values in scored]
-    return policy_output(problem.loss(*scored), *scored, layout, problem)
+        tokens = _once(tokens)
+        entropies = None if entropies is None else _once(entropies)
+    return policy_output(problem.loss(tokens, entropies), tokens, entropies, layout, problem)
+
+
+def _once(values: Tensor) -> Tensor:
+    return cast(Tensor, _Once.apply(values))
 
 
 class _Once(torch.autograd.Function):

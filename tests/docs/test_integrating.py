@@ -7,13 +7,10 @@ Mutations of the page, each caught by the test named:
   loss_is_scaled_for_ga = False; sequences counted in place of pairs; no num_items; no reference
                                                           test_trainer_of_your_own
   a span moved by one; spans counted from a sequence's start            test_packed_spans
-  no reference; the policy as reference; another beta; prompt scored    test_trl[sequence]
-  metrics of evaluation in training's; paragraphs for steps             test_trl[newline]
 The Trainer was also run on two processes, micro-batches of unequal numbers of pairs: 1e-7 from one big batch.
 """
 
 import json
-from copy import deepcopy
 
 import pytest
 import torch
@@ -30,7 +27,7 @@ from sspo_ext.losses.pref import step_pref_loss
 transformers = pytest.importorskip("transformers")
 PYTHON = [block.text for block in blocks(DOCS / "integrating.md") if block.language == "python"]
 MARKS = ("rows: [chosen_0", "delimiter_mask(tokenizer, by", "from sspo_ext.hf", "AutoTokenizer", "class StepTrainer",
-         "class StepDPOTrainer", "step_spans")  # fmt: skip
+         "step_spans")  # fmt: skip
 
 
 def snippet(mark: str) -> str:
@@ -183,43 +180,3 @@ def test_packed_spans():
     want = step_pref_loss(padded, labels, ids, backend="reference")
     got = step_pref_loss(logits, layout, pairs, backend="reference")
     torch.testing.assert_close(got.loss, want.loss)
-
-
-@pytest.mark.filterwarnings("default::FutureWarning")  # TRL's own config sets the old name
-@pytest.mark.parametrize("by", ["sequence", "newline"])
-def test_trl(tmp_path, by):
-    """TRL's own update and metrics with one step a sequence; with steps, metrics of steps, and evaluation."""
-    trl = pytest.importorskip("trl", reason="trl is not installed")
-    from datasets import Dataset
-
-    tokenizer = byte_tokenizer()
-    start, data = byte_model(tokenizer), Dataset.from_list(ROWS)
-    args = trl.DPOConfig(
-        str(tmp_path), per_device_train_batch_size=2, max_steps=3, learning_rate=0.5, optim="sgd", max_grad_norm=0.0,
-        lr_scheduler_type="constant", save_strategy="no", report_to="none", use_cpu=True, bf16=False, beta=0.5,
-        disable_tqdm=True, logging_steps=1,
-    )  # fmt: skip
-    scope = {}
-    exec(snippet("class StepDPOTrainer"), scope)
-    kinds, found = {"ours": scope["StepDPOTrainer"], "trl": trl.DPOTrainer}, {}
-    for name in ("ours",) if by == "newline" else kinds:
-        trainer = kinds[name](
-            deepcopy(start), deepcopy(start), args, train_dataset=data, eval_dataset=data, processing_class=tokenizer
-        )
-        if by == "sequence" and name == "ours":
-            trainer.ends_step = torch.zeros_like(trainer.ends_step)
-        trainer.train()
-        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-        found[name] = parameters(trainer.model), logs, trainer.evaluate()
-    weights, logs, evaluation = found["ours"]
-    assert "eval_rewards/margins" in evaluation and len(logs) == 3
-    assert (weights - parameters(start)).abs().max() > 1e-2
-    if by == "newline":
-        assert logs[-1]["pairs/count"] == 3 and logs[-1]["steps/count"] == 7  # lines: 2 + 2 and 2 + 1
-        return
-    torch.testing.assert_close(weights, found["trl"][0], rtol=0, atol=2e-5)
-    for key in ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen"):
-        # the first update's rewards are rounding around 0
-        ours, theirs = ([log[key] for log in run][1:] for run in (logs, found["trl"][1]))
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4), key
-        assert evaluation[f"eval_{key}"] == pytest.approx(found["trl"][2][f"eval_{key}"], rel=1e-4, abs=1e-4), key
