@@ -422,6 +422,6 @@ class StepLayout(Steps):
         Skipped while compiling, where a guard on a label's value would recompile for every batch. The kernels then give
         NaN for such a label and never read out of bounds.
         """
-        refuse_logits(self.num_rows, self.labels.shape[0])
+        refuse_logits(self.rows.shape[0], self.labels.shape[0])
         if not torch.compiler.is_compiling() and self.max_label is not None and self.max_label[0] >= vocab:
             raise ValueError(label_message(self.max_label, vocab, None))
