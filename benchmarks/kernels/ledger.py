@@ -217,14 +217,14 @@ class Shape:
         return StepLayout.from_step_ids(torch.zeros(batch, self.length + 1, dtype=torch.int64), ids).to("meta")
 
 
-def ours(shape: Shape) -> Ledger:
-    """`linear_step_pref_loss` with its backward: the sigmoid loss, the reference's sums given."""
+def ours(shape: Shape, **options) -> Ledger:
+    """`linear_step_pref_loss` with its backward: the sigmoid loss, the reference's sums given, and further options."""
     from sspo_ext import linear_step_pref_loss
 
     (hidden, weight, bias), layout = shape.tensors(), shape.layout()
     ref, one = torch.zeros(layout.num_steps, device="meta"), torch.ones((), device="meta")
     with record() as ledger:
-        out = linear_step_pref_loss(hidden, weight, layout, bias=bias, ref=ref, backend="triton")
+        out = linear_step_pref_loss(hidden, weight, layout, bias=bias, ref=ref, backend="triton", **options)
         out.loss.backward(one)
     return ledger
 

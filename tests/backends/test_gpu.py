@@ -9,13 +9,16 @@ differs from call to call -> test_same_bits_every_time. A gradient 1% too large 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.gpu import Size, check, make_logits, needs_memory, packed_layout
 
 from sspo_ext import backends
 from sspo_ext.layout.pairs import StepPairs
-from sspo_ext.losses.logps import step_logps
+from sspo_ext.losses.logps import linear_step_logps, step_logps
+from sspo_ext.losses.policy import linear_step_policy_loss
 from sspo_ext.losses.pref import linear_step_pref_loss, step_pref_loss
 
 VOCABULARIES = (32000, 50257, 128256, 151936, 256000)
@@ -134,6 +137,79 @@ def test_linear_route(device, name, trained):
     for ours, truth in zip(got, expected, strict=True):
         error = (ours.double() - truth).norm() / truth.norm()
         assert error < 1e-5, error
+
+
+POLICIES = {
+    "reinforce": {},
+    "ppo": {"loss_type": "ppo", "epsilon": 0.5, "kl_coef": 0.1},
+    "gspo": {"loss_type": "ppo", "importance_sampling_level": "sequence", "aggregation": "sequence", "epsilon": 0.9},
+    "steps with entropy": {"loss_type": "cispo", "importance_sampling_level": "step", "entropy_coef": 0.05},
+}
+
+
+@pytest.mark.parametrize(("device", "name", "policy"), cases(tuple(POLICIES)))
+def test_linear_policy(device, name, policy):
+    """Loss and gradients in float32 against the float64 reference: frozen and trained head, idle rows, small chunks."""
+    V, H, rows = (32000, 512, 512) if device == "cuda" else (211, 16, 48)
+    needs_memory(device, 4 << 30)
+    if name == "cuda" and POLICIES[policy].get("entropy_coef"):
+        pytest.skip("the CUDA C++ backend has no entropy")
+    layout = packed_layout(rows, V, step=8).to(device)
+    generator = torch.Generator(device).manual_seed(3)
+    hidden = torch.randn(rows + 1, H, generator=generator, device=device)
+    weight = torch.randn(V, H, generator=generator, device=device) * H**-0.5
+    advantages = torch.linspace(-1, 1, layout.num_steps)
+    advantages[:2] = 0
+    tokens = step_logps((hidden.double() @ weight.double().T), layout, backend="reference").tokens
+    old, ref = (tokens + 0.1 * torch.randn(rows, generator=generator, device=device) for _ in range(2))
+    options = {**POLICIES[policy], "ref": ref}
+    if "loss_type" in options:
+        options["old"] = old
+
+    def run(backend, dtype, trained):
+        h, w = (tensor.detach().clone().to(dtype) for tensor in (hidden, weight))
+        h.requires_grad_(), w.requires_grad_(trained)
+        out = linear_step_policy_loss(h, w, layout, advantages, backend=backend, chunk_bytes=16 << 20, **options)
+        out.loss.backward()
+        return [out.loss.detach(), out.tokens, h.grad, *([w.grad] if trained else [])]
+
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        found = [(run(name, FP32, trained), run("reference", torch.float64, trained)) for trained in (False, True)]
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    for ours, truth in (pair for run in found for pair in zip(*run, strict=True)):
+        error = (ours.double() - truth).norm() / truth.norm()
+        assert error < 1e-5, error
+
+
+@pytest.mark.parametrize(("device", "name", "dtype"), cases([BF16, FP32]))
+def test_log_probs_do_not_depend_on_the_batch(device, name, dtype):
+    """`batch_invariant`: rows at every place of a tile, alone, and at another budget."""
+    if name == "cuda":
+        pytest.skip("the CUDA C++ kernels share a row among blocks by the number of rows")
+    V, H, rows = (50257, 1024, 600) if device == "cuda" else (211, 16, 300)
+    layout = packed_layout(rows, V, step=1).to(device)
+    generator = torch.Generator(device).manual_seed(4)
+    weight = (torch.randn(V, H, generator=generator, device=device) * H**-0.5).to(dtype)
+    row = torch.randn(H, generator=generator, device=device).to(dtype)
+    label = layout.labels[5]
+
+    def logps(places, **more):
+        hidden = torch.randn(rows + 1, H, generator=generator, device=device).to(dtype)
+        hidden[places] = row
+        same = replace(layout, labels=label.expand(rows).contiguous())
+        return linear_step_logps(hidden, weight, same, backend=name, batch_invariant=True, **more).tokens[places]
+
+    want = logps([0])
+    for places in range(7):
+        assert (logps(list(range(places, rows, 7)), chunk_bytes=1 + (places % 2) * 10**9) == want).all()
+    single = packed_layout(1, V).to(device)
+    alone = linear_step_logps(
+        row.expand(2, H), weight, replace(single, labels=label[None]), backend=name, batch_invariant=True
+    )
+    assert torch.equal(alone.tokens, want)
 
 
 def test_a_gpu_is_asked_for_everything_the_cpu_is():

@@ -167,6 +167,10 @@ def prepare(
     name = backends.select(backend, hidden.device.type, dtype)
     if name == "reference" and (tp_group is not None or weight_grad is not None or options.batch_invariant):
         raise ValueError("backend: 'reference' has no tp_group, weight_grad or batch_invariant; use another backend")
+    if name == "cuda" and options.batch_invariant:  # csrc/cuda/launch.h, row_splits
+        raise ValueError(
+            "backend: 'cuda' has no batch_invariant, since its blocks share a row by the number of rows; use 'triton'"
+        )
     a, c = logit_map(options.temperature, options.logit_softcap, options.logit_scale)
     settings = LinearSettings(
         a, c, dtype, accum_dtype, chunk_bytes or 0, options.batch_invariant, shard.group_name, shard.start,

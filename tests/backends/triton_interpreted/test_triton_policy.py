@@ -282,24 +282,24 @@ def test_public_loss(i, variant):
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("i, variant", list(enumerate(VARIANTS)))
 def test_linear_route(i, variant, trained):
-    """One chunk, and chunks smaller than a segment: the gradient of the reference in float64."""
+    """One chunk, and chunks smaller than a segment: the gradient of the reference in float64. A sequence is idle."""
     _, steps, advantages, _, _ = problem(seed=i, weighted=bool(i % 2), B=3, dtype=torch.float32)
     hidden, weight = torch.randn(3, 14, 8), torch.randn(11, 8) * 0.5
     tokens = step_logps(hidden @ weight.T, steps, backend="reference").tokens
     given = public_options(variant, i, tokens + 0.2 * torch.randn_like(tokens), tokens + 0.3)
-    given["advantages"] = advantages
+    given["advantages"] = advantages.masked_fill(steps.step_sequence == 0, 0)
 
-    def run(dtype, name, chunk_bytes=None):
+    def run(dtype, name, **more):
         x, w = (t.to(dtype, copy=True) for t in (hidden, weight))
         x.requires_grad_()
         w.requires_grad_(trained)
-        out = linear_step_policy_loss(x, w, steps, backend=name, chunk_bytes=chunk_bytes, **cast_all(given, dtype))
+        out = linear_step_policy_loss(x, w, steps, backend=name, **more, **cast_all(given, dtype))
         (1.7 * out.loss).backward()
         return [out.loss.detach(), out.step_logps, x.grad, *([w.grad] if trained else [])]
 
     exact, by_torch = (run(dtype, "reference") for dtype in (torch.float64, torch.float32))
-    for chunk_bytes in (None, 11 * 4 * 5):
-        loss, *got = run(torch.float32, "triton", chunk_bytes)
+    for more in ({"batch_invariant": True}, {"chunk_bytes": 11 * 4 * 5}):
+        loss, *got = run(torch.float32, "triton", **more)
         torch.testing.assert_close(loss.double(), exact[0], rtol=1e-5, atol=2e-6)  # its terms cancel
         for j, g in enumerate(got, 1):
             assert_linear_rule(f"result {j}", g, by_torch[j], exact[j], torch.float32)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """`batch_invariant=True`: a row's log-prob has the same bits alone, in another batch and at another chunk budget.
 
-Without it they differ here in float32 and bfloat16: a product of one row is not computed as one of many is. In float64
-hidden states of an odd size at their own addresses gave other bits at every second place of a tile.
+Without it a row alone differs here in float32 and float64: a product of one row is not computed as one of many is. In
+float64 hidden states of an odd size at their own addresses gave other bits at every second place of a tile.
 
 Shown to fail, each by the test named:
-  a last tile of the rows that are left             test_same_bits_in_every_batch
-  tiles of a chunk's size                           test_same_bits_in_every_batch
-  hidden states multiplied where they lie           test_same_bits_at_every_place_of_a_tile[float64]
-  products of the reference of kl of any size       test_reductions
+  a last tile of the rows that are left             test_same_bits_in_every_batch[float64]
+  tiles of a chunk's size                           test_what_ran_is_what_was_planned (no bits changed here)
+  hidden states multiplied where they lie           test_same_bits_in_every_batch[float64]
+  products of the reference of kl of any size       test_reductions[float64]
   rows of padding forgotten in the plan             test_what_ran_is_what_was_planned
 """
 
@@ -18,6 +18,7 @@ import pytest
 import torch
 from helpers.linear import gemm_flops, problem
 
+from sspo_ext import backends
 from sspo_ext.layout.steps import StepLayout
 from sspo_ext.losses import policy_plan, pref_plan
 from sspo_ext.losses.logps import linear_step_logps
@@ -107,7 +108,7 @@ def test_every_function_has_the_bits_of_the_log_probs(dtype, needs, rows):
         assert torch.equal(call(policy, p, labels, everyone, **options).tokens, want.tokens)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_reductions(dtype):
     labels, p = batch(dtype, 1001, True)
     other = problem((B, T), 1001, 2 * H - 1, seed=3, hidden_dtype=dtype, weight_dtype=dtype)
@@ -162,12 +163,15 @@ def test_gradients_are_right():
         torch.testing.assert_close(got, want)
 
 
-def test_refusals():
+def test_refusals(monkeypatch):
     labels, p = batch(torch.float32, 53, False)
     with pytest.raises(TypeError, match="batch_invariant: expected"):
         linear_step_logps(p.hidden, p.weight, layout_of(labels), batch_invariant=1)
     with pytest.raises(ValueError, match="'reference' has no tp_group, weight_grad or batch_invariant"):
         linear_step_logps(p.hidden, p.weight, layout_of(labels), batch_invariant=True, backend="reference")
+    monkeypatch.setattr(backends, "select", lambda *args: "cuda")
+    with pytest.raises(ValueError, match="'cuda' has no batch_invariant"):
+        linear_step_logps(p.hidden, p.weight, layout_of(labels), batch_invariant=True)
 
 
 def test_compiled():
