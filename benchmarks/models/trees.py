@@ -89,9 +89,9 @@ class InFloat64(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+        if args and isinstance(args[0], Tensor) and args[0].dtype in (torch.float64, torch.int64):
             if func is Tensor.float or func is Tensor.to and torch.float32 in (*args[1:], *kwargs.values()):
-                return args[0]
+                return args[0].double()
             if kwargs.get("dtype") == torch.float32:
                 kwargs = {**kwargs, "dtype": torch.float64}
         return func(*args, **kwargs)
@@ -197,7 +197,7 @@ Tiny random models, three pairs of sequences ({unshared} tokens, {tokens} as a t
 paths {longest}. A sigmoid loss over the pairs of steps. Each number is the largest absolute difference between one
 forward of the tree and a forward of each sequence alone: of the log-probs of the scored tokens, of the loss, and of the
 gradient over every element of every parameter. In float64 the models' own casts to float32 (norms, softmax, routers)
-are kept in float64. Gemma-2 has no SDPA in transformers.
+are kept in float64. Gemma-2 has no SDPA in this transformers.
 
 {table}
 """

@@ -81,20 +81,36 @@ def tree_attention(model: nn.Module, attention: str = "auto") -> Iterator[str]:
     """
     check_choice("attention", attention, ("auto", FLEX, SDPA, EAGER))
     config = text_config(model)
-    own = attention_of(config)
     refused: dict[str, str] = {}
-    try:
+    with _own_attention(model):
         for name in _candidates(model, config) if attention == "auto" else [attention]:
             reason = _set_attention(model, name) or why_not(model)
             if reason is None:
                 yield name
                 return
             refused[name] = reason
+    reasons = "; ".join(f"with {name}: {reason}" for name, reason in refused.items())
+    raise _unsupported(model, reasons, "run the sequences unshared")
+
+
+@contextmanager
+def using_attention(model: nn.Module, name: str) -> Iterator[None]:
+    """Give a model the attention that `tree_attention` has found before, without its checks."""
+    with _own_attention(model):
+        _set_attention(model, name)
+        yield
+
+
+@contextmanager
+def _own_attention(model: nn.Module) -> Iterator[None]:
+    """Give the model its own attention back at the end."""
+    config = text_config(model)
+    own = attention_of(config)
+    try:
+        yield
     finally:
         if attention_of(config) != own:
             config._attn_implementation = own  # unchecked: the model came with it
-    reasons = "; ".join(f"with {name}: {reason}" for name, reason in refused.items())
-    raise _unsupported(model, reasons, "run the sequences unshared")
 
 
 def _candidates(model: nn.Module, config: Any) -> list[str]:

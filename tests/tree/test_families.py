@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from benchmarks.models import trees
 from sspo_ext.layout.steps import StepLayout
 from sspo_ext.losses.pref import step_pref_loss
-from sspo_ext.tree import TokenTree, tree_attention, tree_inputs
+from sspo_ext.tree import TokenTree, UnsupportedTree, tree_attention, tree_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -32,7 +32,12 @@ CASES = [
 def test_a_tree_equals_each_sequence_alone(name, attention, route):
     """In float64. A row of 27 tokens splits a tree and repeats what is shared; the model is the same."""
     for max_tokens in (None, 27):
-        row = trees.compare(name, torch.float64, route, attention, max_tokens)
+        try:
+            row = trees.compare(name, torch.float64, route, attention, max_tokens)
+        except UnsupportedTree as error:
+            if "its attention cannot be set" in str(error):
+                pytest.skip(f"in this transformers: {error}")
+            raise
         assert row.d_logps < 1e-13 and row.d_loss < 1e-13 and row.d_grad < 1e-13 * max(row.max_grad, 1), row
         assert row.max_grad > 0.1 and row.parameters > 10
 
