@@ -110,10 +110,11 @@ def policy_problem(
 
 
 def without_idle_rows(
-    problem: PolicyProblem, layout: StepLayout, advantages: Tensor, level: str, skip: bool
+    problem: PolicyProblem, layout: StepLayout, advantages: StepLogps | Tensor, level: str, skip: bool
 ) -> PolicyProblem:
     """The problem with what the host knows of rows that no gradient reaches; `skip`: whether they may be left out."""
     check_bool("skip_zero_advantages", skip)
+    advantages = advantages.tokens if isinstance(advantages, StepLogps) else advantages
     if skip and torch.compiler.is_compiling():
         raise ValueError("skip_zero_advantages: expected False under torch.compile, which keeps every row, got True")
     if skip and (advantages.device.type != "cpu" or (advantages.ndim == 2 and layout.device.type != "cpu")):

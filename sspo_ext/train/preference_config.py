@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Literal, cast
 
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -74,7 +74,7 @@ class StepPreferenceConfig(TrainingArguments):
     reference_cache: str | None = None
     disable_dropout: bool = True
     packing: bool = False
-    prefix_sharing: str | bool = "auto"
+    prefix_sharing: Literal["auto", True, False] = "auto"
     backend: str = "auto"
     route: str = "linear"
     chunk_bytes: int | None = None

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -146,7 +146,7 @@ class SSPOConfig(TrainingArguments):
     aggregation: str = "token"
     disable_dropout: bool = True
     num_iterations: int = 1
-    prefix_sharing: str | bool = "auto"
+    prefix_sharing: Literal["auto", True, False] = "auto"
     route: str = "linear"
     backend: str = "auto"
     chunk_bytes: int | None = None

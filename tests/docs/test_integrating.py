@@ -27,7 +27,7 @@ from sspo_ext.losses.pref import step_pref_loss
 transformers = pytest.importorskip("transformers")
 PYTHON = [block.text for block in blocks(DOCS / "integrating.md") if block.language == "python"]
 MARKS = ("rows: [chosen_0", "delimiter_mask(tokenizer, by", "from sspo_ext.hf", "AutoTokenizer", "class StepTrainer",
-         "step_spans")  # fmt: skip
+         "step_spans", "from sspo_ext.tree")  # fmt: skip
 
 
 def snippet(mark: str) -> str:
@@ -179,4 +179,19 @@ def test_packed_spans():
     labels[0], labels[1, :8], padded[0], padded[1, :8] = chosen, rejected, logits[:9], logits[9:]
     want = step_pref_loss(padded, labels, ids, backend="reference")
     got = step_pref_loss(logits, layout, pairs, backend="reference")
+    torch.testing.assert_close(got.loss, want.loss)
+
+
+def test_tree():
+    """Both sequences score the token 6, by one row; the losses are those of a padded batch."""
+    scope = {"torch": torch, "StepLayout": StepLayout}
+    exec(snippet("from sspo_ext.tree"), scope)
+    tree, layout, ids, steps = (scope[name] for name in ("tree", "layout", "ids", "steps"))
+    assert tree.input_ids.tolist() == [[5, 6, 7, 8, 9]]
+    assert layout.num_rows == 5 and layout.rows.tolist() == [0, 1, 2, 1]
+    logits, pad = torch.randn(1, 5, 11), torch.nn.utils.rnn.pad_sequence
+    labels, padded = (pad(x, batch_first=True, padding_value=-100) for x in (ids, steps))
+    unshared = torch.stack([logits[0, [0, 1, 2, 3]], logits[0, [0, 1, 4, 4]]])
+    want = step_pref_loss(unshared, labels, padded.clamp(min=-1), backend="reference", reference_free=True)
+    got = step_pref_loss(logits, layout, reference_free=True)
     torch.testing.assert_close(got.loss, want.loss)

@@ -58,7 +58,7 @@ def test_logits_rule(backend, name, inplace):
             assert_fp64_rule(grad, same_grad, truth_grad, V, f"gradient of {name}, {dtype}")
 
 
-@pytest.mark.parametrize("hidden_dtype", [F32, BF16, F64])
+@pytest.mark.parametrize("hidden_dtype", [F32, BF16, torch.float16, F64])
 @pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0)])
 @pytest.mark.parametrize("rows", [4, 10_000])
 def test_linear_rule(backend, hidden_dtype, needs, rows):

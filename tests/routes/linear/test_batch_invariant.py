@@ -8,7 +8,7 @@ Shown to fail, each by the test named:
   a last tile of the rows that are left             test_same_bits_in_every_batch[float64]
   tiles of a chunk's size                           test_what_ran_is_what_was_planned (no bits changed here)
   hidden states multiplied where they lie           test_same_bits_in_every_batch[float64]
-  products of the reference of kl of any size       test_reductions
+  products of the reference of kl of any size       test_reductions[float64]
   rows of padding forgotten in the plan             test_what_ran_is_what_was_planned
 """
 
@@ -108,7 +108,7 @@ def test_every_function_has_the_bits_of_the_log_probs(dtype, needs, rows):
         assert torch.equal(call(policy, p, labels, everyone, **options).tokens, want.tokens)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_reductions(dtype):
     labels, p = batch(dtype, 1001, True)
     other = problem((B, T), 1001, 2 * H - 1, seed=3, hidden_dtype=dtype, weight_dtype=dtype)
