@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """FlexAttention on trees: its own kernels on CPUs (forward only) and GPUs, and its mathematics with gradients here.
 
-FlexAttention has no backward on CPUs, and for some orders of lengths torch 2.13 generates C++ that does not compile. What is checked here of the gradients is the mask's function, since the unfused
-mathematics reads no lists of blocks; tests/tree/test_masks.py holds the lists against torch's own.
+FlexAttention has no backward on CPUs, and for some orders of lengths torch 2.13 generates C++ that does not compile.
+What is checked here of the gradients is the mask's function, since the unfused mathematics reads no lists of blocks;
+tests/tree/test_masks.py holds the lists against torch's own.
 """
 
 import pytest
