@@ -124,6 +124,7 @@ class TokenTree(Built, TensorBundle):
         if max_tokens is not None:
             check_count("max_tokens", max_tokens)
             _refuse_long(lengths, max_tokens)
+        check_count("pad_token_id", pad_token_id, least=0)
         if pad_to_multiple_of is not None:
             check_count("pad_to_multiple_of", pad_to_multiple_of)
         # Bytes sort as the ids do if the highest byte comes first, and on every machine alike.
@@ -134,21 +135,7 @@ class TokenTree(Built, TensorBundle):
             shared = _split(lengths[order], shared, max_tokens)
         nodes = _merged(found, order, shared)
 
-        starts = np.flatnonzero(nodes.parent == ROOT)
-        sizes = np.diff(np.append(starts, len(nodes.parent)))
-        capacity = max_tokens or int(sizes.max(initial=1))
-        shift = np.zeros(len(sizes), np.int64)  # from a node to its column
-        row = np.zeros(len(sizes), np.int64)
-        rows = packed(sizes.tolist(), capacity)
-        for r, trees in enumerate(rows):
-            ends = np.cumsum(sizes[trees])
-            shift[trees], row[trees] = ends - sizes[trees] - starts[trees], r
-        longest = max((int(sizes[trees].sum()) for trees in rows), default=1)
-        multiple = pad_to_multiple_of or 1
-        shape = (max(len(rows), 1), -(-longest // multiple) * multiple)
-        shift, row = np.repeat(shift, sizes), np.repeat(row, sizes)
-        column = np.arange(len(row)) + shift
-        place = row * shape[1] + column
+        shape, place, shift = _placed(nodes, max_tokens, pad_to_multiple_of or 1)
 
         def grid(padding, values, dtype):
             out = np.empty(shape, dtype)
@@ -203,6 +190,20 @@ def _merged(found: list[np.ndarray], order: list[int], shared: np.ndarray) -> _N
         paths.append(path)
     end[path] = total
     return _Nodes(ids, depth, parent, end, paths)
+
+
+def _placed(nodes: _Nodes, max_tokens: int | None, multiple: int) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
+    """Put whole trees into rows: (R, L), the place of each node, and what is to be added to it for its column."""
+    starts = np.flatnonzero(nodes.parent == ROOT)
+    sizes = np.diff(np.append(starts, len(nodes.parent)))
+    rows = packed(sizes.tolist(), max_tokens or int(sizes.max(initial=1)))
+    shift, row = np.zeros((2, len(sizes)), np.int64)
+    for r, trees in enumerate(rows):
+        shift[trees], row[trees] = np.cumsum(sizes[trees]) - sizes[trees] - starts[trees], r
+    longest = max((int(sizes[trees].sum()) for trees in rows), default=1)
+    shape = (max(len(rows), 1), -(-longest // multiple) * multiple)
+    shift, row = np.repeat(shift, sizes), np.repeat(row, sizes)
+    return shape, row * shape[1] + np.arange(len(row)) + shift, shift
 
 
 def _shared(found: list[np.ndarray], order: list[int], group: np.ndarray) -> np.ndarray:

@@ -40,7 +40,8 @@ def difference(model: nn.Module, window: int | None, run: Callable[[Example], Te
     example = _example(model, 21 if window is None else window + 13)
     with torch.no_grad(), eval_mode(model), _plain(model), _head_dtypes(model) as dtypes:
         try:
-            expected = torch.stack([tail_logps(run_model(model, [ids])[0], example.tail) for ids in example.sequences])
+            alone = [tail_logps(run_model(model, [ids])[0], example.tail) for ids in example.sequences]
+            expected = torch.stack(alone)
             got = run(example).view_as(expected)
         except _FAILURES as error:
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"

@@ -222,6 +222,7 @@ def test_to_moves_what_is_not_of_the_host():
         ([[1], [2]], {"groups": [1]}, ValueError, "groups: expected one number for each of 2 sequences"),
         ([[1]], {"groups": ["a"]}, TypeError, "groups: expected integers"),
         ([[1]], {"max_tokens": 0}, ValueError, "max_tokens: expected a whole number of at least 1"),
+        ([[1]], {"pad_token_id": None}, TypeError, "pad_token_id: expected a whole number"),
         ([[1]], {"pad_to_multiple_of": 0}, ValueError, "pad_to_multiple_of: expected"),
     ],
 )

@@ -6,7 +6,6 @@ Mutations of sspo_ext/tree/masks.py, each caught by the test named:
   `low >= first_query + _BLOCK` as `low > first_query`                 test_block_mask_sees_the_path
   `some &=` with low and high of the positions exchanged               test_block_mask_sees_the_path
   `whole &=` left out                                                  test_block_mask_sees_the_path
-  `end` padded with 2**30                                              test_block_mask_has_torchs_blocks
   a dense mask in block_mask                                           test_block_mask_is_never_of_total_length_squared
 """
 
