@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Probes compared: by hand on a model whose answers have known probabilities, and on the package's start model.
 
-Mutations, each caught by the test named: V_K counts among the values that are asked for, or `after` leaves it out
-(test_by_hand); AUC from the first value (test_by_hand); right completions whose question holds the answer are measured
-(test_a_question_that_holds_the_answer); the answer is looked for as a part of a word (test_holds); a completion that
-was cut off is graded (test_on_its_own_completions).
+Mutations, each caught by the test named: V_K counts among the values that are asked for
+(test_what_shows_after_the_last_step_alone); `after` leaves it out (test_a_question_that_holds_the_answer); AUC from the
+first value (test_right_is_told_from_wrong_before_the_last_step); right completions whose question holds the answer are
+measured (test_a_question_that_holds_the_answer); the answer is looked for as a part of a word (test_holds); a
+completion that was cut off is graded (test_on_its_own_completions).
 """
 
 import json
@@ -29,17 +30,19 @@ TOKENIZER = make_tokenizer()
 
 
 class Knower(nn.Module):
-    """After ":" it answers 7 with probability .1, and with .8 once it has written 7; after "#" with .0004 always."""
+    """After ":" it answers 7 with probability .1, and with .8 once it has written 7; after "+" with .0004 and .8; after
+    "#" with .0004 always."""
 
     def __init__(self):
         super().__init__()
         self.config = SimpleNamespace(eos_token_id=1)
 
     def forward(self, input_ids, attention_mask=None):
-        ids = {c: TOKENIZER(c)["input_ids"][0] for c in "7:#"}
+        ids = {c: TOKENIZER(c)["input_ids"][0] for c in "7:#+"}
         p = torch.full((*input_ids.shape, len(TOKENIZER)), 0.0)
         seven = torch.where((input_ids == ids["7"]).cumsum(1) > 0, 0.8, 0.1)
-        seven = torch.where(input_ids == ids["#"], 0.0004, seven)
+        unknown = (input_ids == ids["+"]) & (seven < 0.5)
+        seven = torch.where((input_ids == ids["#"]) | unknown, 0.0004, seven)
         p += (1 - seven[..., None]) / (p.shape[-1] - 1)
         p[..., ids["7"]] = seven
         return SimpleNamespace(logits=p.log())
@@ -95,9 +98,18 @@ def test_one_reading_gives_what_single_probes_give():
 def test_a_question_that_holds_the_answer():
     batch = batch_of("7+0=\n|=7\n|#7", "1+6=\n|=7")
     found = compare_probes(Knower(), TOKENIZER, batch, ["7", "7"], [1.0, 1.0], PAIR)
-    assert (found.right, found.reached) == (2, 1) and found.trials[0].before == pytest.approx(0.1)
+    assert (found.right, found.reached) == (2, 1)
+    assert (found.trials[0].before, found.trials[0].after) == pytest.approx((0.1, 0.8))
     only = compare_probes(Knower(), TOKENIZER, batch_of("7+0=\n|=7"), ["7"], [1.0], PAIR)
     assert only.best is None and "every question holds its answer" in only.reason
+
+
+def test_what_shows_after_the_last_step_alone():
+    """In training the value there is not asked for, so it counts in `after` and not among those near zero."""
+    plus = {"plus": Probe("+", lead="", separator="")}
+    found = compare_probes(Knower(), TOKENIZER, batch_of("3:4\n|a\n|=7"), ["7"], [1.0], plus)
+    assert found.trials[0].near_zero == 1 and found.trials[0].rise == pytest.approx(0.7996)
+    assert found.best is None and "or all are near zero" in found.reason
 
 
 def test_none_is_taken_for_a_reason():
