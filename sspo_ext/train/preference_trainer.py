@@ -123,6 +123,7 @@ class StepPreferenceTrainer(ReferencedTrainer):
         # Versions of Trainer without loss_is_scaled_for_ga decide by this whether to divide by the accumulation steps.
         self.model_accepts_loss_kwargs = True
         self.route = choose_route(self.model, args.route, args.device)
+        self._shard()
         for dataset, name in self._datasets():
             self._check_rows(dataset, name)
         if args.packing:
@@ -232,8 +233,12 @@ class StepPreferenceTrainer(ReferencedTrainer):
         """Adds to Trainer's metrics the loss as a mean over pairs, whatever the batch size, and the loss's metrics."""
         self._means["eval"] = Means()
         unprepared = not self.accelerator._models
+        if unprepared and self._is_sharded:
+            self.accelerator._models.append(self.model)  # accelerate prepares no model without its optimizer
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if unprepared and self.accelerator.num_processes > 1:
+        if unprepared and self._is_sharded:
+            self.accelerator._models.clear()
+        elif unprepared and self.accelerator.num_processes > 1:
             self._undo_preparation()
         means = self._means["eval"].pop(self.accelerator)
         assert output.metrics is not None

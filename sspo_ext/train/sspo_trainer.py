@@ -44,6 +44,7 @@ from .options import check_optimizer, dictionary
 from .rollout import end_tokens, make_engine
 from .rollout_trainer import RolloutTrainer
 from .sampling import RolloutEngine
+from .sharded import shard
 from .sspo_config import SSPOConfig
 from .sspo_inputs import (
     check_batch,
@@ -149,7 +150,10 @@ class SSPOTrainer(RolloutTrainer):
             args.rollout_engine, tokenizer, rows_at_once=args.rollout_batch_size, **options
         )
         self.route = choose_route(self.model, args.route, args.device)
-        if self.ref_model is not None:
+        self._shard()
+        if self.ref_model is not None and self._is_sharded:
+            shard(self.ref_model, self.accelerator)
+        elif self.ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
 
     # ---- one update
