@@ -31,7 +31,7 @@ from .checkpoints import (
 from .loaded_weights import check_adapter, check_finite, check_loaded, naming_the_adapter
 from .model_call import batch_logps
 from .models import check_trainable
-from .sharded import reshard
+from .sharded import in_step, reshard, shard
 
 
 class StepTrainer(Trainer):
@@ -54,6 +54,7 @@ class StepTrainer(Trainer):
     route: str
     sharing: PrefixSharing | None = None  # how the sequences of a batch share their prefixes
 
+    _is_sharded = False  # by FSDP2, before training
     _resumed_at: int | None = None  # updates of the checkpoint that training began with
     _checkpoint: str | None = None  # the same, or the best one: what is loaded
     _work: Path | None = None  # where a checkpoint is written until it is whole
@@ -92,13 +93,35 @@ class StepTrainer(Trainer):
 
     @property
     def _fsdp(self) -> Any:
-        return self.accelerator.state.fsdp_plugin
+        return getattr(self.accelerator.state, "fsdp_plugin", None)
 
     @property
     def zero_stage(self) -> int:
         """The stage of DeepSpeed's ZeRO; 0 without DeepSpeed."""
         plugin = self.accelerator.state.deepspeed_plugin
         return 0 if plugin is None else plugin.zero_stage
+
+    def in_step(self) -> contextlib.AbstractContextManager:
+        """A block within which processes may call the model a different number of times, even if it is sharded."""
+        if self.accelerator.num_processes == 1 or not (self.is_fsdp_enabled or self.zero_stage == 3):
+            return contextlib.nullcontext()
+        return in_step(self.model, self.args.device)
+
+    def _shard(self) -> None:
+        """Shards the model now, where FSDP2 would do so when training begins."""
+        fsdp = self._fsdp
+        if fsdp is None:
+            return
+        # an optimizer that is given has the parameters of the whole model
+        self._is_sharded = fsdp.fsdp_version == 2 and self.optimizer is None and not self.args.torch_compile
+        if self._is_sharded:
+            shard(self.model, self.accelerator)
+        elif fsdp.cpu_ram_efficient_loading:
+            raise ValueError(
+                "fsdp_cpu_ram_efficient_loading: expected False, since the model runs before Trainer gives the other "
+                "processes the first one's weights; it may be True with FSDP2, without torch_compile and without an "
+                "optimizer of your own"
+            )
 
     def planned_updates(self) -> int:
         """The updates of the whole training, as Trainer counts them."""

@@ -136,6 +136,7 @@ class StepPreferenceTrainer(ReferencedTrainer):
             self.data_collator.sharing = self.sharing
         elif args.prefix_sharing is True:
             raise ValueError("prefix_sharing: expected 'auto' or False beside a data_collator, which makes the batches")
+        self._shard()
         for dataset, name in self._datasets():
             self._check_rows(dataset, name)
         if args.packing:
@@ -245,8 +246,12 @@ class StepPreferenceTrainer(ReferencedTrainer):
         """Adds to Trainer's metrics the loss as a mean over pairs, whatever the batch size, and the loss's metrics."""
         self._means["eval"] = Means()
         unprepared = not self.accelerator._models
+        if unprepared and self._is_sharded:
+            self.accelerator._models.append(self.model)  # accelerate prepares no model without its optimizer
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if unprepared and self.accelerator.num_processes > 1:
+        if unprepared and self._is_sharded:
+            self.accelerator._models.clear()
+        elif unprepared and self.accelerator.num_processes > 1:
             self._undo_preparation()
         means = self._means["eval"].pop(self.accelerator)
         assert output.metrics is not None
@@ -277,11 +282,11 @@ class StepPreferenceTrainer(ReferencedTrainer):
         pair: list[dict] = list(islice(() if dataset is None or isinstance(dataset, dict) else dataset, 1))
         if not pair:
             return
-        padded = StepPreferenceCollator(getattr(self.data_collator, "pad_token_id", 0))
+        collator, padded = self.data_collator, StepPreferenceCollator(getattr(self.data_collator, "pad_token_id", 0))
+        if isinstance(collator, StepPreferenceCollator):
+            collator = replace(collator, sharing=None)  # what does not share its prefixes is packed
         with self._reference_model() as model:
-            one, other = (
-                self.logps_without_grad(model, collate(pair)).sums for collate in (self.data_collator, padded)
-            )
+            one, other = (self.logps_without_grad(model, collate(pair)).sums for collate in (collator, padded))
         difference = (one - other).abs().max().item()
         # Rounding stays far below these bounds; a rejected sequence that sees the chosen one does not.
         if difference > (0.02 if one.dtype == torch.float32 and self.model.dtype == torch.float32 else 0.5):

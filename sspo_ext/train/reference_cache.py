@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -21,6 +22,7 @@ from tqdm.auto import tqdm
 
 from .checkpoints import naming_the_file
 from .model_call import hf_model
+from .sharded import whole
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class ReferenceCache:
         rank: The number of this process.
         world_size: The number of processes.
         barrier: Waits for all processes.
+        in_step: A block within which processes run the model a different number of times.
         progress: Whether to show a bar.
     """
 
@@ -57,6 +60,7 @@ class ReferenceCache:
     rank: int = 0
     world_size: int = 1
     barrier: Callable[[], None] = lambda: None
+    in_step: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     progress: bool = True
 
     def file(self, key: str, rank: int) -> Path:
@@ -92,7 +96,10 @@ def reference_key(model: nn.Module, settings: dict, *, adapters: bool = False) -
         if isinstance(value, Tensor) and not (prefix and (prefix in name or ".modules_to_save." in name))
     }
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-        for name, tensor_digest in zip(weights, pool.map(_tensor_digest, weights.values()), strict=True):
+        # all processes gather sharded weights in the same order, one at a time
+        sharded = any(hasattr(value, "full_tensor") for value in weights.values())
+        digests = (map if sharded else pool.map)(_tensor_digest, weights.values())
+        for name, tensor_digest in zip(weights, digests, strict=True):
             digest.update(name.encode() + tensor_digest)
     return digest.hexdigest()
 
@@ -122,7 +129,7 @@ def _adapter_state(model: nn.Module) -> bytes:
 
 
 def _tensor_digest(value: Tensor) -> bytes:
-    data = value.detach().cpu().contiguous().reshape(-1)
+    data = whole(value.detach()).cpu().contiguous().reshape(-1)
     digest = hashlib.blake2b(f"{value.dtype}{tuple(value.shape)}".encode(), digest_size=20)
     # numpy's stubs declare an array a buffer only from Python 3.12 on.
     digest.update(data.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
@@ -177,7 +184,9 @@ def add_reference(
     counts = np.array(steps, np.int64).reshape(-1, 2)
     shares = [order[rank :: cache.world_size] for rank in range(cache.world_size)]
     share = shares[cache.rank]
-    _compute([features[i] for i in share], counts[share], cache.file(key, cache.rank), cache, collate, step_sums, name)
+    mine, file = [features[i] for i in share], cache.file(key, cache.rank)
+    with cache.in_step():
+        _compute(mine, counts[share], file, cache, collate, step_sums, name)
     cache.barrier()
     chosen: list[list[float]] = [[] for _ in features]
     rejected: list[list[float]] = [[] for _ in features]

@@ -63,8 +63,9 @@ class ReferencedTrainer(StepTrainer):
             world_size=self.accelerator.num_processes,
             barrier=self.accelerator.wait_for_everyone,
             progress=self.is_world_process_zero() and not self.args.disable_tqdm,
+            in_step=self.in_step,
         )
-        known = self._untrained and not self._is_sharded
+        known = self._untrained and not self._is_prepared
         if self._reference_key is None and known:
             self._reference_key = self._key_of_reference()
         if self._reference_key is None:
@@ -73,7 +74,7 @@ class ReferencedTrainer(StepTrainer):
         def step_sums(batch: dict) -> Tensor:
             nonlocal known
             # rows that are in the cache need no model, whatever training has done to it
-            known = known or not self._is_sharded and self._key_of_reference() == self._reference_key
+            known = known or not self._is_prepared and self._key_of_reference() == self._reference_key
             if not known:
                 raise self._unknown_reference(name)
             return self.logps_without_grad(model, batch).sums
@@ -84,7 +85,8 @@ class ReferencedTrainer(StepTrainer):
         return added
 
     @property
-    def _is_sharded(self) -> bool:
+    def _is_prepared(self) -> bool:
+        """Whether weights are sharded, and may have been trained."""
         return (self.is_fsdp_enabled or self.is_deepspeed_enabled) and bool(self.accelerator._models)
 
     def _key_of_reference(self) -> str:
@@ -105,7 +107,7 @@ class ReferencedTrainer(StepTrainer):
         """
         model, training = self.model, self.model.training
         home = None
-        if not self.place_model_on_device and getattr(model, "hf_device_map", None) is None:
+        if not self._is_sharded and not self.place_model_on_device and getattr(model, "hf_device_map", None) is None:
             home = next(model.parameters()).device
             model.to(self.args.device)
         model.eval()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -20,7 +19,6 @@ from .experience import Rollout, Summary, graded_rollouts, prompt_ids, rollout_m
 from .means import Sums
 from .options import dictionary
 from .sampling import RolloutEngine, Sampling
-from .sharded import in_step
 from .sspo_inputs import has_chat, rendering_of
 
 
@@ -58,12 +56,6 @@ class RolloutTrainer(StepTrainer):
         with self._sums.phase("grade"):
             grader = functools.partial(grade_rows, self.reward_func, unit=self._unit_rewards, trainer_state=self.state)
             return graded_rollouts(rows, prompts, completions, tokenizer, self.eos_token_ids, self.delimiters, grader)
-
-    def in_step(self) -> contextlib.AbstractContextManager:
-        """A block within which processes may call the model a different number of times, even if it is sharded."""
-        if self.accelerator.num_processes == 1 or not (self.is_fsdp_enabled or self.zero_stage == 3):
-            return contextlib.nullcontext()
-        return in_step(self.model, self.args.device)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Completes a dataset greedily and grades it.

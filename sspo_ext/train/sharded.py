@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
+import accelerate
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -55,6 +57,49 @@ def in_step(model: nn.Module, device: torch.device) -> Iterator[None]:
             idle_forward()
     finally:
         handle.remove()
+
+
+def shard(model: nn.Module, accelerator: Any) -> None:
+    """Shards a model in place by FSDP2, as accelerate does when a training begins, and keeps its LM head whole.
+
+    A model that is sharded from the start can be evaluated before it is trained, and never is whole on one process. If
+    only the first process has loaded weights (`cpu_ram_efficient_loading`), the others get theirs.
+
+    The weights of the head stay gathered from a forward to its backward, as the linear route needs them.
+
+    Args:
+        model: The model. The optimizer is made afterwards, of the sharded parameters.
+        accelerator: Of accelerate, with FSDP2.
+
+    Raises:
+        ValueError: For a head that is tied to the embeddings, with accelerate 1.14, which would shard the weight twice.
+    """
+    from accelerate.utils import fsdp_utils
+    from torch.distributed.fsdp import FSDPModule
+
+    inner: Any = base_model(model)
+    head = inner.get_output_embeddings()
+    tied = head is not None and head.weight is inner.get_input_embeddings().weight
+    if tied and accelerate.__version__.startswith("1.14."):
+        raise ValueError(
+            "accelerate: expected 1.15 or newer (or 1.13) for FSDP2 and a head that is tied to the embeddings, got "
+            f"{accelerate.__version__}, which shards their weight twice"
+        )
+    plugin = accelerator.state.fsdp_plugin
+    plugin.set_auto_wrap_policy(model)
+    if plugin.activation_checkpointing:
+        model = fsdp_utils.fsdp2_apply_ac(accelerator, model)
+        plugin.activation_checkpointing = False  # else it is applied once more when training begins
+    fsdp_utils.fsdp2_prepare_model(accelerator, model)
+    around = [module for module in model.modules() if isinstance(module, FSDPModule) and head in module.modules()]
+    if around:  # the last one is the innermost
+        around[-1].set_reshard_after_forward(False, recurse=False)
+
+
+def whole(weight: torch.Tensor) -> torch.Tensor:
+    """A weight, gathered from all processes if it is sharded by FSDP2."""
+    gather = getattr(weight, "full_tensor", None)
+    return weight if gather is None else gather()
 
 
 def reshard(model: nn.Module) -> None:

@@ -47,6 +47,7 @@ from .options import check_optimizer, dictionary
 from .rollout import end_tokens, make_engine
 from .rollout_trainer import RolloutTrainer
 from .sampling import RolloutEngine
+from .sharded import shard
 from .sspo_config import SSPOConfig
 from .sspo_inputs import (
     check_batch,
@@ -154,7 +155,10 @@ class SSPOTrainer(RolloutTrainer):
         )
         self.route = choose_route(self.model, args.route, args.device)
         self.sharing = choose_sharing(self.model, args.prefix_sharing)
-        if self.ref_model is not None:
+        self._shard()
+        if self.ref_model is not None and self._is_sharded:
+            shard(self.ref_model, self.accelerator)
+        elif self.ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
 
     # ---- one update

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .model_call import hf_model
 from .sampling import Sampling
+from .sharded import whole
 
 
 class VLLMEngine:
@@ -60,23 +61,17 @@ class VLLMEngine:
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def load_weights(self, model: nn.Module) -> None:
-        """Loads the policy's weights into vLLM, and drops its cached prefixes. Adapters are merged meanwhile."""
-        merged = hasattr(model, "merge_adapter")
-        if merged:
-            hf_model(model).merge_adapter()
-        try:
-            runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
-            runner.model.load_weights(policy_weights(model))
-        finally:
-            if merged:
-                hf_model(model).unmerge_adapter()
+        """Loads the policy's weights, with its adapters, into vLLM, and drops vLLM's cached prefixes."""
+        runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
+        runner.model.load_weights(policy_weights(model))
         self.llm.reset_prefix_cache()
 
 
 def policy_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yields the weights one after the other, under their names in the checkpoint.
 
-    Sharded weights (FSDP2) are gathered one at a time. Adapter weights and PEFT's own names are left out: merge first.
+    Sharded weights (FSDP2) are gathered one at a time. The weights of a layer with an adapter are copies into which the
+    adapter is merged. The layer's own stay as they are, bit by bit: to merge and to unmerge would round them twice.
 
     Args:
         model: The policy, with or without an adapter.
@@ -96,23 +91,23 @@ def policy_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return _whole(_named_weights(hf_model(model).get_base_model() if kinds else model, ""))
 
 
-def _whole(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _whole(weights: Iterator[tuple[str, Tensor, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """The whole of each weight, tied weights once."""
     seen = set()
-    for name, weight in weights:
+    for name, weight, value in weights:
         if weight not in seen:
             seen.add(weight)
             with torch.no_grad():
-                gather = getattr(weight, "full_tensor", None)
-                yield name, weight.data if gather is None else gather()
+                yield name, whole(value.detach())
 
 
-def _named_weights(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Parameters under the names that they have without PEFT and without checkpoint wrappers."""
+def _named_weights(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Parameters under the names that they have without PEFT and without checkpoint wrappers, and their values."""
     parts = {name: part for name, part in module._modules.items() if part is not None}
     for inside in ("base_layer", "token_adapter", "_checkpoint_wrapped_module"):
         if inside in parts:  # everything beside it belongs to the adapter
-            yield from _named_weights(parts[inside], prefix)
+            adapted = inside == "base_layer" and hasattr(module, "merge")
+            yield from _merged(module, prefix) if adapted else _named_weights(parts[inside], prefix)
             return
     if "modules_to_save" in parts:
         copies = hf_model(parts["modules_to_save"])
@@ -121,9 +116,36 @@ def _named_weights(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor
         return
     for name, weight in module._parameters.items():
         if weight is not None:
-            yield prefix + name, weight
+            yield prefix + name, weight, weight
     for name, part in parts.items():
         yield from _named_weights(part, f"{prefix}{name}.")
+
+
+def _merged(layer: Any, prefix: str) -> list[tuple[str, Tensor, Tensor]]:
+    """The weights of a layer, and copies of them with the layer's active adapters merged."""
+    base = layer.base_layer
+    before = list(_named_weights(base, prefix))
+    if layer.merged or layer.disable_adapters:
+        return before
+    owners = {part: dict(part._parameters) for part in base.modules()}
+    saved = {weight: _local(weight).clone() for weight in base.parameters()}
+    try:
+        layer.merge()
+        merged = {name: whole(value.detach()).clone() for name, _, value in _named_weights(base, prefix)}
+    finally:
+        for part, parameters in owners.items():
+            part._parameters.update(parameters)
+        for weight, value in saved.items():
+            _local(weight).copy_(value)
+        layer.merged_adapters.clear()
+    return [(name, weight, merged[name]) for name, weight, _ in before]
+
+
+def _local(weight: Tensor) -> Tensor:
+    """The part of a weight that this process has."""
+    weight = weight.detach()
+    to_local = getattr(weight, "to_local", None)
+    return weight if to_local is None else to_local()
 
 
 def _one_seed(seed: Sequence[int]) -> int:

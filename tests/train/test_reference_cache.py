@@ -53,7 +53,12 @@ def forwards(model, count):
 
 def test_reference_is_computed_once(tmp_path):
     features, folder = make_features(6), tmp_path / "cache"
-    options = {"reference_cache": str(folder), "per_device_eval_batch_size": 2, "route": "logits"}
+    options = {
+        "reference_cache": str(folder),
+        "per_device_eval_batch_size": 2,
+        "route": "logits",
+        "prefix_sharing": False,
+    }
     first, second, third, fourth = [], [], [], []
     a = StepPreferenceTrainer(forwards(make_model(), first), config(tmp_path / "a", **options), features, features[:2])
     b = StepPreferenceTrainer(forwards(make_model(), second), config(tmp_path / "b", **options), features, features[:2])

@@ -5,6 +5,7 @@ The differences of the weights are printed (pytest -s). Mutations tried (what wa
     SSPOTrainer.in_step does nothing         -> [fsdp2-sspo], a process aborts in a collective
     no rows are added in evaluate            -> [fsdp2-sspo]
     accelerate fills the last batches        -> [ddp-pref], in a dataset and in a stream
+    StepTrainer._shard does nothing          -> [fsdp2-pref] in evaluate() before training, and by the reference
     save_model is Trainer's alone            -> [fsdp2-pref], no weights are saved
     no reshard before the weights are looked at -> [fsdp2-pref], tensors are mixed
 """
@@ -19,6 +20,8 @@ pytest.importorskip("transformers")
 from helpers.launch import torchrun
 from helpers.ranks import sharded_two_ranks
 
+from sspo_ext.train.sharded import shard
+
 CASES = {
     "ddp-pref": {
         "uneven end": {"rows": 13},
@@ -26,14 +29,16 @@ CASES = {
         "uneven end of a stream": {"rows": 13, "stream": True, "reference_free": True},
     },
     "fsdp2-pref": {
-        "linear": {"evaluate": "after", "save": True},
-        "logits, lora": {"route": "logits", "lora": True, "save": True},
+        "linear": {"evaluate": "before after", "save": True},
+        "logits, lora": {"route": "logits", "lora": True, "evaluate": "before after", "save": True},
+        "one process has weights": {"layout": "fsdp2-ram", "tied": True, "evaluate": "before"},
         "tied, checkpoints": {"tied": True, "save": True, "save_strategy": "steps", "save_steps": 2},
     },
     "fsdp2-sspo": {
         "uneven probes": {"probe_options": {"max_tokens": 40}, "evaluate": "after", "save": True},
         "compact": {"rollout_engine": "compact", "rollout_batch_size": 2, "route": "logits"},
-        "lora": {"probe_options": {"max_tokens": 40}, "lora": True, "evaluate": "after"},
+        "lora": {"probe_options": {"max_tokens": 40}, "lora": True, "evaluate": "after", "beta": 0.1},
+        "one process has weights": {"layout": "fsdp2-ram", "beta": 0.1, "evaluate": "before"},
     },
 }  # fmt: skip
 
@@ -70,3 +75,12 @@ def test_two_processes_train_what_one_does(group, tmp_path):
         if "saved" in one:
             assert len(one["saved"]) == len(two["saved"]) == 1, name
             assert worst(one["saved"][0], two["saved"][0]) < 1e-6, name
+
+
+def test_accelerate_that_shards_tied_weights_twice_is_refused(monkeypatch):
+    import accelerate
+
+    monkeypatch.setattr(accelerate, "__version__", "1.14.0")
+    model, _ = sharded_two_ranks.model_of("pref", True, False)
+    with pytest.raises(ValueError, match="accelerate: expected 1.15 or newer .* got 1.14.0"):
+        shard(model, None)

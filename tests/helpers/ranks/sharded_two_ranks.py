@@ -24,6 +24,7 @@ LAUNCHED_AS = {
         "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_RESHARD_AFTER_FORWARD": "true",
     },
 }  # fmt: skip
+LAUNCHED_AS["fsdp2-ram"] = LAUNCHED_AS["fsdp2"] | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 """What `accelerate launch` puts into the environment, with its defaults."""
 
 
@@ -85,6 +86,10 @@ def trained(
         options |= {"deepspeed": zero(int(layout[-1])), "use_cpu": False}
     more = {"route": route, "max_steps": 3, **options}
     model, adapter = model_of(trainer, tied, lora)
+    if layout == "fsdp2-ram" and int(os.environ.get("RANK", 0)):
+        with torch.no_grad():  # only the first process has loaded weights
+            for p in model.parameters():
+                p.fill_(torch.nan)
     torch.manual_seed(0)  # of a new adapter
     if trainer == "sspo":
         made = rl.make_trainer(
@@ -100,6 +105,7 @@ def trained(
         made = StepPreferenceTrainer(model, args, dataset, features[:5], peft_config=adapter)
     found = {"before": made.evaluate()} if "before" in evaluate else {}
     made.train()
+    assert world == 1 or made.is_fsdp_enabled == layout.startswith("fsdp2")
     if "after" in evaluate:
         found["after"] = made.evaluate()
     found["weights"] = whole_weights(made)
@@ -110,7 +116,6 @@ def trained(
 
         files = sorted(folder.glob("*model*.safetensors"))
         found["saved"] = [load_file(file) for file in files]
-        assert world == 1 or made.is_fsdp_enabled == (layout == "fsdp2")
     return found
 
 
