@@ -43,9 +43,10 @@ class LogprobServer:
         ValueError: An option does not fit.
 
     Examples:
-        >>> server = LogprobServer("http://127.0.0.1:8000", "policy")
-        >>> requests = probe_requests(batch, "####", answers, tokenizer=tokenizer)
-        >>> values = values_from_logprobs(requests, server.logprobs(requests))
+        >>> from sspo_ext.integrations.servers import LogprobServer
+        >>> server = LogprobServer("http://127.0.0.1:30000", style="sglang")
+        >>> server.url
+        'http://127.0.0.1:30000/generate'
     """
 
     def __init__(

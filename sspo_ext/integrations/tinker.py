@@ -38,7 +38,7 @@ def step_loss(**options: Any) -> Callable[[Sequence[Any], Sequence[Tensor]], tup
         cu_seqlens = torch.tensor([0, *(len(one) for one in logprobs)]).cumsum(0)
         step_ids = field("step_ids").long()
         layout = StepLayout.from_response(step_ids >= 0, step_ids, cu_seqlens=cu_seqlens)
-        given = {"old": field("logprobs")[None]} if "logprobs" in data[0].loss_fn_inputs else {}
+        given: dict[str, Any] = {"old": field("logprobs")[None]} if "logprobs" in data[0].loss_fn_inputs else {}
         out = policy_loss(torch.cat(list(logprobs))[None], layout, field("advantages")[None], **given, **options)
         return out.loss, {name: float(value) for name, value in out.metrics.items()}
 

@@ -18,7 +18,8 @@ import sspo_ext
 
 transformers = pytest.importorskip("transformers")
 FOLDER = Path(sspo_ext.__file__).parent
-APART = ("backends", "cli/__main__.py")  # its modules need a compiler or a GPU; a program
+# its modules need a compiler or a GPU; a program; engines that need not be installed
+APART = ("backends", "cli/__main__.py", "integrations/trl.py", "integrations/verl")
 MODULES = sorted(
     path.relative_to(FOLDER.parent).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
     for path in FOLDER.rglob("*.py")

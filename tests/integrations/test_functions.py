@@ -284,6 +284,28 @@ def test_tinker_needs_its_version():
             tinker.step_loss()
 
 
+def test_the_plugin_for_verl_is_heard():
+    """verl swallows what a plugin raises; here verl is not installed, as where it has another version."""
+    import importlib.util
+
+    if importlib.util.find_spec("verl") is not None:
+        pytest.skip("verl is installed")
+    (point,) = [e for e in metadata.entry_points(group="verl.plugins") if e.name == "sspo_ext"] or [
+        metadata.EntryPoint("sspo_ext", "sspo_ext.integrations.verl_plugin", "verl.plugins")
+    ]
+    with pytest.warns(RuntimeWarning, match="^sspo_ext: its plugin for verl is not loaded: .*verl"):
+        with pytest.raises(ImportError):
+            point.load()
+
+
+@pytest.mark.parametrize("adapter", ["openrlhf", "skyrl"])
+def test_another_version_is_refused(adapter, monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda name: "9.9.1")
+    call = {"openrlhf": openrlhf.use_step_ratio, "skyrl": skyrl.register}[adapter]
+    with pytest.raises(ImportError, match=f"^{adapter}: .* was tested with 0.*, and 9.9.1 is installed"):
+        call()
+
+
 def test_equal_neighbours():
     """Runs of equal advantages are the steps, whatever lies between; equal ones are moved apart by one unit."""
     ids = torch.tensor([[0, 0, -1, 1, 1, 2, 3], [-1, 0, 1, 1, -1, 3, 4]])

@@ -216,3 +216,26 @@ def test_dpo_references_agree(tmp_path):
 def test_dpo_refuses_what_it_does_not_do(tmp_path, options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         dpo(tmp_path, **options)
+
+
+@pytest.mark.parametrize("title", ["step_grpo.py", "step_dpo.py"])
+def test_the_page(tmp_path, title):
+    """The code of docs/integrations.md, with the reader's names."""
+    from helpers.pages import blocks
+    from helpers.paths import DOCS
+    from helpers.tokenizer import byte_tokenizer
+
+    (code,) = [block.text for block in blocks(DOCS / "integrations.md") if block.title == title]
+    tokenizer = byte_tokenizer()
+    common = dict(output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=1, **PLAIN)
+    if title == "step_grpo.py":
+        args = trl.GRPOConfig(num_generations=2, max_completion_length=8, **common)
+        data = Dataset.from_list([{"prompt": "1+1=", "answer": "2"}] * 2)
+    else:
+        args, data = trl.DPOConfig(**common), Dataset.from_list(PAIRS)
+    scope = {"model": byte_model(tokenizer), "reward": graded, "args": args, "rows": data, "tokenizer": tokenizer}
+    if title == "step_dpo.py":
+        scope["model"].save_pretrained(tmp_path / "start")
+        scope["model"] = str(tmp_path / "start")
+    exec(code, scope)
+    assert scope["trainer"].state.global_step == 1

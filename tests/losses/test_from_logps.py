@@ -5,7 +5,8 @@ Mutations, each caught by the test named:
   (B, T) values taken a position early (rows in place of rows + 1)        test_policy_loss_is_that_of_the_logits
   the entropy bonus left out; its sign                                    test_policy_loss_is_that_of_the_logits
   a token of weight 0 not counted; the layout's weights kept              test_token_weights_may_be_zero
-  a first column without a row; step ids of one sequence run on           test_layout_of_a_response
+  a first column without a row; steps numbered across sequences           test_layout_of_a_response
+  step ids compared with those of the sequence before                     test_messages
   the check of labels left out                                            test_losses_of_logits_refuse_it
   no _Once                                                                test_second_derivative
 """

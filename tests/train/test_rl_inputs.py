@@ -184,7 +184,7 @@ def test_prompt_files_that_are_no_text(tmp_path):
         ({"probe_options": {"tokenizer": len}}, "probe_options: expected no 'tokenizer'"),
         (
             {"probe_options": {"samples": 3}},
-            "probe_options: expected some of mode, reduce, floor, engine, .*, got 'samples'",
+            "probe_options: expected some of mode, reduce, .*, got 'samples'",
         ),
         ({"probe_options": {"reduce": "max"}}, "probe_options: reduce: expected one of"),
         ({"probe_options": {"num_samples": 3}}, "probe_options: num_samples: has no effect with mode 'likelihood'"),
