@@ -53,6 +53,13 @@ def add_probe(group: argparse._ActionsContainer) -> None:
     add("--probe-turn", action="store_true", help="ask in a new turn of the user, written by the chat template")
 
 
+def _sharing(text: str) -> str | bool:
+    known: dict[str, str | bool] = {"auto": "auto", "yes": True, "no": False}
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"expected auto, yes or no, got {text!r}")
+    return known[text]
+
+
 def add_route(group: argparse._ActionsContainer) -> None:
     """How log-probs are computed."""
     add = group.add_argument
@@ -94,6 +101,10 @@ def add_optimisation(
         "--lora-r", type=count, default=0, help="rank of a new LoRA adapter; 0: train all weights, or --model's adapter"
     )
     add("--lora-alpha", type=positive, help="scale of the LoRA adapter (default: twice the rank)")
+    add(
+        "--prefix-sharing", default="auto", type=_sharing, metavar="{auto,yes,no}",
+        help="compute the tokens that texts of a batch have in common once; auto: where that pays",
+    )  # fmt: skip
     add(
         "--disable-dropout", action=argparse.BooleanOptionalAction, default=True,
         help="train without dropout, the model's and the adapter's",

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from ..train.base import StepTrainer
 
 _SAME = (
-    "output_dir loss_type beta route chunk_bytes backend disable_dropout warmup_steps optim max_steps bf16 seed "
-    "logging_steps save_steps eval_steps report_to"
+    "output_dir loss_type beta route chunk_bytes backend disable_dropout prefix_sharing warmup_steps optim max_steps "
+    "bf16 seed logging_steps save_steps eval_steps report_to"
 ).split()
 
 _RENAMED = {
