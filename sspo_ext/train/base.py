@@ -107,6 +107,23 @@ class StepTrainer(Trainer):
             return contextlib.nullcontext()
         return in_step(self.model, self.args.device)
 
+    def _check_parallelism(self) -> None:
+        """ValueError for ways to share the work that would give wrong numbers: each process has rows of its own."""
+        # older versions of Trainer have not all of them
+        cp, sp, tp = (getattr(self, f"get_{kind}_size", lambda: 1)() for kind in ("cp", "sp", "tp"))
+        if max(cp, sp) > 1:
+            raise ValueError(
+                "parallelism_config: expected cp_size=1 and sp_size=1, since a row that is cut between two processes "
+                f"loses the label at the cut, got {cp} and {sp}; use FSDP2, chunk_bytes and gradient "
+                "checkpointing for long rows"
+            )
+        if tp > 1:
+            raise ValueError(
+                "parallelism_config: expected tp_size=1 and a model without tp_plan, since the processes that share a "
+                f"weight would have to read the same rows, got {tp}; use FSDP2, or the losses with "
+                "tp_group in a loop of your own"
+            )
+
     def _shard(self) -> None:
         """Shards the model now, where FSDP2 would do so when training begins."""
         fsdp = self._fsdp

@@ -127,6 +127,7 @@ class StepPreferenceTrainer(ReferencedTrainer):
         self._takes_reference = takes and not args.reference_free
         super().__init__(policy, args, data_collator, train_dataset, eval_dataset, tokenizer, **trainer_kwargs)
         check_processes(args)
+        self._check_parallelism()
         check_optimizer(self, args)
         # Versions of Trainer without loss_is_scaled_for_ga decide by this whether to divide by the accumulation steps.
         self.model_accepts_loss_kwargs = True

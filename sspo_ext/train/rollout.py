@@ -57,6 +57,11 @@ def make_engine(name: str, tokenizer, *, rows_at_once: int | None = None, **opti
                 "rollout_batch_size: expected None with rollout_engine 'vllm', which makes its own batches "
                 f"(max_num_seqs of rollout_options), got {rows_at_once}"
             )
+        if options.get("tensor_parallel_size", 1) != 1:
+            raise ValueError(
+                "rollout_options: expected tensor_parallel_size 1, since every process completes prompts of its own, "
+                f"got {options['tensor_parallel_size']}"
+            )
         from .vllm_engine import VLLMEngine
 
         return VLLMEngine(**options)

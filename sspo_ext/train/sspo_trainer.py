@@ -147,6 +147,7 @@ class SSPOTrainer(RolloutTrainer):
         super().__init__(policy, args, cast(Any, list), train_dataset, eval_dataset, tokenizer, **trainer_kwargs)
         self.model_accepts_loss_kwargs = True
         check_processes(args)
+        self._check_parallelism()
         check_optimizer(self, args)
         check_batch(args, self._rows_per_update)
         options = dictionary(args.rollout_options)

@@ -84,3 +84,15 @@ def test_accelerate_that_shards_tied_weights_twice_is_refused(monkeypatch):
     model, _ = sharded_two_ranks.model_of("pref", True, False)
     with pytest.raises(ValueError, match="accelerate: expected 1.15 or newer .* got 1.14.0"):
         shard(model, None)
+
+
+@pytest.mark.parametrize("trainer", ["pref", "sspo"])
+@pytest.mark.parametrize("kind", ["cp_size", "sp_size", "tp_size"])
+def test_rows_cut_between_processes_are_refused(trainer, kind, tmp_path, monkeypatch):
+    from transformers import Trainer
+
+    if not hasattr(Trainer, f"get_{kind}"):
+        pytest.skip(f"this Trainer has no {kind}")
+    monkeypatch.setattr(Trainer, f"get_{kind}", lambda self: 2)
+    with pytest.raises(ValueError, match=f"parallelism_config: expected .*{kind}=1.* got .*2"):
+        sharded_two_ranks.trained(tmp_path, trainer=trainer)

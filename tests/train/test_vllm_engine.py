@@ -189,3 +189,8 @@ def test_without_and_with_a_launcher(monkeypatch):
     llm = engine(gpu_memory_utilization=0.4, max_model_len=99).llm
     assert (llm.distributed_executor_backend, llm.gpu_memory_utilization) == ("external_launcher", 0.4)
     assert (llm.model, llm.max_model_len) == ("folder", 99)
+
+
+def test_engines_of_several_processes_are_refused():
+    with pytest.raises(ValueError, match="rollout_options: expected tensor_parallel_size 1, .* got 2"):
+        engine(tensor_parallel_size=2)
