@@ -284,6 +284,19 @@ def test_tinker_needs_its_version():
             tinker.step_loss()
 
 
+def test_sizes_on_the_page():
+    """docs/integrations.md tells the lines of each adapter."""
+    import re
+
+    from helpers.paths import DOCS, ROOT
+
+    page = (DOCS / "integrations.md").read_text()
+    told = re.findall(r"^\| [^|]*\| `sspo_ext\.integrations\.(\w+)`[^|]*\| (\d+) \|", page, re.MULTILINE)
+    assert len(told) == 8
+    for name, lines in told:
+        assert len((ROOT / f"sspo_ext/integrations/{name}.py").read_text().splitlines()) == int(lines), name
+
+
 def test_the_plugin_for_verl_is_heard():
     """verl swallows what a plugin raises; here verl is not installed, as where it has another version."""
     import importlib.util
