@@ -199,6 +199,8 @@ def test_dpo_references_agree(tmp_path):
     columns = before.train_dataset[0]
     assert len(columns["ref_chosen_logps"]) == len(columns["ref_rejected_logps"]) == 3  # steps of the longest answer
     logs = [entry for entry in model.state.log_history if "loss" in entry]
+    # before the first update every step's reference is the policy itself: log 2
+    assert logs[0]["loss"] == pytest.approx(0.6931472, abs=1e-5) and logs[1]["loss"] != logs[0]["loss"]
     assert all(entry["pairs/count"] >= 2 and entry["steps/count"] > 4 for entry in logs)
     whole = dpo(tmp_path / "whole", by=r"(?!)")
     assert (parameters(whole.model) - parameters(model.model)).abs().max() > 1e-3
