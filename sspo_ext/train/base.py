@@ -124,6 +124,15 @@ class StepTrainer(Trainer):
                 "tp_group in a loop of your own"
             )
 
+        if self.zero_stage == 3 and any(hasattr(p, "ds_id") for p in self.model.parameters()):
+            raise ValueError(
+                "model: expected whole weights when the trainer is made, got ones that ZeRO-3 has shared out in "
+                "loading, and references and rollouts run before training; load the model before the arguments are "
+                "made, or give zero3_init_flag: false in accelerate's config"
+            )
+        if self.zero_stage == 3 and getattr(self.args, "rollout_engine", None) == "vllm":
+            raise ValueError("rollout_engine: expected 'generate' or 'compact' with ZeRO-3, got 'vllm'; or use FSDP2")
+
     def _shard(self) -> None:
         """Shards the model now, where FSDP2 would do so when training begins."""
         fsdp = self._fsdp

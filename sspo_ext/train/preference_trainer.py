@@ -247,11 +247,16 @@ class StepPreferenceTrainer(ReferencedTrainer):
         """Adds to Trainer's metrics the loss as a mean over pairs, whatever the batch size, and the loss's metrics."""
         self._means["eval"] = Means()
         unprepared = not self.accelerator._models
-        if unprepared and self._is_sharded:
-            self.accelerator._models.append(self.model)  # accelerate prepares no model without its optimizer
+        # accelerate and DeepSpeed prepare no model without its optimizer
+        as_it_is = unprepared and (self._is_sharded or self.zero_stage in (1, 2))
+        if as_it_is:
+            self.accelerator._models.append(self.model)
+        if as_it_is and self.zero_stage:
+            self.deepspeed = self.model.to(self.args.device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if unprepared and self._is_sharded:
+        if as_it_is:
             self.accelerator._models.clear()
+            self.deepspeed = None
         elif unprepared and self.accelerator.num_processes > 1:
             self._undo_preparation()
         means = self._means["eval"].pop(self.accelerator)

@@ -91,7 +91,11 @@ def shard(model: nn.Module, accelerator: Any) -> None:
         model = fsdp_utils.fsdp2_apply_ac(accelerator, model)
         plugin.activation_checkpointing = False  # else it is applied once more when training begins
     fsdp_utils.fsdp2_prepare_model(accelerator, model)
-    around = [module for module in model.modules() if isinstance(module, FSDPModule) and head in module.modules()]
+    around = [
+        module
+        for module in model.modules()
+        if isinstance(module, FSDPModule) and any(part is head for part in module.modules())
+    ]
     if around:  # the last one is the innermost
         around[-1].set_reshard_after_forward(False, recurse=False)
 

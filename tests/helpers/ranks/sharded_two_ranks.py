@@ -28,7 +28,7 @@ LAUNCHED_AS["fsdp2-ram"] = LAUNCHED_AS["fsdp2"] | {"FSDP_CPU_RAM_EFFICIENT_LOADI
 """What `accelerate launch` puts into the environment, with its defaults."""
 
 
-def fsdp_on_cpus() -> None:
+def shard_on_cpus() -> None:
     """Makes accelerate shard on CPUs, which it does on accelerators alone."""
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
@@ -42,6 +42,8 @@ def fsdp_on_cpus() -> None:
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = init
+    # for DeepSpeed, which accelerate does not take together with use_cpu
+    PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_CPU)
 
 
 def zero(stage: int) -> dict:
@@ -155,7 +157,7 @@ def main(folder: Path, cases: dict[str, dict]) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    fsdp_on_cpus()
+    shard_on_cpus()
     out = Path(sys.argv[1])
     found = main(out, json.loads(sys.argv[2]))
     if torch.distributed.get_rank() == 0:
