@@ -204,7 +204,8 @@ def group(tokenizer, options, prompt_tokens: int) -> list[Rollout]:
     prompt = tokenizer(text).input_ids[:prompt_tokens]
     rollouts = []
     for row in rows[40:48]:
-        lines = [tokenizer(line + "\n").input_ids for line in "\n".join(row["chosen"]).splitlines()]
+        text = row["chosen"] if isinstance(row["chosen"], str) else "".join(row["chosen"])
+        lines = [tokenizer(line + "\n").input_ids for line in text.splitlines()]
         ids = [i for line in lines for i in line]
         rollouts.append(Rollout({}, prompt, ids, "", True, lines, advantages=[0.5 - k for k in range(len(lines))]))
     return rollouts
