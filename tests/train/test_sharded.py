@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both trainers on two CPU processes against one: the same updates, evaluations and saved weights.
 
-The differences of the weights are printed (pytest -s). Mutations tried (what was broken -> which test went red):
+The differences of the weights are printed (pytest -s). What was red on the code before, and where:
     SSPOTrainer.in_step does nothing         -> [fsdp2-sspo], a process aborts in a collective
-    no rows are added in evaluate            -> [fsdp2-sspo]
     accelerate fills the last batches        -> [ddp-pref], in a dataset and in a stream
     StepTrainer._shard does nothing          -> [fsdp2-pref] in evaluate() before training, and by the reference
     save_model is Trainer's alone            -> [fsdp2-pref], no weights are saved
-    no reshard before the weights are looked at -> [fsdp2-pref], tensors are mixed
 """
 
 import json
