@@ -48,7 +48,7 @@ MODELS: dict[str, tuple[str, dict]] = {
     "mixtral": ("sdpa", _WINDOW | _MOE),
     "qwen2-moe": ("sdpa", _MOE),
 }
-ATTENTIONS = ("sdpa", "eager")
+ATTENTIONS = ("sspo_tree", "sdpa", "eager")
 ROUTES = ("logits", "linear")
 
 

@@ -26,7 +26,8 @@ class PrefixSharing:
     Args:
         always: whether sequences are shared even where it costs more than it saves. Then it is the cheapest tree.
         token_cost: what a token costs in a model's layers without its attention, in units of one query and one key.
-        attention: the model's for trees. "flex_attention" skips pairs that do not see each other, others compute them.
+        attention: the model's for trees. "flex_attention" and "sspo_tree" skip pairs that do not see each other, others
+            compute them.
         one_row: whether all trees are put into one row, without padding.
     """
 
@@ -38,7 +39,7 @@ class PrefixSharing:
     @property
     def skips(self) -> bool:
         """Whether attention skips pairs that do not see each other."""
-        return self.attention == "flex_attention"
+        return self.attention in ("flex_attention", "sspo_tree")
 
     def tree(self, sequences: Sequence[Tensor], groups: Sequence[int], pad_token_id: int = 0) -> TokenTree | None:
         """The cheapest tree of a batch, or None where the batch is cheaper without one.

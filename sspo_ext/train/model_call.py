@@ -24,6 +24,7 @@ from ..objective.sums import StepLogps
 from ..tree.inputs import tree_attention
 from ..tree.masks import FLEX, attention_of, tree_mask, window_of
 from ..tree.support import UnsupportedTree, why_not
+from ..tree.tiles import TILED
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def choose_sharing(model: nn.Module, prefix_sharing: str | bool, *, packing: boo
     if prefix_sharing is False:
         return None
     ((attention, refusal),) = broadcast_object_list([_tree_attention(model)])
-    if prefix_sharing == "auto" and attention not in (None, FLEX, attention_of(text_config(model))):
+    if prefix_sharing == "auto" and attention not in (None, FLEX, TILED, attention_of(text_config(model))):
         attention, refusal = None, f"its attention {attention_of(text_config(model))!r} takes no trees"
     if attention is not None:
         return PrefixSharing(prefix_sharing is True, _token_cost(model), attention, one_row=packing)

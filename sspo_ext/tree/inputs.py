@@ -14,6 +14,7 @@ from ..hf.wrappers import base_model, model_device, text_config, unwrap
 from ..layout.tree import TokenTree
 from .masks import EAGER, FLEX, SDPA, attention_of, tree_mask
 from .support import UnsupportedTree, check_positions, model_name, why_not
+from .tiles import TILED, register
 
 
 def tree_inputs(model: nn.Module, tree: TokenTree) -> dict[str, Any]:
@@ -65,8 +66,10 @@ def tree_attention(model: nn.Module, attention: str = "auto") -> Iterator[str]:
 
     Args:
         model: any Hugging Face causal LM, wrapped or not.
-        attention: "flex_attention", "sdpa" or "eager". "auto" takes the first that the model supports: FlexAttention on
-            a GPU, unless the model has attention dropout, which it lacks; then the model's own; then SDPA, then eager.
+        attention: "flex_attention", "sspo_tree", "sdpa" or "eager". "sspo_tree" is SDPA that computes only what a token
+            sees, for CPUs. "auto" takes the first that the model supports: FlexAttention on a GPU, unless the model has
+            attention dropout, which it lacks; "sspo_tree" on a CPU in place of SDPA; then the model's own; then SDPA,
+            then eager.
 
     Yields:
         The name of the attention.
@@ -77,9 +80,9 @@ def tree_attention(model: nn.Module, attention: str = "auto") -> Iterator[str]:
     Examples:
         >>> with tree_attention(model) as attention:
         ...     attention
-        'sdpa'
+        'sspo_tree'
     """
-    check_choice("attention", attention, ("auto", FLEX, SDPA, EAGER))
+    check_choice("attention", attention, ("auto", FLEX, TILED, SDPA, EAGER))
     config = text_config(model)
     refused: dict[str, str] = {}
     with _own_attention(model):
@@ -119,6 +122,7 @@ def _candidates(model: nn.Module, config: Any) -> list[str]:
     )
     own = attention_of(config)
     found = [FLEX] if model_device(model).type == "cuda" and not dropout else []
+    found += [TILED] if own == SDPA and model_device(model).type == "cpu" else []
     # FlexAttention has no backward on the CPU.
     found += [own] if own in (SDPA, EAGER) or own == FLEX and model_device(model).type != "cpu" else []
     return list(dict.fromkeys([*found, SDPA, EAGER]))
@@ -129,6 +133,8 @@ def _set_attention(model: nn.Module, name: str) -> str | None:
     config = text_config(model)
     if attention_of(config) == name:
         return None
+    if name == TILED:
+        register()
     base: Any = base_model(model)
     get = getattr(base, "get_decoder", None)
     decoder = base if get is None else get()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..hf.wrappers import model_dtype, text_config
 from ..layout.tree import TokenTree
+from .tiles import TILED, tile_mask
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -34,6 +35,8 @@ def tree_mask(model: nn.Module, tree: TokenTree) -> Any:
     def form(window: int | None) -> Tensor | BlockMask:
         if attention_of(config) == FLEX:
             return block_mask(tree, window)
+        if attention_of(config) == TILED:
+            return tile_mask(tree, window)
         seen = seen_keys(tree, window)[:, None]
         if attention_of(config) == SDPA:
             return seen

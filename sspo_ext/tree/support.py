@@ -14,6 +14,7 @@ from ..hf.wrappers import base_model, model_device, model_dtype, takes, text_con
 from ..layout.tree import TokenTree
 from .example import Example, difference, run_model
 from .masks import EAGER, FLEX, FULL, SDPA, SLIDING, attention_of, is_beyond, tree_mask, window_of
+from .tiles import TILED
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def _refusal(model: nn.Module, config: Any, beyond: bool) -> str | None:
         return f"layers of type {', '.join(sorted(map(str, kinds)))} take no 4-D mask"
     if getattr(base_model(model), "_is_stateful", False):
         return "recurrent layers take no 4-D mask"
-    if attention not in (SDPA, EAGER, FLEX):
+    if attention not in (SDPA, EAGER, FLEX, TILED):
         return f"attention {attention!r} takes no 4-D mask"
     if attention == FLEX and not getattr(base_model(model), "_supports_flex_attn", False):
         return f"its class does not support attention {attention!r}"

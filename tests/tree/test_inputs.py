@@ -151,10 +151,11 @@ class TestRefusals:
 class TestAttention:
     def test_auto_keeps_what_takes_trees(self):
         model = families.build("llama")
-        for attention in ("sdpa", "eager"):
+        for attention, expected in (("sdpa", "sspo_tree"), ("eager", "eager")):
             model.set_attn_implementation(attention)
             with tree_attention(model) as name:
-                assert name == attention == model.config._attn_implementation
+                assert name == expected == model.config._attn_implementation
+            assert model.config._attn_implementation == attention
 
     def test_its_own_comes_back(self):
         model = families.build("llama")
@@ -196,7 +197,9 @@ class TestAttention:
                 pass
 
     def test_unknown_attention(self):
-        with pytest.raises(ValueError, match="attention: expected one of 'auto', 'flex_attention', 'sdpa', 'eager'"):
+        with pytest.raises(
+            ValueError, match="attention: expected one of 'auto', 'flex_attention', 'sspo_tree', 'sdpa'"
+        ):
             with tree_attention(families.build("llama"), "flash"):
                 pass
 
