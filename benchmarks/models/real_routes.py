@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import set_seed
@@ -86,6 +87,7 @@ def run(name: str, options) -> dict:
 
     set_seed(options.seed)
     start = time.process_time()
+    trainer: Any
     if who == "trl":
         trainer = trl_trainer(model, tokenizer, train, options, work)
     else:
@@ -121,7 +123,8 @@ def judge_config(options, work: Path) -> StepPreferenceConfig:
 def trl_trainer(model, tokenizer, train: list[dict], options, work: Path):
     """DPOTrainer with the same token ids and optimiser settings as ours, and a reference pass beforehand."""
     from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportMissingImports]  # need not be installed
+    from trl.trainer.dpo_config import DPOConfig  # pyright: ignore[reportMissingImports]  # need not be installed
+    from trl.trainer.dpo_trainer import DPOTrainer  # pyright: ignore[reportMissingImports]
 
     class Prepared(DPOTrainer):
         def _prepare_dataset(self, dataset, *args, **kwargs):
