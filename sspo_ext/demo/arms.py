@@ -70,7 +70,7 @@ def make_trainer(
     defaults: dict[str, Any] = dict(
         max_completion_length=MAX_TOKENS, learning_rate=5e-4, lr_scheduler_type="constant_with_warmup", warmup_steps=5,
         adam_beta2=0.95, optim="adamw_torch", probe=task.probe, probe_end=f" {tokenizer.eos_token}",
-        rollout_engine="compact",
+        rollout_engine="compact", prefix_sharing=False,  # a run of other sums is another run: the tables stay
     )  # fmt: skip
     args = SSPOConfig(
         str(folder), max_steps=updates, seed=seed, num_generations=num_generations,
