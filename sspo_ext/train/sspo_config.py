@@ -84,8 +84,8 @@ class SSPOConfig(TrainingArguments):
         disable_dropout: Whether dropout is turned off in the model as given and in its adapter, in place, as in TRL.
             With False the policy is trained with dropout, and the reference has none.
         num_iterations: Updates on each batch of rollouts. Above 1 the loss type needs a ratio.
-        prefix_sharing: Whether the update computes the tokens that its rollouts have in common once: the prompt of a
-            group, and common beginnings of its completions. "auto" does so where it pays, by a count of FLOPs, and
+        prefix_sharing: Whether probes and the update compute the tokens that rollouts have in common once: the prompt
+            of a group, and common beginnings of its completions. "auto" does so where it pays, by a count of FLOPs, and
             where the model can. True does so always, and raises UnsupportedTree for a model that cannot.
         route: "linear" computes log-probs from hidden states and never stores the logits. It raises UnsupportedHead
             for a model whose LM head it cannot use. "logits" reads the model's own logits. "auto" is "linear" where

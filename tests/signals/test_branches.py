@@ -28,6 +28,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 close = functools.partial(torch.testing.assert_close, atol=5e-4, rtol=1e-5)
 ENGINES = ("packed", "cached")
+
+WAYS = (*ENGINES, "shared")
 SLIDING = ("mistral", "gemma2", "gemma3")
 
 
@@ -78,7 +80,7 @@ class TestEngines:
         close(got.tokens, torch.cat([by_hand(models(name), b) for b in BRANCHES]))
         assert got.offsets.tolist() == [0, 2, 7, 11, 12, 13, 16, 16, 23]
 
-    @pytest.mark.parametrize("engine", ENGINES)
+    @pytest.mark.parametrize("engine", WAYS)
     @pytest.mark.parametrize("name", families.FAMILIES)
     def test_engines_are_equal(self, models, name, engine):
         """In forwards of one row and of many; beyond the window of the models that have one."""
@@ -91,7 +93,7 @@ class TestEngines:
             close(got.tokens, expected.tokens)
             assert got.offsets.tolist() == expected.offsets.tolist()
 
-    @pytest.mark.parametrize("engine", ENGINES)
+    @pytest.mark.parametrize("engine", WAYS)
     @pytest.mark.parametrize("name", ("llama", "qwen2", "gpt2", "mistral"))
     def test_order_and_company_do_not_matter(self, models, name, engine):
         if reason := why_not(models(name), engine, LONGEST):
@@ -104,6 +106,24 @@ class TestEngines:
         for part, branch in zip(parts, BRANCHES, strict=True):
             alone = branch_logps(models(name), TRUNKS, [branch], engine=engine).tokens
             close(part, alone)
+
+    def test_trunks_that_begin_alike_share_their_beginning(self, models):
+        """Eight chains behind a prompt of 40 tokens, which is computed once; nothing else is saved."""
+        model, counts = models("llama"), {}
+        prompt = tokens(40, 5)
+        trunks = [[*prompt, 30 + b, *tokens(6, 20 + b)] for b in range(8)]
+        branches = [Branch(b, cut, [3, 4, 5], 1) for b in range(8) for cut in (40, 44, 47)]
+        for engine in ("packed", "shared"):
+            branch_logps(model, trunks, branches, engine=engine)  # with its self-check
+            seen = []
+            hook = model.get_input_embeddings().register_forward_pre_hook(lambda m, a, s=seen: s.append(a[0].numel()))
+            got = branch_logps(model, trunks, branches, engine=engine)
+            hook.remove()
+            counts[engine] = sum(seen)
+            close(got.tokens, branch_logps(model, trunks, branches, engine="separate").tokens)
+        # the branches behind the prompt alone are the same eight times: two tokens each
+        assert counts == {"packed": 8 * (47 + 3 * 2), "shared": 40 + 2 + 8 * (7 + 2 * 2)}
+        assert model.config._attn_implementation == "sdpa"
 
     @pytest.mark.parametrize("name", ("llama", "mistral"))
     def test_beyond_the_budget_packed_costs_no_more_than_separate(self, models, name):
@@ -269,7 +289,7 @@ class TestSupport:
         if peft:
             options["peft_config"] = pytest.importorskip("peft").LoraConfig(r=2, target_modules=["q_proj"])
         make_trainer(tmp_path, model=rounds_in_bf16(), max_steps=1, bf16=True, **options).train()
-        assert ran == ["packed"]
+        assert ran == ["shared"]
 
     def test_separate_without_a_known_reason_is_told_once(self, caplog):
         model = IgnoresMasks()

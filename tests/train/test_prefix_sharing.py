@@ -211,6 +211,26 @@ def test_rollouts_of_a_prompt_share_a_micro_batch():
     assert all(int((batch["tree"].parent == -1).sum()) == 1 for batch in batches)
 
 
+def test_probes_share_the_prompt_of_a_group(tmp_path):
+    """The values are those of chains by themselves, from fewer tokens; an engine of one's own choice is kept."""
+    found = {}
+    for sharing, options in ((False, {}), (True, {}), (True, {"probe_options": {"engine": "cached"}})):
+        trainer = rl.make_trainer(tmp_path, prefix_sharing=sharing, **options)
+        some = rollouts()
+        for rollout in some:
+            rollout.row = rl.ROWS[0]
+        trainer.step_values(some)
+        shapes = []
+        hook = trainer.model.get_input_embeddings().register_forward_pre_hook(lambda m, a, s=shapes: s.append(a[0]))
+        values = trainer.step_values(some)
+        hook.remove()
+        found[sharing, len(options)] = torch.tensor(sum(values, [])), sum(ids.numel() for ids in shapes)
+    apart, shared, cached = found[False, 0], found[True, 0], found[True, 1]
+    torch.testing.assert_close(shared[0], apart[0], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(cached[0], apart[0], rtol=1e-4, atol=1e-7)
+    assert shared[1] < 0.8 * apart[1]
+
+
 def test_a_training_run_is_that_of_separate_rollouts(tmp_path):
     found = {}
     for sharing in (False, True):

@@ -14,6 +14,8 @@ from torch import Tensor
 
 ENGINES = ("packed", "cached", "separate")  # in the order in which "auto" tries them
 
+ALL_ENGINES = (*ENGINES, "shared")
+
 SAMPLING_ENGINES = ("cached", "separate")
 
 # What must fit into a model's table of positions, in the words of an error.

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from ..._checks import check_choice
 from ...hf.wrappers import model_device
 from ...layout.tree import TokenTree
-from ...tree.masks import tree_mask
-from .branch import ENGINES, Branch, BranchLogps, Trunks, by_trunk, in_budget
+from ...tree.inputs import tree_attention
+from ...tree.masks import FLEX, tree_mask
+from ...tree.tiles import TILED
+from .branch import ALL_ENGINES, Branch, BranchLogps, Trunks, by_trunk, in_budget
 from .cache import cached_rows
 from .model import label_logps, logits_at
 
@@ -33,12 +35,15 @@ def run_engine(
     `fallback` names the engine, "cached" or "separate", for paths that do not fit in a packed forward. Its argument is
     the number of tokens of the longest one.
     """
-    check_choice("engine", engine, ENGINES)
+    check_choice("engine", engine, ALL_ENGINES)
     begin = np.concatenate([[0], np.cumsum([len(b.ids) - b.start for b in branches], dtype=np.int64)])
     device = model_device(model)
     found: list[tuple[np.ndarray, Tensor]] = []  # places in the result, log-probs
     todo = [r for r, b in enumerate(branches) if len(b.ids) > b.start]
-    run = {"separate": _separate, "packed": partial(_packed, fallback=fallback), "cached": _cached}[engine]
+    run = {
+        "separate": _separate, "cached": _cached, "packed": partial(_packed, fallback=fallback),
+        "shared": partial(_shared, fallback=fallback),
+    }[engine]  # fmt: skip
     for owners, logps in run(model, trunks, branches, todo, max_tokens):
         places = [begin[r] + np.arange(n) for r, n in owners]
         found.append((np.concatenate(places), logps))
@@ -66,18 +71,21 @@ def _separate(
         yield [(r, len(ids) - start)], label_logps(logits, ids[start:])
 
 
-def _tree(trunks: Trunks, branches: Sequence[Branch], groups: list[list[int]]) -> TokenTree:
-    """The branches of each group as a tree. A branch's last token is only predicted, so it is left out."""
+def _tree(trunks: Trunks, branches: Sequence[Branch], groups: list[list[int]], alike: bool = False) -> TokenTree:
+    """The branches of each group as a tree, or of all groups that begin `alike`.
+
+    A branch's last token is only predicted, so it is left out.
+    """
     paths, number = [], []
     for g, members in enumerate(groups):
         paths += [[*trunks[branches[r].trunk][: branches[r].cut], *branches[r].ids[:-1]] for r in members]
         number += [g] * len(members)
-    return TokenTree.from_sequences(paths, groups=number)
+    return TokenTree.from_sequences(paths, groups=None if alike else number)
 
 
-def _trees(model: nn.Module, trunks: Trunks, branches: Sequence[Branch], groups: list[list[int]]) -> _Part:
+def _trees(model: nn.Module, trunks: Trunks, branches: Sequence[Branch], groups: list[list[int]], alike: bool) -> _Part:
     """Run one forward of trees."""
-    tree = _tree(trunks, branches, groups)
+    tree = _tree(trunks, branches, groups, alike)
     owners = [(r, len(branches[r].ids) - branches[r].start) for members in groups for r in members]
     at = torch.cat([path[len(path) - n :] for path, (_, n) in zip(tree.places(), owners, strict=True)])
     labels = [token for r, _ in owners for token in branches[r].ids[branches[r].start :]]
@@ -95,6 +103,7 @@ def _packed(
     max_tokens: int,
     *,
     fallback: Callable[[int], str],
+    alike: bool = False,
 ) -> Iterator[_Part]:
     groups: list[list[int]] = []
     beyond: list[int] = []
@@ -102,14 +111,32 @@ def _packed(
         alone = len(members) == 1 and branches[members[0]].cut + len(branches[members[0]].ids) > max_tokens
         (beyond.extend if alone else groups.append)(members)
     sized = [(_tree(trunks, branches, [members]).num_tokens, members) for members in groups]
-    sized.sort(key=lambda item: item[0], reverse=True)
+    if alike:  # trunks with the same beginning come together
+        sized.sort(key=lambda item: list(trunks[branches[item[1][0]].trunk]))
+    else:
+        sized.sort(key=lambda item: item[0], reverse=True)
     for some in in_budget([size for size, _ in sized], max_tokens):
-        yield _trees(model, trunks, branches, [members for _, members in sized[some.start : some.stop]])
+        yield _trees(model, trunks, branches, [members for _, members in sized[some.start : some.stop]], alike)
     # A path beyond the budget would be alone in its tree. The trunk's cache still shares its context.
     if beyond:
         longest = max(branches[r].cut + len(branches[r].ids) for r in beyond)
         run = _cached if fallback(longest) == "cached" else _separate
         yield from run(model, trunks, branches, beyond, max_tokens)
+
+
+def _shared(
+    model: nn.Module,
+    trunks: Trunks,
+    branches: Sequence[Branch],
+    todo: list[int],
+    max_tokens: int,
+    *,
+    fallback: Callable[[int], str],
+) -> Iterator[_Part]:
+    with tree_attention(model) as attention:
+        # where attention computes what no token sees, trunks stay in rows of their own
+        alike = attention in (FLEX, TILED)
+        yield from _packed(model, trunks, branches, todo, max_tokens, fallback=fallback, alike=alike)
 
 
 def _cached(

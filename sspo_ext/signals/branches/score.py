@@ -26,11 +26,12 @@ def branch_logps(
     """Compute the log-prob of every scored token of every branch, without gradient.
 
     This is log p(branch token | trunk[:cut], the branch so far) for many branches that share most of their context,
-    such as probes after each step, or candidates for the next one. Three engines give the same numbers:
+    such as probes after each step, or candidates for the next one. Four engines give the same numbers:
 
         separate   one forward for each branch, without padding, mask or cache: the specification
         packed     one forward for a trunk and all of its branches, as a tree: equal tokens after equal contexts are
                    computed once, and a 4-D mask lets each token see only its own path from the root
+        shared     "packed", where trunks that begin alike share their beginnings too, under `sspo_ext.tree`'s attention
         cached     one forward for the trunk, then one with its branches as rows, which continue the trunk's cache under
                    a mask that hides what lies behind their cut
 
@@ -41,7 +42,7 @@ def branch_logps(
         model: any Hugging Face causal LM, wrapped or not. It runs in eval mode, and its modes are restored.
         trunks: lists of token ids.
         branches: any number of branches of each trunk, in any order.
-        engine: "separate", "packed", "cached" or "auto".
+        engine: "separate", "packed", "shared", "cached" or "auto".
         max_tokens: the budget of one forward in tokens, padding included. A forward has at least one trunk and branch.
 
     Returns:

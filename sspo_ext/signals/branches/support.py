@@ -14,9 +14,10 @@ from ..._checks import check_choice
 from ...hf.wrappers import model_device, model_dtype, text_config
 from ...tree import support as tree_support
 from ...tree.example import Example, difference
+from ...tree.inputs import tree_attention
 from ...tree.masks import attention_of, is_beyond, window_of
 from ...tree.support import model_name, refused_by_kind
-from .branch import ENGINES, Branch
+from .branch import ALL_ENGINES, ENGINES, Branch
 from .engines import run_engine
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def choose_engine(model: nn.Module, engine: str, longest: int = 0, among: Sequen
     engine that was asked for by name and is not supported raises ValueError with the reason. If "auto" ends with
     "separate" and the model's kind does not explain why, a warning is logged once for the model.
     """
-    check_choice("engine", engine, ("auto", *among))
+    check_choice("engine", engine, ("auto", *(ALL_ENGINES if among is ENGINES else among)))
     refused: dict[str, str] = {}
     chosen = engine
     for chosen in among if engine == "auto" else [engine]:
@@ -67,7 +68,7 @@ def why_not(model: nn.Module, engine: str, longest: int = 0) -> str | None:
 
     Args:
         model: any Hugging Face causal LM, wrapped or not.
-        engine: "packed", "cached" or "separate".
+        engine: "packed", "shared", "cached" or "separate".
         longest: the number of tokens of the longest path that the engine shall run. It matters for models with a
             sliding window.
 
@@ -80,9 +81,15 @@ def why_not(model: nn.Module, engine: str, longest: int = 0) -> str | None:
     Examples:
         >>> reason = why_not(model, "packed")  # None if the model supports it
     """
-    check_choice("engine", engine, ENGINES)
+    check_choice("engine", engine, ALL_ENGINES)
     if engine == "separate":
         return None
+    if engine == "shared":
+        try:
+            with tree_attention(model):
+                return tree_support.why_not(model, longest)
+        except tree_support.UnsupportedTree as error:
+            return str(error)
     if engine == "packed":
         return tree_support.why_not(model, longest)
     config = text_config(model)

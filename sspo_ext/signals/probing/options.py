@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..._checks import check_choice, check_count, check_not_negative, check_number
-from ..branches.branch import ENGINES, SAMPLING_ENGINES
+from ..branches.branch import ALL_ENGINES, SAMPLING_ENGINES
 
 NEAR_ZERO = 1e-3  # a value below this says that the model does not answer rightly here
 
@@ -43,7 +43,7 @@ class ProbeOptions:
         check_choice("mode", self.mode, tuple(_OWN))
         check_choice("reduce", self.reduce, REDUCE)
         check_floor(self.floor)
-        check_choice("engine", self.engine, ("auto", *(ENGINES if self.mode == "likelihood" else SAMPLING_ENGINES)))
+        check_choice("engine", self.engine, ("auto", *(ALL_ENGINES if self.mode == "likelihood" else SAMPLING_ENGINES)))
         check_count("max_tokens", self.max_tokens)
         check_count("seed", self.seed, 0)
         check_count("num_samples", self.num_samples)

@@ -65,8 +65,8 @@ def probe_step_values(
             largest. "logprob" is the logarithm of "joint", in [floor, 0]: `unit_values` puts it on the scale of
             rewards. It tells .001 from .0001, as likelihoods of long or unlikely answers are (arXiv 2602.03979).
         floor: with "logprob", the least value, below 0; an impossible answer has it.
-        engine: how the states are computed, see `branch_logps`: "auto", "packed", "cached" or "separate". With "graded"
-            answers are sampled from a cache: "auto", "cached" or "separate". All give the same numbers.
+        engine: how the states are computed, see `branch_logps`: "auto", "packed", "shared", "cached" or "separate".
+            With "graded" answers are sampled from a cache: "auto", "cached" or "separate". All give the same numbers.
         max_tokens: the budget of one forward in tokens.
         tokenizer: needed for a probe or answers that are texts, and with "graded".
         grader: with "graded", grader(text of a sampled answer, gold answer) -> bool or a number in [0, 1].
