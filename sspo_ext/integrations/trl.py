@@ -3,7 +3,7 @@
 
 # TRL's and transformers' trainers do not say what their members are.
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
-# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportOptionalSubscript=false
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportOptionalSubscript=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
