@@ -63,8 +63,9 @@ class PrefixSharing:
             unshared = total * self.token_cost + (longest * total if self.skips else total * total)
         else:
             found = [made(groups, None)]
-            largest = found[0].shape[1]
-            found += [made(None, size) for size in {largest, -(-largest // 2), -(-largest // 4)} if size >= longest]
+            if not self.skips:  # long rows cost what nobody sees
+                sizes = {-(-found[0].shape[1] // n) for n in (1, 2, 4)}
+                found += [made(None, size) for size in sizes if size >= longest]
             found.append(made(None, None))
             unshared = len(lengths) * longest * (self.token_cost + longest)
         best = min(found, key=self.cost)

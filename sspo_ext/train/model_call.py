@@ -143,10 +143,13 @@ def _tree_attention(model: nn.Module) -> tuple[str | None, str | None]:
 def _token_cost(model: nn.Module) -> float:
     """The products of a token in the layers without their attention, in units of those of one query and one key."""
     config, inner = hf_model(text_config(model)), hf_model(base_model(model))
+    layers, width = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
+    if not layers or not width:
+        return PrefixSharing.token_cost
     ends = (inner.get_input_embeddings(), inner.get_output_embeddings())
     words = {id(p) for module in ends if module is not None for p in module.parameters()}
     weights = sum(p.numel() for p in inner.parameters() if id(p) not in words)
-    return weights / (2 * config.num_hidden_layers * config.hidden_size)
+    return weights / (2 * layers * width)
 
 
 class ModelCall(NamedTuple):
