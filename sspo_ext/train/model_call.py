@@ -17,12 +17,12 @@ from ..data.sharing import PREFIX_SHARING, PrefixSharing
 from ..hf.check import check_head
 from ..hf.forward import forward_hidden
 from ..hf.head import model_head
-from ..hf.wrappers import UnsupportedHead, base_model, text_config
+from ..hf.wrappers import UnsupportedHead, base_model, model_device, text_config
 from ..layout.steps import StepLayout
 from ..losses.logps import linear_step_logps, step_logps
 from ..objective.sums import StepLogps
 from ..tree.inputs import tree_attention
-from ..tree.masks import FLEX, attention_of, tree_mask, window_of
+from ..tree.masks import EAGER, FLEX, SDPA, attention_of, tree_mask, window_of
 from ..tree.support import UnsupportedTree, why_not
 from ..tree.tiles import TILED
 
@@ -115,9 +115,7 @@ def choose_sharing(model: nn.Module, prefix_sharing: str | bool, *, packing: boo
     check_choice("prefix_sharing", prefix_sharing, PREFIX_SHARING)
     if prefix_sharing is False:
         return None
-    ((attention, refusal),) = broadcast_object_list([_tree_attention(model)])
-    if prefix_sharing == "auto" and attention not in (None, FLEX, TILED, attention_of(text_config(model))):
-        attention, refusal = None, f"its attention {attention_of(text_config(model))!r} takes no trees"
+    ((attention, refusal),) = broadcast_object_list([_tree_attention(model, prefix_sharing is True)])
     if attention is not None:
         return PrefixSharing(prefix_sharing is True, _token_cost(model), attention, one_row=packing)
     if prefix_sharing is True:
@@ -126,18 +124,27 @@ def choose_sharing(model: nn.Module, prefix_sharing: str | bool, *, packing: boo
     return None
 
 
-def _tree_attention(model: nn.Module) -> tuple[str | None, str | None]:
-    """The attention with which the model runs trees; or None, and why it runs none."""
+def _tree_attention(model: nn.Module, any_attention: bool) -> tuple[str | None, str | None]:
+    """The attention with which the model runs trees; or None, and why it runs none.
+
+    It is the model's own, or on a CPU what stands in for SDPA. Others, such as FlexAttention, which compiles for each
+    shape of a batch, are tried only for `any_attention`.
+    """
     config: Any = text_config(model)
-    window = window_of(config)
+    window, own = window_of(config), attention_of(config)
     if getattr(config, "output_router_logits", False):
         return None, "the balance loss of its routers would count a shared token once, and takes no 4-D mask"
-    try:
-        with tree_attention(model) as attention:
-            refusal = why_not(model, 0 if window is None else window + 1)
-            return (attention, None) if refusal is None else (None, refusal)
-    except UnsupportedTree as error:
-        return None, str(error)
+    names = [TILED, own] if own == SDPA and model_device(model).type == "cpu" else [own]
+    refusal = f"its attention {own!r} takes no trees"
+    for name in ["auto"] if any_attention else [name for name in names if name in (FLEX, TILED, SDPA, EAGER)]:
+        try:
+            with tree_attention(model, name) as attention:
+                refusal = why_not(model, 0 if window is None else window + 1)
+                if refusal is None:
+                    return attention, None
+        except UnsupportedTree as error:
+            refusal = str(error)
+    return None, refusal
 
 
 def _token_cost(model: nn.Module) -> float:

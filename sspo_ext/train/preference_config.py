@@ -37,8 +37,9 @@ class StepPreferenceConfig(TrainingArguments):
         packing: Padding-free batches: all sequences end to end in one row.
         prefix_sharing: Whether the model computes the tokens that sequences of a batch have in common once: the prompt
             of chosen and rejected, the steps before a pair of steps, the prompt of several rows. "auto" does so where
-            it pays, by a count of FLOPs, and where the model can. True does so always, and raises UnsupportedTree for a
-            model that cannot. Dropout, if it is on, is then drawn once for a shared token.
+            it pays, by a count of FLOPs, and where the model's own attention can. True does so always, on GPUs with
+            FlexAttention, and raises UnsupportedTree for a model that cannot. Dropout, if it is on, is then drawn once
+            for a shared token.
         backend: Who computes the loss: "auto", "cpu", "triton", "cuda" or "reference".
         route: "linear" computes log-probs from hidden states and never stores the logits. It raises UnsupportedHead
             for a model whose LM head it cannot use. "logits" reads the model's own logits. "auto" is "linear" where

@@ -86,7 +86,8 @@ class SSPOConfig(TrainingArguments):
         num_iterations: Updates on each batch of rollouts. Above 1 the loss type needs a ratio.
         prefix_sharing: Whether probes and the update compute the tokens that rollouts have in common once: the prompt
             of a group, and common beginnings of its completions. "auto" does so where it pays, by a count of FLOPs, and
-            where the model can. True does so always, and raises UnsupportedTree for a model that cannot.
+            where the model's own attention can. True does so always, on GPUs with FlexAttention, and raises
+            UnsupportedTree for a model that cannot.
         route: "linear" computes log-probs from hidden states and never stores the logits. It raises UnsupportedHead
             for a model whose LM head it cannot use. "logits" reads the model's own logits. "auto" is "linear" where
             the model allows it, else "logits" with a warning.

@@ -218,7 +218,7 @@ class SSPOTrainer(RolloutTrainer):
         states = StepBatch([r.prompt_ids for r in rollouts], [r.steps[:-1] for r in rollouts])
         answers, grader = probe_answers(rollouts, self.args, self.reward_func)
         options = {"tokenizer": self.processing_class, **dictionary(self.args.probe_options), **grader}
-        if self.sharing is not None and options.get("mode", "likelihood") == "likelihood":
+        if self.sharing is not None and self.sharing.skips and options.get("mode", "likelihood") == "likelihood":
             options.setdefault("engine", "shared")  # rollouts of a prompt share it
         with torch.no_grad(), self.accelerator.autocast():
             probes = [row_probe(self.args.asked, r.row) for r in rollouts]

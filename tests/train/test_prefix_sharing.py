@@ -254,6 +254,16 @@ def test_a_model_that_cannot_is_named_or_left_alone(tmp_path):
     assert StepPreferenceTrainer(mamba(), config(tmp_path), make_features(4)).sharing is None
 
 
+def test_auto_keeps_the_models_attention_on_a_gpu(tmp_path, monkeypatch):
+    """FlexAttention compiles for each shape. What stands in for SDPA is for CPUs."""
+    assert StepPreferenceTrainer(make_model(), config(tmp_path), make_features(4)).sharing.attention == "sspo_tree"
+    monkeypatch.setattr("sspo_ext.train.model_call.model_device", lambda model: torch.device("cuda"))
+    assert StepPreferenceTrainer(make_model(), config(tmp_path), make_features(4)).sharing.attention == "sdpa"
+    model = make_model()
+    model.set_attn_implementation("eager")
+    assert StepPreferenceTrainer(model, config(tmp_path), make_features(4)).sharing.attention == "eager"
+
+
 def test_a_collator_of_ones_own_makes_the_batches(tmp_path):
     args = config(tmp_path, prefix_sharing=True)
     with pytest.raises(ValueError, match="prefix_sharing: expected 'auto' or False beside a data_collator"):
