@@ -21,9 +21,9 @@ from ..hf.wrappers import UnsupportedHead, base_model, model_device, text_config
 from ..layout.steps import StepLayout
 from ..losses.logps import linear_step_logps, step_logps
 from ..objective.sums import StepLogps
-from ..tree.inputs import tree_attention
+from ..tree.inputs import tree_attention, using_attention
 from ..tree.masks import EAGER, FLEX, SDPA, attention_of, tree_mask, window_of
-from ..tree.support import UnsupportedTree, why_not
+from ..tree.support import UnsupportedTree, take_answer, why_not
 from ..tree.tiles import TILED
 
 logger = logging.getLogger(__name__)
@@ -117,6 +117,11 @@ def choose_sharing(model: nn.Module, prefix_sharing: str | bool, *, packing: boo
         return None
     ((attention, refusal),) = broadcast_object_list([_tree_attention(model, prefix_sharing is True)])
     if attention is not None:
+        # this process may have no weights yet, and its own check may have failed
+        window = window_of(text_config(model))
+        with using_attention(model, attention):
+            for longest in (0,) if window is None else (0, window + 1):
+                take_answer(model, longest, None)
         return PrefixSharing(prefix_sharing is True, _token_cost(model), attention, one_row=packing)
     if prefix_sharing is True:
         raise UnsupportedTree(f"prefix_sharing: {refusal}; use prefix_sharing=False")

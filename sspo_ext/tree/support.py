@@ -56,6 +56,13 @@ def why_not(model: nn.Module, longest: int = 0) -> str | None:
     return known[key]
 
 
+def take_answer(model: nn.Module, longest: int, reason: str | None) -> None:
+    """Let `why_not` answer what another process has found, for the attention that the model has now."""
+    config = text_config(model)
+    key = (is_beyond(config, longest), attention_of(config), model_device(model), model_dtype(model))
+    _known.setdefault(model, {})[key] = reason
+
+
 def refused_by_kind(model: nn.Module, longest: int = 0) -> str | None:
     """The reason of `why_not` that is known before the model runs, or None."""
     config = text_config(model)

@@ -15,5 +15,5 @@ def torchrun(module: str, *arguments, processes: int = 2) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TRANSFORMERS_VERBOSITY": "error"}
     command = [sys.executable, *launcher, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-20000:]
     return done.stdout

@@ -16,7 +16,7 @@ from sspo_ext.data.sharing import PrefixSharing
 from sspo_ext.layout.tree import TokenTree
 from sspo_ext.train.experience import Rollout, micro_batches
 from sspo_ext.train.preference_trainer import StepPreferenceTrainer
-from sspo_ext.tree import UnsupportedTree
+from sspo_ext.tree import UnsupportedTree, tree_attention
 
 
 def branches(rows=8):
@@ -262,6 +262,26 @@ def test_auto_keeps_the_models_attention_on_a_gpu(tmp_path, monkeypatch):
     model = make_model()
     model.set_attn_implementation("eager")
     assert StepPreferenceTrainer(model, config(tmp_path), make_features(4)).sharing.attention == "eager"
+
+
+def test_the_first_process_decides(monkeypatch):
+    """Another one may have no weights yet; afterwards it must not refuse what the first one does."""
+    from sspo_ext.signals import why_not
+    from sspo_ext.train.model_call import choose_sharing
+
+    model = make_model()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(torch.nan)
+    name = "sspo_ext.train.model_call.broadcast_object_list"
+    monkeypatch.setattr(name, lambda mine: [("sspo_tree", None)] if mine[0][0] is None else pytest.fail("no NaN"))
+    assert choose_sharing(model, "auto").attention == "sspo_tree"
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        assert why_not(model, "shared") is None
+    with tree_attention(model) as attention:
+        assert attention == "sspo_tree"
 
 
 def test_a_collator_of_ones_own_makes_the_batches(tmp_path):
