@@ -50,6 +50,20 @@ class Sampling:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
 
 
+@dataclass(frozen=True)
+class Completions:
+    """What an engine wrote, with the log-probs it drew its tokens with.
+
+    Attributes:
+        token_ids: The token ids of each completion; see `RolloutEngine.complete`.
+        logps: For each completion the log-probs of its tokens in the distribution that they were drawn from: of the
+            logits over the temperature, narrowed by `top_k` and `top_p` and normalised again. None: not known.
+    """
+
+    token_ids: list[list[int]]
+    logps: list[list[float]] | None = None
+
+
 class RolloutEngine(Protocol):
     """Anything that completes prompts. Pass yours to `SSPOTrainer(engine=...)`.
 
