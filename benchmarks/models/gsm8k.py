@@ -8,7 +8,8 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 
-from sspo_ext.data.rows import check_text, logger, normal_row, raise_bad_rows, read_rows
+from sspo_ext.data.reading import raise_bad_rows, read_rows
+from sspo_ext.data.rows import check_text, logger, normal_row
 
 
 def load_gsm8k_solutions(

@@ -10,7 +10,7 @@ from .._checks import describe
 from .chat import COLUMNS, chat_options
 from .encode import encode_prompt
 from .graders import answer_texts
-from .rows import Source, parse_rows, raise_bad_rows
+from .reading import Source, parse_rows, raise_bad_rows
 from .special import SpecialTokens
 
 _KEYS = ("prompt", "answer")

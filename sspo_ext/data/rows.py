@@ -1,39 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preference rows from local JSONL files: read, checked, and brought into one form. No tokenizer, no torch."""
+"""Preference rows from local JSON files: read, checked, and brought into one form. No tokenizer, no torch."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from .chat import COLUMNS, chat_options
+from .reading import Source, name_some, parse_rows, raise_bad_rows
 
 logger = logging.getLogger(__name__)
 
-Source = str | os.PathLike | Iterable[str | os.PathLike] | Iterable[Mapping]
 
-Parsed = TypeVar("Parsed")
+class SameText(ValueError):
+    """A row whose responses are the same text."""
+
 
 LARGEST = 3.4028234663852886e38  # of float32, in which losses are computed
 
-_LISTED = 20  # an error names this many bad rows one by one and counts the rest
 
-
-def load_preference_rows(source: Source, *, step_separator: str = "\n") -> list[dict]:
+def load_preference_rows(source: Source, *, step_separator: str = "\n", skip_equal: bool = False) -> list[dict]:
     r"""Read and check preference rows, ready for `tokenize_rows`.
 
     A row has one of these forms. Forms may be mixed.
 
     * `{"prompt", "chosen", "rejected"}`. A response is a text, which is split into steps later, or a list of steps,
       which is taken as it is. `prompt` is a text or a list of chat messages; with messages, a response may also be a
-      list with one assistant message. Without `prompt`, both responses are conversations, and the prompt is the
-      messages that they share.
+      list with one assistant message, or the whole conversation with the prompt in front; the prompt may then be the
+      text of the user's last message (UltraFeedback). Without `prompt`, the prompt is what both responses begin with:
+      the messages that two conversations share, or the words that two texts share.
     * The same with `"branch": k`: the first k steps are shared, and only step k is compared (Step-DPO).
     * `{"prompt", "initial_reason_steps", "chosen", "rejected"}`, the form of Step-DPO's data: texts that follow each
       other exactly. The last one is the step that is compared.
@@ -48,8 +48,10 @@ def load_preference_rows(source: Source, *, step_separator: str = "\n") -> list[
     template is given for this row. Other keys are ignored.
 
     Args:
-        source: a path of a JSONL file, several paths, or mappings in memory.
+        source: a path of a file of JSON lines or of one JSON array, several paths, or mappings in memory.
         step_separator: appended to each step of a list that does not end with white space, except the last step.
+        skip_equal: leave out rows whose responses are the same text, with one warning that counts them. Otherwise they
+            cannot be used.
 
     Returns:
         One dict for each pair: {"prompt": str | list of messages, "chosen": str | list[str], "rejected": str |
@@ -68,9 +70,17 @@ def load_preference_rows(source: Source, *, step_separator: str = "\n") -> list[
         >>> rows[0]["chosen"], rows[0]["weight"], rows[0]["source"]
         ('2', 1.0, 'row 0')
     """
+    equal: list[str] = []
 
-    def parse(where: str, row: Mapping) -> dict | _Stepwise:
-        return _stepwise(where, row) if "completions" in row else {**normal_row(row, step_separator), "source": where}
+    def parse(where: str, row: Mapping) -> dict | _Stepwise | None:
+        try:
+            return (
+                _stepwise(where, row) if "completions" in row else {**normal_row(row, step_separator), "source": where}
+            )
+        except SameText:
+            if not skip_equal:
+                raise
+            equal.append(where)
 
     parsed, bad = parse_rows(source, parse)
     total = len(parsed) + len(bad)
@@ -79,89 +89,14 @@ def load_preference_rows(source: Source, *, step_separator: str = "\n") -> list[
     raise_bad_rows([*bad, *conflicts], total)
     if not total:
         raise ValueError(f"source: expected at least one row, found none in {source!r}")
+    if equal:
+        logger.warning(
+            "%d of %d rows are left out, since chosen and rejected are the same text (%s)",
+            len(equal), total, name_some(equal),
+        )  # fmt: skip
+    if len(equal) == total:
+        raise ValueError("source: nothing to train on is left, since chosen and rejected are the same in all rows")
     return [row for row in parsed if isinstance(row, dict)] + pairs
-
-
-def parse_rows(source: Source, parse: Callable[[str, Mapping], Parsed]) -> tuple[list[Parsed], list[tuple[str, str]]]:
-    """Apply `parse` to each row of JSONL files or of memory.
-
-    Args:
-        source: as for `load_preference_rows`.
-        parse: called with the row's "file:line" and the row; it refuses a row by a ValueError or a TypeError.
-
-    Returns:
-        What `parse` returned for each accepted row; (file:line, reason) for each refused row and each broken line.
-    """
-    parsed, bad = [], []
-    for where, row, reason in read_rows(source):
-        try:
-            if reason is not None:
-                raise ValueError(reason)
-            parsed.append(parse(where, row))
-        except (TypeError, ValueError) as error:
-            bad.append((where, str(error)))
-    return parsed, bad
-
-
-def raise_bad_rows(bad: Sequence[tuple[str, str]], total: int) -> None:
-    """Raise one ValueError that names each (source, reason) of `bad`; do nothing if `bad` is empty."""
-    if bad:
-        lines = [f"  {where}: {reason}" for where, reason in bad[:_LISTED]]
-        if len(bad) > _LISTED:
-            lines.append(f"  ... and {len(bad) - _LISTED} more")
-        raise ValueError(f"{len(bad)} of {total} rows cannot be used:\n" + "\n".join(lines))
-
-
-def name_some(names: Sequence[str], limit: int = 5) -> str:
-    """The first names, separated by commas, and how many more there are."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def read_rows(source: Source) -> Iterator[tuple[str, Mapping, str | None]]:
-    """(where, row, what is wrong with the line or None) of each line that is not blank."""
-    items = [source] if isinstance(source, str | os.PathLike) else source
-    if isinstance(items, Mapping) or not isinstance(items, Iterable):
-        raise TypeError(f"source: expected a path, several paths, or a list of mappings, got {reprlib.repr(source)}")
-    for number, item in enumerate(items):
-        if isinstance(item, Mapping):
-            yield f"row {number}", item, None
-            continue
-        if not isinstance(item, str | os.PathLike):
-            raise TypeError(f"source: expected paths or mappings, got {type(item).__name__} at {number}")
-        yield from _read_lines(item)
-
-
-def _read_lines(path: str | os.PathLike) -> Iterator[tuple[str, Mapping, str | None]]:
-    first = True
-    with open(path, "rb") as file:  # in bytes: only "\n" ends a line, and bad UTF-8 makes one bad row
-        for number, line in enumerate(file, 1):
-            where, value, reason = f"{os.fspath(path)}:{number}", None, None
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if not text:
-                    continue
-                value = json.loads(text)
-            except RecursionError:
-                reason = "not a line of JSON: nested too deep"
-            except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, and a number of 5000 digits
-                if first and line.strip() in (b"[", b"{"):
-                    raise _not_lines(path, line.decode().strip()) from None
-                reason = f"not a line of JSON: {error}"
-            else:
-                if first and isinstance(value, list) and all(isinstance(one, dict) for one in value):
-                    raise _not_lines(path, "[")
-                if not isinstance(value, dict):
-                    reason = f"expected a JSON object, got {type(value).__name__}"
-            first = False
-            yield where, value if isinstance(value, dict) else {}, reason
-
-
-def _not_lines(path: str | os.PathLike, opening: str) -> ValueError:
-    """The error of a file that is one JSON value: the array of all rows, or an object of several lines."""
-    found, jq = ("a JSON array", ".[]") if opening == "[" else ("an object of several lines", ".")
-    return ValueError(
-        f"{os.fspath(path)}: expected JSON lines, one object on each line, got {found}; jq -c '{jq}' FILE writes lines"
-    )
 
 
 def check_text(name: str, value: Any) -> str:
@@ -233,7 +168,7 @@ def normal_row(row: Mapping, separator: str = "\n") -> dict:
         chosen = _response("chosen", chosen, prompt, separator)
         rejected = _response("rejected", rejected, prompt, separator)
     if "".join(chosen) == "".join(rejected):
-        raise ValueError("chosen and rejected are the same text")
+        raise SameText("chosen and rejected are the same text")
     if branch is not None:
         if isinstance(branch, bool) or not isinstance(branch, int) or branch < 0:
             raise ValueError(f"branch: expected the number of shared steps, got {reprlib.repr(branch)}")
@@ -263,16 +198,43 @@ def _chat_columns(row: Mapping, prompt: str | list[dict]) -> dict:
 def _prompt_and_responses(row: Mapping) -> tuple[Any, Any, Any]:
     missing = [name for name in ("chosen", "rejected") if name not in row]
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
-    if prompt is None and isinstance(chosen, list) and isinstance(rejected, list):
-        if _is_messages(chosen) and _is_messages(rejected):
-            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
-            shared = sum(1 for _ in same)
-            return chosen[:shared], chosen[shared:], rejected[shared:]
+    if _is_messages(chosen) and _is_messages(rejected):
+        return _parted(prompt, chosen, rejected)
+    if prompt is None and isinstance(chosen, str) and isinstance(rejected, str) and chosen != rejected:
+        at = _common_prompt(chosen, rejected)
+        return chosen[:at], chosen[at:], rejected[at:]
     if prompt is None:
         missing.insert(0, "prompt")
     if missing:
         raise ValueError(f"expected the keys prompt, chosen and rejected, got no {' and no '.join(missing)}")
     return prompt, chosen, rejected
+
+
+def _parted(prompt: Any, chosen: list, rejected: list) -> tuple[Any, list, list]:
+    """Prompt and responses of messages, where these may be whole conversations."""
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
+    shared = sum(1 for _ in same)
+    if not shared and prompt is not None:
+        return prompt, chosen, rejected
+    before = chosen[:shared]
+    if isinstance(prompt, list) and before[: len(prompt)] != prompt:
+        raise ValueError("prompt: expected the messages with which chosen and rejected begin, got others")
+    # the last words of the user: a text beside whole conversations tells them once more (UltraFeedback)
+    asked = next((m.get("content") for m in reversed(before) if isinstance(m, Mapping) and m.get("role") == "user"), "")
+    if isinstance(prompt, str) and (not isinstance(asked, str) or asked.strip() != prompt.strip()):
+        raise ValueError(
+            "prompt: expected what the user says last in the messages that chosen and rejected share, got "
+            f"{reprlib.repr(prompt)}"
+        )
+    return before, chosen[shared:], rejected[shared:]
+
+
+def _common_prompt(chosen: str, rejected: str) -> int:
+    """How many characters two texts begin with in common, up to the end of a word, without the space behind it."""
+    words = len(os.path.commonprefix([chosen, rejected]))
+    while words and not chosen[words - 1].isspace():
+        words -= 1
+    return words - 1 if chosen[:words].endswith(" ") else words
 
 
 def _response(name: str, value: Any, prompt: str | list[dict], separator: str) -> str | list[str]:

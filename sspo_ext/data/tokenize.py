@@ -16,7 +16,8 @@ from ..signals.split import SplitBy, split_text, token_step_ids
 from .chat import COLUMNS, chat_options
 from .encode import TooLong, UnusableRow, check_bound, encode_prompt, encode_response, response_text
 from .length import LengthBound
-from .rows import check_branch, name_some, raise_bad_rows
+from .reading import name_some, raise_bad_rows
+from .rows import check_branch
 from .special import SpecialTokens
 
 logger = logging.getLogger(__name__)

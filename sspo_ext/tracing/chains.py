@@ -13,7 +13,8 @@ from ..data.chat import COLUMNS, chat_columns, chat_options
 from ..data.encode import TooLong, UnusableRow, check_bound, encode_prompt, encode_response, response_text
 from ..data.graders import Grader, answer_texts, grade
 from ..data.length import LengthBound
-from ..data.rows import Source, parse_rows, raise_bad_rows, separate_steps
+from ..data.reading import Source, parse_rows, raise_bad_rows
+from ..data.rows import separate_steps
 from ..data.special import SpecialTokens, check_unicode
 from ..signals.split import SplitBy, token_step_ids
 from ..signals.values import StepBatch

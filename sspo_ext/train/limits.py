@@ -11,7 +11,7 @@ from torch import nn
 
 from .._checks import describe
 from ..data.collator import SIDES
-from ..data.rows import name_some, raise_bad_rows
+from ..data.reading import name_some, raise_bad_rows
 from .model_call import hf_model
 from .reference_cache import TOKEN_COLUMNS
 
