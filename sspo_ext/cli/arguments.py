@@ -54,7 +54,8 @@ def add_probe(group: argparse._ActionsContainer) -> None:
 
 
 def _sharing(text: str) -> str | bool:
-    known: dict[str, str | bool] = {"auto": "auto", "yes": True, "no": False}
+    # true and false: yes and no, as YAML reads them
+    known: dict[str, str | bool] = {"auto": "auto", "yes": True, "no": False, "true": True, "false": False}
     if text not in known:
         raise argparse.ArgumentTypeError(f"expected auto, yes or no, got {text!r}")
     return known[text]
@@ -92,6 +93,7 @@ def add_optimisation(
     add("--lr-scheduler", default=lr_scheduler, help="name of the learning-rate schedule in transformers")
     add("--warmup-steps", type=count, default=0, help="updates of linear warm-up")
     add("--optim", default="adamw_torch_fused", help="name of the optimiser in transformers")
+    add("--weight-decay", type=not_negative, default=0.0, help="weight decay of the optimiser")
     add("--epochs", type=not_negative, default=1.0, help="passes over the training rows")
     add("--max-steps", type=updates, default=-1, help="number of updates, instead of --epochs; -1: by --epochs")
     add("--batch-size", type=positive, default=batch_size, help=f"{unit} in a micro-batch, on each device")
@@ -101,6 +103,10 @@ def add_optimisation(
         "--lora-r", type=count, default=0, help="rank of a new LoRA adapter; 0: train all weights, or --model's adapter"
     )
     add("--lora-alpha", type=positive, help="scale of the LoRA adapter (default: twice the rank)")
+    add(
+        "--lora-target-modules", nargs="+", default=["all-linear"], metavar="NAME",
+        help="modules that get an adapter, such as q_proj v_proj; all-linear: all linear layers but the LM head",
+    )  # fmt: skip
     add(
         "--prefix-sharing", default="auto", type=_sharing, metavar="{auto,yes,no}",
         help="compute the tokens that texts of a batch have in common once; auto: where that pays",
@@ -120,11 +126,15 @@ def add_running(parser: argparse.ArgumentParser, *, logging_steps: int) -> None:
     add = parser.add_argument_group("logging and saving").add_argument
     add("--logging-steps", type=positive, default=logging_steps, help="updates between two log lines")
     add("--save-steps", type=positive, default=200, help="updates between two checkpoints")
+    add("--save-total-limit", type=positive, metavar="N", help="keep only the newest N checkpoints (default: all)")
     add(
         "--eval-steps", type=positive,
         help="updates between two evaluations (default: evaluate only before and after training)",
     )  # fmt: skip
     add("--report-to", default="none", help="where transformers logs, such as tensorboard or wandb")
+    add("--push-to-hub", action="store_true", help="upload the trained model to the Hugging Face hub, with its card")
+    add("--hub-model-id", metavar="NAME", help="its name there (default: that of --output-dir)")
+    add("--dry-run", action="store_true", help="print three rows as they would be trained on, and stop")
 
 
 def check_effect(options: argparse.Namespace, names: str, reason: str) -> None:
@@ -145,7 +155,9 @@ def check_training_effect(options: argparse.Namespace) -> None:
     if not options.eval_data:
         check_effect(options, "eval_steps", "without --eval-data")
     if not options.lora_r:
-        check_effect(options, "lora_alpha", "without --lora-r")
+        check_effect(options, "lora_alpha lora_target_modules", "without --lora-r")
+    if not options.push_to_hub:
+        check_effect(options, "hub_model_id", "without --push-to-hub")
     if options.route == "logits":
         check_effect(options, "chunk_bytes", "with --route logits")
     if options.max_steps > 0:

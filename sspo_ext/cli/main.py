@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from .._help import DefaultsFormatter
 from . import probe, rl, trace, train
 from .arguments import positive
+from .config import add_config, with_config
 from .training import Interrupted
 
 # Modules that are in another extra than the command's own.
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0; 2 if the arguments, a file or the installation do not allow what was asked; 130 after Ctrl-C, 143
         after SIGTERM.
     """
-    options = build_parser().parse_args(argv)
+    options = parsed(sys.argv[1:] if argv is None else argv)
     try:
         options.run(options)
         return 0
@@ -58,6 +60,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of a command, of its config file too. A mistake ends the process with exit code 2."""
+    parser = build_parser()
+    (commands,) = (a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    command = commands.get(argv[0]) if argv else None
+    if command is not None:
+        try:
+            argv = [argv[0], *with_config(command, argv[1:])]
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            command.error(str(error))
+    return parser.parse_args(argv)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
@@ -65,11 +80,13 @@ def build_parser() -> argparse.ArgumentParser:
         description="Step-wise preference optimisation for causal language models.",
         epilog="sspo-ext COMMAND --help shows the options of a command.",
     )
+    parser.add_argument("--version", action="version", version=f"sspo-ext {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
 
     def command(name: str, run: Callable[[argparse.Namespace], None], extra: str | None, text: str, **more: Any):
         more = {"description": text[0].upper() + text[1:] + ".", "usage": f"sspo-ext {name} [options]", **more}
         sub = commands.add_parser(name, help=text, formatter_class=_CommandFormatter, **more)
+        add_config(sub)
         sub.add_argument("--traceback", action="store_true", help="show where an error came from")
         sub.set_defaults(run=run, extra=extra, default_of=sub.get_default)
         return sub

@@ -20,6 +20,7 @@ from .arguments import (
     positive,
     setting,
 )
+from .dry_run import print_prompts
 from .training import checkpoint_of, comparison, load, lora_of, train_and_save, training_arguments
 
 DESCRIPTION = """\
@@ -165,7 +166,7 @@ def run(options: argparse.Namespace) -> None:
 
     from transformers import set_seed
 
-    from ..train.models import adapter_base
+    from ..train.models import adapter_base, load_tokenizer
     from ..train.sspo_config import SSPOConfig
     from ..train.sspo_trainer import SSPOTrainer
 
@@ -183,6 +184,10 @@ def run(options: argparse.Namespace) -> None:
         probe_end=options.probe_end or "",
         probe_options=dict(options.probe_option) or None,
     )
+    if options.dry_run:
+        tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+        print_prompts(rows, args, tokenizer)
+        return
     model, tokenizer = load(options)
     set_seed(options.seed)
     trainer = SSPOTrainer(model, args, grader, rows, held_out, processing_class=tokenizer, peft_config=lora)

@@ -18,6 +18,7 @@ from .arguments import (
     check_training_effect,
     positive,
 )
+from .dry_run import print_pairs
 from .training import checkpoint_of, comparison, load, lora_of, train_and_save, training_arguments
 
 DESCRIPTION = """\
@@ -39,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sspo_ext.data.rows.load_preference_rows",
     )  # fmt: skip
     add("--eval-data", nargs="+", metavar="JSONL", help="held-out rows, evaluated before and after training")
+    add(
+        "--skip-equal",
+        action="store_true",
+        help="leave out rows whose chosen and rejected are the same, and count them",
+    )
     add(
         "--output-dir",
         required=True,
@@ -114,8 +120,9 @@ def run(options: argparse.Namespace) -> None:
     # Cheap checks come first: arguments, then rows, then the model.
     _check_options(options)
     checkpoint = checkpoint_of(options)
-    rows = load_preference_rows(options.data)
-    held_out = load_preference_rows(options.eval_data) if options.eval_data else None
+    skip = {"skip_equal": options.skip_equal}
+    rows = load_preference_rows(options.data, **skip)
+    held_out = load_preference_rows(options.eval_data, **skip) if options.eval_data else None
 
     from transformers import set_seed
 
@@ -140,6 +147,9 @@ def run(options: argparse.Namespace) -> None:
     split |= {"chat_template_kwargs": dict(options.chat_template_option), "special_tokens": options.special_tokens}
     train_set = tokenize_rows(rows, tokenizer, **split)
     eval_set = None if held_out is None else tokenize_rows(held_out, tokenizer, **split)
+    if options.dry_run:
+        print_pairs(train_set, tokenizer)
+        return
     model, _ = load(options, tokenizer)
     set_seed(options.seed)
     trainer = StepPreferenceTrainer(model, args, train_set, eval_set, processing_class=tokenizer, peft_config=lora)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _SAME = (
     "output_dir loss_type beta route chunk_bytes backend disable_dropout prefix_sharing warmup_steps optim max_steps "
-    "bf16 seed logging_steps save_steps eval_steps report_to"
+    "bf16 seed logging_steps save_steps eval_steps report_to weight_decay save_total_limit push_to_hub hub_model_id"
 ).split()
 
 _RENAMED = {
@@ -74,7 +74,9 @@ def lora_of(options: argparse.Namespace) -> LoraConfig | None:
     except ImportError as error:
         raise ValueError(f"--lora-r: {error}; install it with: pip install peft") from error
     alpha = 2 * options.lora_r if options.lora_alpha is None else options.lora_alpha
-    return LoraConfig(r=options.lora_r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    names = options.lora_target_modules
+    targets = names[0] if names == ["all-linear"] else names
+    return LoraConfig(r=options.lora_r, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
 
 
 def training_arguments(options: argparse.Namespace, *, evaluated: bool) -> dict[str, Any]:
@@ -88,6 +90,7 @@ def training_arguments(options: argparse.Namespace, *, evaluated: bool) -> dict[
     new, old = "activation_checkpointing", "gradient_checkpointing"
     given[new if hasattr(TrainingArguments, new) else old] = options.gradient_checkpointing
     return given | {
+        "hub_strategy": "end",  # the result; of checkpoints nothing is uploaded
         "eval_strategy": "steps" if options.eval_steps and evaluated else "no",
         "dataloader_pin_memory": torch.cuda.is_available(),
         # without it, each of several processes on CPUs would be a training of its own

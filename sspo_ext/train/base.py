@@ -30,6 +30,7 @@ from .checkpoints import (
 )
 from .loaded_weights import check_adapter, check_finite, check_loaded, naming_the_adapter
 from .model_call import batch_logps
+from .model_card import write_model_card
 from .models import check_trainable
 from .sharded import in_step, reshard, shard
 
@@ -181,6 +182,26 @@ class StepTrainer(Trainer):
             if self.is_fsdp_enabled and not _internal_call and "FULL" not in str(self._fsdp.state_dict_type):
                 # Trainer writes no weights then
                 self._save(str(folder), state_dict=self.accelerator.get_state_dict(self.model))
+            if self.args.should_save and folder.is_dir():
+                write_model_card(self, folder, self.hub_name)
+
+    @property
+    def hub_name(self) -> str:
+        """The name of the trained model: on the hub, or that of its folder."""
+        return self.args.hub_model_id or Path(self.args.output_dir).resolve().name
+
+    def create_model_card(self, *args: Any, model_name: str | None = None, tags: Any = None, **kwargs: Any) -> None:
+        """Writes the model card into `args.output_dir`, as every save does, before the model is uploaded.
+
+        Args:
+            *args: Have no effect; Trainer's.
+            model_name: The title; None means the model's name on the hub, or that of the folder.
+            tags: A tag, or several, beside "sspo_ext".
+            **kwargs: Have no effect; Trainer's.
+        """
+        if self.is_world_process_zero():
+            more = [tags] if isinstance(tags, str) else tags
+            write_model_card(self, Path(self.args.output_dir), model_name or self.hub_name, more)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Trainer's. A loss that is not finite ends the training, so that its model is not saved as the result."""
@@ -272,6 +293,7 @@ class StepTrainer(Trainer):
             shutil.rmtree(work, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
+            self.create_model_card()
             super()._push_from_checkpoint(str(place))
 
     def _name_the_best(self, new: Path, place: Path) -> None:
