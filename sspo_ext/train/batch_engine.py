@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .sampling import Sampling
+from .sampling import Completions, Sampling
 
 
 class BatchEngine(ABC):
@@ -19,18 +21,26 @@ class BatchEngine(ABC):
         self.pad_token_id, self.rows_at_once = pad_token_id, rows_at_once
 
     @torch.no_grad()
-    def complete(self, model, prompts, sampling: Sampling, seeds) -> list[list[int]]:
+    def complete(self, model, prompts, sampling: Sampling, seeds) -> list[list[int]] | Completions:
         """See `RolloutEngine.complete`."""
         if len(seeds) != len(prompts):
             raise ValueError(f"seeds: expected one for each of {len(prompts)} prompts, got {len(seeds)}")
         size = self.rows_at_once or max(len(prompts), 1)
-        completions = []
-        for i in range(0, len(prompts), size):
-            completions += self._complete_batch(model, prompts[i : i + size], sampling, seeds[i : i + size])
-        return completions
+        parts = [
+            self._complete_batch(model, prompts[i : i + size], sampling, seeds[i : i + size])
+            for i in range(0, len(prompts), size)
+        ]
+        if not (sampling.logps or sampling.kept):
+            return [ids for part in parts for ids in part.token_ids]
+        return Completions(*(_joined([getattr(part, field.name) for part in parts]) for field in fields(Completions)))
 
     @abstractmethod
-    def _complete_batch(self, model, prompts, sampling: Sampling, seeds) -> list[list[int]]: ...
+    def _complete_batch(self, model, prompts, sampling: Sampling, seeds) -> Completions: ...
+
+
+def _joined(parts: list) -> Any:
+    """The lists of all batches as one; None where there are none."""
+    return None if None in parts else [one for part in parts for one in part]
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:

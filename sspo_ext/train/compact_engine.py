@@ -9,13 +9,13 @@ from ..hf.cache import cache_input, why_no_cache
 from ..hf.wrappers import base_model
 from .batch_engine import BatchEngine, device_of, left_padded
 from .drawing import Chooser
-from .sampling import Sampling
+from .sampling import Completions, Sampling
 
 
 class CompactEngine(BatchEngine):
     """A loop over the key-value cache. Rows that have ended are dropped from it."""
 
-    def _complete_batch(self, model, prompts, sampling: Sampling, seeds) -> list[list[int]]:
+    def _complete_batch(self, model, prompts, sampling: Sampling, seeds) -> Completions:
         from transformers import DynamicCache
 
         reason = why_no_cache(model)
@@ -55,4 +55,4 @@ class CompactEngine(BatchEngine):
                 rows, drawn, mask, positions = rows[going], drawn[going], mask[going], positions[going]
             ids, positions = drawn[:, None], positions[:, -1:] + 1
             mask = torch.cat([mask, torch.ones_like(ids)], 1)
-        return [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+        return chooser.completions([row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)])

@@ -9,13 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .sampling import Sampling
+from .sampling import Completions, Sampling
 
 _BELOW_ONE = 1 - 2**-24  # the greatest float32 below 1
 
 
 class Chooser:
-    """Chooses one token for each row from the logits of the last position."""
+    """Chooses one token for each row from the logits of the last position.
+
+    It keeps the log-probs and the kept tokens that `sampling` asks for; without that it does nothing beside drawing.
+    """
 
     def __init__(self, sampling: Sampling, seeds: Sequence[Sequence[int]], device: torch.device):
         from transformers import TopKLogitsWarper, TopPLogitsWarper
@@ -26,6 +29,10 @@ class Chooser:
         if sampling.temperature:
             draws = [np.random.default_rng(list(seed)).random(sampling.max_completion_length) for seed in seeds]
             self.uniform = torch.from_numpy(np.array(draws)).clamp(max=_BELOW_ONE).float().to(device)
+        self.logps: Tensor | None = None  # (n, L) float32
+        if sampling.logps:
+            self.logps = torch.zeros(len(seeds), sampling.max_completion_length, device=device)
+        self.kept: list[list[Tensor]] | None = [[] for _ in seeds] if sampling.kept and self.narrow else None
 
     def __call__(self, logits: Tensor, rows: Tensor, t: int) -> Tensor:
         """Draws token `t` of the rows numbered `rows` (n,) from their `logits` (n, V): (n,) int64."""
@@ -36,7 +43,25 @@ class Chooser:
             logits = warp(None, logits)
         cumulative = logits.softmax(-1).cumsum(-1)
         target = self.uniform[rows, t, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+        drawn = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+        if self.logps is not None:
+            self.logps[rows, t] = logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0]
+        if self.kept is not None:
+            which, ids = (logits > -torch.inf).nonzero().int().cpu().unbind(1)
+            parts = ids.split(torch.bincount(which, minlength=len(logits)).tolist())
+            for row, part in zip(rows.tolist(), parts, strict=True):
+                self.kept[row].append(part)
+        return drawn
+
+    def completions(self, token_ids: list[list[int]]) -> Completions:
+        """What was drawn, with what is known of it. `token_ids` are those of all rows, without what follows the end."""
+        lengths = [len(ids) for ids in token_ids]
+        logps, kept = None, None
+        if self.logps is not None:
+            logps = [row[:n] for row, n in zip(self.logps.tolist(), lengths, strict=True)]
+        if self.kept is not None and self.sampling.temperature:
+            kept = [row[:n] for row, n in zip(self.kept, lengths, strict=True)]
+        return Completions(token_ids, logps, kept)
 
 
 class ChooseOne:

@@ -19,7 +19,7 @@ from .._checks import check_choice
 from .batch_engine import BatchEngine, device_of, left_padded
 from .compact_engine import CompactEngine
 from .drawing import ChooseOne, Chooser
-from .sampling import RolloutEngine, Sampling
+from .sampling import Completions, RolloutEngine, Sampling
 
 ENGINES = ("generate", "compact", "vllm")
 
@@ -67,12 +67,13 @@ def make_engine(name: str, tokenizer, *, rows_at_once: int | None = None, **opti
 class GenerateEngine(BatchEngine):
     """`model.generate` on left-padded prompts."""
 
-    def _complete_batch(self, model, prompts, sampling: Sampling, seeds) -> list[list[int]]:
+    def _complete_batch(self, model, prompts, sampling: Sampling, seeds) -> Completions:
         from transformers import GenerationConfig, LogitsProcessorList
 
         inputs = left_padded(prompts, self.pad_token_id, device_of(model))
         width = inputs["input_ids"].shape[1]
-        choose = LogitsProcessorList([ChooseOne(Chooser(sampling, seeds, device_of(model)), width)])
+        chooser = Chooser(sampling, seeds, device_of(model))
+        choose = LogitsProcessorList([ChooseOne(chooser, width)])
         config = GenerationConfig(
             do_sample=False, num_beams=1, use_cache=True, max_new_tokens=sampling.max_completion_length,
             eos_token_id=list(sampling.eos_token_ids), pad_token_id=self.pad_token_id,
@@ -82,7 +83,7 @@ class GenerateEngine(BatchEngine):
             out = model.generate(
                 **inputs, logits_processor=choose, generation_config=config, synced_gpus=False
             )  # fmt: skip
-        return [up_to_end(ids, sampling.eos_token_ids) for ids in out[:, width:].tolist()]
+        return chooser.completions([up_to_end(ids, sampling.eos_token_ids) for ids in out[:, width:].tolist()])
 
 
 @contextlib.contextmanager

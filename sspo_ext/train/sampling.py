@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._checks import check_not_negative
 
@@ -16,8 +16,8 @@ from .._checks import check_not_negative
 class Sampling:
     """How completions are drawn.
 
-    `top_p` and `top_k` narrow the distribution that is sampled from. The loss does not know of it: its log-probs are
-    those of the whole distribution.
+    `top_p` and `top_k` narrow the distribution that is sampled from. Its log-probs are those of the kept tokens,
+    normalised again.
 
     Attributes:
         max_completion_length: The most tokens of a completion, at least 1. The end of sequence counts as one.
@@ -25,6 +25,8 @@ class Sampling:
         temperature: Divides the logits before sampling. 0 takes the most probable token.
         top_p: Nucleus sampling: the smallest set of tokens whose probabilities add up to `top_p`, in (0, 1].
         top_k: The `top_k` most probable tokens; 0 means all.
+        logps: Whether log-probs are wanted beside the tokens, see `Completions`.
+        kept: Whether the kept tokens are wanted, where `top_k` or `top_p` keep fewer than all.
 
     Raises:
         ValueError: For a value out of its range.
@@ -41,6 +43,8 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    logps: bool = False
+    kept: bool = False
 
     def __post_init__(self):
         check_not_negative("temperature", self.temperature)
@@ -52,16 +56,24 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completions:
-    """What an engine wrote, with the log-probs it drew its tokens with.
+    """What an engine wrote, and the distributions that it drew its tokens from.
 
     Attributes:
         token_ids: The token ids of each completion; see `RolloutEngine.complete`.
         logps: For each completion the log-probs of its tokens in the distribution that they were drawn from: of the
-            logits over the temperature, narrowed by `top_k` and `top_p` and normalised again. None: not known.
+            logits over the temperature, narrowed by `top_k` and `top_p` and normalised again. NaN for a token whose
+            log-prob is not known. None: none is known.
+        kept: For each completion and each of its tokens, the ids of the tokens that `top_k` and `top_p` kept: lists or
+            1-D integer tensors. None: all were kept, or it is not known.
+
+    Examples:
+        >>> Completions([[5, 1]], logps=[[-0.7, 0.0]], kept=[[[5, 6], [1]]]).token_ids
+        [[5, 1]]
     """
 
     token_ids: list[list[int]]
     logps: list[list[float]] | None = None
+    kept: list[Sequence[Sequence[int] | Tensor]] | None = None
 
 
 class RolloutEngine(Protocol):
@@ -80,7 +92,7 @@ class RolloutEngine(Protocol):
 
     def complete(
         self, model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[Sequence[int]]
-    ) -> list[list[int]]:
+    ) -> list[list[int]] | Completions:
         """Writes one completion for each prompt.
 
         Args:
@@ -91,6 +103,7 @@ class RolloutEngine(Protocol):
 
         Returns:
             The token ids of each completion, in the order of the prompts: up to and with the first end of sequence,
-            at most `sampling.max_completion_length`.
+            at most `sampling.max_completion_length`. Completions where `sampling` asks for more than the tokens. What
+            an engine does not know, it leaves out.
         """
         ...
