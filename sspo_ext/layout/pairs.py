@@ -173,6 +173,22 @@ class StepPairs(Built, TensorBundle):
         return connected_steps(self.host_index.numpy(), self.num_steps)
 
 
+def index_pairs(step_sequence: Tensor, num_sequences: int) -> np.ndarray:
+    """(P, 2): step k of sequence i and step k of sequence i + B/2; see `StepLayout.pair_by_index`."""
+    half, odd = divmod(num_sequences, 2)
+    if odd:
+        raise ValueError(
+            "pairs: expected an even number of sequences [chosen_0.., rejected_0..] to pair by index, "
+            f"got {num_sequences}; pass pairs explicitly"
+        )
+    counts = np.bincount(step_sequence.numpy(), minlength=num_sequences)
+    first = np.cumsum(counts) - counts
+    common = np.minimum(counts[:half], counts[half:])
+    k = np.arange(common.sum()) - np.repeat(np.cumsum(common) - common, common)
+    chosen, rejected = np.repeat(first[:half], common) + k, np.repeat(first[half:], common) + k
+    return np.stack([chosen, rejected], axis=1)
+
+
 def _as_index(index: object) -> Tensor:
     try:
         return torch.as_tensor(index, device="cpu")

@@ -4,6 +4,29 @@
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
+
+from .tokens import Tokens
+
+
+def packed_tokens(cu_seqlens: Tensor, step_offsets: Tensor, total: int) -> tuple[Tokens, np.ndarray, int]:
+    """Step, sequence and position of each token of a packed batch, the sequence of each step, and how many there are.
+
+    See `StepLayout.from_offsets`.
+    """
+    cu = cu_seqlens.cpu().numpy().astype(np.int64)
+    if len(cu) < 1 or cu[0] != 0 or cu[-1] != total or (np.diff(cu) < 0).any():
+        raise ValueError(
+            f"cu_seqlens: expected 0 <= ... <= {total} (the length of labels), never falling, got {cu.tolist()}"
+        )
+    spans = checked_spans(step_offsets.cpu().numpy().astype(np.int64), total)
+    lengths = np.diff(cu)
+    tokens = Tokens(
+        step=step_of_token(spans, total)[None],
+        sequence=np.repeat(np.arange(len(lengths)), lengths)[None],
+        position=(np.arange(total) - np.repeat(cu[:-1], lengths))[None],
+    )
+    return tokens, sequence_of_spans(spans, cu), len(lengths)
 
 
 def checked_spans(step_offsets: np.ndarray, total: int) -> np.ndarray:

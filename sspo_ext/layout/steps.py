@@ -17,9 +17,10 @@ from torch import Tensor
 
 from .._checks import check_count, check_float, check_integer, check_shape, check_tensor, check_whole, describe
 from .bundle import Steps, constant
-from .pairs import StepPairs
+from .kept import KeptTokens, kept_tokens
+from .pairs import StepPairs, index_pairs
 from .response import refuse_logits, response_fields
-from .spans import checked_spans, sequence_of_spans, step_of_token
+from .spans import packed_tokens
 from .tokens import Tokens, label_message, refuse_ids
 from .tree import TokenTree
 from .tree_rows import TreeRows, padded_sequences, rows_of_tree
@@ -55,6 +56,7 @@ class StepLayout(Steps):
     max_label: tuple[int, int, int] | None  # (value, sequence, position) of the largest label, for the check against V
     one_row_per_step: bool
     tree_rows: TreeRows | None = None  # of a tree
+    kept: KeptTokens | None = None
 
     @property
     def num_rows(self) -> int:
@@ -185,23 +187,11 @@ class StepLayout(Steps):
         check_integer("cu_seqlens", cu_seqlens, ndim=1)
         check_integer("step_offsets", step_offsets, ndim=(1, 2))
         total = labels.shape[0]
-        cu = cu_seqlens.cpu().numpy().astype(np.int64)
-        if len(cu) < 1 or cu[0] != 0 or cu[-1] != total or (np.diff(cu) < 0).any():
-            raise ValueError(
-                f"cu_seqlens: expected 0 <= ... <= {total} (the length of labels), never falling, got {cu.tolist()}"
-            )
-        spans = checked_spans(step_offsets.cpu().numpy().astype(np.int64), total)
-        step_sequence = sequence_of_spans(spans, cu)
-        lengths = np.diff(cu)
-        tokens = Tokens(
-            step=step_of_token(spans, total)[None],
-            sequence=np.repeat(np.arange(len(lengths)), lengths)[None],
-            position=(np.arange(total) - np.repeat(cu[:-1], lengths))[None],
-        )
+        tokens, step_sequence, count = packed_tokens(cu_seqlens, step_offsets, total)
         if token_weights is not None:
             check_shape("token_weights", token_weights, (total,))
             token_weights = token_weights[None]
-        return cls._build(labels[None], tokens, step_sequence, len(lengths), token_weights, ignore_index, vocab_size)
+        return cls._build(labels[None], tokens, step_sequence, count, token_weights, ignore_index, vocab_size)
 
     @classmethod
     def from_tree(
@@ -388,18 +378,27 @@ class StepLayout(Steps):
         Examples:
             >>> out = step_pref_loss(logits, layout, layout.pair_by_index(), reference_free=True)
         """
-        half, odd = divmod(self.num_sequences, 2)
-        if odd:
-            raise ValueError(
-                "pairs: expected an even number of sequences [chosen_0.., rejected_0..] to pair by index, "
-                f"got {self.num_sequences}; pass pairs explicitly"
-            )
-        counts = np.bincount(self.host_step_sequence.numpy(), minlength=self.num_sequences)
-        first = np.cumsum(counts) - counts
-        common = np.minimum(counts[:half], counts[half:])
-        k = np.arange(common.sum()) - np.repeat(np.cumsum(common) - common, common)
-        chosen, rejected = np.repeat(first[:half], common) + k, np.repeat(first[half:], common) + k
-        return StepPairs.from_index(self, torch.from_numpy(np.stack([chosen, rejected], axis=1)))
+        return StepPairs.from_index(self, torch.from_numpy(index_pairs(self.host_step_sequence, self.num_sequences)))
+
+    def with_kept_tokens(self, kept: Sequence) -> StepLayout:
+        """The same layout, with log-probs over the tokens that top-p or top-k sampling has kept, normalised again.
+
+        Args:
+            kept: for each scored token, in row order, the ids of the tokens that were kept, its own among them, as a
+                list or 1-D tensor; None: the whole vocabulary. At one position of a tree tokens share their union.
+
+        Returns:
+            A StepLayout with these sets instead of any it had. Tensors on a device are copied to the host once.
+
+        Raises:
+            ValueError: The number of sets does not fit, a set is empty or without its token, or there are no labels.
+
+        Examples:
+            >>> layout = StepLayout.from_step_ids(torch.tensor([[5, 6, 7]]), torch.tensor([[-1, 0, 0]]))
+            >>> narrow = layout.with_kept_tokens([[6, 9], None])
+        """
+        refuse_logits(self.rows.shape[0], self.labels.shape[0])
+        return replace(self, kept=kept_tokens(kept, self.labels, self.rows, self.tree_rows))
 
     def check_logits(self, logits: Tensor, name: str = "logits") -> Tensor:
         """(B, T, V) view of `logits` whose last dimension is contiguous; raises if they do not fit this layout."""
@@ -423,5 +422,9 @@ class StepLayout(Steps):
         NaN for such a label and never read out of bounds.
         """
         refuse_logits(self.rows.shape[0], self.labels.shape[0])
-        if not torch.compiler.is_compiling() and self.max_label is not None and self.max_label[0] >= vocab:
+        if torch.compiler.is_compiling():
+            return
+        if self.max_label is not None and self.max_label[0] >= vocab:
             raise ValueError(label_message(self.max_label, vocab, None))
+        if self.kept is not None:
+            self.kept.check_vocab(vocab)

@@ -4,6 +4,7 @@
 from ..routes.linear.plan import LinearPlan, policy_plan, pref_plan
 from .catalogue import Entry, catalogue
 from .common import LOSS_FUNCTIONS, LossFunction, StepLossOutput
+from .correction import RolloutCorrection, rollout_correction
 from .criterion import StepPrefLoss
 from .from_logps import policy_loss
 from .lists import level_pairs, listwise_loss, plackett_luce_loss, tpo_l_loss, tpo_loss, trpa_loss
@@ -23,6 +24,7 @@ __all__ = [
     "LinearPlan",
     "LossFunction",
     "RewardMean",
+    "RolloutCorrection",
     "StepLossOutput",
     "StepPolicyOutput",
     "StepPrefLoss",
@@ -50,6 +52,7 @@ __all__ = [
     "policy_plan",
     "pref_loss",
     "pref_plan",
+    "rollout_correction",
     "spo_weights",
     "step_logps",
     "step_policy_loss",

@@ -26,6 +26,7 @@ def policy_loss(
     *,
     old: StepLogps | Tensor | None = None,
     ref: StepLogps | Tensor | None = None,
+    importance_weights: Tensor | None = None,
     entropy: Tensor | None = None,
     loss_type: str = "reinforce",
     importance_sampling_level: str = "token",
@@ -51,6 +52,7 @@ def policy_loss(
         advantages: (S,) for each step, or for each token in the forms of `logps`; detached.
         old: as in `step_policy_loss`.
         ref: as in `step_policy_loss`.
+        importance_weights: as in `step_policy_loss`.
         entropy: of each token's distribution, in the forms of `logps`, for `entropy_coef`; default: a StepLogps' own.
         loss_type: as in `step_policy_loss`.
         importance_sampling_level: as in `step_policy_loss`.
@@ -61,8 +63,8 @@ def policy_loss(
         entropy_coef: as in `step_policy_loss`.
         aggregation: as in `step_policy_loss`.
         num_items: as in `step_policy_loss`.
-        token_weights: (N,), (total,) or (B, T), constants that multiply L_t: the importance weights of rollouts from
-            another engine. They enter neither ratios nor counts, and may be 0. They replace the layout's own.
+        token_weights: (N,), (total,) or (B, T), constants that multiply L_t, KL and entropy too. They enter neither
+            ratios nor counts, and may be 0. They replace the layout's own.
         backend: 'auto', 'cpu', 'triton', 'cuda' or 'reference'.
         **loss_options: as in `step_policy_loss`.
 
@@ -98,7 +100,7 @@ def policy_loss(
         loss_type, importance_sampling_level, length_normalize, prob_threshold, kl_coef, kl_estimator, entropy_coef,
         aggregation, num_items, loss_options,
     )  # fmt: skip
-    problem = policy_problem(layout, tokens.dtype, name, advantages, old, ref, options)
+    problem = policy_problem(layout, tokens.dtype, name, advantages, old, ref, options, importance_weights)
     entropies = logps.entropy if entropy_coef else None
     if name != "reference":
         tokens = _once(tokens)

@@ -51,11 +51,12 @@ class StepPolicyOutput:
         """0-dim tensors on the device, made when asked for, without a host sync.
 
         policy_loss: the loss without KL and entropy; kl (with ref) and entropy (with entropy_coef): means over tokens;
-        ratio/mean (with old); advantages/mean; tokens/count; steps/logps (mean S_k), steps/tokens (mean length),
-        steps/count, steps/empty. Ppo also has clip_ratio/low_mean, clip_ratio/high_mean and clip_ratio/region_mean
-        (TRL's names), the shares of tokens whose gradient the clip has removed. Tokens that prob_threshold leaves out
-        do not count. With skip_zero_advantages there is tokens/skipped if there are any, and kl, ratio/mean and
-        steps/logps are means over the others; what else there is needs no log-probs of skipped tokens.
+        ratio/mean (with old); advantages/mean (times importance weights); tokens/count; steps/logps (mean S_k),
+        steps/tokens (mean length), steps/count, steps/empty. Ppo also has clip_ratio/low_mean, clip_ratio/high_mean
+        and clip_ratio/region_mean (TRL's names), the shares of tokens whose gradient the clip has removed. Tokens that
+        prob_threshold leaves out do not count. With skip_zero_advantages there is tokens/skipped if there are any, and
+        kl, ratio/mean and steps/logps are means over the others; what else there is needs no log-probs of skipped
+        tokens.
         """
         if self._metrics:
             return self._metrics
@@ -107,6 +108,7 @@ def step_policy_loss(
     step_ids: Tensor | None = None,
     old: StepLogps | Tensor | None = None,
     ref: StepLogps | Tensor | None = None,
+    importance_weights: Tensor | None = None,
     loss_type: str = "reinforce",
     importance_sampling_level: str = "token",
     length_normalize: bool = True,
@@ -148,6 +150,8 @@ def step_policy_loss(
             ratio, and for prob_threshold.
         ref: log-probs of the policy that KL is measured from, in the same forms; pass `old` here for a soft trust
             region. With kl_coef = 0 the KL is only measured.
+        importance_weights: (N,), (B, T) or (total,), constants not below 0 that multiply each token's formula but not
+            its KL and entropy: those of `sspo_ext.losses.rollout_correction` for rollouts of another engine.
         loss_type: 'reinforce', 'ppo' or 'cispo'; `sspo_ext.formulas.policy.POLICY_FORMULAS` has formula, source and
             options.
         importance_sampling_level: whose ratio it is: 'token', 'step' or 'sequence' (GSPO). The ratio of a step or
@@ -197,7 +201,7 @@ def step_policy_loss(
         loss_type, importance_sampling_level, length_normalize, prob_threshold, kl_coef, kl_estimator, entropy_coef,
         aggregation, num_items, loss_options,
     )  # fmt: skip
-    problem = policy_problem(layout, accumulator(logits.dtype), name, advantages, old, ref, options)
+    problem = policy_problem(layout, accumulator(logits.dtype), name, advantages, old, ref, options, importance_weights)
     call = prepare(logits, layout, temperature, logit_softcap, logit_scale, backend, inplace_backward)
     return policy_output(*logits_policy(call, problem), layout, problem)
 
@@ -218,6 +222,7 @@ def linear_step_policy_loss(
     bias: Tensor | None = None,
     old: StepLogps | Tensor | None = None,
     ref: StepLogps | Tensor | None = None,
+    importance_weights: Tensor | None = None,
     loss_type: str = "reinforce",
     importance_sampling_level: str = "token",
     length_normalize: bool = True,
@@ -260,6 +265,7 @@ def linear_step_policy_loss(
         bias: (V,), the LM head's.
         old: as in `step_policy_loss`.
         ref: as in `step_policy_loss`.
+        importance_weights: as in `step_policy_loss`. They change nothing about which rows are idle.
         loss_type: as in `step_policy_loss`.
         importance_sampling_level: as in `step_policy_loss`.
         length_normalize: as in `step_policy_loss`.
@@ -306,6 +312,8 @@ def linear_step_policy_loss(
         loss_type, importance_sampling_level, length_normalize, prob_threshold, kl_coef, kl_estimator, entropy_coef,
         aggregation, num_items, loss_options,
     )  # fmt: skip
-    problem = policy_problem(layout, call.acc_dtype, call.settings.backend, advantages, old, ref, options)
+    problem = policy_problem(
+        layout, call.acc_dtype, call.settings.backend, advantages, old, ref, options, importance_weights
+    )
     problem = without_idle_rows(problem, layout, advantages, importance_sampling_level, skip_zero_advantages)
     return policy_output(*linear_policy(call, problem), layout, problem)

@@ -76,6 +76,7 @@ def policy_problem(
     old: StepLogps | Tensor | None,
     ref: StepLogps | Tensor | None,
     options: PolicyOptions,
+    importance_weights: Tensor | None = None,
 ) -> PolicyProblem:
     """The checked arguments of one policy loss, for either route."""
     definition = get_policy_formula(options.loss_type)
@@ -86,10 +87,12 @@ def policy_problem(
         for name, value in (("old", old), ("ref", ref))
     )
     options.check_threshold(old is not None)
-    if isinstance(advantages, Tensor) and advantages.device.type == "cpu" != layout.device.type:
-        advantages = copied(advantages.detach(), layout.device)
+    advantages = _beside(advantages, layout)
     make = _fused_constants if backends.has_policy_kernels(backend) else _constants
     advantage, scale, norm = make(layout, dtype, backend, advantages, old_rows, options)
+    if importance_weights is not None:  # every formula is linear in the advantage, up to a factor that is not negative
+        weights = _beside(importance_weights, layout)
+        advantage = advantage * token_values("importance_weights", weights, layout, dtype)
     level = options.importance_sampling_level
     return PolicyProblem(
         formula=definition.name,
@@ -107,6 +110,13 @@ def policy_problem(
         step_offsets=layout.step_offsets,
         backend=backend,
     )
+
+
+def _beside(values: Tensor, layout: StepLayout) -> Tensor:
+    """Constants on the layout's device; the host does not wait for those that it has."""
+    if isinstance(values, Tensor) and values.device.type == "cpu" != layout.device.type:
+        return copied(values.detach(), layout.device)
+    return values
 
 
 def without_idle_rows(

@@ -47,7 +47,7 @@ class Chooser:
         if self.logps is not None:
             self.logps[rows, t] = logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0]
         if self.kept is not None:
-            which, ids = (logits > -torch.inf).nonzero().int().cpu().unbind(1)
+            which, ids = (logits != -torch.inf).nonzero().int().cpu().unbind(1)
             parts = ids.split(torch.bincount(which, minlength=len(logits)).tolist())
             for row, part in zip(rows.tolist(), parts, strict=True):
                 self.kept[row].append(part)

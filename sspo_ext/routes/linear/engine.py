@@ -18,6 +18,7 @@ from torch import Tensor
 from ... import backends
 from ...backends.arguments import StepLossArguments
 from ...objective.pair import LossTerm, evaluate_terms
+from ..kept import KeptRows
 from ..tree_rows import add_in_order
 from .cache import kept_on_device, to_device
 from .gradients import Gradients
@@ -38,6 +39,7 @@ class Rows:
         weights: Tensor | None,
         plan: LinearPlan,
         dtype: torch.dtype,
+        kept: tuple[Tensor, Tensor, Tensor] | None = None,  # ids, rows and counts, see HeadCall
     ):
         order, device = plan.order, rows.device
         self.order = None if order is None else kept_on_device(plan, "order", device, lambda: to_device(order, device))
@@ -45,6 +47,10 @@ class Rows:
         self.rows, self.labels = self._ordered(rows), self._ordered(labels)
         self.places = self.rows if places is rows else self._ordered(places)
         self.weights = None if weights is None else self._ordered(weights)
+        self.kept = None
+        if kept is not None:
+            place = None if self.order is None else self.restore(torch.arange(len(rows), device=device))
+            self.kept = KeptRows(*kept, order, place)
 
     def _ordered(self, values: Tensor) -> Tensor:
         """From the layout's row order to the plan's."""
@@ -54,6 +60,10 @@ class Rows:
         """(n, H) hidden states, (n,) labels, (n,) places of the gradients."""
         hidden = self.source.index_select(0, self.rows[start:end]).to(self.dtype)
         return hidden, self.labels[start:end], self.places[start:end]
+
+    def narrow(self, logits: Tensor, start: int, end: int) -> Tensor:
+        """The logits of a chunk, -inf at the tokens that its rows have not kept."""
+        return logits if self.kept is None else self.kept.narrow(logits, start, end)
 
     def restore(self, values: Tensor) -> Tensor:
         """From the plan's row order to the layout's."""
@@ -177,7 +187,7 @@ class Chunk(NamedTuple):
 def compute_chunk(head: Head, rows: Rows, start: int, end: int) -> Chunk:
     """One product: the logits of rows [start, end) of the plan."""
     hidden, labels, places = rows.chunk(start, end)
-    return Chunk(hidden, labels, places, head.logits(hidden))
+    return Chunk(hidden, labels, places, rows.narrow(head.logits(hidden), start, end))
 
 
 def run_pref(
@@ -247,7 +257,7 @@ class Reference:
 
     def logits(self, start: int, end: int) -> Tensor:
         """(n, V) into the reference's buffer."""
-        return self.head.logits(self.rows.chunk(start, end)[0])
+        return self.rows.narrow(self.head.logits(self.rows.chunk(start, end)[0]), start, end)
 
 
 def _allocate(head: Head, ref: Reference | None, plan: LinearPlan) -> None:

@@ -46,7 +46,7 @@ class LinearLogpsRoute(torch.autograd.Function):
         needs, offsets, extra = settings.needs(ctx), plan_offsets(layout), extra_rows(layout)
         in_forward = [linear_ops.is_frozen(needs), False, False]
         tokens, lse, directions = linear_ops.linear_logps_fwd(
-            *settings.op_args(hidden, weight, bias, layout.rows, layout.labels, offsets, in_forward, extra)
+            *settings.op_args(hidden, weight, bias, layout.rows, layout.labels, offsets, in_forward, extra, layout.kept)
         )
         if in_forward[0]:
             ctx.save_for_backward(gradient_places(layout.rows, extra, hidden.shape[0]), directions)
@@ -67,7 +67,9 @@ class LinearLogpsRoute(torch.autograd.Function):
             return added_branches(d_hidden, ctx.layout).to(dtype), None, None, None, None
         rows, hidden, weight, bias, labels, offsets, lse, extra = ctx.saved_tensors
         d_hidden, d_weight, d_bias = linear_ops.linear_logps_bwd(
-            *settings.op_args(hidden, weight, bias, rows, labels, offsets, needs, extra), lse, d_tokens.contiguous()
+            *settings.op_args(hidden, weight, bias, rows, labels, offsets, needs, extra, ctx.layout.kept),
+            lse,
+            d_tokens.contiguous(),
         )
         return (
             added_branches(d_hidden, ctx.layout) if needs[0] else None,

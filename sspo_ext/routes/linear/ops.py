@@ -37,6 +37,9 @@ class HeadCall:
     rows: Tensor  # (U,) int64: positions; below, N is U
     labels: Tensor  # (U,) int64
     extra: Tensor | None  # (E,) int64: rows whose position has an earlier row; hidden gradients are (N0 + E, H) then
+    kept_ids: Tensor | None  # (M,) int64: the kept tokens of rows that have not kept all
+    kept_row: Tensor | None  # (M,) int64: the row of each
+    host_kept_counts: Tensor | None  # (U,) int64: how many each row has
     host_step_offsets: Tensor  # (S + 1,) int64
     needs: list[bool]
     a: float
@@ -84,7 +87,15 @@ class HeadCall:
     def gathered(self, plan: LinearPlan, token_weights: Tensor | None = None) -> engine.Rows:
         """The scored rows in the plan's order."""
         places = gradient_places(self.rows, self.extra, self.hidden.shape[0])
-        return engine.Rows(self.hidden, self.rows, self.labels, places, token_weights, plan, self.dtype)
+        return engine.Rows(self.hidden, self.rows, self.labels, places, token_weights, plan, self.dtype, self.kept)
+
+    @property
+    def kept(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Ids, rows and counts of the kept tokens."""
+        if self.kept_ids is None:
+            return None
+        assert self.kept_row is not None and self.host_kept_counts is not None
+        return self.kept_ids, self.kept_row, self.host_kept_counts
 
     @property
     def hidden_shape(self) -> tuple[int, int]:
@@ -114,8 +125,8 @@ class HeadCall:
 
 
 SCHEMA = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor labels, Tensor? extra, Tensor host_step_offsets, "
-    "bool[] needs, "
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor rows, Tensor labels, Tensor? extra, Tensor? kept_ids, "
+    "Tensor? kept_row, Tensor? host_kept_counts, Tensor host_step_offsets, bool[] needs, "
     "float a, float c, ScalarType dtype, ScalarType accum_dtype, ScalarType grad_dtype, int chunk_bytes, "
     "bool batch_invariant, str tp_group, int vocab_start, int vocab_rows, int vocab_size, str backend"
 )

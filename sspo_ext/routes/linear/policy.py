@@ -182,7 +182,7 @@ def _only(call: LinearCall, kept: np.ndarray, places: Tensor) -> LinearCall:
     """The call for some tokens of its layout."""
     layout = call.layout
     offsets = torch.from_numpy(offsets_among(layout.host_step_offsets.numpy(), kept))
-    rows, tree = places, layout.tree_rows
+    used, rows, tree = kept, places, layout.tree_rows
     if tree is not None:
         used, tree = rows_among(tree, kept)
         rows, tree = _places(used, layout)[1], tree.to(layout.device)
@@ -190,6 +190,7 @@ def _only(call: LinearCall, kept: np.ndarray, places: Tensor) -> LinearCall:
         layout, rows=layout.rows[rows], labels=layout.labels[rows], step_of_row=layout.step_of_row[places],
         weights=None if layout.weights is None else layout.weights[places], host_step_offsets=offsets,
         step_offsets=copied(offsets.to(torch.int32), layout.device), tree_rows=tree,
+        kept=None if layout.kept is None else layout.kept.of_rows(used),
     )  # fmt: skip
     return replace(call, layout=some)
 
@@ -227,7 +228,9 @@ class LinearPolicyRoute(torch.autograd.Function):
     ):
         needs, extra = settings.needs(ctx), extra_rows(layout)
         tokens, entropy, d_hidden, d_weight, d_bias = linear_policy_fwd(
-            *settings.op_args(hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, needs, extra),
+            *settings.op_args(
+                hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, needs, extra, layout.kept
+            ),
             host_row(layout),
             *pack_problem(problem),
         )

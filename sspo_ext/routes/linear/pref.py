@@ -48,7 +48,9 @@ class LinearPrefRoute(torch.autograd.Function):
         needs, acc, pairs = settings.needs(ctx), accumulator(settings.dtype), spec.pairs
         extra = extra_rows(layout)
         loss, sums, pair_losses, coef, d_hidden, d_weight, d_bias = linear_ops.linear_pref_fwd(
-            *settings.op_args(hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, needs, extra),
+            *settings.op_args(
+                hidden, weight, bias, layout.rows, layout.labels, layout.host_step_offsets, needs, extra, layout.kept
+            ),
             in_dtype(layout.weights, acc), in_dtype(spec.ref, acc), pairs.host_index, in_dtype(pairs.weights, acc),
             in_dtype(pairs.margins, acc), in_dtype(pairs.soft_labels, acc), in_dtype(spec.token_pair_weights, acc),
             spec.scale.to(acc), host_row(layout), *pack_terms(spec.terms),

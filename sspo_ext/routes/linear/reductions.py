@@ -39,7 +39,7 @@ def _set_up_both(
     work = set_up(call, buffers=2)
     bias = None if ref_bias is None else ref_bias.to(call.dtype)
     head = Head(ref_weight.to(call.dtype), bias, call.a, call.c, call.backend, None, call.batch_invariant)
-    rows = engine.Rows(ref_hidden, call.rows, call.labels, call.rows, None, work.plan, call.dtype)
+    rows = engine.Rows(ref_hidden, call.rows, call.labels, call.rows, None, work.plan, call.dtype, call.kept)
     return work, engine.Reference(head, rows)
 
 
@@ -163,7 +163,7 @@ class LinearReductionsRoute(torch.autograd.Function):
         args, extra = (hidden, weight, bias, layout.rows, layout.labels, plan_offsets(layout)), extra_rows(layout)
         ref_args = (None, None, None) if ref is None else tuple(ref)
         tokens, lse, entropy, sum_p2, kl, ref_lse = linear_reductions_fwd(
-            *settings.op_args(*args, [False] * 3, extra), *ref_args
+            *settings.op_args(*args, [False] * 3, extra, layout.kept), *ref_args
         )
         if any(needs):
             ctx.save_for_backward(*args, *ref_args, lse, ref_lse, entropy, sum_p2, extra)
@@ -191,7 +191,7 @@ class LinearReductionsRoute(torch.autograd.Function):
         args, ref = args[:6], args[6:] if d_kl is not None else (None, None, None)
         coefs = gradient_coefs(entropy, sum_p2, d_tokens, d_entropy, d_sum_p2, d_kl)
         d_hidden, d_weight, d_bias = linear_reductions_bwd(
-            *settings.op_args(*args, needs, extra), *ref, lse, ref_lse, coefs
+            *settings.op_args(*args, needs, extra, ctx.layout.kept), *ref, lse, ref_lse, coefs
         )
         return (
             added_branches(d_hidden, ctx.layout).to(dtype) if needs[0] else None,

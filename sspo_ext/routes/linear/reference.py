@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...backends import reference
 from ...layout.steps import StepLayout
+from ..kept import narrowed
 from ..tree_rows import to_tokens
 from .settings import LinearCall, LinearSettings
 
@@ -26,4 +27,6 @@ def reference_logits(
     """(1, U, V) logits of the scored rows."""
     dtype = settings.dtype
     bias = None if bias is None else bias.to(dtype)
-    return torch.nn.functional.linear(hidden[layout.rows].to(dtype), weight.to(dtype), bias)[None]
+    logits = torch.nn.functional.linear(hidden[layout.rows].to(dtype), weight.to(dtype), bias)
+    every = torch.arange(logits.shape[0], device=logits.device)
+    return narrowed(logits, every, layout.kept)[None]

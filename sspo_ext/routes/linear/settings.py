@@ -12,7 +12,9 @@ from torch import Tensor
 from ... import backends
 from ..._checks import check_bool, check_count, check_device, check_float, check_shape, describe
 from ...backends.addresses import accumulator
+from ...layout.kept import KeptTokens
 from ...layout.steps import StepLayout
+from ..kept import check_kept
 from ..shared import logit_map, scale_kept
 from .shards import local_part, shard_of
 
@@ -65,14 +67,15 @@ class LinearSettings:
 
     def op_args(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor, offsets: Tensor,
-        needs: list[bool], extra: Tensor | None = None,
+        needs: list[bool], extra: Tensor | None, kept: KeptTokens | None,
     ) -> tuple:  # fmt: skip
         """The first arguments of every op of the route: the fields of `ops.HeadCall`."""
         grad_dtype = weight.dtype if self.weight_grad is None else self.weight_grad.dtype
+        tables = (None,) * 3 if kept is None else (kept.token_ids, kept.row, kept.host_counts)
         return (
-            hidden, weight, bias, rows, labels, extra, offsets, needs, self.a, self.c, self.dtype, self.accum_dtype,
-            grad_dtype, self.chunk_bytes, self.batch_invariant, self.tp_group, self.vocab_start, self.vocab_rows,
-            self.vocab_size, self.backend,
+            hidden, weight, bias, rows, labels, extra, *tables, offsets, needs, self.a, self.c, self.dtype,
+            self.accum_dtype, grad_dtype, self.chunk_bytes, self.batch_invariant, self.tp_group, self.vocab_start,
+            self.vocab_rows, self.vocab_size, self.backend,
         )  # fmt: skip
 
     def deliver_weight(self, kept: Tensor, upstream: Tensor | None) -> Tensor | None:
@@ -171,6 +174,7 @@ def prepare(
         raise ValueError(
             "backend: 'cuda' has no batch_invariant, since its blocks share a row by the number of rows; use 'triton'"
         )
+    check_kept(layout, options.logit_softcap, tp_group)
     a, c = logit_map(options.temperature, options.logit_softcap, options.logit_scale)
     settings = LinearSettings(
         a, c, dtype, accum_dtype, chunk_bytes or 0, options.batch_invariant, shard.group_name, shard.start,

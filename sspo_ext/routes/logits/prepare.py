@@ -12,6 +12,7 @@ from ... import backends
 from ..._checks import check_bool, check_float, check_tensor
 from ...backends.addresses import accumulator
 from ...layout.steps import StepLayout
+from ..kept import check_kept, narrowed
 from ..shared import logit_map
 
 
@@ -69,7 +70,9 @@ def prepare(
         raise ValueError(
             f"inplace_backward: expected logits whose elements do not share memory, got strides {logits.stride()}"
         )
-    return LogitsCall(layout.check_logits(logits), layout, a, c, backend, name, inplace_backward)
+    check_kept(layout, logit_softcap, None)
+    logits = narrowed(layout.check_logits(logits), layout.rows, layout.kept)
+    return LogitsCall(logits, layout, a, c, backend, name, inplace_backward)
 
 
 def no_inplace(logits: Tensor, others: str) -> str:

@@ -18,6 +18,7 @@ from ..._checks import check_device, check_float, check_shape
 from ...backends import ops, reference
 from ...layout.steps import StepLayout
 from ...objective.sums import StepLogps, step_sums, with_reductions
+from ..kept import narrowed
 from ..shared import gradient_coefs, refuse_double_backward
 from ..tree_rows import of_tokens
 from .gradient import GradientSettings, write_gradient
@@ -52,7 +53,7 @@ def _checked_reference(ref_logits: Tensor, call: LogitsCall) -> Tensor:
     ref_logits = call.layout.check_logits(ref_logits.detach(), "kl_ref_logits")
     if ref_logits.dtype != call.logits.dtype:
         raise TypeError(f"kl_ref_logits: expected {call.logits.dtype}, as the logits are, got {ref_logits.dtype}")
-    return ref_logits
+    return narrowed(ref_logits, call.layout.rows, call.layout.kept)
 
 
 class ReductionsRoute(torch.autograd.Function):
