@@ -170,7 +170,7 @@ def _complete(options: argparse.Namespace, model, tokenizer, rows, prompts, grad
     from ..data.graders import grade_rows
     from ..train.experience import graded_rollouts
     from ..train.rollout import end_tokens, make_engine
-    from ..train.sampling import Sampling
+    from ..train.sampling import Completions, Sampling
     from ..train.sspo_inputs import step_delimiters
 
     ends = end_tokens(model, tokenizer)
@@ -185,12 +185,14 @@ def _complete(options: argparse.Namespace, model, tokenizer, rows, prompts, grad
         for start in range(0, len(places), options.rollout_batch_size):
             some = places[start : start + options.rollout_batch_size]
             seeds = [(options.seed, i, j) for i, j in some]
-            completions += engine.complete(model, [prompts[i] for i, _ in some], sampling, seeds)
+            made = engine.complete(model, [prompts[i] for i, _ in some], sampling, seeds)
+            completions += Completions.of(made).token_ids
             bar.update(len(some))
     owned = [rows[i] for i, _ in places]
     return graded_rollouts(
-        owned, [prompts[i] for i, _ in places], completions, tokenizer, ends, delimiters, partial(grade_rows, grader)
-    )
+        owned, [prompts[i] for i, _ in places], Completions(completions), tokenizer, ends, delimiters,
+        partial(grade_rows, grader),
+    )  # fmt: skip
 
 
 def _compare(options: argparse.Namespace, model, tokenizer, rollouts, probes: dict[str, Probe]) -> ProbeChoice:

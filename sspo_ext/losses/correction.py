@@ -37,7 +37,9 @@ class RolloutCorrection:
     metrics: dict[str, Tensor] = field(repr=False)
 
 
-def check_correction(mode: str, clip_max: float | None, clip_min: float | None, names: str = "") -> None:
+def check_correction(
+    mode: str, clip_max: float | None, clip_min: float | None, length_normalize: bool, names: str = ""
+) -> None:
     """Raises for a mode that is unknown and for bounds that leave nothing; `names` stands before theirs."""
     check_choice(f"{names}mode", mode, MODES)
     for name, value in (("clip_max", clip_max), ("clip_min", clip_min)):
@@ -47,6 +49,9 @@ def check_correction(mode: str, clip_max: float | None, clip_min: float | None, 
         raise ValueError(f"{names}clip_min: expected less than {names}clip_max={clip_max!r}, got {clip_min!r}")
     if mode.endswith("truncate") and clip_max is None and clip_min is None:
         raise ValueError(f"{names}clip_max: expected a bound for mode {mode!r}, which has no other, got None")
+    check_bool(f"{names}length_normalize", length_normalize)
+    if length_normalize and mode.startswith("token"):
+        raise ValueError(f"{names}length_normalize: expected False where each token has its own ratio, got True")
 
 
 def rollout_correction(
@@ -98,11 +103,8 @@ def rollout_correction(
         tensor([1.6490, 1.6490, 1.0000])
     """
     check_kind("layout", layout, StepLayout, "a StepLayout")
-    check_correction(mode, clip_max, clip_min)
-    check_bool("length_normalize", length_normalize)
+    check_correction(mode, clip_max, clip_min, length_normalize)
     level, _, bound = mode.partition("_")
-    if length_normalize and level == "token":
-        raise ValueError("length_normalize: expected False where each token has its own ratio, got True")
     given = sampling.tokens if isinstance(sampling, StepLogps) else sampling
     dtype = torch.float64 if given.dtype == torch.float64 else torch.float32
     now, drawn = (token_values(n, v, layout, dtype) for n, v in (("old", old), ("sampling", sampling)))

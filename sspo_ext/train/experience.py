@@ -23,6 +23,7 @@ from ..signals.probing.options import NEAR_ZERO
 from ..signals.split import split_steps
 from ..signals.values import StepValues
 from .options import dictionary
+from .sampling import Completions
 
 if TYPE_CHECKING:
     from .means import Sums
@@ -46,6 +47,8 @@ class Rollout:
         values: V_0 .. V_K for K steps. V_K is 0 by definition, since nothing follows the last step. Empty if nothing
             was probed.
         advantages: One for each step.
+        sampling_logps: The log-prob that each token was drawn with; None: not known.
+        kept: For each token the ids of the tokens that top-p and top-k kept; None: all, or not known.
     """
 
     row: Any
@@ -57,6 +60,8 @@ class Rollout:
     reward: float = 0.0
     values: list[float] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
+    sampling_logps: list[float] | None = None
+    kept: Sequence[Sequence[int] | Tensor] | None = None
 
 
 class Summary(NamedTuple):
@@ -141,16 +146,17 @@ def prompt_ids(rows: Sequence[Mapping], tokenizer, chat_template_kwargs: dict) -
 def graded_rollouts(
     rows: Sequence[Mapping],
     prompts: Sequence[list[int]],
-    completions: Sequence[list[int]],
+    made: Completions,
     tokenizer,
     eos_token_ids: Collection[int],
     delimiters: Tensor,
     grader: Callable[..., list[float]],
 ) -> list[Rollout]:
-    """Completions with their texts, steps and rewards.
+    """Completions with their texts, steps and rewards, and with what is known of their sampling.
 
     `grader(rows, texts, completion_ids=...)` grades the completions that have ended; the others get 0.
     """
+    completions = made.token_ids
     ended = [bool(ids) and ids[-1] in eos_token_ids for ids in completions]
     texts = [  # the end of sequence is cut off here, since it need not be a special token
         tokenizer.decode(ids[:-1] if whole else ids, skip_special_tokens=True)
@@ -163,9 +169,12 @@ def graded_rollouts(
     rewards = dict(zip(whole, found, strict=True))
     steps = split_steps(completions, delimiters)
     return [
-        Rollout(row, prompts[i], completions[i], texts[i], ended[i], steps[i], rewards.get(i, 0.0))
+        Rollout(
+            row, prompts[i], completions[i], texts[i], ended[i], steps[i], rewards.get(i, 0.0),
+            sampling_logps=made.logps and made.logps[i], kept=made.kept and made.kept[i],
+        )
         for i, row in enumerate(rows)
-    ]
+    ]  # fmt: skip
 
 
 def prompt_groups(rollouts: Sequence[Rollout]) -> list[int]:
@@ -199,7 +208,8 @@ def policy_batch(rollouts: Sequence[Rollout], pad_token_id: int, sharing: Prefix
 
     Returns:
         "input_ids" and "attention_mask" (n, T) int64; "layout", in which every token of a completion is scored, in its
-        step; "advantages" (S,) float32, one for each step. Instead of the mask a TokenTree as "tree".
+        step, among the tokens that sampling kept; "advantages" (S,) float32, one for each step. "sampling_logps" (N,)
+        float32, one for each scored token, if all rollouts have them. Instead of the mask a TokenTree as "tree".
     """
     ids = [torch.tensor([*r.prompt_ids, *r.completion_ids], dtype=torch.int64) for r in rollouts]
     starts = [len(r.prompt_ids) for r in rollouts]
@@ -210,13 +220,24 @@ def policy_batch(rollouts: Sequence[Rollout], pad_token_id: int, sharing: Prefix
     advantages = torch.tensor([a for r in rollouts for a in r.advantages], dtype=torch.float32)
     tree = None if sharing is None else sharing.tree(ids, prompt_groups(rollouts), pad_token_id)
     if tree is not None:
-        layout = StepLayout.from_tree(tree, labels, steps)
-        return {"input_ids": tree.input_ids, "tree": tree, "layout": layout, "advantages": advantages}
-    layout = StepLayout.from_step_ids(_padded(labels, -100), _padded(steps, -1))
-    return {
-        "input_ids": _padded(ids, pad_token_id), "attention_mask": _padded([torch.ones_like(row) for row in ids], 0),
-        "layout": layout, "advantages": advantages,
-    }  # fmt: skip
+        layout, inputs = StepLayout.from_tree(tree, labels, steps), {"input_ids": tree.input_ids, "tree": tree}
+    else:
+        layout = StepLayout.from_step_ids(_padded(labels, -100), _padded(steps, -1))
+        mask = _padded([torch.ones_like(row) for row in ids], 0)
+        inputs = {"input_ids": _padded(ids, pad_token_id), "attention_mask": mask}
+    if any(r.kept is not None for r in rollouts):
+        whole = [[None] * len(r.completion_ids) if r.kept is None else r.kept for r in rollouts]
+        layout = layout.with_kept_tokens(_of_scored(whole, rollouts))
+    batch = {**inputs, "layout": layout, "advantages": advantages}
+    drawn = [r.sampling_logps for r in rollouts if r.sampling_logps is not None]
+    if rollouts and len(drawn) == len(rollouts):
+        batch["sampling_logps"] = torch.tensor(_of_scored(drawn, rollouts), dtype=torch.float32)
+    return batch
+
+
+def _of_scored(values: Sequence[Sequence], rollouts: Sequence[Rollout]) -> list:
+    """What the scored tokens have, in row order: all but a completion's first token that nothing predicts."""
+    return [x for row, r in zip(values, rollouts, strict=True) for x in row[0 if r.prompt_ids else 1 :]]
 
 
 def _padded(rows: list[Tensor], value: int) -> Tensor:

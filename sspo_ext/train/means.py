@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -61,11 +62,20 @@ class Sums:
 
     def __init__(self):
         self.sums: dict[str, list] = defaultdict(lambda: [0.0, 0])
+        self.largest: dict[str, Tensor] = {}
 
     def add(self, name: str, total: float | Tensor, count: float = 1) -> None:
         """Adds the sum of `count` values."""
         entry = self.sums[name]
         entry[0], entry[1] = entry[0] + total, entry[1] + count
+
+    def add_correction(self, metrics: Mapping[str, Tensor], layout: StepLayout) -> None:
+        """Adds the metrics of a `RolloutCorrection`: means over tokens, and maxima, of which the largest is kept."""
+        for name, value in metrics.items():
+            if name.endswith("/max"):
+                self.largest[name] = torch.maximum(value, self.largest.get(name, value))
+            else:
+                self.add(name, value * layout.num_rows, layout.num_rows)
 
     def add_loss(self, out: StepPolicyOutput, layout: StepLayout) -> None:
         """Adds the metrics of a policy loss, each times the number of tokens or steps it is a mean of."""
@@ -87,14 +97,21 @@ class Sums:
             self.sums.pop(name, None)
 
     def pop(self, accelerator, device: torch.device) -> dict[str, float]:
-        """Returns means over all processes, and starts again. Only this waits for the device."""
+        """Returns means and maxima over all processes, and starts again. Only this waits for the device."""
         if not self.sums:
             return {}
         pairs = torch.stack(
             [torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in v]) for v in
              self.sums.values()]
         )  # fmt: skip
-        totals = accelerator.reduce(pairs, "sum").tolist()
-        means = {name: total / max(count, 1e-9) for name, (total, count) in zip(self.sums, totals, strict=True)}
+        totals = accelerator.reduce(pairs, "sum")
+        if self.largest:
+            mine = torch.stack([value.double() for value in self.largest.values()])
+            # beside the totals: the host waits once
+            totals = torch.cat([totals, accelerator.gather(mine[None]).amax(0)[:, None].expand(-1, 2)])
+        totals = totals.tolist()
+        means = {name: total / max(count, 1e-9) for name, (total, count) in zip(self.sums, totals, strict=False)}
+        means |= {name: value for name, (value, _) in zip(self.largest, totals[len(self.sums) :], strict=True)}
         self.sums.clear()
+        self.largest.clear()
         return means

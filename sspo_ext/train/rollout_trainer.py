@@ -19,7 +19,7 @@ from .experience import Rollout, Summary, graded_rollouts, prompt_ids, rollout_m
 from .means import Sums
 from .options import dictionary
 from .sampling import RolloutEngine, Sampling
-from .sspo_inputs import has_chat, rendering_of
+from .sspo_inputs import checked_completions, has_chat, rendering_of
 
 
 class RolloutTrainer(StepTrainer):
@@ -31,6 +31,7 @@ class RolloutTrainer(StepTrainer):
     eos_token_ids: Any
     _sums: Sums
     _unit_rewards: bool  # rewards have to be in [0, 1], the scale of the values
+    _corrects: bool  # completions may be drawn with other probabilities than the loss's
 
     def roll_out(
         self, rows: Sequence[Mapping], seeds: Sequence[Sequence[int]], *, temperature: float | None = None
@@ -40,22 +41,23 @@ class RolloutTrainer(StepTrainer):
         Args:
             rows: Rows of the dataset.
             seeds: For each row a few non-negative integers. They decide what is drawn.
-            temperature: In place of `args.temperature`; 0 is greedy.
+            temperature: In place of `args.temperature`; 0 is greedy. Then nothing but tokens is asked of the engine.
 
         Returns:
             One rollout for each row, without values and advantages.
         """
-        args, tokenizer = self.args, self.processing_class
+        args, tokenizer, trains = self.args, self.processing_class, temperature is None
         sampling = Sampling(
-            args.max_completion_length, self.eos_token_ids, args.temperature if temperature is None else temperature,
-            args.top_p, args.top_k,
+            args.max_completion_length, self.eos_token_ids, args.temperature if trains else temperature, args.top_p,
+            args.top_k, logps=trains and self._corrects, kept=trains and (args.top_p < 1 or args.top_k > 0),
         )  # fmt: skip
         with self._sums.phase("rollout"), torch.no_grad(), self.accelerator.autocast():
             prompts = prompt_ids(rows, tokenizer, dictionary(args.chat_template_kwargs))
-            completions = self.engine.complete(self.model, prompts, sampling, seeds)
+            made = self.engine.complete(self.model, prompts, sampling, seeds)
+            made = checked_completions(made, sampling, args.vllm_importance_sampling_correction)
         with self._sums.phase("grade"):
             grader = functools.partial(grade_rows, self.reward_func, unit=self._unit_rewards, trainer_state=self.state)
-            return graded_rollouts(rows, prompts, completions, tokenizer, self.eos_token_ids, self.delimiters, grader)
+            return graded_rollouts(rows, prompts, made, tokenizer, self.eos_token_ids, self.delimiters, grader)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Completes a dataset greedily and grades it.

@@ -75,6 +75,11 @@ class Completions:
     logps: list[list[float]] | None = None
     kept: Sequence[Sequence[Sequence[int] | Tensor]] | None = None
 
+    @classmethod
+    def of(cls, made: Completions | list[list[int]]) -> Completions:
+        """What an engine returned, in one form."""
+        return made if isinstance(made, Completions) else cls(made)
+
 
 class RolloutEngine(Protocol):
     """Anything that completes prompts. Pass yours to `SSPOTrainer(engine=...)`.

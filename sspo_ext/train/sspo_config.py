@@ -12,6 +12,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from .._checks import check_choice, check_count, check_not_negative, check_positive
 from ..data.special import SPECIAL_TOKENS
 from ..formulas.policy import KL_ESTIMATORS, LEVELS, get_policy_formula
+from ..losses.correction import check_correction
 from ..objective.policy_arguments import AGGREGATIONS
 from ..signals.credit.baselines import BASELINES, UNGROUPED
 from ..signals.probing.options import ProbeOptions
@@ -42,9 +43,19 @@ class SSPOConfig(TrainingArguments):
         max_completion_length: The most tokens of a completion. One that is cut off here is not graded: its reward is
             0, or the lowest of the update if that is below 0.
         temperature: Divides the logits, in sampling and in the loss. Above 0.
-        top_p: Nucleus sampling, in (0, 1]. Below 1 the loss is no longer that of the sampled distribution.
-        top_k: Sample only from the `top_k` most probable tokens; 0 means all. The loss does not know of it, as with
-            `top_p`.
+        top_p: Nucleus sampling, in (0, 1]. The loss has the log-probs of the tokens that were kept, normalised again,
+            if the engine reports them, as "generate" and "compact" do.
+        top_k: Sample only from the `top_k` most probable tokens; 0 means all. The loss follows it as it does `top_p`.
+        vllm_importance_sampling_correction: Whether importance weights correct the loss for completions that the engine
+            drew with other probabilities than the trainer's. None: with "vllm" and engines of your own, as far as they
+            report log-probs. "generate" and "compact" draw with the trainer's own, up to rounding. The names are TRL's;
+            see `sspo_ext.losses.rollout_correction`.
+        vllm_importance_sampling_mode: "token_truncate", "token_mask", "step_truncate", "step_mask", "sequence_truncate"
+            or "sequence_mask": whose ratio it is, and what happens to one out of bounds.
+        vllm_importance_sampling_clip_max: The upper bound of the ratio; None means none.
+        vllm_importance_sampling_clip_min: The lower bound of the ratio; None means none.
+        vllm_importance_sampling_length_normalize: Whether the ratio of a step or sequence is the geometric mean of its
+            tokens' ratios.
         rollout_engine: "generate", "compact" or "vllm", see `sspo_ext.train.rollout.make_engine`.
         rollout_batch_size: The most rows completed at once on a device; None means all of the update. Not for "vllm".
         rollout_options: Arguments of `vllm.LLM`, for "vllm" alone.
@@ -117,6 +128,11 @@ class SSPOConfig(TrainingArguments):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    vllm_importance_sampling_correction: bool | None = None
+    vllm_importance_sampling_mode: str = "sequence_mask"
+    vllm_importance_sampling_clip_max: float | None = 3.0
+    vllm_importance_sampling_clip_min: float | None = None
+    vllm_importance_sampling_length_normalize: bool = False
     rollout_engine: str = "generate"
     rollout_batch_size: int | None = None
     rollout_options: dict | str | None = None
@@ -194,6 +210,7 @@ class SSPOConfig(TrainingArguments):
         if self.top_p > 1:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
         check_count("top_k", self.top_k, 0)
+        check_correction(*self.correction_arguments.values(), names="vllm_importance_sampling_")
         check_count("max_completion_length", self.max_completion_length)
         check_choice("special_tokens", self.special_tokens, SPECIAL_TOKENS)
         check_choice("rollout_engine", self.rollout_engine, ENGINES)
@@ -260,6 +277,12 @@ class SSPOConfig(TrainingArguments):
             "entropy_coef": self.entropy_coef, "aggregation": self.aggregation, "temperature": self.temperature,
             "backend": self.backend, **dictionary(self.loss_options), **self.formula_options,
         }  # fmt: skip
+
+    @property
+    def correction_arguments(self) -> dict[str, Any]:
+        """The settings of `rollout_correction`."""
+        names = ("mode", "clip_max", "clip_min", "length_normalize")
+        return {name: getattr(self, f"vllm_importance_sampling_{name}") for name in names}
 
     @property
     def formula_options(self) -> dict[str, float]:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +16,10 @@ from ..data.prompts import check_rows
 from ..signals.split import delimiter_mask
 from .limits import check_fits, model_limits
 from .options import dictionary
+from .sampling import Completions, Sampling
 from .sspo_config import SSPOConfig
+
+logger = logging.getLogger(__name__)
 
 
 def check_given(
@@ -71,6 +76,45 @@ def check_batch(args: SSPOConfig, rows_per_update: int) -> None:
             "per_device_train_batch_size: expected per_device_train_batch_size x gradient_accumulation_steps x "
             f"processes, here {rows_per_update}, to be a multiple of num_generations={args.num_generations}"
         )
+
+
+def checked_completions(
+    made: Completions | list[list[int]], sampling: Sampling, correction: bool | None
+) -> Completions:
+    """What an engine made, in one form. Says once what is missing that was asked for.
+
+    Args:
+        made: What `RolloutEngine.complete` returned.
+        sampling: What it was asked for.
+        correction: The option vllm_importance_sampling_correction.
+
+    Raises:
+        ValueError: Log-probs or kept tokens do not fit the tokens, or there are no log-probs for a correction.
+    """
+    made = Completions.of(made)
+    lengths = [len(ids) for ids in made.token_ids]
+    for name, values in (("logps", made.logps), ("kept", made.kept)):
+        found = None if values is None else [len(row) for row in values]
+        if found not in (None, lengths):
+            raise ValueError(f"engine: expected {name} of every token, {lengths} of them, got {found}")
+    if sampling.logps and made.logps is None:
+        if correction:
+            raise ValueError(
+                "vllm_importance_sampling_correction: expected an engine that returns Completions with log-probs, got "
+                "none"
+            )
+        _say_once("the engine reports no log-probs, so a mismatch between sampling and loss is not corrected")
+    if sampling.kept and made.kept is None:
+        _say_once(
+            "the engine does not say which tokens top_p and top_k kept, so the loss has log-probs of the whole "
+            "distribution and not of the one that was sampled"
+        )
+    return Completions(made.token_ids, made.logps if sampling.logps else None, made.kept if sampling.kept else None)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
 def has_chat(tokenizer: Any) -> bool:

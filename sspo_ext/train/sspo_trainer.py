@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.chat import row_probe
 from ..data.graders import Grader
 from ..hf.wrappers import eval_mode
+from ..losses.correction import rollout_correction
 from ..losses.policy import StepPolicyOutput, linear_step_policy_loss, step_policy_loss
 from ..signals.probing.likelihood import unit_values
 from ..signals.probing.options import FLOOR
@@ -138,6 +139,9 @@ class SSPOTrainer(RolloutTrainer):
         self.reward_func = reward_func
         self._unit_rewards = args.combine != "outcome" and not own_values
         self._watch_probe = self._unit_rewards  # until it has warned
+        foreign = engine is not None or args.rollout_engine == "vllm"
+        wanted = args.vllm_importance_sampling_correction
+        self._corrects = foreign if wanted is None else wanted
         self.pad_token_id = tokenizer.pad_token_id or 0
         self.eos_token_ids = end_tokens(policy, tokenizer)
         self.delimiters = step_delimiters(policy, tokenizer, args.split_by, self.eos_token_ids)
@@ -276,9 +280,21 @@ class SSPOTrainer(RolloutTrainer):
         """
 
     def _add_log_probs(self, batch: dict) -> None:
-        """Adds token log-probs to the batch: the sampling policy's, if the loss needs them, and the reference's."""
-        if self.args.num_iterations > 1 or dictionary(self.args.loss_options).get("prob_threshold") is not None:
-            batch["old"] = self.logps_without_grad(self.model, batch).tokens
+        """Adds token log-probs to the batch: the sampling policy's, if the loss needs them, and the reference's.
+
+        Where the rollouts have log-probs of their own, importance weights too.
+        """
+        sampling = batch.pop("sampling_logps", None)
+        ratio = self.args.num_iterations > 1 or dictionary(self.args.loss_options).get("prob_threshold") is not None
+        if ratio or sampling is not None:
+            old = self.logps_without_grad(self.model, batch).tokens
+            if ratio:
+                batch["old"] = old
+            if sampling is not None:
+                layout = batch["layout"].to(old.device)
+                found = rollout_correction(old, sampling.to(old.device), layout, **self.args.correction_arguments)
+                batch["importance_weights"] = found.weights
+                self._sums.add_correction(found.metrics, layout)
         if self.args.beta:
             if self.ref_model is not None:
                 batch["ref"] = self.logps_without_grad(self.ref_model, batch).tokens
@@ -296,14 +312,15 @@ class SSPOTrainer(RolloutTrainer):
         Args:
             model: The policy, perhaps wrapped (DDP).
             batch: What `policy_batch` returns, on the model's device (advantages: on the host).
-                With log-probs "old" and "ref" if needed.
+                With log-probs "old" and "ref", and "importance_weights", if needed.
             num_items: The number of tokens, steps or sequences that the loss divides by; None means this batch's.
 
         Returns:
             The loss, and the balance loss of a mixture of experts (None for other models).
         """
         args = self.args
-        options = {"old": batch.get("old"), "ref": batch.get("ref"), "num_items": num_items, **args.loss_arguments}
+        options = {name: batch.get(name) for name in ("old", "ref", "importance_weights")}
+        options |= {"num_items": num_items, **args.loss_arguments}
         call = call_model(model, batch, self.route, args.chunk_bytes)
         loss: Callable[..., StepPolicyOutput] = linear_step_policy_loss if self.route == "linear" else step_policy_loss
         out = loss(*call.inputs, batch["layout"], batch["advantages"], **options, **call.options)

@@ -14,11 +14,10 @@ from functools import partial
 import pytest
 import torch
 from helpers.batch import dtypes_of, random_pairs
-from helpers.linear import gemm_flops
+from helpers.linear import gemm_flops, peak_bytes
 from helpers.policy import VARIANTS, with_old
 from helpers.policy import problem as policy_batch
 from helpers.tree import random_tree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sspo_ext import (
     StepLayout,
@@ -256,37 +255,25 @@ def test_all_tokens_are_nothing_new():
         assert torch.equal(found[0], plain[0]) and torch.equal(found[1], plain[1])
 
 
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that is made."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        made = out if isinstance(out, (list, tuple)) else [out]
-        self.elements = max([self.elements, *(x.numel() for x in made if isinstance(x, torch.Tensor))])
-        return out
-
-
 def test_the_linear_route_stores_no_logits_and_adds_no_product():
-    vocab, length = 3001, 65
-    labels = torch.randint(0, vocab, (1, length), generator=torch.Generator().manual_seed(0))
+    """Peak memory is that of a layout without sets, and the sets; the products are the same."""
+    vocab, length, most = 3001, 257, 20
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, vocab, (1, length), generator=g)
     layout = StepLayout.from_step_ids(labels, torch.arange(length)[None])
-    narrow = layout.with_kept_tokens(some_sets(layout, whole=0.1, vocab=vocab))
-    hidden, weight = torch.randn(1, length, H, requires_grad=True), torch.randn(vocab, H, requires_grad=True)
-    advantages, chunk = torch.randn(layout.num_steps), 4 * vocab * 4
-    counts = {}
-    for name, lay in (("plain", layout), ("narrow", narrow)):
-        with Largest() as seen:
-            loss = linear_step_policy_loss(hidden, weight, lay, advantages, chunk_bytes=chunk).loss
-            loss.backward()
-        assert seen.elements < (length - 1) * vocab * 0.75, name  # the sets themselves are half of it here
-        counts[name] = gemm_flops(
-            lambda lay=lay: linear_step_policy_loss(hidden, weight, lay, advantages, chunk_bytes=chunk).loss.backward()
-        )
-    assert counts["plain"] == counts["narrow"]
+    sets = [[label, *torch.randint(0, vocab, (most - 1,), generator=g).tolist()] for label in layout.labels.tolist()]
+    advantages, bytes_, flops = torch.randn(layout.num_steps), {}, {}
+    hidden, weight, _ = (x.float().requires_grad_() for x in linear_problem(layout))
+    weight = torch.randn(vocab, H, requires_grad=True)
+    for name, lay in (("plain", layout), ("narrow", layout.with_kept_tokens(sets))):
+
+        def update(lay=lay):
+            loss = linear_step_policy_loss(hidden, weight, lay, advantages, chunk_bytes=32 * vocab * 4).loss
+            return torch.autograd.grad(loss, (hidden, weight))
+
+        bytes_[name], flops[name] = peak_bytes(update), gemm_flops(update)
+    assert flops["plain"] == flops["narrow"]
+    assert bytes_["narrow"] - bytes_["plain"] < 4 * most * length * 8 < (length - 1) * vocab * 4 / 4
 
 
 def test_moves_with_its_layout():
