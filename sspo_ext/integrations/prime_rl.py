@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """prime-rl: `[trainer.loss] type = "custom"`, `import_path = "sspo_ext.integrations.prime_rl.step_loss"`.
 
-Written against the dataclasses of its documentation of November 2026; no release is on PyPI.
+Written against the dataclasses of its documentation of November 2026; no release is on PyPI. The ratio is over the
+inference engine's own log-probs, so it corrects for the rollouts by itself, within its clip range.
 """
 
 from __future__ import annotations

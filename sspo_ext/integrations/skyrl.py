@@ -7,6 +7,8 @@ scales advantages so that its losses are sums.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from ..signals.credit.baselines import outcome_advantages
 from ..signals.credit.tokens import combine_advantages_tokens, step_gae_tokens
-from .steps import apart, policy_loss_at, steps_of_values
+from .steps import ON, apart, policy_loss_at, steps_of_values
 from .versions import check_version
 
 NAME = "sspo"
@@ -54,19 +56,38 @@ def step_loss(
     loss_mask: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """PPO's loss with the ratio of steps, summed; rollout log-probs are not used."""
+    """PPO's loss with the ratio of steps, summed, with importance weights where there are rollout log-probs."""
+    return _step_loss(log_probs, old_log_probs, advantages, config, loss_mask, rollout_logprobs, correction=ON)
+
+
+def _step_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    config: Any,
+    loss_mask: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    *,
+    correction: Mapping[str, Any] | None,
+) -> tuple[Tensor, dict[str, float]]:
     mask = torch.ones_like(log_probs) if loss_mask is None else loss_mask
     out = policy_loss_at(
-        "step", log_probs, old_log_probs, advantages, mask, aggregation="sum",
-        epsilon=config.eps_clip_low, epsilon_high=config.eps_clip_high,
+        "step", log_probs, old_log_probs, advantages, mask, aggregation="sum", rollout=rollout_logprobs,
+        correction=correction, epsilon=config.eps_clip_low, epsilon_high=config.eps_clip_high,
     )  # fmt: skip
-    return out.loss, {"clip_ratio": out.metrics["clip_ratio/region_mean"].item()}
+    told = {name: value.item() for name, value in out.metrics.items() if name.startswith("sampling/")}
+    return out.loss, {"clip_ratio": out.metrics["clip_ratio/region_mean"].item(), **told}
 
 
-def register() -> None:
-    """Put both into SkyRL's registries; then `adv_estimator` and `policy_loss_type` may be "sspo"."""
+def register(correction: Mapping[str, Any] | None = ON) -> None:
+    """Put both into SkyRL's registries; then `adv_estimator` and `policy_loss_type` may be "sspo".
+
+    Args:
+        correction: options of `rollout_correction`, for tokens with rollout log-probs; None: none. SkyRL's own
+            `off_policy_correction` is not applied by this loss.
+    """
     check_version("skyrl", "0.3")
     from skyrl.backends.skyrl_train.utils import ppo_utils  # pyright: ignore[reportMissingImports]
 
     ppo_utils.register_advantage_estimator(NAME)(step_advantage)
-    ppo_utils.register_policy_loss(NAME)(step_loss)
+    ppo_utils.register_policy_loss(NAME)(functools.partial(_step_loss, correction=correction))

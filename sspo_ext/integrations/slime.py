@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """slime: `--custom-advantage-function-path sspo_ext.integrations.slime.step_advantage`.
 
+The loss is slime's own, with its own correction for rollouts (`--use-tis`).
+
 Written against THUDM/slime's call `custom_advantage(args, rollout_data)`; no release is on PyPI.
 """
 

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..layout.steps import StepLayout
+from ..losses.correction import rollout_correction
 from ..losses.from_logps import policy_loss
 from ..losses.policy import StepPolicyOutput
 
@@ -54,6 +57,9 @@ def step_ids_from_advantages(advantages: Tensor, response_mask: Tensor) -> Tenso
     return torch.where(scored, starts.long().cumsum(1), -1)
 
 
+ON: Mapping[str, Any] = MappingProxyType({})  # a correction with the defaults of `rollout_correction`
+
+
 def policy_loss_at(
     level: str,
     logps: Tensor,
@@ -62,14 +68,23 @@ def policy_loss_at(
     mask: Tensor,
     *,
     step_ids: Tensor | None = None,
+    rollout: Tensor | None = None,
+    correction: Mapping[str, Any] | None = None,
     **options,
 ) -> StepPolicyOutput:
     """`policy_loss` of (B, T) tensors with a clipped ratio at this level; steps are runs of equal advantages.
 
-    `options` are those of `policy_loss`.
+    `options` are those of `policy_loss`. With log-probs of the `rollout` and a `correction` (options of
+    `rollout_correction`) the loss has importance weights, and the output's metrics are also the correction's.
     """
     if step_ids is None:
         step_ids = step_ids_from_advantages(advantages, mask)
     given: dict[str, Any] = {"loss_type": "ppo", **options}
-    layout = StepLayout.from_response(mask, step_ids)
-    return policy_loss(logps, layout, advantages, old=old, importance_sampling_level=level, **given)
+    layout, found = StepLayout.from_response(mask, step_ids), None
+    if rollout is not None and correction is not None:
+        found = rollout_correction(old, rollout, layout, **correction)
+        given["importance_weights"] = found.weights
+    out = policy_loss(logps, layout, advantages, old=old, importance_sampling_level=level, **given)
+    if found is not None:
+        out.metrics.update(found.metrics)
+    return out

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tinker 0.38: a loss for `forward_backward_custom`, from the log-probs that come back."""
+"""Tinker 0.38: a loss for `forward_backward_custom`, from the log-probs that come back.
+
+The ratio is over the log-probs that the tokens were sampled with, so it corrects for the rollouts by itself, within its
+clip range.
+"""
 
 from __future__ import annotations
 

@@ -44,7 +44,8 @@ class StepGRPOTrainer(GRPOTrainer):
     """GRPOTrainer whose advantages differ from step to step, (B, T): GRPO's own, and those of GAE over steps.
 
     The policy is asked what each prefix of a completion is worth, by `probe_step_values`. Everything else is TRL's:
-    sampling, rewards, losses, metrics. The advantages that TRL logs are those of the outcomes.
+    sampling, rewards, losses, metrics, and with vLLM the importance weights of its rollouts
+    (`vllm_importance_sampling_mode`). The advantages that TRL logs are those of the outcomes.
 
     Args:
         *args: GRPOTrainer's. A row of the data set has the right answer, beside "prompt".

@@ -5,6 +5,8 @@ Values travel so: the reward manager probes a response and leaves the values, an
 info. The agent loop's output makes a (T,) tensor "values" of it, with a number at the first token of each step and NaN
 elsewhere; with it the batch has values and steps. verl hands an estimator neither, so `compute_advantage` is wrapped,
 for this estimator alone.
+
+The rollouts' log-probs are corrected by verl itself (`algorithm.rollout_correction`); its weights multiply the loss.
 """
 
 from __future__ import annotations
@@ -95,7 +97,8 @@ def _loss(
         raise ValueError(f"loss_agg_mode: expected one of {', '.join(_AGGREGATIONS)}, got {loss_agg_mode!r}")
     out = policy_loss_at(
         level, log_prob, old_log_prob, advantages, response_mask, aggregation=_AGGREGATIONS[loss_agg_mode],
-        num_items=_num_items(loss_agg_mode, config, response_mask), token_weights=rollout_is_weights, **_clip(config),
+        num_items=_num_items(loss_agg_mode, config, response_mask), importance_weights=rollout_is_weights,
+        **_clip(config),
     )  # fmt: skip
     metrics = {f"actor/{name}": value.item() for name, value in out.metrics.items() if "ratio" in name}
     return out.loss, metrics

@@ -23,6 +23,7 @@ import torch
 
 from sspo_ext import StepLayout, policy_loss
 from sspo_ext.integrations import nemo_rl, openrlhf, prime_rl, skyrl, slime, steps, tinker
+from sspo_ext.losses import rollout_correction
 from sspo_ext.signals import StepValues, combine_advantages, step_gae, steps_to_tokens
 
 # name -> (ours, package, file in it, class or None, function, parameters where the package is not installed)
@@ -141,6 +142,50 @@ def test_openrlhf_own_loss(batch):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
+def corrected(b, level="step", mode="step_truncate", **options):
+    """What weights of the rollout's log-probs make of it, and the log-probs."""
+    rollout = b.old - torch.linspace(-1, 1.5, b.old.numel()).view(b.old.shape)
+    layout = StepLayout.from_response(b.mask, b.ids)
+    weights = rollout_correction(b.old, rollout, layout, mode=mode).weights
+    assert weights.unique().numel() > 2
+    return wanted(b, level, importance_weights=weights, **options), rollout
+
+
+def test_openrlhf_corrects_rollouts(batch):
+    b = batch
+    for mode in ("step_truncate", "token_mask"):
+        want, rollout = corrected(b, mode=mode, epsilon=0.2, epsilon_high=0.2)
+        loss = openrlhf.StepPolicyLoss(correction={"mode": mode})
+        same(loss(b.logp, b.old, b.advantages, b.mask, rollout)[0], b, want)
+    plain = wanted(b, epsilon=0.2, epsilon_high=0.2)
+    same(openrlhf.StepPolicyLoss(correction=None)(b.logp, b.old, b.advantages, b.mask, rollout)[0], b, plain)
+    want, rollout = corrected(b, mode="sequence_mask", epsilon=0.2, epsilon_high=0.2)
+    same(openrlhf.StepPolicyLoss()(b.logp, b.old, b.advantages, b.mask, rollout)[0], b, want)  # on by default
+
+
+def test_skyrl_corrects_rollouts(batch, monkeypatch):
+    b, config = batch, SimpleNamespace(eps_clip_low=0.1, eps_clip_high=0.25)
+    options = {"aggregation": "sum", "epsilon": 0.1, "epsilon_high": 0.25}
+    want, rollout = corrected(b, mode="sequence_mask", **options)
+    loss, metrics = skyrl.step_loss(b.logp, b.old, b.advantages, config, b.mask, rollout)
+    same(loss, b, want)
+    assert metrics["sampling/ratio/mean"] != 1 and "sampling/kl_k3" in metrics
+    made = {}
+    registry = SimpleNamespace(
+        register_advantage_estimator=lambda name: lambda fn: made.update(estimator=fn),
+        register_policy_loss=lambda name: lambda fn: made.update(loss=fn),
+    )
+    package = ModuleType("skyrl.backends.skyrl_train.utils")
+    package.ppo_utils = registry
+    for name in ("skyrl", "skyrl.backends", "skyrl.backends.skyrl_train"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "skyrl.backends.skyrl_train.utils", package)
+    monkeypatch.setattr(skyrl, "check_version", lambda *_: None)
+    skyrl.register(correction={"mode": "step_truncate"})
+    want, _ = corrected(b, **options)
+    same(made["loss"](b.logp, b.old, b.advantages, config, loss_mask=b.mask, rollout_logprobs=rollout)[0], b, want)
+
+
 def test_skyrl(batch):
     b, config = batch, SimpleNamespace(eps_clip_low=0.1, eps_clip_high=0.25)
     loss, metrics = skyrl.step_loss(b.logp, b.old, b.advantages, config, loss_mask=b.mask, rollout_logprobs=None)
@@ -224,6 +269,12 @@ def test_nemo_rl(batch, monkeypatch):
     b.ids[2] = -1
     same(out, b, wanted(b, num_items=50, epsilon=0.1))
     assert metrics["num_valid_samples"] == 3
+    want, rollout = corrected(b, num_items=50, epsilon=0.1)
+    data["generation_logprobs"] = torch.cat([first, rollout], 1)
+    loss = nemo_rl.StepLoss(epsilon=0.1, correction={"mode": "step_truncate"})
+    out, metrics = loss(data, torch.tensor(6), torch.tensor(50), next_token_logprobs=b.logp)
+    same(out, b, want)
+    assert metrics["sampling/ratio/max"] > 1
 
 
 def test_prime_rl(batch, monkeypatch):
