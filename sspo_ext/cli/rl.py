@@ -37,8 +37,13 @@ _METRICS = ("accuracy", "reward", "completions/mean_length", "completions/clippe
 _SAME = (
     "num_generations max_completion_length temperature top_p top_k rollout_engine rollout_batch_size special_tokens "
     "split_by probe probe_turn gamma lam baseline combine step_scale scale_advantages min_signal "
-    "epsilon epsilon_high kl_estimator entropy_coef aggregation num_iterations"
+    "epsilon epsilon_high kl_estimator entropy_coef aggregation num_iterations vllm_importance_sampling_correction "
+    "vllm_importance_sampling_mode vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min "
+    "vllm_importance_sampling_length_normalize"
 ).split()
+
+
+_MODES = tuple(f"{level}_{bound}" for level in ("token", "step", "sequence") for bound in ("truncate", "mask"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_rollouts(parser)
     _add_advantages(parser)
     _add_loss(parser)
+    _add_correction(parser)
     add_optimisation(
         parser, unit="completions", lr=1e-6, lr_scheduler="constant_with_warmup", batch_size=8, eval_batch_size=32,
         eval_batch="rows completed at once in an evaluation, on each device",
@@ -80,7 +86,7 @@ def _add_rollouts(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=1.0, help="temperature of sampling and of the loss")
     add(
         "--top-p", type=float, default=1.0,
-        help="nucleus sampling; below 1 the loss is no longer that of the sampled distribution",
+        help="nucleus sampling; the loss has the log-probs of the kept tokens, if the engine reports them",
     )  # fmt: skip
     add("--top-k", type=int, default=0, help="sample from the k most probable tokens; 0: from all")
     add_prompts(group)
@@ -127,6 +133,30 @@ def _add_advantages(parser: argparse.ArgumentParser) -> None:
     add(
         "--min-signal", type=float, default=0.01,
         help="step advantages whose spread is below this, on the scale of the rewards, are 0",
+    )  # fmt: skip
+
+
+def _bound(text: str) -> float | None:
+    """A number, or none."""
+    return None if text == "none" else float(text)
+
+
+def _add_correction(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("importance weights of rollouts")
+    add, name = group.add_argument, "--vllm-importance-sampling"
+    add(
+        f"{name}-correction", action=argparse.BooleanOptionalAction,
+        help="weigh completions by the trainer's probability over the engine's (default: with --rollout-engine vllm)",
+    )  # fmt: skip
+    add(
+        f"{name}-mode", default="sequence_mask", choices=_MODES,
+        help="whose ratio it is, and whether one out of bounds is cut or counts nothing",
+    )  # fmt: skip
+    add(f"{name}-clip-max", type=_bound, default=3.0, help="upper bound of the ratio, or none")
+    add(f"{name}-clip-min", type=_bound, help="lower bound of the ratio, or none")
+    add(
+        f"{name}-length-normalize", action=argparse.BooleanOptionalAction, default=False,
+        help="the ratio of a step or sequence is the geometric mean of its tokens' ratios",
     )  # fmt: skip
 
 
