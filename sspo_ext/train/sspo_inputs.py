@@ -107,7 +107,7 @@ def checked_completions(
     if sampling.kept and made.kept is None:
         _say_once(
             "the engine does not say which tokens top_p and top_k kept, so the loss has log-probs of the whole "
-            "distribution and not of the one that was sampled"
+            "distribution and not of the one that was sampled; the importance weights of long completions go to 0"
         )
     return Completions(made.token_ids, made.logps if sampling.logps else None, made.kept if sampling.kept else None)
 
