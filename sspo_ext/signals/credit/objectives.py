@@ -75,7 +75,8 @@ def rewards_advantages(
         >>> groups = torch.tensor([0, 0, 0])
         >>> rewards_advantages(rewards, "dr_grpo", groups=groups).argmax().item()  # the loud reward alone
         1
-        >>> rewards_advantages(rewards, "dr_grpo", groups=groups, weights=[2, 1], how="normalize_then_sum").argmax().item()
+        >>> even = rewards_advantages(rewards, "dr_grpo", groups=groups, weights=[2, 1], how="normalize_then_sum")
+        >>> even.argmax().item()
         0
     """
     check_choice("how", how, AGGREGATIONS)
