@@ -50,6 +50,10 @@ class RewardFunctions:
             raise ValueError(f"reward_weights: expected finite numbers, got {weights}")
         self.names = _distinct([_name(function) for function in self.functions])
 
+    def total(self, rewards: Sequence[float]) -> float:
+        """The weighted sum of one completion's rewards, of the functions that apply."""
+        return sum(w * r for w, r in zip(self.weights, rewards, strict=True) if not math.isnan(r))
+
     def __call__(
         self, rows: Sequence[Mapping], completions: Sequence[str], *, unit: bool = False, **more: Any
     ) -> list[list[float]]:
