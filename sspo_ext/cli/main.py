@@ -40,8 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except ModuleNotFoundError as error:
         root = (error.name or "").partition(".")[0]
-        own = getattr(options, "grader", "").partition(":")[0].partition(".")[0]  # a grader's module is in no extra
-        extra = None if root == own else _EXTRAS.get(root, options.extra)
+        graders = getattr(options, "grader", [])
+        names = [graders] if isinstance(graders, str) else graders
+        own = [name.partition(":")[0].partition(".")[0] for name in names]  # a grader's module is in no extra
+        extra = None if root in own else _EXTRAS.get(root, options.extra)
         message = f"{error}; install it with: pip install 'sspo-ext[{extra}]'" if extra else str(error)
     except (ValueError, TypeError, OSError, ImportError) as error:
         if options.traceback:

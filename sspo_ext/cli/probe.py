@@ -162,12 +162,10 @@ def _check_fits(options: argparse.Namespace, model, tokenizer, prompts, rows, pr
 
 def _complete(options: argparse.Namespace, model, tokenizer, rows, prompts, grader) -> list[Rollout]:
     """Completions of the prompts, in steps and graded."""
-    from functools import partial
-
     import torch
     from tqdm.auto import tqdm
 
-    from ..data.graders import grade_rows
+    from ..data.rewards import RewardFunctions
     from ..train.experience import graded_rollouts
     from ..train.rollout import end_tokens, make_engine
     from ..train.sampling import Completions, Sampling
@@ -191,7 +189,7 @@ def _complete(options: argparse.Namespace, model, tokenizer, rows, prompts, grad
     owned = [rows[i] for i, _ in places]
     return graded_rollouts(
         owned, [prompts[i] for i, _ in places], Completions(completions), tokenizer, ends, delimiters,
-        partial(grade_rows, grader),
+        RewardFunctions(grader),
     )  # fmt: skip
 
 

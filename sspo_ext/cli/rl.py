@@ -36,10 +36,10 @@ _METRICS = ("accuracy", "reward", "completions/mean_length", "completions/clippe
 # Options that SSPOConfig has under the same names, beside those of `training_arguments`.
 _SAME = (
     "num_generations max_completion_length temperature top_p top_k rollout_engine rollout_batch_size special_tokens "
-    "split_by probe probe_turn gamma lam baseline combine step_scale scale_advantages min_signal "
-    "epsilon epsilon_high kl_estimator entropy_coef aggregation num_iterations vllm_importance_sampling_correction "
-    "vllm_importance_sampling_mode vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min "
-    "vllm_importance_sampling_length_normalize"
+    "split_by probe probe_turn gamma lam baseline reward_weights multi_objective_aggregation "
+    "mask_truncated_completions combine step_scale scale_advantages min_signal epsilon epsilon_high kl_estimator "
+    "entropy_coef aggregation num_iterations vllm_importance_sampling_correction vllm_importance_sampling_mode "
+    "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min vllm_importance_sampling_length_normalize"
 ).split()
 
 
@@ -56,9 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--eval-data", nargs="+", metavar="JSONL", help="held-out rows, completed greedily before and after training")
     add(
-        "--grader", default="exact",
-        help="what rewards a completion: exact, exact:MARKER, math-verify, reasoning-gym or module:function",
+        "--grader", nargs="+", default=["exact"], metavar="NAME",
+        help="what rewards a completion: exact, exact:MARKER, math-verify, reasoning-gym or module:function (default: "
+        "exact). Of several the first says whether the answer is right",
     )  # fmt: skip
+    add("--reward-weights", nargs="+", type=float, metavar="WEIGHT", help="weight of each grader (default: 1 each)")
     add("--output-dir", required=True, metavar="DIR", help="folder for checkpoints, the trained model and progress.png")
     add(
         "--resume", action="store_true", help="continue from the newest whole checkpoint in --output-dir"
@@ -119,6 +121,15 @@ def _add_advantages(parser: argparse.ArgumentParser) -> None:
     add(
         "--baseline", default="rloo",
         help="baseline of the rewards: rloo, grpo, dr_grpo, reinforce, reinforce++ or reinforce++_baseline",
+    )  # fmt: skip
+    add(
+        "--multi-objective-aggregation", default="sum_then_normalize",
+        choices=("sum_then_normalize", "normalize_then_sum"),
+        help="of several graders: compare the sum of their rewards, or sum what each of them says by itself",
+    )  # fmt: skip
+    add(
+        "--mask-truncated-completions", action="store_true",
+        help="leave completions that reach --max-completion-length out of the loss",
     )  # fmt: skip
     add(
         "--combine", default="add", choices=("add", "replace", "outcome"),
@@ -189,7 +200,7 @@ def run(options: argparse.Namespace) -> None:
     # Cheap checks come first: options, folder, rows, grader, arguments, then the model.
     _check_options(options)
     checkpoint, lora = checkpoint_of(options), lora_of(options)
-    by_text = options.grader.partition(":")[0] in ("exact", "math-verify")
+    by_text = any(name.partition(":")[0] in ("exact", "math-verify") for name in options.grader)
     probed = options.combine != "outcome" and dict(options.probe_option).get("mode", "likelihood") == "likelihood"
     rows = load_prompt_rows(options.data, by_text or probed)
     held_out = load_prompt_rows(options.eval_data, by_text) if options.eval_data else None
@@ -200,7 +211,7 @@ def run(options: argparse.Namespace) -> None:
     from ..train.sspo_config import SSPOConfig
     from ..train.sspo_trainer import SSPOTrainer
 
-    grader = load_grader(options.grader)
+    graders = [load_grader(name) for name in options.grader]
     # vLLM is given the weights with the adapter merged, and needs the model that they fit
     rollout_options = (
         {"model": adapter_base(options.model) or options.model} if options.rollout_engine == "vllm" else {}
@@ -220,7 +231,7 @@ def run(options: argparse.Namespace) -> None:
         return
     model, tokenizer = load(options)
     set_seed(options.seed)
-    trainer = SSPOTrainer(model, args, grader, rows, held_out, processing_class=tokenizer, peft_config=lora)
+    trainer = SSPOTrainer(model, args, graders, rows, held_out, processing_class=tokenizer, peft_config=lora)
     evaluations = train_and_save(trainer, options, checkpoint, evaluated=held_out is not None)
     if evaluations is None or not trainer.is_world_process_zero():
         return
@@ -235,6 +246,8 @@ def _check_options(options: argparse.Namespace) -> None:
     check_training_effect(options)
     if not options.eval_data:
         check_effect(options, "eval_batch_size", "without --eval-data")
+    if len(options.grader) == 1:
+        check_effect(options, "multi_objective_aggregation", "with one --grader")
     if not options.beta:
         check_effect(options, "kl_estimator", "without --beta")
     if options.combine == "outcome":

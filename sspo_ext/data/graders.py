@@ -151,18 +151,25 @@ def grade(grader: Grader, prompt: Any, completion: str, answer: Any, /, **column
 
 
 def grade_rows(
-    grader: Grader, rows: Sequence[Mapping], completions: Sequence[str], *, unit: bool = False, **more: Any
+    grader: Grader,
+    rows: Sequence[Mapping],
+    completions: Sequence[str],
+    *,
+    unit: bool = False,
+    missing: float | None = None,
+    **more: Any,
 ) -> list[float]:
     """The rewards of completions, one for each row.
 
     Args:
         grader: of our form, called for each row; or of TRL's form, called once with all rows, their columns by name,
-            and `more`. Where a prompt is chat messages, TRL's form gets the completion as messages too. A reward of
-            None, "does not apply" in TRL, counts as 0. A last message of the assistant's belongs to the completion that
-            continues it.
+            and `more`. Where a prompt is chat messages, TRL's form gets the completion as messages too. A last message
+            of the assistant's belongs to the completion that continues it.
         rows: with "prompt", and "answer" and other columns where the grader needs them.
         completions: a text for each row.
         unit: whether rewards must be in [0, 1].
+        missing: what a reward of None, "does not apply", counts as. By default it is 0 in TRL's form, and an error in
+            ours.
         **more: extra arguments for TRL's form.
 
     Returns:
@@ -184,8 +191,11 @@ def grade_rows(
         found = grader(**{**columns, "prompts": prompts, "completions": in_form, **more})
         if not hasattr(found, "__len__") or len(found) != len(rows):
             raise ValueError(f"grader: expected a reward for each of {len(rows)} completions, got {found!r}")
-        found = [0.0 if reward is None else reward for reward in found]
-    return [_checked(reward, text, unit) for reward, text in zip(found, completions, strict=True)]
+        missing = 0.0 if missing is None else missing
+    return [
+        missing if reward is None and missing is not None else _checked(reward, text, unit)
+        for reward, text in zip(found, completions, strict=True)
+    ]
 
 
 def _in_form(prompt: Any, text: str) -> tuple[Any, Any]:

@@ -3,12 +3,11 @@
 
 steps        split_text, token_step_ids; inside a trainer delimiter_mask, step_ids_from_tokens
 values       probe_step_values (SSPO's verbal value probing), with StepBatch, StepValues, Probe, PROBES, as_probe;
-             unit_values of log-probabilities; choose_probe finds the text, compare_probes on completions of yours
-budgets      budget_curve (accuracy if the answer is demanded early), efficiency_gaps
-advantages   step_gae, outcome_advantages (BASELINES), combine_advantages
+             unit_values of log-probabilities; choose_probe finds the text, compare_probes on completions of yours;
              through an inference engine probe_requests, values_from_logprobs
+budgets      budget_curve (accuracy if the answer is demanded early), efficiency_gaps
 advantages   step_gae, outcome_advantages (BASELINES), combine_advantages; on padded tensors step_gae_tokens,
-             steps_to_tokens, combine_advantages_tokens
+             steps_to_tokens, combine_advantages_tokens; of several rewards rewards_advantages, summed_rewards
 preferences  trace_candidates, nodes_from_rollouts, pair_candidates, pair_rows, divergence_weights
 log-probs    branch_logps of many continuations of few sequences; why_not tells which engine a model supports
 """
@@ -18,6 +17,7 @@ from .branches.score import branch_logps
 from .branches.support import why_not
 from .credit.baselines import BASELINES, combine_advantages, outcome_advantages
 from .credit.gae import step_gae
+from .credit.objectives import rewards_advantages, summed_rewards
 from .credit.tokens import combine_advantages_tokens, step_gae_tokens, steps_to_tokens
 from .pairing.candidates import trace_candidates
 from .pairing.node import Candidate, Node
@@ -65,12 +65,14 @@ __all__ = [
     "pair_candidates",
     "pair_rows",
     "probe_requests",
+    "rewards_advantages",
     "probe_step_values",
     "split_text",
     "step_gae",
     "step_gae_tokens",
     "step_ids_from_tokens",
     "steps_to_tokens",
+    "summed_rewards",
     "token_step_ids",
     "trace_candidates",
     "unit_values",

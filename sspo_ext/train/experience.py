@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,11 +15,12 @@ from torch.utils.data import Sampler
 from ..data.chat import COLUMNS, chat_options
 from ..data.graders import Grader, answer_grader, answer_texts
 from ..data.prompts import prompt_tokens
+from ..data.rewards import RewardFunctions
 from ..data.sharing import PrefixSharing
 from ..layout.steps import StepLayout
 from ..signals.credit.baselines import combine_advantages, outcome_advantages
 from ..signals.credit.gae import spread, step_gae
-from ..signals.probing.options import NEAR_ZERO
+from ..signals.credit.objectives import rewards_advantages
 from ..signals.split import split_steps
 from ..signals.values import StepValues
 from .options import dictionary
@@ -28,8 +29,6 @@ from .sampling import Completions
 if TYPE_CHECKING:
     from .means import Sums
     from .sspo_config import SSPOConfig
-
-_ALL_BUT_ALL = 0.99  # of the values of an update
 
 
 @dataclass
@@ -43,12 +42,14 @@ class Rollout:
         text: The completion as a text.
         ended: Whether it has an end of sequence. A completion that was cut off is not graded.
         steps: The token ids of each step.
-        reward: What the grader gave.
+        reward: What the grader gave; of several functions the weighted sum.
+        rewards: What each function gave. NaN: it does not apply. The first one says whether the answer is right.
         values: V_0 .. V_K for K steps. V_K is 0 by definition, since nothing follows the last step. Empty if nothing
             was probed.
         advantages: One for each step.
         sampling_logps: The log-prob that each token was drawn with; None: not known.
         kept: For each token the ids of the tokens that top-p and top-k kept; None: all, or not known.
+        masked: Whether it is left out of the loss.
     """
 
     row: Any
@@ -58,10 +59,12 @@ class Rollout:
     ended: bool
     steps: list[list[int]] = field(default_factory=list)
     reward: float = 0.0
+    rewards: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
     sampling_logps: list[float] | None = None
     kept: Sequence[Sequence[int] | Tensor] | None = None
+    masked: bool = False
 
 
 class Summary(NamedTuple):
@@ -73,12 +76,18 @@ class Summary(NamedTuple):
     values: list[float]
     tokens: int
     ended: bool
+    rewards: Sequence[float] = ()
+
+    @property
+    def answered(self) -> float:
+        """The reward of the answer, which the first function gives."""
+        return self.rewards[0] if self.rewards else self.reward
 
     @classmethod
     def of(cls, place: int, rollout: Rollout) -> Summary:
         """The summary of a rollout."""
         r = rollout
-        return cls(place, r.reward, len(r.steps), r.values, len(r.completion_ids), r.ended)
+        return cls(place, r.reward, len(r.steps), r.values, len(r.completion_ids), r.ended, r.rewards)
 
 
 class PromptSampler(Sampler[int]):
@@ -150,11 +159,12 @@ def graded_rollouts(
     tokenizer,
     eos_token_ids: Collection[int],
     delimiters: Tensor,
-    grader: Callable[..., list[float]],
+    rewards: RewardFunctions,
+    **more: Any,
 ) -> list[Rollout]:
     """Completions with their texts, steps and rewards, and with what is known of their sampling.
 
-    `grader(rows, texts, completion_ids=...)` grades the completions that have ended; the others get 0.
+    `rewards` grades the completions that have ended, and is given `more`; the others get 0.
     """
     completions = made.token_ids
     ended = [bool(ids) and ids[-1] in eos_token_ids for ids in completions]
@@ -165,12 +175,13 @@ def graded_rollouts(
     whole = [i for i, ends in enumerate(ended) if ends]
     names = dict.fromkeys(name for row in rows for name in row)  # the columns do not depend on which rows have ended
     graded = [{name: rows[i].get(name) for name in names} for i in whole]
-    found = grader(graded, [texts[i] for i in whole], completion_ids=[completions[i] for i in whole])
-    rewards = dict(zip(whole, found, strict=True))
+    more["completion_ids"] = [completions[i] for i in whole]
+    found = dict(zip(whole, rewards(graded, [texts[i] for i in whole], **more), strict=True))
+    each = [found.get(i, [0.0] * len(rewards.functions)) for i in range(len(rows))]
     steps = split_steps(completions, delimiters)
     return [
         Rollout(
-            row, prompts[i], completions[i], texts[i], ended[i], steps[i], rewards.get(i, 0.0),
+            row, prompts[i], completions[i], texts[i], ended[i], steps[i], rewards.total(each[i]), each[i],
             sampling_logps=made.logps and made.logps[i], kept=made.kept and made.kept[i],
         )
         for i, row in enumerate(rows)
@@ -211,6 +222,7 @@ def policy_batch(rollouts: Sequence[Rollout], pad_token_id: int, sharing: Prefix
         step, among the tokens that sampling kept; "advantages" (S,) float32, one for each step. "sampling_logps" (N,)
         float32, one for each scored token, if all rollouts have them. Instead of the mask a TokenTree as "tree".
     """
+    rollouts = [_prompt_alone(r) if r.masked else r for r in rollouts]
     ids = [torch.tensor([*r.prompt_ids, *r.completion_ids], dtype=torch.int64) for r in rollouts]
     starts = [len(r.prompt_ids) for r in rollouts]
     labels, steps = [row.clone() for row in ids], [torch.full_like(row, -1) for row in ids]
@@ -235,6 +247,12 @@ def policy_batch(rollouts: Sequence[Rollout], pad_token_id: int, sharing: Prefix
     return batch
 
 
+def _prompt_alone(rollout: Rollout) -> Rollout:
+    """The rollout as if nothing had been completed: nothing of it is scored."""
+    known: dict[str, Any] = {name: [] for name in ("sampling_logps", "kept") if getattr(rollout, name) is not None}
+    return replace(rollout, completion_ids=[], steps=[], advantages=[], **known)
+
+
 def _of_scored(values: Sequence[Sequence], rollouts: Sequence[Rollout]) -> list:
     """What the scored tokens have, in row order: all but a completion's first token that nothing predicts."""
     return [x for row, r in zip(values, rollouts, strict=True) for x in row[0 if r.prompt_ids else 1 :]]
@@ -242,74 +260,6 @@ def _of_scored(values: Sequence[Sequence], rollouts: Sequence[Rollout]) -> list:
 
 def _padded(rows: list[Tensor], value: int) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-
-
-def rollout_metrics(rows: Iterable[Summary]) -> dict[str, float]:
-    """Means over all rollouts: rewards, lengths, steps."""
-    rows = list(rows)
-    n = max(len(rows), 1)
-    rewards = torch.tensor([row.reward for row in rows], dtype=torch.float64)
-    return {
-        "accuracy": sum(row.reward >= 1 for row in rows) / n,
-        "reward": sum(row.reward for row in rows) / n,
-        "reward_std": rewards.std(correction=0).item() if len(rows) else 0.0,
-        "completions/mean_length": sum(row.tokens for row in rows) / n,
-        "completions/clipped_ratio": sum(not row.ended for row in rows) / n,
-        "steps/mean": sum(row.steps for row in rows) / n,
-    }
-
-
-def update_metrics(
-    rows: Iterable[Summary], advantages: Sequence[Sequence[float]]
-) -> dict[str, tuple[float, int]]:  # name: (sum, count)
-    """`rollout_metrics`, the values before steps, and the advantages of all steps."""
-    rows = list(rows)
-    found: dict[str, tuple[float, int]] = {name: (value, 1) for name, value in rollout_metrics(rows).items()}
-    probed = [row.values for row in rows if len(row.values) > 1]
-    if probed:
-        found["values/near_zero"] = near_zero(rows), 1
-        found["values/first"] = sum(v[0] for v in probed), len(probed)
-        found["values/last"] = sum(v[-2] for v in probed), len(probed)
-    flat = torch.tensor([a for row in advantages for a in row])
-    if len(flat):
-        found["advantages/mean"] = flat.mean().item(), 1
-        found["advantages/std"] = flat.std(correction=0).item(), 1
-        silent = not flat.any()
-        found["advantages/silent"] = float(silent), 1
-        if silent:
-            warnings.warn(_silence(rows), stacklevel=2)
-    return found
-
-
-def near_zero(rows: Iterable[Summary]) -> float:
-    """The share of values before steps that are all but zero; 0 without steps."""
-    values = [v for row in rows for v in row.values[:-1]]
-    return sum(abs(v) < NEAR_ZERO for v in values) / max(len(values), 1)
-
-
-def warn_near_zero(rows: Sequence[Summary], probe: str) -> bool:
-    """Warns if nearly all values of an update are all but zero, and returns whether it did."""
-    share = near_zero(rows)
-    if share < _ALL_BUT_ALL:
-        return False
-    warnings.warn(
-        f"{share:.1%} of an update's values are below {NEAR_ZERO:g}: after the probe {probe!r} the model hardly ever "
-        "gives the right answer. Either it cannot know it there, or this text does not make it answer: "
-        "`sspo-ext probe` compares texts on the model's own completions. values/near_zero is logged",
-        stacklevel=2,
-    )
-    return True
-
-
-def _silence(rows: Sequence[Summary]) -> str:
-    low, high = min(row.reward for row in rows), max(row.reward for row in rows)
-    rewards = f"all rewards are {low:g}" if low == high else f"rewards are from {low:g} to {high:g}"
-    values = [v for row in rows for v in row.values[:-1]]
-    told = f" and the values from {min(values):.2g} to {max(values):.2g}" if values else ""
-    return (
-        f"all {len(rows)} completions of an update have advantage 0 ({rewards}{told}), so it changes nothing; easier "
-        "prompts, more completions or another probe may help, and advantages/silent is the share of such updates"
-    )
 
 
 def probe_answers(
@@ -326,9 +276,18 @@ def probe_answers(
     return [r.row for r in rollouts], {"grader": grader}
 
 
-def lowest_reward(rows: Iterable[Summary]) -> float:
-    """The reward of completions that were cut off: 0, or the lowest of the update if that is below 0."""
-    return min([0.0, *(row.reward for row in rows)])
+def with_worst_rewards(rows: Sequence[Summary], rewards: RewardFunctions) -> list[Summary]:
+    """The summaries, where completions that were cut off have the worst rewards.
+
+    That is for each function 0, or the lowest of the update if that is below 0; for a function with a weight below 0
+    the highest.
+    """
+    known = [[r for r in column if not math.isnan(r)] for column in zip(*(row.rewards for row in rows), strict=True)]
+    worst = [
+        min([0.0, *column]) if weight >= 0 else max([0.0, *column])
+        for weight, column in zip(rewards.weights, known, strict=True)
+    ]
+    return [row if row.ended else row._replace(reward=rewards.total(worst), rewards=worst) for row in rows]
 
 
 def step_advantages(
@@ -344,7 +303,12 @@ def step_advantages(
     The model's values are never exactly equal. Where they and the rewards differ by less than `min_signal`, scaling
     would turn rounding and noise into an update of full size. So such steps have advantage 0.
     """
-    outcome = outcome_advantages(rewards, args.baseline, groups=groups)
+    if rewards.ndim == 2:
+        how = args.multi_objective_aggregation
+        outcome = rewards_advantages(rewards, args.baseline, groups=groups, weights=args.reward_weights, how=how)
+        rewards = rewards[:, 0]
+    else:
+        outcome = outcome_advantages(rewards, args.baseline, groups=groups)
     if args.scale_advantages:
         outcome = over_std(outcome)
     step_sequence = torch.repeat_interleave(torch.arange(len(rewards)), torch.tensor(num_steps))
@@ -374,15 +338,16 @@ def num_items(args: SSPOConfig, everyone: Sequence[Summary], batches: Iterable[d
 
     With a `prob_threshold` those count that hold a token below it, in the micro-batches of all processes.
     """
+    counted_rows = [row for row in everyone if row.ended or not args.mask_truncated_completions]
     threshold = dictionary(args.loss_options).get("prob_threshold")
     if threshold is not None and args.aggregation != "sum":
         counted = torch.tensor(counted_items(args.aggregation, batches, threshold), device=args.device)
         count = accelerator.reduce(counted, "sum").item()
     else:
         count = {
-            "token": sum(row.tokens for row in everyone),
-            "step": sum(row.steps for row in everyone),
-            "sequence": sum(row.tokens > 0 for row in everyone),
+            "token": sum(row.tokens for row in counted_rows),
+            "step": sum(row.steps for row in counted_rows),
+            "sequence": sum(row.tokens > 0 for row in counted_rows),
             "sum": len(everyone) * args.max_completion_length,
         }[args.aggregation]
     return float(max(count, 1))

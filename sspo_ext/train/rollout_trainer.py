@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -11,13 +10,15 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ..data.graders import Grader, grade_rows
+from ..data.graders import Grader
 from ..data.prompts import check_rows
+from ..data.rewards import RewardFunctions
 from ..hf.wrappers import eval_mode
 from .base import StepTrainer
-from .experience import Rollout, Summary, graded_rollouts, prompt_ids, rollout_metrics
+from .experience import Rollout, Summary, graded_rollouts, prompt_ids
 from .means import Sums
 from .options import dictionary
+from .rollout_metrics import rollout_metrics
 from .sampling import RolloutEngine, Sampling
 from .sspo_inputs import checked_completions, has_chat, rendering_of
 
@@ -26,11 +27,12 @@ class RolloutTrainer(StepTrainer):
     """A StepTrainer with an engine that completes prompts and a function that grades."""
 
     engine: RolloutEngine
-    reward_func: Grader
+    reward_func: Grader | Sequence[Grader]
+    rewards: RewardFunctions
     delimiters: Tensor  # (V,) bool: the tokens that end a step
     eos_token_ids: Any
     _sums: Sums
-    _unit_rewards: bool  # rewards have to be in [0, 1], the scale of the values
+    _unit_rewards: bool  # rewards of the first function have to be in [0, 1], the scale of the values
     _corrects: bool  # completions may be drawn with other probabilities than the loss's
 
     def roll_out(
@@ -56,8 +58,10 @@ class RolloutTrainer(StepTrainer):
             made = self.engine.complete(self.model, prompts, sampling, seeds)
             made = checked_completions(made, sampling, args.vllm_importance_sampling_correction)
         with self._sums.phase("grade"):
-            grader = functools.partial(grade_rows, self.reward_func, unit=self._unit_rewards, trainer_state=self.state)
-            return graded_rollouts(rows, prompts, made, tokenizer, self.eos_token_ids, self.delimiters, grader)
+            return graded_rollouts(
+                rows, prompts, made, tokenizer, self.eos_token_ids, self.delimiters, self.rewards,
+                unit=self._unit_rewards, trainer_state=self.state,
+            )  # fmt: skip
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Completes a dataset greedily and grades it.
@@ -69,7 +73,7 @@ class RolloutTrainer(StepTrainer):
             metric_key_prefix: Put before the names of the metrics.
 
         Returns:
-            eval_accuracy (the share of rewards of at least 1), eval_reward, eval_reward_std,
+            eval_accuracy (the share of the first function's rewards of at least 1), eval_reward, eval_reward_std,
             eval_completions/mean_length (tokens), eval_completions/clipped_ratio and eval_steps/mean.
         """
         args = self.args
@@ -91,7 +95,8 @@ class RolloutTrainer(StepTrainer):
         shared = [Summary.of(0, rollout) for rollout in rollouts[:mine]]
         everyone = gather_object(shared) if world > 1 else shared
         self._sums.forget("time/rollout", "time/grade")
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in rollout_metrics(everyone).items()}
+        found = rollout_metrics(everyone, self.rewards.names)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -15,6 +15,7 @@ from ..formulas.policy import KL_ESTIMATORS, LEVELS, get_policy_formula
 from ..losses.correction import check_correction
 from ..objective.policy_arguments import AGGREGATIONS
 from ..signals.credit.baselines import BASELINES, UNGROUPED
+from ..signals.credit.objectives import AGGREGATIONS as OBJECTIVES
 from ..signals.probing.options import ProbeOptions
 from ..signals.probing.texts import Probe, as_probe
 from ..signals.split import split_text
@@ -72,6 +73,13 @@ class SSPOConfig(TrainingArguments):
         lam: Lambda of GAE over steps, in [0, 1]. With 0 a step's advantage is the progress of that step alone.
         baseline: What the reward is compared with: "rloo", "grpo", "dr_grpo", "reinforce", "reinforce++" or
             "reinforce++_baseline", see `sspo_ext.signals.outcome_advantages`.
+        reward_weights: With several reward functions a weight for each; None means 1 each.
+        multi_objective_aggregation: With several reward functions, how they become one advantage of the outcome:
+            "sum_then_normalize" compares their weighted sum; with "normalize_then_sum" each is compared, and divided by
+            its standard deviation, by itself, so that a loud one does not drown the rest. The names are TRL's; see
+            `sspo_ext.signals.rewards_advantages`.
+        mask_truncated_completions: Whether completions that were cut off are left out of the loss. Their groups are
+            compared with them all the same, as in TRL.
         combine: "add" adds the step advantages to the outcome's, "replace" uses the step advantages alone, "outcome"
             the outcome's alone, without probing.
         step_scale: The weight of the step advantages beside the outcome's.
@@ -147,6 +155,9 @@ class SSPOConfig(TrainingArguments):
     gamma: float = 0.9
     lam: float = 0.9
     baseline: str = "rloo"
+    reward_weights: list[float] | None = None
+    multi_objective_aggregation: str = "sum_then_normalize"
+    mask_truncated_completions: bool = False
     combine: str = "add"
 
     step_scale: float = 1.0
@@ -223,6 +234,7 @@ class SSPOConfig(TrainingArguments):
     def _check_advantages(self) -> None:
         check_choice("combine", self.combine, COMBINE)
         check_choice("baseline", self.baseline, tuple(BASELINES))
+        check_choice("multi_objective_aggregation", self.multi_objective_aggregation, OBJECTIVES)
         for name in ("gamma", "lam"):
             value = getattr(self, name)
             if not 0 <= value <= 1:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..data.graders import answer_texts
 from ..data.prompts import check_rows
+from ..data.rewards import RewardFunctions
 from ..signals.split import delimiter_mask
 from .limits import check_fits, model_limits
 from .options import dictionary
@@ -28,8 +29,7 @@ def check_given(
     """Checks everything that is given except the rows."""
     if tokenizer is None:
         raise ValueError("processing_class: expected the model's tokenizer, got None")
-    if not callable(reward_func):
-        raise TypeError(f"reward_func: expected one function, see sspo_ext.data.graders, got {reward_func!r}")
+    RewardFunctions(reward_func, args.reward_weights)
     for name in ("compute_metrics", "compute_loss_func"):
         if trainer_kwargs.get(name) is not None:
             raise ValueError(f"{name}: expected None, since the trainer has its own, got {trainer_kwargs[name]!r}")

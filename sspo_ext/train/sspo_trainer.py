@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.chat import row_probe
 from ..data.graders import Grader
+from ..data.rewards import RewardFunctions
 from ..hf.wrappers import eval_mode
 from ..losses.correction import rollout_correction
 from ..losses.policy import StepPolicyOutput, linear_step_policy_loss, step_policy_loss
@@ -32,20 +33,19 @@ from .experience import (
     PromptSampler,
     Rollout,
     Summary,
-    lowest_reward,
     micro_batches,
     num_items,
     probe_answers,
     rollout_number,
     step_advantages,
-    update_metrics,
-    warn_near_zero,
+    with_worst_rewards,
 )
 from .means import Sums
 from .model_call import call_model, check_processes, choose_route, choose_sharing, router_loss
 from .models import check_trainable, model_and_tokenizer, with_adapter
 from .options import check_optimizer, dictionary
 from .rollout import end_tokens, make_engine
+from .rollout_metrics import update_metrics, warn_near_zero
 from .rollout_trainer import RolloutTrainer
 from .sampling import RolloutEngine
 from .sharded import shard
@@ -75,7 +75,10 @@ class SSPOTrainer(RolloutTrainer):
         args: The options.
         reward_func: `reward(prompt, completion, answer) -> float`, or TRL's form `reward(prompts, completions,
             **columns) -> list[float]`; see `sspo_ext.data.graders`. Rewards are in [0, 1], the scale of the values;
-            with combine="outcome" they may have any scale. A completion that was cut off is not graded.
+            with combine="outcome" they may have any scale. A completion that was cut off is not graded. Of several
+            functions (a list) the first one says whether the answer is right: values and step advantages are about its
+            rewards. The others, of any scale, count for the outcome's advantage, see `args.reward_weights`. None from
+            one of several: it does not apply.
         train_dataset: Rows with "prompt" and "answer", with a length. The prompt is a text or chat messages. The
             answer is a text, a number, a list of accepted spellings, or a mapping for graders that need more. Every row
             is checked before training.
@@ -113,7 +116,7 @@ class SSPOTrainer(RolloutTrainer):
         self,
         model: PreTrainedModel | nn.Module | str,
         args: SSPOConfig,
-        reward_func: Grader,
+        reward_func: Grader | Sequence[Grader],
         train_dataset=None,
         eval_dataset=None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -136,7 +139,7 @@ class SSPOTrainer(RolloutTrainer):
             check_trainable(policy)
         if args.disable_dropout:
             disable_dropout(policy)
-        self.reward_func = reward_func
+        self.reward_func, self.rewards = reward_func, RewardFunctions(reward_func, args.reward_weights)
         self._unit_rewards = args.combine != "outcome" and not own_values
         self._watch_probe = self._unit_rewards  # until it has warned
         foreign = engine is not None or args.rollout_engine == "vllm"
@@ -220,7 +223,7 @@ class SSPOTrainer(RolloutTrainer):
         """
         # After the last step nothing is asked, since the outcome is known there.
         states = StepBatch([r.prompt_ids for r in rollouts], [r.steps[:-1] for r in rollouts])
-        answers, grader = probe_answers(rollouts, self.args, self.reward_func)
+        answers, grader = probe_answers(rollouts, self.args, self.rewards.functions[0])
         options = {"tokenizer": self.processing_class, **dictionary(self.args.probe_options), **grader}
         if self.sharing is not None and self.sharing.skips and options.get("mode", "likelihood") == "likelihood":
             options.setdefault("engine", "shared")  # rollouts of a prompt share it
@@ -241,7 +244,8 @@ class SSPOTrainer(RolloutTrainer):
         Those that hardly differ are 0 (`min_signal`).
 
         Args:
-            rewards: (B,) float32, one for each rollout of all processes.
+            rewards: (B,) float32, one for each rollout of all processes; with several reward functions (B, R), NaN
+                where one does not apply.
             num_steps: The number of steps of each rollout, B of them.
             values: V_0 .. V_K of each rollout; not read with combine="outcome".
             groups: (B,) int64, the prompt that each rollout completes.
@@ -255,18 +259,19 @@ class SSPOTrainer(RolloutTrainer):
         """Gathers the rollouts of all processes, and sets rewards and advantages of this process's."""
         shared = [Summary.of(place, rollout) for place, rollout in zip(places, rollouts, strict=True)]
         everyone = sorted(gather_object(shared)) if self.accelerator.num_processes > 1 else sorted(shared)
-        lowest = lowest_reward(everyone)
-        everyone = [row if row.ended else row._replace(reward=lowest) for row in everyone]
+        everyone = with_worst_rewards(everyone, self.rewards)
+        several = len(self.rewards.functions) > 1
         advantages = self.advantages(
-            torch.tensor([row.reward for row in everyone]),
+            torch.tensor([row.rewards if several else row.reward for row in everyone]),
             [row.steps for row in everyone],
             [row.values for row in everyone],
             torch.tensor([row.place // self.args.num_generations for row in everyone]),
         )
         for place, rollout in zip(places, rollouts, strict=True):
             rollout.advantages = advantages[place]
-            rollout.reward = rollout.reward if rollout.ended else lowest
-        for name, (total, count) in update_metrics(everyone, advantages).items():
+            rollout.masked = self.args.mask_truncated_completions and not rollout.ended
+            rollout.reward, rollout.rewards = everyone[place].reward, list(everyone[place].rewards)
+        for name, (total, count) in update_metrics(everyone, advantages, self.rewards.names).items():
             self._sums.add(name, total, count)
         if self._watch_probe:
             self._watch_probe = not warn_near_zero(everyone, self.args.asked.text)

@@ -14,7 +14,8 @@ pytest.importorskip("transformers")
 
 from helpers.rl import PROMPTS, make_model, make_trainer
 
-from sspo_ext.train.experience import Summary, near_zero, update_metrics
+from sspo_ext.train.experience import Summary
+from sspo_ext.train.rollout_metrics import near_zero, update_metrics
 from sspo_ext.train.sspo_trainer import SSPOTrainer
 
 ROWS = [{"prompt": prompt, "answer": "fea"} for prompt in PROMPTS]

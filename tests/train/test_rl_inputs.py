@@ -108,9 +108,9 @@ def test_an_end_that_is_no_special_token_is_not_graded(tmp_path):
     assert [(r.text, r.ended) for r in rollouts] == [("2", True)] * 2 and rollouts[0].completion_ids[-1] == end
 
 
-@pytest.mark.parametrize("given", (None, "exact", [lambda *a: 1.0]))
-def test_reward_func_is_one_function(tmp_path, given):
-    with pytest.raises(TypeError, match="reward_func: expected one function"):
+@pytest.mark.parametrize("given", (None, "exact", [lambda *a: 1.0, "exact"]))
+def test_reward_func_is_a_function_or_several(tmp_path, given):
+    with pytest.raises(TypeError, match="reward_func: expected a function, or a list of them, got"):
         make_trainer(tmp_path, reward_func=given)
 
 
