@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .steps import policy_loss_at
-from .versions import check_version
+from .._versions import check_version
 
 
 class StepPolicyLoss(nn.Module):

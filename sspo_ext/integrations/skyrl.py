@@ -16,7 +16,7 @@ from torch import Tensor
 from ..signals.credit.baselines import outcome_advantages
 from ..signals.credit.tokens import combine_advantages_tokens, step_gae_tokens
 from .steps import apart, policy_loss_at, steps_of_values
-from .versions import check_version
+from .._versions import check_version
 
 NAME = "sspo"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..layout.steps import StepLayout
 from ..losses.from_logps import policy_loss
-from .versions import check_version
+from .._versions import check_version
 
 
 def step_loss(**options: Any) -> Callable[[Sequence[Any], Sequence[Tensor]], tuple[Tensor, dict[str, float]]]:

@@ -27,7 +27,7 @@ from ..signals.credit.tokens import combine_advantages_tokens, step_gae_tokens
 from ..signals.split import delimiter_mask, step_ids_from_tokens
 from ..signals.values import StepBatch, StepValues
 from .probing import LogprobEngine, values_before_steps
-from .versions import check_version
+from .._versions import check_version
 
 check_version("trl", "1.16")
 

@@ -29,7 +29,7 @@ from ..signals.values import StepBatch
 from .probing import values_before_steps
 from .servers import LogprobServer
 from .steps import apart, policy_loss_at, steps_of_values
-from .versions import check_version
+from .._versions import check_version
 
 check_version("verl", "0.9")
 

@@ -18,7 +18,8 @@ from .base import StepTrainer
 from .experience import Rollout, Summary, graded_rollouts, prompt_ids, rollout_metrics
 from .means import Sums
 from .options import dictionary
-from .sampling import RolloutEngine, Sampling
+from .rollout import OWN_BATCHES, rest
+from .sampling import Completions, RolloutEngine, Sampling
 from .sspo_inputs import has_chat, rendering_of
 
 
@@ -52,7 +53,8 @@ class RolloutTrainer(StepTrainer):
         )  # fmt: skip
         with self._sums.phase("rollout"), torch.no_grad(), self.accelerator.autocast():
             prompts = prompt_ids(rows, tokenizer, dictionary(args.chat_template_kwargs))
-            completions = self.engine.complete(self.model, prompts, sampling, seeds)
+            found = self.engine.complete(self.model, prompts, sampling, seeds)
+            completions = found.token_ids if isinstance(found, Completions) else found
         with self._sums.phase("grade"):
             grader = functools.partial(grade_rows, self.reward_func, unit=self._unit_rewards, trainer_state=self.state)
             return graded_rollouts(rows, prompts, completions, tokenizer, self.eos_token_ids, self.delimiters, grader)
@@ -78,14 +80,15 @@ class RolloutTrainer(StepTrainer):
         # Every process completes as many rows, and those beyond the last one are not counted.
         mine, each = len(range(rank, len(dataset), world)), -(-len(dataset) // world)
         rows = [dataset[min(rank + i * world, len(dataset) - 1)] for i in range(each)]
-        # vLLM makes its own batches, and the weights are loaded into it in every call.
+        # vLLM makes its own batches, and is handed the weights in every call.
         size = args.rollout_batch_size or args.per_device_eval_batch_size
-        size = len(rows) if args.rollout_engine == "vllm" else size
+        size = len(rows) if args.rollout_engine in OWN_BATCHES else size
         rollouts: list[Rollout] = []
         with eval_mode(self.model), self.in_step():
             for i in range(0, len(rows), max(size, 1)):
                 some = rows[i : i + size]
                 rollouts += self.roll_out(some, [(i + j,) for j in range(len(some))], temperature=0.0)
+            rest(self.engine)
         shared = [Summary.of(0, rollout) for rollout in rollouts[:mine]]
         everyone = gather_object(shared) if world > 1 else shared
         self._sums.forget("time/rollout", "time/grade")

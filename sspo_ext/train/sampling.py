@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._checks import check_not_negative
 
@@ -58,14 +58,20 @@ class Completions:
         token_ids: The token ids of each completion; see `RolloutEngine.complete`.
         logps: For each completion the log-probs of its tokens in the distribution that they were drawn from: of the
             logits over the temperature, narrowed by `top_k` and `top_p` and normalised again. None: not known.
+        kept: For each completion and each of its tokens, the ids of the tokens that `top_k` and `top_p` kept: lists or
+            1-D integer tensors. None: all were kept, or it is not known.
     """
 
     token_ids: list[list[int]]
     logps: list[list[float]] | None = None
+    kept: list[Sequence[Sequence[int] | Tensor]] | None = None
 
 
 class RolloutEngine(Protocol):
     """Anything that completes prompts. Pass yours to `SSPOTrainer(engine=...)`.
+
+    An engine may have more: `logprobs(requests)`, with which it can be asked for values (`probe_engine`), and `rest()`,
+    called before each update, to free memory.
 
     Examples:
         An engine that writes the same tokens after every prompt:

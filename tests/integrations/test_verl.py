@@ -251,7 +251,7 @@ def test_reward_manager_probes():
 def test_another_version_is_refused(monkeypatch):
     from importlib import metadata
 
-    from sspo_ext.integrations.versions import check_version
+    from sspo_ext._versions import check_version
 
     monkeypatch.setattr(metadata, "version", lambda name: "0.10.1")
     with pytest.raises(ImportError, match=r"^verl: .* tested with 0.9, and 0.10.1 is installed"):
