@@ -82,6 +82,7 @@ class VLLMServer(VLLMRequests):
     def load_weights(self, model: nn.Module) -> None:
         """See `VLLMRequests.load_weights`. All processes call it, with the same weights."""
         rank = dist.get_rank() if dist.is_initialized() else 0
+        self._wait_for_all()  # every process has the answers to what it asked of the weights before
         if self._transfer is None:
             self._transfer = self._connected(rank, model)
         self._transfer.source.model = model
@@ -92,8 +93,12 @@ class VLLMServer(VLLMRequests):
         finally:
             if rank == 0:
                 self._call("/resume", body={})
+        self._wait_for_all()  # nobody asks before the weights are there
+
+    @staticmethod
+    def _wait_for_all() -> None:
         if dist.is_initialized():
-            dist.barrier()  # nobody asks before the weights are there
+            dist.barrier()
 
     def _connected(self, rank: int, model: nn.Module) -> Any:
         """vLLM's sending end; with it the first process and the server's workers have met."""

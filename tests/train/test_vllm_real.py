@@ -22,7 +22,9 @@ pytestmark = pytest.mark.slow
 RECORD = Record("vllm-0.33.0.txt")
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
 SEEDS = [(0, 3), (1, 0), (0, 4)]
-ON_THIS_MACHINE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "kv_cache_memory_bytes": 2**26}
+ON_THIS_MACHINE = {
+    "dtype": "float32", "enforce_eager": True, "max_model_len": 128, "kv_cache_memory_bytes": 2**26, "block_size": 32,
+}  # fmt: skip
 
 
 def model(seed=0):

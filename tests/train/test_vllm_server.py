@@ -6,7 +6,7 @@ What was broken -> what went red:
   metadata in another order or dtype than the weights, adapters not merged             test_adapters_are_sent_merged
   log-probs of the next token, answers in another order                                test_rollouts_and_values
   a server's version, log-probs, settings or missing endpoints taken                   test_servers_that_do_not_do
-  sent by every process, or without waiting for the first                              test_vllm_ranks.py
+  sent by every process, or without waiting for the others                             test_vllm_ranks.py
 """
 
 import copy
