@@ -32,6 +32,4 @@ def check_version(package: str, tested: str) -> None:
             f"{package}: sspo_ext needs {tested}, and none is installed; {command}", name=package
         ) from None
     if found.split(".")[:2] != tested.split("."):
-        raise ImportError(
-            f"{package}: sspo_ext was tested with {tested}, and {found} is installed; {command}"
-        )
+        raise ImportError(f"{package}: sspo_ext was tested with {tested}, and {found} is installed; {command}")

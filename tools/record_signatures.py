@@ -57,7 +57,11 @@ def fields(tree: ast.ClassDef) -> str:
     """The fields of a dataclass, a model or a struct, by name; a field without a value has to be given."""
     found = []
     for node in tree.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and "ClassVar" not in ast.unparse(node):
+        if (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and "ClassVar" not in ast.unparse(node)
+        ):
             found.append(node.target.id + ("" if node.value is None else f"={ast.unparse(plain(node.value))}"))
     return f"(*, {', '.join(found)})"
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .steps import policy_loss_at
 from .._versions import check_version
+from .steps import policy_loss_at
 
 
 class StepPolicyLoss(nn.Module):

@@ -97,9 +97,7 @@ class LogprobServer:
             ) from error
         for (_, continuation), some in zip(pairs, found, strict=True):
             if len(some) != len(continuation) or any(x is None for x in some):
-                raise ValueError(
-                    f"{self.url}: expected {len(continuation)} log-probs, a token each, got {short(some)}"
-                )
+                raise ValueError(f"{self.url}: expected {len(continuation)} log-probs, a token each, got {short(some)}")
         return found
 
 

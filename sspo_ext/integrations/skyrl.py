@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._versions import check_version
 from ..signals.credit.baselines import outcome_advantages
 from ..signals.credit.tokens import combine_advantages_tokens, step_gae_tokens
 from .steps import apart, policy_loss_at, steps_of_values
-from .._versions import check_version
 
 NAME = "sspo"
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""slime: `--custom-advantage-function-path sspo_ext.integrations.slime.step_advantage`, and its loss beside it,
-`--loss-type custom_loss --custom-loss-function-path sspo_ext.integrations.slime.step_loss`.
+"""slime: step advantages, and a loss with the ratio of steps.
+
+    --custom-advantage-function-path sspo_ext.integrations.slime.step_advantage
+    --loss-type custom_loss --custom-loss-function-path sspo_ext.integrations.slime.step_loss
 
 Written against THUDM/slime at 624b824a of August 2026; no release is on PyPI.
 """

@@ -48,7 +48,8 @@ class SSPOConfig(TrainingArguments):
             `top_p`.
         rollout_engine: "generate", "compact", "vllm" or "vllm_server", see `sspo_ext.train.rollout.make_engine`.
         rollout_batch_size: The most rows completed at once on a device; None means all of the update. Not for vLLM.
-        rollout_options: Arguments of `vllm.LLM` for "vllm", of `sspo_ext.train.vllm_server.VLLMServer` for "vllm_server".
+        rollout_options: Arguments of `vllm.LLM` for "vllm", of `sspo_ext.train.vllm_server.VLLMServer` for
+            "vllm_server".
         chat_template_kwargs: Arguments of the chat template, such as `{"enable_thinking": False}`.
         special_tokens: What happens to a row with a text that spells a special token, such as "<|im_end|>": "error", or
             "allow", and the text becomes the token.

@@ -42,7 +42,7 @@ class VLLMRequests(ABC):
 
     @abstractmethod
     def _ask(self, asked: Sequence[Asked]) -> list[Answer]:
-        """vLLM's answers, in the order of what is asked."""
+        """VLLM's answers, in the order of what is asked."""
 
     def complete(
         self, model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[Sequence[int]]
@@ -79,9 +79,6 @@ class VLLMRequests(ABC):
         answers = self._ask([(list(prompt), _scoring(list(tokens))) for prompt, tokens in wanted.items()])
         found = {prompt: answer.logps[0] for prompt, answer in zip(wanted, answers, strict=True)}
         return [[found[prompt][token] for prompt, token in some] for some in pairs]
-
-    def rest(self) -> None:
-        """Called when rollouts are complete and probed, before the update: frees what memory it can."""
 
 
 def _drawing(sampling: Sampling, seed: Sequence[int]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class VLLMServer(VLLMRequests):
                 raise ValueError(f"{self.url}: expected a server with {option}, got {config['model_config'][name]!r}")
         if (config["weight_transfer_config"] or {}).get("backend") != "nccl":
             raise ValueError(
-                f"{self.url}: expected a server with --weight-transfer-config '{{\"backend\": \"nccl\"}}', "
+                f'{self.url}: expected a server with --weight-transfer-config \'{{"backend": "nccl"}}\', '
                 f"got {config['weight_transfer_config']}"
             )
 
@@ -101,7 +101,7 @@ class VLLMServer(VLLMRequests):
             dist.barrier()
 
     def _connected(self, rank: int, model: nn.Module) -> Any:
-        """vLLM's sending end; with it the first process and the server's workers have met."""
+        """VLLM's sending end; with it the first process and the server's workers have met."""
         from vllm.distributed.weight_transfer import (  # pyright: ignore[reportMissingImports]
             HTTPVLLMWeightSyncClient,
             WeightTransferTrainerFactory,

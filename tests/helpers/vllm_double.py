@@ -96,7 +96,9 @@ class LLM:
         while True:
             scores, mask = narrowed(self.logits(ids), params)
             logp = scores.log_softmax(-1)
-            token = int(logp.argmax()) if not params.temperature else int(logp.exp().multinomial(1, generator=generator))
+            token = (
+                int(logp.argmax()) if not params.temperature else int(logp.exp().multinomial(1, generator=generator))
+            )
             shown = [token, *(params.logprob_token_ids or [])]
             places.append({t: value(RECORD, "vllm/logprobs.py:Logprob", logprob=logp[t].item()) for t in shown})
             kept.append(mask)

@@ -20,7 +20,6 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-
 from helpers.recorded import Record
 
 from sspo_ext import StepLayout, policy_loss

@@ -260,9 +260,7 @@ def test_a_training_probes_through_the_engine(tmp_path):
     for (_, a), (_, b) in zip(own, asked, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-7)
     assert any(len(values) > 1 for _, values in own)
-    for (name, a), (_, b) in zip(
-        policy.model.named_parameters(), engines.model.named_parameters(), strict=True
-    ):
+    for (name, a), (_, b) in zip(policy.model.named_parameters(), engines.model.named_parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
     events = engines.engine.llm.events
     assert events.count("sleep 2") == 3 and events.count("generate") == 5, "evaluation, and two updates that probe"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM itself, where it is installed: its rollouts' log-probs and its values are those of the model whose weights it has
-been handed. A tiny model, in float32; on a machine without a GPU it takes a vLLM that was built for CPUs.
+"""vLLM itself, where it is installed: log-probs of its rollouts, and its values, are those of the model whose weights it
+has been handed. A tiny model, in float32; on a machine without a GPU it takes a vLLM that was built for CPUs.
 """
 
 import inspect
@@ -9,8 +9,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-vllm = pytest.importorskip("vllm")
+pytest.importorskip("vllm")
 
+import vllm
 from helpers.recorded import Record
 from helpers.rl import make_model, make_tokenizer
 

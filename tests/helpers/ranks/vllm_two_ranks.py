@@ -28,7 +28,11 @@ SAMPLING = Sampling(8, (1,))
 def asked(rank):
     prompts = PROMPTS[rank]
     batch = StepBatch(prompts, [[[rank + 4]] for _ in prompts])
-    return prompts, [(rank, i) for i in range(len(prompts))], probe_requests(batch, [9], [[[1, 2 + rank]]] * len(prompts))
+    return (
+        prompts,
+        [(rank, i) for i in range(len(prompts))],
+        probe_requests(batch, [9], [[[1, 2 + rank]]] * len(prompts)),
+    )
 
 
 def answers(engine, model, rank):
