@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM itself, where it is installed: log-probs of its rollouts, and its values, are those of the model whose weights it
+"""vLLM itself, where it is installed: log-probs of its rollouts, and values, are those of the model whose weights it
 has been handed. A tiny model, in float32; on a machine without a GPU it takes a vLLM that was built for CPUs.
 """
 

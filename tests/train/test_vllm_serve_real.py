@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm serve` itself, where vLLM is installed: what is asked of it over HTTP, but for the weights. They go by NCCL, and
-need a GPU at either end. The server loads the policy from its folder here.
+"""`vllm serve` itself, where vLLM is installed: what is asked of it over HTTP, but for the weights. They go by NCCL,
+and need a GPU at either end. The server loads the policy from its folder here.
 """
 
 import contextlib
