@@ -36,7 +36,7 @@ _METRICS = ("accuracy", "reward", "completions/mean_length", "completions/clippe
 # Options that SSPOConfig has under the same names, beside those of `training_arguments`.
 _SAME = (
     "num_generations max_completion_length temperature top_p top_k rollout_engine rollout_batch_size special_tokens "
-    "split_by probe probe_turn gamma lam baseline reward_weights multi_objective_aggregation "
+    "split_by probe probe_turn probe_engine gamma lam baseline reward_weights multi_objective_aggregation "
     "mask_truncated_completions combine step_scale scale_advantages min_signal epsilon epsilon_high kl_estimator "
     "entropy_coef aggregation num_iterations vllm_importance_sampling_correction vllm_importance_sampling_mode "
     "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min vllm_importance_sampling_length_normalize"
@@ -93,14 +93,15 @@ def _add_rollouts(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int, default=0, help="sample from the k most probable tokens; 0: from all")
     add_prompts(group)
     add(
-        "--rollout-engine", default="generate", choices=("generate", "compact", "vllm"),
+        "--rollout-engine", default="generate", choices=("generate", "compact", "vllm", "vllm_server"),
         help="what completes the prompts. generate: transformers; compact: a loop that drops finished completions from "
-        "the cache; vllm: vLLM",
+        "the cache; vllm: vLLM beside the model; vllm_server: a vLLM server on other GPUs",
     )  # fmt: skip
     add("--rollout-batch-size", type=positive, help="completions sampled at once, on each device (default: all)")
     add(
         "--rollout-option", type=setting, **REPEATED,
-        help="option of vLLM, such as gpu_memory_utilization=0.4; repeatable",
+        help="option of vLLM, such as gpu_memory_utilization=0.4, or of its server, such as url=http://HOST:8000; "
+        "repeatable",
     )  # fmt: skip
 
 
@@ -115,6 +116,10 @@ def _add_advantages(parser: argparse.ArgumentParser) -> None:
     add(
         "--probe-option", type=setting, **REPEATED,
         help="option of the probe, such as mode=graded, num_samples=5, reduce=mean or engine=packed; repeatable",
+    )  # fmt: skip
+    add(
+        "--probe-engine", default="policy", choices=("policy", "rollout"),
+        help="what is asked for values. policy: the model; rollout: the rollout engine, if it is vLLM",
     )  # fmt: skip
     add("--gamma", type=float, default=0.9, help="discount per step; below 1 it makes reasoning short")
     add("--lam", type=float, default=0.9, help="lambda of GAE over steps; 0: a step's advantage is its own progress")
@@ -251,7 +256,7 @@ def _check_options(options: argparse.Namespace) -> None:
     if not options.beta:
         check_effect(options, "kl_estimator", "without --beta")
     if options.combine == "outcome":
-        names = "probe probe_end probe_turn probe_option gamma lam step_scale min_signal"
+        names = "probe probe_end probe_turn probe_option probe_engine gamma lam step_scale min_signal"
         check_effect(options, names, "with --combine outcome, which probes nothing")
 
 

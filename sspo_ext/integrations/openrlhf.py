@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._versions import check_version
 from .steps import ON, policy_loss_at
-from .versions import check_version
 
 
 class StepPolicyLoss(nn.Module):

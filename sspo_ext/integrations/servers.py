@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .._checks import check_choice, check_count
+from .._http import call, short
 from ..signals.probing.requests import ProbeRequests
 
 Pairs = Sequence[tuple[list[int], list[int]]]  # prompts and continuations of one call
@@ -26,8 +24,9 @@ class LogprobServer:
         vllm      /v1/completions  vLLM's `prompt_logprobs`
         sglang    /generate        `logprob_start_len`, so that the prefix cache is used
 
-    vLLM computes a prompt anew wherever its log-probs are asked for, whatever its prefix cache has. The server must
-    have the policy's weights; nothing here hands them over.
+    Where log-probs of a prompt are asked for, as "echo" and "vllm" do, vLLM does not read its prefix cache and computes
+    the whole prompt. The server must have the policy's weights; nothing here hands them over, see
+    `sspo_ext.train.vllm_server` for that.
 
     Args:
         url: where the server is, such as "http://127.0.0.1:8000".
@@ -67,7 +66,7 @@ class LogprobServer:
         path, self._asks, self._reads = _STYLES[style]
         self.url, self.model, self.batch_size, self.workers = url.rstrip("/") + path, model, batch_size, workers
         self.timeout, self.body = timeout, body
-        self.headers = {"Content-Type": "application/json", **(headers or {})}
+        self.headers = headers or {}
 
     def logprobs(self, requests: ProbeRequests) -> list[list[float]]:
         """The log-probs of every request's continuation tokens.
@@ -89,36 +88,17 @@ class LogprobServer:
 
     def _call(self, pairs: Pairs) -> list[list[float]]:
         body = {**self._asks(pairs), **({"model": self.model} if self.model else {}), **self.body}
-        answer = self._post(body)
+        answer = call(self.url, body, headers=self.headers, timeout=self.timeout)
         try:
             found = self._reads(answer, pairs)
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(
-                f"{self.url}: expected log-probs of the prompt in the answer, got {_short(answer)} ({error!r})"
+                f"{self.url}: expected log-probs of the prompt in the answer, got {short(answer)} ({error!r})"
             ) from error
         for (_, continuation), some in zip(pairs, found, strict=True):
             if len(some) != len(continuation) or any(x is None for x in some):
-                raise ValueError(
-                    f"{self.url}: expected {len(continuation)} log-probs, a token each, got {_short(some)}"
-                )
+                raise ValueError(f"{self.url}: expected {len(continuation)} log-probs, a token each, got {short(some)}")
         return found
-
-    def _post(self, body: dict[str, Any]) -> Any:
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), self.headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            raise ConnectionError(
-                f"{self.url}: {error.code} {_short(error.read().decode(errors='replace'))}"
-            ) from error
-        except urllib.error.URLError as error:
-            raise ConnectionError(f"{self.url}: {error.reason}") from error
-
-
-def _short(answer: Any) -> str:
-    text = answer if isinstance(answer, str) else json.dumps(answer)
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def _whole(pairs: Pairs) -> list[list[int]]:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._versions import check_version
 from ..signals.credit.baselines import outcome_advantages
 from ..signals.credit.tokens import combine_advantages_tokens, step_gae_tokens
 from .steps import ON, apart, policy_loss_at, steps_of_values
-from .versions import check_version
 
 NAME = "sspo"
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._versions import check_version
 from ..layout.steps import StepLayout
 from ..losses.from_logps import policy_loss
-from .versions import check_version
 
 
 def step_loss(**options: Any) -> Callable[[Sequence[Any], Sequence[Tensor]], tuple[Tensor, dict[str, float]]]:

@@ -18,6 +18,7 @@ from trl import DPOTrainer, GRPOTrainer  # pyright: ignore[reportMissingImports]
 from trl.models.utils import disable_gradient_checkpointing  # pyright: ignore[reportMissingImports]
 from trl.trainer.utils import use_adapter  # pyright: ignore[reportMissingImports]
 
+from .._versions import check_version
 from ..formulas.registry import PAIR_FORMULAS
 from ..layout.steps import StepLayout
 from ..losses.common import StepGrid
@@ -27,7 +28,6 @@ from ..signals.credit.tokens import combine_advantages_tokens, step_gae_tokens
 from ..signals.split import delimiter_mask, step_ids_from_tokens
 from ..signals.values import StepBatch, StepValues
 from .probing import LogprobEngine, values_before_steps
-from .versions import check_version
 
 check_version("trl", "1.16")
 

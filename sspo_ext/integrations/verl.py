@@ -23,6 +23,7 @@ from verl.experimental.reward_loop.reward_manager import register  # pyright: ig
 from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager  # pyright: ignore
 from verl.trainer.ppo import core_algos, ray_trainer  # pyright: ignore[reportMissingImports]
 
+from .._versions import check_version
 from ..signals.credit.baselines import outcome_advantages
 from ..signals.credit.tokens import combine_advantages_tokens, step_gae_tokens
 from ..signals.probing.texts import as_probe
@@ -31,7 +32,6 @@ from ..signals.values import StepBatch
 from .probing import values_before_steps
 from .servers import LogprobServer
 from .steps import apart, policy_loss_at, steps_of_values
-from .versions import check_version
 
 check_version("verl", "0.9")
 

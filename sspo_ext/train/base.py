@@ -131,8 +131,9 @@ class StepTrainer(Trainer):
                 "loading, and references and rollouts run before training; load the model before the arguments are "
                 "made, or give zero3_init_flag: false in accelerate's config"
             )
-        if self.zero_stage == 3 and getattr(self.args, "rollout_engine", None) == "vllm":
-            raise ValueError("rollout_engine: expected 'generate' or 'compact' with ZeRO-3, got 'vllm'; or use FSDP2")
+        if self.zero_stage == 3 and getattr(self.args, "rollout_engine", "").startswith("vllm"):
+            got = self.args.rollout_engine
+            raise ValueError(f"rollout_engine: expected 'generate' or 'compact' with ZeRO-3, got {got!r}; or use FSDP2")
 
     def _shard(self) -> None:
         """Shards the model now, where FSDP2 would do so when training begins."""

@@ -21,7 +21,8 @@ from .compact_engine import CompactEngine
 from .drawing import ChooseOne, Chooser
 from .sampling import Completions, RolloutEngine, Sampling
 
-ENGINES = ("generate", "compact", "vllm")
+ENGINES = ("generate", "compact", "vllm", "vllm_server")
+OWN_BATCHES = ("vllm", "vllm_server")
 
 
 def make_engine(name: str, tokenizer, *, rows_at_once: int | None = None, **options: Any) -> RolloutEngine:
@@ -33,10 +34,11 @@ def make_engine(name: str, tokenizer, *, rows_at_once: int | None = None, **opti
             * "generate": Hugging Face's `generate`, for every model.
             * "compact": a loop over the key-value cache that drops rows as they end. It writes the same completions,
               sooner where lengths differ. The model's cache must be able to select rows.
-            * "vllm": vLLM beside the policy. It batches by itself.
+            * "vllm": vLLM beside the policy, see `sspo_ext.train.vllm_engine`. It batches by itself.
+            * "vllm_server": a vLLM server on other GPUs, see `sspo_ext.train.vllm_server`.
         tokenizer: Its padding token fills the batches.
-        rows_at_once: The most rows in one batch; None means all. Not for "vllm".
-        **options: For "vllm" alone: the arguments of `vllm.LLM`.
+        rows_at_once: The most rows in one batch; None means all. Not for vLLM.
+        **options: For "vllm" the arguments of `vllm.LLM`, for "vllm_server" those of `VLLMServer`.
 
     Returns:
         The engine.
@@ -45,23 +47,30 @@ def make_engine(name: str, tokenizer, *, rows_at_once: int | None = None, **opti
         ValueError: For an unknown name, or for options that the engine does not have.
     """
     check_choice("rollout_engine", name, ENGINES)
-    if name != "vllm" and options:
+    if name not in OWN_BATCHES and options:
         raise ValueError(f"rollout_options: rollout_engine {name!r} has none, got {', '.join(sorted(options))}")
-    if name == "vllm":
+    if name in OWN_BATCHES:
         if rows_at_once is not None:
             raise ValueError(
-                "rollout_batch_size: expected None with rollout_engine 'vllm', which makes its own batches "
-                f"(max_num_seqs of rollout_options), got {rows_at_once}"
+                f"rollout_batch_size: expected None with rollout_engine {name!r}, which makes its own batches "
+                f"(vLLM's max_num_seqs), got {rows_at_once}"
             )
-        if options.get("tensor_parallel_size", 1) != 1:
-            raise ValueError(
-                "rollout_options: expected tensor_parallel_size 1, since every process completes prompts of its own, "
-                f"got {options['tensor_parallel_size']}"
-            )
-        from .vllm_engine import VLLMEngine
+        needed = "model" if name == "vllm" else "url"
+        if needed not in options:
+            raise ValueError(f"rollout_options: expected {needed!r} with rollout_engine {name!r}, got {options}")
+        if name == "vllm":
+            from .vllm_engine import VLLMEngine
 
-        return VLLMEngine(**options)
+            return VLLMEngine(**options)
+        from .vllm_server import VLLMServer
+
+        return VLLMServer(**options)
     return (GenerateEngine if name == "generate" else CompactEngine)(tokenizer.pad_token_id or 0, rows_at_once)
+
+
+def rest(engine: RolloutEngine) -> None:
+    """Tells an engine that nothing is asked until the next completions. One without `rest` has nothing to free."""
+    getattr(engine, "rest", lambda: None)()
 
 
 class GenerateEngine(BatchEngine):

@@ -18,6 +18,7 @@ from .base import StepTrainer
 from .experience import Rollout, Summary, graded_rollouts, prompt_ids
 from .means import Sums
 from .options import dictionary
+from .rollout import OWN_BATCHES, rest
 from .rollout_metrics import rollout_metrics
 from .sampling import RolloutEngine, Sampling
 from .sspo_inputs import checked_completions, has_chat, rendering_of
@@ -84,14 +85,15 @@ class RolloutTrainer(StepTrainer):
         # Every process completes as many rows, and those beyond the last one are not counted.
         mine, each = len(range(rank, len(dataset), world)), -(-len(dataset) // world)
         rows = [dataset[min(rank + i * world, len(dataset) - 1)] for i in range(each)]
-        # vLLM makes its own batches, and the weights are loaded into it in every call.
+        # vLLM makes its own batches, and is handed the weights in every call.
         size = args.rollout_batch_size or args.per_device_eval_batch_size
-        size = len(rows) if args.rollout_engine == "vllm" else size
+        size = len(rows) if args.rollout_engine in OWN_BATCHES else size
         rollouts: list[Rollout] = []
         with eval_mode(self.model), self.in_step():
             for i in range(0, len(rows), max(size, 1)):
                 some = rows[i : i + size]
                 rollouts += self.roll_out(some, [(i + j,) for j in range(len(some))], temperature=0.0)
+            rest(self.engine)
         shared = [Summary.of(0, rollout) for rollout in rollouts[:mine]]
         everyone = gather_object(shared) if world > 1 else shared
         self._sums.forget("time/rollout", "time/grade")

@@ -84,6 +84,9 @@ class Completions:
 class RolloutEngine(Protocol):
     """Anything that completes prompts. Pass yours to `SSPOTrainer(engine=...)`.
 
+    An engine may have more: `logprobs(requests)`, with which it can be asked for values (`probe_engine`), and `rest()`,
+    called before each update, to free memory.
+
     Examples:
         An engine that writes the same tokens after every prompt:
 

@@ -23,6 +23,7 @@ from .options import check_dictionary, check_reporting, check_sampling_order, di
 from .rollout import ENGINES
 
 COMBINE = ("add", "replace", "outcome")
+PROBE_ENGINES = ("policy", "rollout")
 
 _DICTIONARIES = ("rollout_options", "chat_template_kwargs", "probe_options", "loss_options")
 
@@ -45,10 +46,10 @@ class SSPOConfig(TrainingArguments):
             0, or the lowest of the update if that is below 0.
         temperature: Divides the logits, in sampling and in the loss. Above 0.
         top_p: Nucleus sampling, in (0, 1]. The loss has the log-probs of the tokens that were kept, normalised again,
-            if the engine reports them, as "generate" and "compact" do.
+            if the engine reports them, as all of this package do.
         top_k: Sample only from the `top_k` most probable tokens; 0 means all. The loss follows it as it does `top_p`.
         vllm_importance_sampling_correction: Whether importance weights correct the loss for completions that the engine
-            drew with other probabilities than the trainer's. None: with "vllm" and engines of your own, as far as they
+            drew with other probabilities than the trainer's. None: with vLLM and engines of your own, as far as they
             report log-probs. "generate" and "compact" draw with the trainer's own, up to rounding. The names are TRL's;
             see `sspo_ext.losses.rollout_correction`.
         vllm_importance_sampling_mode: "token_truncate", "token_mask", "step_truncate", "step_mask", "sequence_truncate"
@@ -57,9 +58,10 @@ class SSPOConfig(TrainingArguments):
         vllm_importance_sampling_clip_min: The lower bound of the ratio; None means none.
         vllm_importance_sampling_length_normalize: Whether the ratio of a step or sequence is the geometric mean of its
             tokens' ratios.
-        rollout_engine: "generate", "compact" or "vllm", see `sspo_ext.train.rollout.make_engine`.
-        rollout_batch_size: The most rows completed at once on a device; None means all of the update. Not for "vllm".
-        rollout_options: Arguments of `vllm.LLM`, for "vllm" alone.
+        rollout_engine: "generate", "compact", "vllm" or "vllm_server", see `sspo_ext.train.rollout.make_engine`.
+        rollout_batch_size: The most rows completed at once on a device; None means all of the update. Not for vLLM.
+        rollout_options: Arguments of `vllm.LLM` for "vllm", of `sspo_ext.train.vllm_server.VLLMServer` for
+            "vllm_server".
         chat_template_kwargs: Arguments of the chat template, such as `{"enable_thinking": False}`.
         special_tokens: What happens to a row with a text that spells a special token, such as "<|im_end|>": "error", or
             "allow", and the text becomes the token.
@@ -69,6 +71,8 @@ class SSPOConfig(TrainingArguments):
             which may. Empty: an answer counts however the text goes on.
         probe_turn: Ask in a new turn of the user, by the chat template.
         probe_options: Other arguments of `sspo_ext.signals.probe_step_values`: mode, reduce, engine, ...
+        probe_engine: What is asked for values: "policy", the model itself, or "rollout", the rollout engine, which has
+            its weights. vLLM can be asked, and an engine of your own with `logprobs`.
         gamma: The discount for each step, in [0, 1]. Below 1 every step has a cost, which makes reasoning short.
         lam: Lambda of GAE over steps, in [0, 1]. With 0 a step's advantage is the progress of that step alone.
         baseline: What the reward is compared with: "rloo", "grpo", "dr_grpo", "reinforce", "reinforce++" or
@@ -152,6 +156,7 @@ class SSPOConfig(TrainingArguments):
     probe_end: str | list[str] = ""
     probe_turn: bool = False
     probe_options: dict | str | None = None
+    probe_engine: str = "policy"
     gamma: float = 0.9
     lam: float = 0.9
     baseline: str = "rloo"
@@ -214,6 +219,13 @@ class SSPOConfig(TrainingArguments):
             ProbeOptions(**given)
         except (TypeError, ValueError) as error:
             raise type(error)(f"probe_options: {error}") from None
+        check_choice("probe_engine", self.probe_engine, PROBE_ENGINES)
+        if self.probe_engine == "rollout":
+            for name in ("engine", "max_tokens"):
+                if name in given:
+                    raise ValueError(f"probe_options: {name} has no effect with probe_engine='rollout', got {given}")
+            if given.get("mode", "likelihood") != "likelihood":
+                raise ValueError("probe_engine: expected 'policy' with probe_options mode 'graded', got 'rollout'")
 
     def _check_rollouts(self) -> None:
         check_positive("temperature", self.temperature)  # at 0 there are no log-probs

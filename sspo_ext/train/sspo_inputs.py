@@ -35,6 +35,8 @@ def check_given(
             raise ValueError(f"{name}: expected None, since the trainer has its own, got {trainer_kwargs[name]!r}")
     if engine is not None and args.rollout_options:
         raise ValueError("rollout_options: expected None beside an engine of your own, which has its options")
+    if args.probe_engine == "rollout" and args.combine == "outcome":
+        raise ValueError("probe_engine: expected 'policy' with combine='outcome', which probes nothing, got 'rollout'")
     if args.combine != "outcome" and args.asked.turn and not has_chat(tokenizer):
         raise ValueError("probe_turn: expected a tokenizer with a chat template, which writes the user's turn")
 

@@ -8,6 +8,7 @@ collects the micro-batches of an update.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,8 +28,9 @@ from ..losses.policy import StepPolicyOutput, linear_step_policy_loss, step_poli
 from ..signals.probing.likelihood import unit_values
 from ..signals.probing.options import FLOOR
 from ..signals.probing.probe import probe_step_values
-from ..signals.values import StepBatch
+from ..signals.values import StepBatch, StepValues
 from .dropout import disable_dropout
+from .engine_values import check_engine, engine_values
 from .experience import (
     PromptSampler,
     Rollout,
@@ -44,7 +46,7 @@ from .means import Sums
 from .model_call import call_model, check_processes, choose_route, choose_sharing, router_loss
 from .models import check_trainable, model_and_tokenizer, with_adapter
 from .options import check_optimizer, dictionary
-from .rollout import end_tokens, make_engine
+from .rollout import OWN_BATCHES, end_tokens, make_engine, rest
 from .rollout_metrics import update_metrics, warn_near_zero
 from .rollout_trainer import RolloutTrainer
 from .sampling import RolloutEngine
@@ -142,7 +144,7 @@ class SSPOTrainer(RolloutTrainer):
         self.reward_func, self.rewards = reward_func, RewardFunctions(reward_func, args.reward_weights)
         self._unit_rewards = args.combine != "outcome" and not own_values
         self._watch_probe = self._unit_rewards  # until it has warned
-        foreign = engine is not None or args.rollout_engine == "vllm"
+        foreign = engine is not None or args.rollout_engine in OWN_BATCHES
         wanted = args.vllm_importance_sampling_correction
         self._corrects = foreign if wanted is None else wanted
         self.pad_token_id = tokenizer.pad_token_id or 0
@@ -161,6 +163,7 @@ class SSPOTrainer(RolloutTrainer):
         self.engine = engine or make_engine(
             args.rollout_engine, tokenizer, rows_at_once=args.rollout_batch_size, **options
         )
+        check_engine(self.engine, args.probe_engine)
         self.route = choose_route(self.model, args.route, args.device)
         self.sharing = choose_sharing(self.model, args.prefix_sharing)
         self._shard()
@@ -200,6 +203,7 @@ class SSPOTrainer(RolloutTrainer):
                     with self._sums.phase("probe"):
                         for rollout, values in zip(rollouts, self.step_values(rollouts), strict=True):
                             rollout.values = values
+                rest(self.engine)
             everyone = self._assign_advantages(places, rollouts)
             rollouts.sort(key=lambda r: len(r.prompt_ids) + len(r.completion_ids))
             micro = micro_batches(rollouts, size, self.pad_token_id, self.sharing)
@@ -225,11 +229,14 @@ class SSPOTrainer(RolloutTrainer):
         states = StepBatch([r.prompt_ids for r in rollouts], [r.steps[:-1] for r in rollouts])
         answers, grader = probe_answers(rollouts, self.args, self.rewards.functions[0])
         options = {"tokenizer": self.processing_class, **dictionary(self.args.probe_options), **grader}
-        if self.sharing is not None and self.sharing.skips and options.get("mode", "likelihood") == "likelihood":
+        ask: Callable[..., StepValues] = probe_step_values
+        if self.args.probe_engine == "rollout":
+            ask = functools.partial(engine_values, self.engine)
+        elif self.sharing is not None and self.sharing.skips and options.get("mode", "likelihood") == "likelihood":
             options.setdefault("engine", "shared")  # rollouts of a prompt share it
         with torch.no_grad(), self.accelerator.autocast():
             probes = [row_probe(self.args.asked, r.row) for r in rollouts]
-            values = probe_step_values(self.model, states, probes, answers, **options)
+            values = ask(self.model, states, probes, answers, **options)
         if options.get("reduce") == "logprob":
             values = unit_values(values, options.get("floor", FLOOR))
         return [[*v, 0.0] if r.steps else v for r, v in zip(rollouts, values.to_lists(), strict=True)]

@@ -1,156 +1,117 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM as rollout engine, inside the trainer's own processes ("colocate").
 
-Each process has one engine. Before every batch of rollouts the policy's weights are loaded into it. It needs a GPU and
-`pip install vllm`, and is imported only when it is asked for.
+Each process has one engine, or one part of an engine (`tensor_parallel_size`). Before every batch of rollouts the
+policy's weights are loaded into it, as tensors in memory. It needs a GPU and vLLM 0.33, and is imported only when it is
+asked for.
 
-vLLM does the sampling, from the seeds given to it: its rollouts are not those of `GenerateEngine`. The tests run this
-module against a stand-in with vLLM's names.
+vLLM does the sampling, from the seeds given to it: its rollouts are not those of `GenerateEngine`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import nn
 
-from .model_call import hf_model
-from .sampling import Sampling
-from .sharded import whole
+from .._versions import check_version
+from .policy_weights import policy_weights
+from .vllm_requests import VERSION, Answer, Asked, VLLMRequests
 
 
-class VLLMEngine:
-    """Completes prompts with vLLM.
+class VLLMEngine(VLLMRequests):
+    """Completes prompts with vLLM in this process.
+
+    With `enable_sleep_mode=True` vLLM gives its memory back while the policy is updated: its weights, which the next
+    rollouts bring along, and its cache.
+
+    With `tensor_parallel_size=n`, n neighbouring processes of a launcher have one engine together. It completes the
+    prompts of all of them, and each gets the answers to its own.
 
     Args:
         model: A name or folder from which vLLM loads the architecture.
-        **options: Arguments of `vllm.LLM`: gpu_memory_utilization (here 0.3 by default), max_model_len, dtype, ...
+        **options: Arguments of `vllm.LLM`: gpu_memory_utilization (here 0.3 by default), max_model_len, dtype,
+            enable_sleep_mode, tensor_parallel_size, return_sampling_mask, ...
+
+    Raises:
+        ImportError: vLLM is not installed, or in another version.
+        ValueError: An option does not fit the processes.
     """
 
     def __init__(self, model: str, **options: Any):
+        check_version("vllm", VERSION)
+        self._group = _neighbours(options)
         # vLLM must run in this process, because the weights are handed over as tensors in memory.
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM  # pyright: ignore[reportMissingImports]  # needs a GPU to be installed
 
-        # "vllm": vLLM's own sampling settings, not those of the checkpoint's generation config
-        defaults: dict[str, Any] = {"gpu_memory_utilization": 0.3, "generation_config": "vllm"}
+        defaults: dict[str, Any] = {
+            "gpu_memory_utilization": 0.3,
+            "generation_config": "vllm",  # vLLM's own sampling settings, not those of the checkpoint's file
+            "enable_prefix_caching": True,  # a group has one prompt, and the states of a chain begin alike
+            "logprobs_mode": "processed_logprobs",  # those of the distribution that tokens are drawn from
+        }
         if "RANK" in os.environ:  # set by a launcher; by default every engine would take the first GPU
             defaults["distributed_executor_backend"] = "external_launcher"
-        self.llm = LLM(model=model, **{**defaults, **options})
-
-    def complete(
-        self, model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[Sequence[int]]
-    ) -> list[list[int]]:
-        """See `RolloutEngine.complete`."""
-        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
-
-        self.load_weights(model)
-        params = [
-            SamplingParams(
-                n=1, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or -1,
-                max_tokens=sampling.max_completion_length, stop_token_ids=list(sampling.eos_token_ids),
-                seed=_one_seed(seed), detokenize=False,
-            )
-            for seed in seeds
-        ]  # fmt: skip
-        inputs = [{"prompt_token_ids": list(p)} for p in prompts]
-        outputs = self.llm.generate(inputs, sampling_params=params, use_tqdm=False)
-        return [list(output.outputs[0].token_ids) for output in outputs]
+        options = {**defaults, **options}
+        self._sleeps, self._asleep = options.get("enable_sleep_mode", False), False
+        self.llm = LLM(model=model, **options)
 
     def load_weights(self, model: nn.Module) -> None:
-        """Loads the policy's weights, with its adapters, into vLLM, and drops vLLM's cached prefixes."""
-        runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
-        runner.model.load_weights(policy_weights(model))
-        self.llm.reset_prefix_cache()
+        """See `VLLMRequests.load_weights`."""
+        if self._asleep:
+            self.llm.wake_up(tags=["weights"])  # the cache comes later, when nothing is in memory twice
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": policy_weights(model)})
+        if self._asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vllm: its prefix cache could not be reset, and would serve what older weights wrote")
 
+    def rest(self) -> None:
+        """Puts vLLM to sleep, with `enable_sleep_mode`. Its weights are dropped."""
+        if self._sleeps and not self._asleep:
+            self.llm.sleep(level=2)
+            self._asleep, self._ready = True, False
 
-def policy_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields the weights one after the other, under their names in the checkpoint.
+    def _ask(self, asked: Sequence[Asked]) -> list[Answer]:
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
-    Sharded weights (FSDP2) are gathered one at a time. The weights of a layer with an adapter are copies into which the
-    adapter is merged. The layer's own stay as they are, bit by bit: to merge and to unmerge would round them twice.
-
-    Args:
-        model: The policy, with or without an adapter.
-
-    Returns:
-        An iterator of (name, weight).
-
-    Raises:
-        ValueError: For adapters that cannot be merged: prompt learning, and `model.add_adapter` without a PeftModel.
-    """
-    kinds = getattr(model, "peft_config", None) or {}
-    if kinds and not hasattr(model, "merge_adapter"):
-        names = ", ".join(getattr(config.peft_type, "value", str(config.peft_type)) for config in kinds.values())
-        raise ValueError(
-            f"rollout_engine: 'vllm' takes a model's weights, into which {names} cannot be merged here; use 'generate'"
+        everyones, mine = list(asked), slice(None)
+        if self._group is not None:
+            parts: list[Any] = [None] * dist.get_world_size(self._group)
+            dist.all_gather_object(parts, everyones, group=self._group)
+            first = sum(map(len, parts[: dist.get_rank(self._group)]))
+            everyones, mine = [one for part in parts for one in part], slice(first, first + len(asked))
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt, _ in everyones],
+            sampling_params=[SamplingParams(**params) for _, params in everyones],
+            use_tqdm=False,
         )
-    return _whole(_named_weights(hf_model(model).get_base_model() if kinds else model, ""))
+        return [_answer(output.outputs[0]) for output in outputs[mine]]
 
 
-def _whole(weights: Iterator[tuple[str, Tensor, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The whole of each weight, tied weights once."""
-    seen = set()
-    for name, weight, value in weights:
-        if weight not in seen:
-            seen.add(weight)
-            with torch.no_grad():
-                yield name, whole(value.detach())
+def _answer(output: Any) -> Answer:
+    logps = [{token: found.logprob for token, found in at.items()} for at in output.logprobs]
+    kept = None if output.sampling_mask is None else output.sampling_mask.token_ids
+    return Answer(list(output.token_ids), logps, kept)
 
 
-def _named_weights(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Parameters under the names that they have without PEFT and without checkpoint wrappers, and their values."""
-    parts = {name: part for name, part in module._modules.items() if part is not None}
-    for inside in ("base_layer", "token_adapter", "_checkpoint_wrapped_module"):
-        if inside in parts:  # everything beside it belongs to the adapter
-            adapted = inside == "base_layer" and hasattr(module, "merge")
-            yield from _merged(module, prefix) if adapted else _named_weights(parts[inside], prefix)
-            return
-    if "modules_to_save" in parts:
-        copies = hf_model(parts["modules_to_save"])
-        active = [copies[name] for name in hf_model(module).active_adapters if name in copies]
-        yield from _named_weights(active[0] if active else parts["original_module"], prefix)
-        return
-    for name, weight in module._parameters.items():
-        if weight is not None:
-            yield prefix + name, weight, weight
-    for name, part in parts.items():
-        yield from _named_weights(part, f"{prefix}{name}.")
-
-
-def _merged(layer: Any, prefix: str) -> list[tuple[str, Tensor, Tensor]]:
-    """The weights of a layer, and copies of them with the layer's active adapters merged."""
-    base = layer.base_layer
-    before = list(_named_weights(base, prefix))
-    if layer.merged or layer.disable_adapters:
-        return before
-    owners = {part: dict(part._parameters) for part in base.modules()}
-    saved = {weight: _local(weight).clone() for weight in base.parameters()}
-    try:
-        layer.merge()
-        merged = {name: whole(value.detach()).clone() for name, _, value in _named_weights(base, prefix)}
-    finally:
-        for part, parameters in owners.items():
-            part._parameters.update(parameters)
-        for weight, value in saved.items():
-            _local(weight).copy_(value)
-        layer.merged_adapters.clear()
-    return [(name, weight, merged[name]) for name, weight, _ in before]
-
-
-def _local(weight: Tensor) -> Tensor:
-    """The part of a weight that this process has."""
-    weight = weight.detach()
-    to_local = getattr(weight, "to_local", None)
-    return weight if to_local is None else to_local()
-
-
-def _one_seed(seed: Sequence[int]) -> int:
-    """Mixes the numbers of a seed into one."""
-    value = 0
-    for part in seed:
-        value = (value * 1_000_003 + part) % 2**31
-    return value
+def _neighbours(options: dict[str, Any]) -> dist.ProcessGroup | None:
+    """The processes that share an engine with this one; None: it has one of its own."""
+    for name in ("pipeline_parallel_size", "data_parallel_size"):
+        if options.get(name, 1) != 1:
+            raise ValueError(f"rollout_options: expected {name} 1 in the trainer's processes, got {options[name]}")
+    size = options.get("tensor_parallel_size", 1)
+    if size == 1:
+        return None
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world % size:
+        raise ValueError(
+            f"rollout_options: expected a tensor_parallel_size that divides the {world} processes of the trainer, "
+            f"each of which has a part of an engine, got {size}"
+        )
+    return dist.new_subgroups(size)[0]

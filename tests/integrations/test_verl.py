@@ -6,6 +6,7 @@ Mutations, each caught by the test named:
   rewards, or groups, of another row's order                                  test_advantages_token_by_token
   as_dict not wrapped                                                         test_values_travel
   dp_size left out of the normaliser; seq-mean-token-sum over tokens          test_losses_are_those_of_verl
+  an option that verl's config has not got, or its checks refuse              test_the_command_on_the_page
   equal neighbours not told apart                                             test_step_ratio_of_equal_neighbours
 """
 
@@ -31,7 +32,7 @@ from verl.trainer.ppo.v1 import utils as v1  # noqa: E402
 
 from sspo_ext import StepLayout, policy_loss  # noqa: E402
 from sspo_ext.integrations.steps import step_ids_from_advantages  # noqa: E402
-from sspo_ext.integrations.verl import NAME  # noqa: E402
+from sspo_ext.integrations.verl import NAME, sspo_advantage  # noqa: E402
 from sspo_ext.signals import StepValues, combine_advantages, outcome_advantages, step_gae  # noqa: E402
 
 # (values before each step, tokens of each step, masked tokens after the response); rewards; questions
@@ -248,10 +249,37 @@ def test_reward_manager_probes():
     assert extra_info["values"] == pytest.approx(want, rel=1e-4)
 
 
+def test_the_command_on_the_page(monkeypatch):
+    """docs/integrations.md's main_ppo command, through verl's own config and verl's checks of it."""
+    import shlex
+
+    from helpers.paths import DOCS
+    from hydra import compose, initialize_config_module
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    block = (DOCS / "integrations.md").read_text().split('```text title="verl.sh"\n')[1].split("```")[0]
+    words = shlex.split(block.replace("\\\n", " "))
+    assert words[:3] == ["python", "-m", "verl.trainer.main_ppo"]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides=words[3:])
+    validate_config(
+        config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config)
+    )
+    assert config.algorithm.adv_estimator == config.reward.reward_manager.name == NAME
+    assert (config.algorithm[NAME].probe, config.algorithm[NAME].step_scale) == ("####", 0.5)
+    assert core_algos.get_adv_estimator_fn(config.algorithm.adv_estimator) is sspo_advantage
+    core_algos.get_policy_loss_fn(config.actor_rollout_ref.actor.policy_loss.loss_mode)
+    manager = get_reward_manager_cls(config.reward.reward_manager.name)(config, make_tokenizer(), lambda **_: 0.0)
+    assert manager.engine.url == "http://127.0.0.1:8000/v1/completions"
+    with initialize_config_module("verl.trainer.config", version_base=None), pytest.raises(Exception, match="sspo"):
+        compose("ppo_trainer", overrides=[word.removeprefix("+") for word in words[3:]])
+
+
 def test_another_version_is_refused(monkeypatch):
     from importlib import metadata
 
-    from sspo_ext.integrations.versions import check_version
+    from sspo_ext._versions import check_version
 
     monkeypatch.setattr(metadata, "version", lambda name: "0.10.1")
     with pytest.raises(ImportError, match=r"^verl: .* tested with 0.9, and 0.10.1 is installed"):

@@ -15,7 +15,7 @@ pytest.importorskip("peft")
 import peft
 from helpers.rl import make_model
 
-from sspo_ext.train.vllm_engine import policy_weights
+from sspo_ext.train.policy_weights import policy_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TASK = {"task_type": "CAUSAL_LM"}

@@ -15,6 +15,7 @@ import torch
 from ..._checks import check_choice, check_kind
 from ..values import StepBatch, StepValues
 from .likelihood import reduced, spelled
+from .options import FLOOR, REDUCE, check_floor
 from .states import States
 from .texts import Answer, AnyProbe, Probe
 
@@ -56,7 +57,7 @@ def probe_requests(
         batch: as in `probe_step_values`, like the other arguments.
         probe: a text, a Probe, token ids; or one for each sequence.
         answers: B gold answers.
-        reduce: "joint" or "mean".
+        reduce: "joint", "mean" or "logprob".
         tokenizer: needed for texts.
         model: only its configs are read, for its ends of sequence; None: the tokenizer knows them all.
 
@@ -73,7 +74,7 @@ def probe_requests(
         ([[5, 6, 9], [5, 6, 7, 9], [5, 6, 7, 8, 9]], [[1, 2], [1, 2], [1, 2]])
     """
     check_kind("batch", batch, StepBatch, "a StepBatch")
-    check_choice("reduce", reduce, ("joint", "mean"))
+    check_choice("reduce", reduce, REDUCE)
     if len(answers) != len(batch):
         raise ValueError(f"answers: expected one for each of {len(batch)} sequences, got {len(answers)}")
     states = States(model, batch, probe, tokenizer)
@@ -87,17 +88,22 @@ def probe_requests(
 
 
 def values_from_logprobs(
-    requests: ProbeRequests, logprobs: Sequence[Sequence[float]], *, device: torch.device | str = "cpu"
+    requests: ProbeRequests,
+    logprobs: Sequence[Sequence[float]],
+    *,
+    floor: float = FLOOR,
+    device: torch.device | str = "cpu",
 ) -> StepValues:
     """Turn an engine's log-probs into values.
 
     Args:
         requests: what was asked.
         logprobs: for each request the log-prob of each continuation token.
+        floor: with reduce="logprob", as in `probe_step_values`.
         device: where the values are put.
 
     Returns:
-        Values in float32, in [0, 1].
+        Values in float32, in [0, 1], or in [floor, 0] with reduce="logprob".
 
     Raises:
         ValueError: if there are more or fewer log-probs than tokens, or one is no number or above 0.01.
@@ -109,6 +115,7 @@ def values_from_logprobs(
         [[0.4493..., 0.9048...]]
     """
     check_kind("requests", requests, ProbeRequests, "a ProbeRequests")
+    check_floor(floor)
     if len(logprobs) != len(requests):
         raise ValueError(f"logprobs: expected those of {len(requests)} requests, got {len(logprobs)}")
     for i, (found, asked) in enumerate(zip(logprobs, requests.continuations, strict=True)):
@@ -119,5 +126,5 @@ def values_from_logprobs(
                 raise ValueError(f"logprobs: expected numbers of at most 0, got {x!r} in request {i}")
     sums = torch.tensor([sum(found) for found in logprobs], dtype=torch.float64)
     lengths = torch.tensor([len(asked) for asked in requests.continuations])
-    values = reduced(sums, lengths, requests.counts, requests.reduce).float()
+    values = reduced(sums, lengths, requests.counts, requests.reduce, floor).float()
     return StepValues.from_tensor(values, requests.offsets).to(device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters work with what they were tested with, and say so otherwise."""
+"""Adapters of other packages work with what they were tested with, and say so otherwise."""
 
 from __future__ import annotations
 
@@ -17,21 +17,19 @@ def check_version(package: str, tested: str) -> None:
         ImportError: The package is not installed, or in another version. The message names both.
 
     Examples:
-        >>> from sspo_ext.integrations.versions import check_version
+        >>> from sspo_ext._versions import check_version
         >>> try:
         ...     check_version("torch", "0.1")
         ... except ImportError as error:
         ...     print(str(error)[:49])
-        torch: sspo_ext.integrations was tested with 0.1,
+        torch: sspo_ext was tested with 0.1,
     """
     command = f"pip install '{package}=={tested}.*'"
     try:
         found = metadata.version(package)
     except metadata.PackageNotFoundError:
-        raise ImportError(
-            f"{package}: sspo_ext.integrations needs {tested}, and none is installed; {command}"
+        raise ModuleNotFoundError(
+            f"{package}: sspo_ext needs {tested}, and none is installed; {command}", name=package
         ) from None
     if found.split(".")[:2] != tested.split("."):
-        raise ImportError(
-            f"{package}: sspo_ext.integrations was tested with {tested}, and {found} is installed; {command}"
-        )
+        raise ImportError(f"{package}: sspo_ext was tested with {tested}, and {found} is installed; {command}")
