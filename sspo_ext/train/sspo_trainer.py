@@ -50,7 +50,7 @@ from .rollout import OWN_BATCHES, end_tokens, make_engine, rest
 from .rollout_metrics import update_metrics, warn_near_zero
 from .rollout_trainer import RolloutTrainer
 from .sampling import RolloutEngine
-from .sharded import shard
+from .sharded import partition, shard
 from .sspo_config import SSPOConfig
 from .sspo_inputs import (
     check_batch,
@@ -164,10 +164,13 @@ class SSPOTrainer(RolloutTrainer):
             args.rollout_engine, tokenizer, rows_at_once=args.rollout_batch_size, **options
         )
         check_engine(self.engine, args.probe_engine)
+        self._partition()
         self.route = choose_route(self.model, args.route, args.device)
         self.sharing = choose_sharing(self.model, args.prefix_sharing)
         self._shard()
-        if self.ref_model is not None and self._is_sharded:
+        if self.ref_model is not None and self.zero_stage == 3:
+            partition(self.ref_model, self.accelerator, args)
+        elif self.ref_model is not None and self._is_sharded:
             shard(self.ref_model, self.accelerator)
         elif self.ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
@@ -334,8 +337,8 @@ class SSPOTrainer(RolloutTrainer):
         options = {name: batch.get(name) for name in ("old", "ref", "importance_weights")}
         options |= {"num_items": num_items, **args.loss_arguments}
         call = call_model(model, batch, self.route, args.chunk_bytes)
-        loss: Callable[..., StepPolicyOutput] = linear_step_policy_loss if self.route == "linear" else step_policy_loss
-        out = loss(*call.inputs, batch["layout"], batch["advantages"], **options, **call.options)
+        loss: Callable[..., StepPolicyOutput] = linear_step_policy_loss if call.linear else step_policy_loss
+        out = call.run(loss, batch["layout"], batch["advantages"], **options)
         return out, router_loss(self.model, call.outputs)
 
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):

@@ -18,9 +18,17 @@ pytest.importorskip("transformers")
 from helpers.launch import torchrun
 from helpers.ranks import sharded_two_ranks
 
+from sspo_ext.train import loaded_weights
+from sspo_ext.train.base import StepTrainer
 from sspo_ext.train.sharded import shard
 
-CASES = {
+TABLE = {
+    "linear": {}, "linear, lora": {"lora": True}, "logits": {"route": "logits"},
+    "logits, lora": {"route": "logits", "lora": True},
+}  # fmt: skip
+"""The columns of the table in docs/scaling.md, for each way to share the work and each trainer."""
+
+MORE = {
     "ddp-pref": {
         "uneven end": {"rows": 13},
         "fewer rows than processes": {"rows": 1, "save": True},
@@ -33,12 +41,33 @@ CASES = {
         "tied, checkpoints": {"tied": True, "save": True, "save_strategy": "steps", "save_steps": 2},
     },
     "fsdp2-sspo": {
-        "uneven probes": {"probe_options": {"max_tokens": 40}, "evaluate": "after", "save": True},
+        "linear": {"probe_options": {"max_tokens": 40}, "evaluate": "after", "save": True},
         "compact": {"rollout_engine": "compact", "rollout_batch_size": 2, "route": "logits"},
-        "lora": {"probe_options": {"max_tokens": 40}, "lora": True, "evaluate": "after", "beta": 0.1},
+        "linear, lora": {"probe_options": {"max_tokens": 40}, "lora": True, "evaluate": "after", "beta": 0.1},
         "one process has weights": {"layout": "fsdp2-ram", "beta": 0.1, "evaluate": "before"},
     },
+    "zero3-pref": {
+        "linear": {"evaluate": "before after", "save": True, "save_strategy": "steps", "save_steps": 2},
+        "linear, lora": {"lora": True, "evaluate": "before after", "save": True},
+        "tied": {"tied": True},
+        "shared out in loading": {"layout": "zero3-loaded", "evaluate": "before"},
+    },
+    "zero3-sspo": {
+        "linear": {"probe_options": {"max_tokens": 40}, "evaluate": "before after", "save": True},
+        "linear, lora": {"lora": True, "given_adapter": True, "beta": 0.1},
+        "compact": {"rollout_engine": "compact", "rollout_batch_size": 2, "tied": True},
+        "shared out in loading": {"layout": "zero3-loaded", "beta": 0.1},
+    },
 }  # fmt: skip
+
+CASES = {
+    f"{layout}-{trainer}": {
+        name: {"layout": layout, "trainer": trainer, **case}
+        for name, case in (TABLE | MORE.get(f"{layout}-{trainer}", {})).items()
+    }
+    for layout in ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+    for trainer in ("pref", "sspo")
+}
 
 
 def worst(one: dict, two: dict) -> float:
@@ -56,8 +85,9 @@ def moved(found: dict, case: dict) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("group", CASES)
 def test_two_processes_train_what_one_does(group, tmp_path):
-    layout, trainer = group.split("-")
-    cases = {name: {"layout": layout, "trainer": trainer, **case} for name, case in CASES[group].items()}
+    if group.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    cases = CASES[group]
     (tmp_path / "two").mkdir()
     torchrun("helpers.ranks.sharded_two_ranks", tmp_path / "two", json.dumps(cases))
     found = torch.load(tmp_path / "two" / "found.pt", weights_only=False)
@@ -94,3 +124,31 @@ def test_rows_cut_between_processes_are_refused(trainer, kind, tmp_path, monkeyp
     monkeypatch.setattr(Trainer, f"get_{kind}", lambda self: 2)
     with pytest.raises(ValueError, match=f"parallelism_config: expected .*{kind}=1.* got .*2"):
         sharded_two_ranks.trained(tmp_path, trainer=trainer)
+
+
+def test_vllm_beside_zero3_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(StepTrainer, "zero_stage", 3)
+    with pytest.raises(ValueError, match="rollout_engine: expected 'generate' or 'compact' with ZeRO-3, got 'vllm'"):
+        sharded_two_ranks.trained(tmp_path, trainer="sspo", rollout_engine="vllm")
+
+
+def both(one: list[bool], other: list[bool]) -> list[bool]:
+    return [a and b for a, b in zip(one, other, strict=True)]
+
+
+def test_a_part_of_a_weight_that_is_not_finite_is_found_by_every_process(monkeypatch):
+    """ZeRO-3 leaves a parameter empty, and its part beside it; another process may have the part that is wrong."""
+    others = {"wrong here": [True, True], "wrong there": [True, False]}
+    for name, other in others.items():
+        model = torch.nn.Linear(2, 2, bias=True)
+        for p in model.parameters():
+            p.ds_id, p.ds_tensor, p.data = 0, p.detach().flatten()[:1].clone(), torch.empty(0)
+        if name == "wrong here":
+            model.bias.ds_tensor.fill_(torch.nan)
+        monkeypatch.setattr(
+            loaded_weights,
+            "everywhere",
+            lambda flags, other=other: [a and b for a, b in zip(flags, other, strict=True)],
+        )
+        with pytest.raises(ValueError, match="model: weight bias is not finite after 3 updates"):
+            loaded_weights.check_finite(model, "after 3 updates")

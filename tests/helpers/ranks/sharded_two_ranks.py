@@ -16,6 +16,7 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 
 from helpers import preference, rl  # noqa: E402
+from helpers.ranks import leave  # noqa: E402
 from sspo_ext.train.preference_trainer import StepPreferenceTrainer  # noqa: E402
 
 LAUNCHED_AS = {
@@ -49,7 +50,10 @@ def shard_on_cpus() -> None:
 def zero(stage: int) -> dict:
     """DeepSpeed's config, with all that Trainer fills in."""
     return {
-        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_optimization": {
+            "stage": stage, "stage3_gather_16bit_weights_on_model_save": True,
+            "stage3_param_persistence_threshold": 0,  # of weights that are never shared out
+        },
         "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto", "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
     }  # fmt: skip
@@ -78,21 +82,41 @@ def model_of(trainer: str, tied: bool, lora: bool):
     return model, config
 
 
+def loaded_in_parts(folder: Path, model, options: dict):
+    """The model as `from_pretrained` loads it while there are arguments with ZeRO-3, and these arguments."""
+    from transformers import AutoModelForCausalLM
+
+    args = preference.config(folder, **options)
+    if args.process_index == 0:
+        model.save_pretrained(folder / "start")
+    torch.distributed.barrier()
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "start", dtype=torch.float32)
+    assert all(p.numel() == 0 for p in loaded.parameters())
+    return loaded, args
+
+
 def trained(
     folder: Path, *, trainer: str, layout: str = "ddp", route: str = "linear", tied: bool = False, lora: bool = False,
-    evaluate: str = "", save: bool = False, rows: int = 16, stream: bool = False, **options,
+    evaluate: str = "", save: bool = False, rows: int = 16, stream: bool = False, given_adapter: bool = False,
+    **options,
 ) -> dict:  # fmt: skip
     """Three updates: the trained weights, the log, evaluations, and the weights that were saved."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and layout.startswith("zero"):
-        options |= {"deepspeed": zero(int(layout[-1])), "use_cpu": False}
+        options |= {"deepspeed": zero(int(layout[4])), "use_cpu": False}
     more = {"route": route, "max_steps": 3, **options}
     model, adapter = model_of(trainer, tied, lora)
+    if world > 1 and layout == "zero3-loaded":
+        model, arguments = loaded_in_parts(folder, model, options)
     if layout == "fsdp2-ram" and int(os.environ.get("RANK", 0)):
         with torch.no_grad():  # only the first process has loaded weights
             for p in model.parameters():
                 p.fill_(torch.nan)
     torch.manual_seed(0)  # of a new adapter
+    if given_adapter:
+        from peft import get_peft_model
+
+        model, adapter = get_peft_model(model, adapter), None
     if trainer == "sspo":
         made = rl.make_trainer(
             folder, model, peft_config=adapter, per_device_train_batch_size=2,
@@ -156,10 +180,11 @@ def main(folder: Path, cases: dict[str, dict]) -> dict:
 
 
 if __name__ == "__main__":
+    os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
     shard_on_cpus()
     out = Path(sys.argv[1])
     found = main(out, json.loads(sys.argv[2]))
     if torch.distributed.get_rank() == 0:
         torch.save(found, out / "found.pt")
-    torch.distributed.destroy_process_group()
+    leave()
