@@ -10,6 +10,7 @@ from ..hf.cache import cache_input, why_no_cache
 from ..hf.wrappers import base_model
 from .batch_engine import BatchEngine, device_of, left_padded
 from .drawing import Chooser
+from .packed_weights import packed_weights
 from .roomy_cache import RoomyCache
 from .sampling import Sampling
 
@@ -17,8 +18,14 @@ from .sampling import Sampling
 class CompactEngine(BatchEngine):
     """A loop over the key-value cache. A prompt is read once for all of its rows, and rows that have ended are dropped.
 
-    The cache is a `RoomyCache`: a token is written into it in place.
+    The cache is a `RoomyCache`: a token is written into it in place. On CPUs the weights are packed meanwhile.
     """
+
+    @torch.no_grad()
+    def complete(self, model, prompts, sampling: Sampling, seeds) -> list[list[int]]:
+        """See `RolloutEngine.complete`."""
+        with packed_weights(model, min(self.rows_at_once or len(prompts), len(prompts))):
+            return super().complete(model, prompts, sampling, seeds)
 
     def _complete_batch(self, model, prompts, sampling: Sampling, seeds) -> list[list[int]]:
         reason = why_no_cache(model)
