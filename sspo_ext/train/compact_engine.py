@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..hf.cache import cache_input, why_no_cache
-from ..hf.wrappers import base_model
+from ..hf.wrappers import base_model, takes
 from .batch_engine import BatchEngine, device_of, left_padded
 from .drawing import Chooser
 from .packed_weights import packed_weights
@@ -15,25 +17,38 @@ from .roomy_cache import RoomyCache
 from .sampling import Sampling
 
 
+logger = logging.getLogger(__name__)
+
+
+class Forgets(ValueError):
+    """A model that does not keep its context in the DynamicCache that it is given."""
+
+
 class CompactEngine(BatchEngine):
     """A loop over the key-value cache. A prompt is read once for all of its rows, and rows that have ended are dropped.
 
     The cache is a `RoomyCache`: a token is written into it in place. On CPUs the weights are packed meanwhile.
+    A model whose cache cannot be used goes to the engine `otherwise`, or is refused where that is None.
     """
+
+    def __init__(self, pad_token_id: int, rows_at_once: int | None = None, otherwise: BatchEngine | None = None):
+        super().__init__(pad_token_id, rows_at_once)
+        self.otherwise = otherwise
 
     @torch.no_grad()
     def complete(self, model, prompts, sampling: Sampling, seeds) -> list[list[int]]:
         """See `RolloutEngine.complete`."""
-        with packed_weights(model, min(self.rows_at_once or len(prompts), len(prompts))):
-            return super().complete(model, prompts, sampling, seeds)
+        try:
+            _check(model, why_no_cache(model))
+            with packed_weights(model, min(self.rows_at_once or len(prompts), len(prompts))):
+                return super().complete(model, prompts, sampling, seeds)
+        except Forgets as error:
+            if self.otherwise is None:
+                raise
+            logger.info("completions by 'generate': %s", error)
+            return self.otherwise.complete(model, prompts, sampling, seeds)
 
     def _complete_batch(self, model, prompts, sampling: Sampling, seeds) -> list[list[int]]:
-        reason = why_no_cache(model)
-        if reason is not None:
-            raise ValueError(
-                "rollout_engine: 'compact' needs a model that keeps its context in the DynamicCache it is given, and "
-                f"{type(base_model(model)).__name__} does not: {reason}; use 'generate'"
-            )
         device, longest = device_of(model), sampling.max_completion_length
         number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         inputs = left_padded(list(number), self.pad_token_id, device)
@@ -49,18 +64,13 @@ class CompactEngine(BatchEngine):
         tokens = torch.full((len(rows), longest), self.pad_token_id, device=device)
         lengths = torch.zeros(len(rows), dtype=torch.int64, device=device)
         for t in range(longest):
-            out = model(
-                input_ids=ids, attention_mask=mask[:, : width + t], position_ids=positions, use_cache=True,
-                logits_to_keep=1, **kept,
-            )  # fmt: skip
+            where = {"position_ids": positions, "logits_to_keep": 1}
+            where = {name: value for name, value in where.items() if takes(model, name)}
+            out = model(input_ids=ids, attention_mask=mask[:, : width + t], use_cache=True, **where, **kept)
             logits = out.logits[:, -1]
             if t == 0:
-                if cache.get_seq_length() != width:
-                    raise ValueError(
-                        "rollout_engine: 'compact' needs a model that keeps its context in the DynamicCache it is "
-                        f"given, and {type(model).__name__} kept {cache.get_seq_length()} of {width} tokens there; use "
-                        "'generate'"
-                    )
+                held = cache.get_seq_length()
+                _check(model, None if held == width else f"it kept {held} of {width} tokens there")
                 if len(number) < len(rows):
                     cache.batch_select_indices(rows)
                 logits, mask, positions = logits[rows], mask[rows], positions[rows]
@@ -77,6 +87,14 @@ class CompactEngine(BatchEngine):
                 rows, drawn, mask, positions = rows[places], drawn[places], mask[places], positions[places]
             ids, positions = drawn[:, None], positions[:, -1:] + 1
         return [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+
+
+def _check(model: nn.Module, reason: str | None) -> None:
+    if reason is not None:
+        raise Forgets(
+            "rollout_engine: 'compact' needs a model that keeps its context in the DynamicCache it is given, and "
+            f"{type(base_model(model)).__name__} does not: {reason}; use 'generate'"
+        )
 
 
 def closed_up(going: Tensor) -> Tensor:

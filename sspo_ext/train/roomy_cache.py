@@ -26,7 +26,14 @@ class RoomyLayer(DynamicLayer):
         self._rooms: dict[str, tuple[Tensor, Tensor]] = {}  # the larger tensors, and the views of them
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append the states of new tokens, and return those of all."""
+        """Append the states of new tokens, and return those of all: under autocast in its dtype.
+
+        The attention would bring all of them into it for every token.
+        """
+        device = key_states.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if self.get_seq_length() == 0:
             return super().update(key_states, value_states, *args, **kwargs)
         return self._append("keys", key_states), self._append("values", value_states)

@@ -45,7 +45,7 @@ class SSPOConfig(TrainingArguments):
         top_p: Nucleus sampling, in (0, 1]. Below 1 the loss is no longer that of the sampled distribution.
         top_k: Sample only from the `top_k` most probable tokens; 0 means all. The loss does not know of it, as with
             `top_p`.
-        rollout_engine: "generate", "compact" or "vllm", see `sspo_ext.train.rollout.make_engine`.
+        rollout_engine: "auto", "compact", "generate" or "vllm", see `sspo_ext.train.rollout.make_engine`.
         rollout_batch_size: The most rows completed at once on a device; None means all of the update. Not for "vllm".
         rollout_options: Arguments of `vllm.LLM`, for "vllm" alone.
         chat_template_kwargs: Arguments of the chat template, such as `{"enable_thinking": False}`.
@@ -117,7 +117,7 @@ class SSPOConfig(TrainingArguments):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    rollout_engine: str = "generate"
+    rollout_engine: str = "auto"
     rollout_batch_size: int | None = None
     rollout_options: dict | str | None = None
     chat_template_kwargs: dict | str | None = None
