@@ -65,6 +65,20 @@ def test_a_model_that_takes_no_positions():
     assert found == GenerateEngine(0).complete(model, prompts, sampling, seeds)
 
 
+def test_layers_of_other_types_are_refused():
+    """LFM2: layers with convolutions need a cache of their own, which is not made by the first forward."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=30, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1)
+    options = sizes | dict(num_hidden_layers=2, layer_types=["full_attention", "conv"], pad_token_id=0, eos_token_id=1)
+    model = transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**options)).eval()
+    prompts, seeds, sampling = [A, B], [(0,), (1,)], Sampling(4, (1,))
+    with pytest.raises(ValueError, match="rollout_engine: 'compact' needs.*Lfm2.*layers of the types conv; use"):
+        CompactEngine(0).complete(model, prompts, sampling, seeds)
+    found = make_engine("auto", make_tokenizer()).complete(model, prompts, sampling, seeds)
+    assert found == GenerateEngine(0).complete(model, prompts, sampling, seeds)
+
+
 def test_auto_takes_generate_for_a_model_that_forgets():
     mamba = MambaForCausalLM(MambaConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
     auto, prompts, seeds = make_engine("auto", make_tokenizer()), [A, B], [(0,), (1,)]
