@@ -246,29 +246,28 @@ def _engines(row: dict) -> list[str]:
 
 def _updates(runs: list[dict]) -> list[str]:
     of = {name: [run for run in runs if run["name"] == name] for name in TRAINERS}
-    theirs = of["GRPOTrainer"]
     lines = [
-        "Medians over the rounds; ratios are GRPOTrainer's time over this trainer's.", "",
-        "| trainer | update, s | rollouts, s | tokens | peak MiB | update: ratio (range) | rollouts: ratio |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "Medians over the rounds. Ratios are GRPOTrainer's time over this trainer's, in the same round. Those per "
+        "token are fairest, since each draws its own completions.", "",
+        "| trainer | update, s | rollouts, s | tokens | peak MiB | ratio of updates (range) | per token | of rollouts |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for name, found in of.items():
-        if not found:
-            continue
-        middle = {key: statistics.median(run[key] for run in found) for key in found[0] if key not in ("name", "round")}
-        ratios = {
-            key: [b[key] / a[key] for a, b in zip(found, theirs, strict=False)] for key in ("seconds", "rollout_seconds")
-        }
-        shown = ["", ""]
-        if theirs:
-            low, high = min(ratios["seconds"]), max(ratios["seconds"])
-            shown = [f"{statistics.median(ratios['seconds']):.2f} ({low:.2f} to {high:.2f})",
-                     f"{statistics.median(ratios['rollout_seconds']):.2f}"]  # fmt: skip
-        lines.append(
-            f"| {name} | {middle['seconds']:.1f} | {middle['rollout_seconds']:.1f} | {middle['tokens']:.0f} | "
-            f"{middle['peak_mib']:.0f} | {shown[0]} | {shown[1]} |"
-        )
+        if found:
+            keys = ("seconds", "rollout_seconds", "tokens", "peak_mib")
+            seconds, rollouts, tokens, peak = (statistics.median(run[key] for run in found) for key in keys)
+            pairs = list(zip(found, of["GRPOTrainer"], strict=False))
+            whole = _spread([b["seconds"] / a["seconds"] for a, b in pairs])
+            each = _spread([b["seconds"] / b["tokens"] / (a["seconds"] / a["tokens"]) for a, b in pairs])
+            first = _spread([b["rollout_seconds"] / a["rollout_seconds"] for a, b in pairs])
+            lines.append(
+                f"| {name} | {seconds:.1f} | {rollouts:.1f} | {tokens:.0f} | {peak:.0f} | {whole} | {each} | {first} |"
+            )
     return lines
+
+
+def _spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
 
 
 if __name__ == "__main__":

@@ -132,7 +132,9 @@ class StepTrainer(Trainer):
                 "made, or give zero3_init_flag: false in accelerate's config"
             )
         if self.zero_stage == 3 and getattr(self.args, "rollout_engine", None) == "vllm":
-            raise ValueError("rollout_engine: expected 'auto', 'compact' or 'generate' with ZeRO-3, got 'vllm'; or use FSDP2")
+            raise ValueError(
+                "rollout_engine: expected 'auto', 'compact' or 'generate' with ZeRO-3, got 'vllm'; or use FSDP2"
+            )
 
     def _shard(self) -> None:
         """Shards the model now, where FSDP2 would do so when training begins."""

@@ -16,7 +16,6 @@ from .packed_weights import packed_weights
 from .roomy_cache import RoomyCache
 from .sampling import Sampling
 
-
 logger = logging.getLogger(__name__)
 
 

@@ -17,9 +17,9 @@ _DTYPES = (torch.float32, torch.bfloat16)
 def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
     """Lets the model's linear layers compute with weights in oneDNN's own layout, on CPUs.
 
-    `torch.nn.functional.linear` brings a weight into that layout at every call. The copies are in autocast's dtype where
-    it is on, so they stand for the copies that autocast would keep. They are as large as the weights and are not
-    trained. Layers that are no plain `nn.Linear` whole in this process stay as they are.
+    `torch.nn.functional.linear` brings a weight into that layout at every call. The copies are as large as the weights.
+    Where autocast is on, they are in its dtype and stand for the copies that it would keep. Layers that are no plain
+    `nn.Linear`, whole in this process, stay as they are.
 
     Args:
         model: A model without gradients meanwhile.

@@ -3,7 +3,7 @@
 
 Broken on purpose: the engine that reads every row's prompt; `closed_up` without the rows from behind; a room that is
 written one column too far or kept after another method has replaced the tensor; rows moved without their values; a draw
-that forgets what lies before its block; packed weights that stay; a bias that is left out; a fallback that is never used.
+that forgets what lies before its block; packed weights that stay; a bias that is left out; a fallback never used.
 """
 
 import copy
@@ -172,10 +172,10 @@ class Mine(torch.nn.Linear):
 def layers():
     torch.manual_seed(0)
     linear = torch.nn.Linear
-    model = torch.nn.ModuleDict({
-        "whole": linear(300, 260), "bare": linear(260, 280, bias=False), "small": linear(280, 16), "mine": Mine(300, 300)
+    return torch.nn.ModuleDict({
+        "whole": linear(300, 260), "bare": linear(260, 280, bias=False), "small": linear(280, 16),
+        "mine": Mine(300, 300),
     })  # fmt: skip
-    return model.requires_grad_(True)
 
 
 def run(model, x):
