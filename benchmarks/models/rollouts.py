@@ -249,7 +249,7 @@ def _updates(runs: list[dict]) -> list[str]:
     lines = [
         "Medians over the rounds. Ratios are GRPOTrainer's time over this trainer's, in the same round. Those per "
         "token are fairest, since each draws its own completions.", "",
-        "| trainer | update, s | rollouts, s | tokens | peak MiB | ratio of updates (range) | per token | of rollouts |",
+        "| trainer | update, s | rollouts, s | tokens | peak MiB | ratio of updates (range) | per token | rollouts |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for name, found in of.items():
