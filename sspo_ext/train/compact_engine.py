@@ -34,12 +34,11 @@ class CompactEngine(BatchEngine):
         super().__init__(pad_token_id, rows_at_once)
         self.otherwise = otherwise
 
-    @torch.no_grad()
     def complete(self, model, prompts, sampling: Sampling, seeds) -> list[list[int]]:
         """See `RolloutEngine.complete`."""
         try:
             _check(model, why_no_cache(model))
-            with packed_weights(model, min(self.rows_at_once or len(prompts), len(prompts))):
+            with packed_weights(model, max(min(self.rows_at_once or len(prompts), len(prompts)), 1)):
                 return super().complete(model, prompts, sampling, seeds)
         except Forgets as error:
             if self.otherwise is None:

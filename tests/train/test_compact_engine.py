@@ -221,4 +221,5 @@ def test_completions_with_packed_weights():
     model.lm_head.register_forward_hook(lambda layer, *args: used.append("forward" in vars(layer)))
     found = CompactEngine(0).complete(model, prompts, sampling, seeds)
     assert all(used)
+    assert CompactEngine(0).complete(model, [], sampling, []) == []
     assert found == GenerateEngine(0).complete(model, prompts, sampling, seeds)
