@@ -26,6 +26,7 @@ COMMANDS = {
     "probe": ("models.probe", "K probes of a chain: packed, cached and K forwards"),
     "probe-choice": ("models.probe_choice", "which probe makes a real model answer"),
     "prefixes": ("models.prefixes", "shared prefixes: tokens, time and memory next to unshared ones and TRL"),
+    "rollouts": ("models.rollouts", "rollouts and whole updates: ours, Hugging Face's generate, TRL's GRPOTrainer"),
     "trace-run": ("models.trace_run", "values of real chains, probed with a real model"),
     "trace-train": (
         "models.trace_train",

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks import records
-from benchmarks.speed.measure import Case, interleave
+from benchmarks.speed.measure import Case, interleave, resident_peak
 from sspo_ext._help import DefaultsFormatter
 from sspo_ext.data.rows import load_preference_rows
 from sspo_ext.data.tokenize import tokenize_rows
@@ -155,13 +155,7 @@ def measured(problem: str, options) -> dict:
 def _memory(problem: str, name: str, options) -> int:
     model, tokenizer, features = load(problem, options)
     contestant(name, problem, model, tokenizer, features, options)[0]()
-    return _peak_kib() // 1024
-
-
-def _peak_kib() -> int:
-    """The most memory that this program held. `getrusage` would count that of the one that started it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
+    return resident_peak() // 2**20
 
 
 def load(problem: str, options) -> tuple[Any, Any, list]:

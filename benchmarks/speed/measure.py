@@ -200,7 +200,7 @@ def _measure_peak(pipe, threads: int, build, args) -> None:
         else:
             before = _reset_resident_peak()
             result = run()
-            peak = _resident_peak() - before
+            peak = resident_peak() - before
         del result
         pipe.send(peak / 2**20)
     except Exception as error:  # noqa: BLE001 - carried to the parent, which raises it
@@ -226,10 +226,11 @@ def _reset_resident_peak() -> int:
             file.write("5")
         return _status("VmRSS:")
     except OSError:
-        return _resident_peak()
+        return resident_peak()
 
 
-def _resident_peak() -> int:
+def resident_peak() -> int:
+    """The most bytes that this program held. `getrusage` would count those of the one that started it."""
     try:
         return _status("VmHWM:")
     except OSError:

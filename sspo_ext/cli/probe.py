@@ -70,8 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_prompts(group)
     add(
-        "--rollout-engine", default="generate", choices=("generate", "compact"),
-        help="what completes the prompts. generate: transformers; compact: a loop that drops finished completions",
+        "--rollout-engine", default="auto", choices=("auto", "compact", "generate"),
+        help="what completes the prompts. compact: a loop that reads a prompt once and drops finished completions; "
+        "generate: transformers; auto: compact where the model allows it, else generate",
     )  # fmt: skip
     add("--rollout-batch-size", type=positive, default=16, help="completions sampled at once")
     add("--seed", type=count, default=0, help="seed of the completions")

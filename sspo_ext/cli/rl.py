@@ -93,9 +93,10 @@ def _add_rollouts(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int, default=0, help="sample from the k most probable tokens; 0: from all")
     add_prompts(group)
     add(
-        "--rollout-engine", default="generate", choices=("generate", "compact", "vllm", "vllm_server"),
-        help="what completes the prompts. generate: transformers; compact: a loop that drops finished completions from "
-        "the cache; vllm: vLLM beside the model; vllm_server: a vLLM server on other GPUs",
+        "--rollout-engine", default="auto", choices=("auto", "compact", "generate", "vllm", "vllm_server"),
+        help="what completes the prompts. compact: a loop that reads a prompt once and drops finished completions; "
+        "generate: transformers; auto: compact where the model allows it, else generate; vllm: vLLM beside the model; "
+        "vllm_server: a vLLM server on other GPUs",
     )  # fmt: skip
     add("--rollout-batch-size", type=positive, help="completions sampled at once, on each device (default: all)")
     add(

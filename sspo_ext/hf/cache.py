@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from .wrappers import base_model, takes, unwrap
+from .wrappers import base_model, takes, text_config, unwrap
+
+_ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}  # the layer types that keep keys and values
 
 
 def has_virtual_tokens(model: nn.Module) -> bool:
@@ -16,12 +18,13 @@ def has_virtual_tokens(model: nn.Module) -> bool:
 
 
 def why_no_cache(model: nn.Module) -> str | None:
-    """Return why the model does not fill an empty cache with the text it reads; None if it does."""
+    """Return why the model does not fill an empty DynamicCache with the text it reads; None if it seems to."""
     if has_virtual_tokens(model):
         return "its adapter puts virtual tokens before the text"
     if getattr(base_model(model), "_is_stateful", False):
         return "it keeps a state instead"
-    return None
+    others = sorted(set(getattr(text_config(model), "layer_types", None) or ()) - _ATTENTIONS)
+    return f"it has layers of the types {', '.join(others)}" if others else None
 
 
 def cache_input(model: nn.Module, cache: Any) -> dict[str, Any]:

@@ -138,8 +138,10 @@ class StepTrainer(Trainer):
             )
 
         if self.zero_stage == 3 and getattr(self.args, "rollout_engine", "").startswith("vllm"):
-            got = self.args.rollout_engine
-            raise ValueError(f"rollout_engine: expected 'generate' or 'compact' with ZeRO-3, got {got!r}; or use FSDP2")
+            raise ValueError(
+                "rollout_engine: expected 'auto', 'compact' or 'generate' with ZeRO-3, got "
+                f"{self.args.rollout_engine!r}; or use FSDP2"
+            )
 
     def _partition(self) -> None:
         """Shares the model out now, where ZeRO-3 would do so when training begins."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from .sampling import Completions, Sampling
 
 _BELOW_ONE = 1 - 2**-24  # the greatest float32 below 1
+_SMALL, _BLOCK = 4096, 512  # tokens
 
 
 class Chooser:
@@ -38,12 +39,12 @@ class Chooser:
         """Draws token `t` of the rows numbered `rows` (n,) from their `logits` (n, V): (n,) int64."""
         if not self.sampling.temperature:
             return logits.argmax(-1)
-        logits = logits.float() / self.sampling.temperature
+        logits = logits.float()
+        if self.sampling.temperature != 1:
+            logits = logits / self.sampling.temperature
         for warp in self.narrow:
             logits = warp(None, logits)
-        cumulative = logits.softmax(-1).cumsum(-1)
-        target = self.uniform[rows, t, None] * cumulative[:, -1:]
-        drawn = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+        drawn = draw(logits.softmax(-1), self.uniform[rows, t, None])
         if self.logps is not None:
             self.logps[rows, t] = logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0]
         if self.kept is not None:
@@ -62,6 +63,37 @@ class Chooser:
         if self.kept is not None and self.sampling.temperature:
             kept = [row[:n] for row, n in zip(self.kept, lengths, strict=True)]
         return Completions(token_ids, logps, kept)
+
+
+def draw(p: Tensor, uniform: Tensor) -> Tensor:
+    """Draws a token of each row: the first at which the running sum of `p` exceeds `uniform` times its whole sum.
+
+    In a large vocabulary a block of tokens is drawn, then one of its tokens: a running sum over all takes longer than
+    the softmax.
+
+    Args:
+        p: (n, V) float32, not negative. A row need not add up to 1.
+        uniform: (n, 1) float32 in [0, 1).
+
+    Returns:
+        (n,) int64. A token with `p` 0 is never drawn.
+    """
+    size = p.shape[1]
+    if size <= _SMALL:
+        cumulative = p.cumsum(-1)
+        return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0].clamp(max=size - 1)
+    whole = size - size % _BLOCK
+    rest = p[:, whole:].sum(1, keepdim=True)
+    sums = torch.cat([p[:, :whole].unflatten(1, (-1, _BLOCK)).sum(2), rest], 1).double()
+    cumulative = sums.cumsum(1)
+    target = uniform * cumulative[:, -1:]
+    block = torch.searchsorted(cumulative, target, right=True).clamp(max=sums.shape[1] - 1)
+    ids = block * _BLOCK + torch.arange(_BLOCK, device=p.device)
+    inside = p.gather(1, ids.clamp(max=size - 1)).double().masked_fill_(ids >= size, 0).cumsum(1)
+    target = (target - (cumulative - sums).gather(1, block)).clamp(min=0)
+    # the block's sum, rounded otherwise above, must not be reached
+    target = torch.minimum(target, torch.nextafter(inside[:, -1:], torch.zeros_like(target)))
+    return (block * _BLOCK + torch.searchsorted(inside, target, right=True))[:, 0].clamp(max=size - 1)
 
 
 class ChooseOne:

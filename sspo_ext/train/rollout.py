@@ -21,7 +21,7 @@ from .compact_engine import CompactEngine
 from .drawing import ChooseOne, Chooser
 from .sampling import Completions, RolloutEngine, Sampling
 
-ENGINES = ("generate", "compact", "vllm", "vllm_server")
+ENGINES = ("auto", "compact", "generate", "vllm", "vllm_server")
 OWN_BATCHES = ("vllm", "vllm_server")
 
 
@@ -31,9 +31,10 @@ def make_engine(name: str, tokenizer, *, rows_at_once: int | None = None, **opti
     Args:
         name: One of
 
+            * "auto": "compact" where the model allows it, else "generate".
+            * "compact": a loop over the key-value cache that reads a prompt once for its group and drops rows as they
+              end. It writes the same completions, sooner. The model must keep its context in a DynamicCache.
             * "generate": Hugging Face's `generate`, for every model.
-            * "compact": a loop over the key-value cache that drops rows as they end. It writes the same completions,
-              sooner where lengths differ. The model's cache must be able to select rows.
             * "vllm": vLLM beside the policy, see `sspo_ext.train.vllm_engine`. It batches by itself.
             * "vllm_server": a vLLM server on other GPUs, see `sspo_ext.train.vllm_server`.
         tokenizer: Its padding token fills the batches.
@@ -65,7 +66,10 @@ def make_engine(name: str, tokenizer, *, rows_at_once: int | None = None, **opti
         from .vllm_server import VLLMServer
 
         return VLLMServer(**options)
-    return (GenerateEngine if name == "generate" else CompactEngine)(tokenizer.pad_token_id or 0, rows_at_once)
+    generate = GenerateEngine(tokenizer.pad_token_id or 0, rows_at_once)
+    if name == "generate":
+        return generate
+    return CompactEngine(generate.pad_token_id, rows_at_once, otherwise=generate if name == "auto" else None)
 
 
 def rest(engine: RolloutEngine) -> None:

@@ -50,7 +50,7 @@ class SSPOConfig(TrainingArguments):
         top_k: Sample only from the `top_k` most probable tokens; 0 means all. The loss follows it as it does `top_p`.
         vllm_importance_sampling_correction: Whether importance weights correct the loss for completions that the engine
             drew with other probabilities than the trainer's. None: with vLLM and engines of your own, as far as they
-            report log-probs. "generate" and "compact" draw with the trainer's own, up to rounding. The names are TRL's;
+            report log-probs. "compact" and "generate" draw with the trainer's own, up to rounding. The names are TRL's;
             see `sspo_ext.losses.rollout_correction`.
         vllm_importance_sampling_mode: "token_truncate", "token_mask", "step_truncate", "step_mask", "sequence_truncate"
             or "sequence_mask": whose ratio it is, and what happens to one out of bounds.
@@ -58,7 +58,7 @@ class SSPOConfig(TrainingArguments):
         vllm_importance_sampling_clip_min: The lower bound of the ratio; None means none.
         vllm_importance_sampling_length_normalize: Whether the ratio of a step or sequence is the geometric mean of its
             tokens' ratios.
-        rollout_engine: "generate", "compact", "vllm" or "vllm_server", see `sspo_ext.train.rollout.make_engine`.
+        rollout_engine: "auto", "compact", "generate", "vllm" or "vllm_server", see `sspo_ext.train.rollout.make_engine`.
         rollout_batch_size: The most rows completed at once on a device; None means all of the update. Not for vLLM.
         rollout_options: Arguments of `vllm.LLM` for "vllm", of `sspo_ext.train.vllm_server.VLLMServer` for
             "vllm_server".
@@ -145,7 +145,7 @@ class SSPOConfig(TrainingArguments):
     vllm_importance_sampling_clip_max: float | None = 3.0
     vllm_importance_sampling_clip_min: float | None = None
     vllm_importance_sampling_length_normalize: bool = False
-    rollout_engine: str = "generate"
+    rollout_engine: str = "auto"
     rollout_batch_size: int | None = None
     rollout_options: dict | str | None = None
     chat_template_kwargs: dict | str | None = None

@@ -195,7 +195,7 @@ def test_prompt_files_that_are_no_text(tmp_path):
         ({"top_p": 1.5}, r"top_p: expected a number in \(0, 1\], got 1.5"),
         ({"top_k": -1}, "top_k: expected a whole number of at least 0, got -1"),
         ({"max_completion_length": 0}, "max_completion_length: expected a whole number of at least 1, got 0"),
-        ({"rollout_engine": "trt"}, "rollout_engine: expected one of 'generate'"),
+        ({"rollout_engine": "trt"}, "rollout_engine: expected one of 'auto', 'compact', 'generate'"),
         ({"kl_estimator": "k4"}, "kl_estimator: expected one of 'k1'"),
         ({"split_by": "numbered"}, "split_by: 'numbered'"),
         ({"split_by": "newlines"}, "'newlines' is none of"),

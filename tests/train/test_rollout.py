@@ -69,7 +69,7 @@ def test_greedy_is_hugging_faces(model):
 
 def test_what_is_refused():
     with pytest.raises(
-        ValueError, match="rollout_engine: expected one of 'generate', 'compact', 'vllm', 'vllm_server', got 'hf'"
+        ValueError, match="rollout_engine: expected one of 'auto', 'compact', .*, 'vllm', 'vllm_server', got 'hf'"
     ):
         make_engine("hf", make_tokenizer())
     for bad, message in (({"temperature": -1.0}, "temperature: "), ({"top_p": 0.0}, "top_p: expected a number in"),
