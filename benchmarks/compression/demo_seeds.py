@@ -33,6 +33,11 @@ CELLS = (
     ("needed steps skipped, sampled", "sampled", "skipped", "{:.2f}"),
 )
 
+CHOSEN = (
+    "Learning rate, its schedule and lambda were chosen on seed 100, on 400 problems of the training side; the seeds "
+    "below were run once, after that."
+)
+
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
@@ -103,7 +108,7 @@ def report(rows: list[dict]) -> str:
         f"Each seed is one `sspo-ext demo`: {config['updates']} updates of {config['prompts']} problems x "
         f"{config['num_generations']} samples, learning rate {config['lr']:g} ({config['lr_scheduler_type']}), gamma "
         f"{config['gamma']:g}, lambda {config['lam']:g}; {config['held_out']} held-out problems, the same for all. "
-        f"{machines}.",
+        f"{machines}; on another machine a seed gives other numbers. {CHOSEN}",
         f"**{over_seeds(rows).sentence(f'these {len(rows)} seeds, sampled,')}** (95 % intervals of Student's t, each "
         f"seed one number). As often right means: with this confidence not more than {MARGIN:.0%} below.",
         "\n".join(lines),

@@ -31,6 +31,8 @@ from .arms import Progress, load_start, make_trainer, means, measure
 from .claim import of_problems, table
 from .tasks import Problem, Task
 
+SHOWN = 60  # problems of which the picture takes one
+
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -44,7 +46,7 @@ class DemoConfig:
         gamma: The discount for each step.
         lam: Lambda of GAE. With 0 a step's advantage is its own progress, so its effect comes from the values alone.
         lr: The learning rate at its peak.
-        lr_scheduler_type: How it falls. With a constant rate accuracy still jumps by several points at the end.
+        lr_scheduler_type: How it falls, so that the last updates change little.
         held_out: Problems of the table.
     """
 
@@ -114,7 +116,8 @@ def _run(folder: Path, config: DemoConfig) -> dict:
     claim = of_problems(found["sspo"]["sampled"], found["outcome"]["sampled"])
     result = {
         "config": asdict(config), "seconds": round(time.monotonic() - began, 1), "claim": asdict(claim),
-        "sentence": f"{claim.sentence(WHERE)} {ERRORS.format(config.held_out)}",
+        "sentence": f"{claim.sentence('this run, sampled,')} (95 % intervals over its {config.held_out} held-out "
+        "problems; another seed can differ by more).",
         "stages": {name: {how: means(f) for how, f in stage.items()} for name, stage in found.items()},
         "curves": runs, "chains": chains, "problems": [p.prompt for p in held_out[:SHOWN]],
     }  # fmt: skip
@@ -123,13 +126,6 @@ def _run(folder: Path, config: DemoConfig) -> dict:
 
     draw(result, folder / "demo.png")
     return result
-
-
-WHERE = "this run, sampled,"
-
-ERRORS = "(95 % intervals over its {} held-out problems; from seed to seed more changes)."
-
-SHOWN = 60  # problems of which the picture takes one
 
 
 def _stage(

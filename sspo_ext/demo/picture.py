@@ -43,7 +43,7 @@ def draw(result: dict, path: str | PathLike) -> None:
         halves: Any = figure.subfigures(2, 1, height_ratios=[1, 1.45])
         right, tokens, course = halves[0].subplots(1, 3, width_ratios=[1, 1, 0.9])
         _bars(right, {name: 100 * stage["sampled"]["accuracy"] for name, stage in stages.items()}, "{:.0f} %")
-        right.set(title="Right answers", xlim=(0, 110))
+        right.set(title=f"Right answers to {result['config']['held_out']} new sums", xlim=(0, 125))
         _bars(tokens, {name: stage["sampled"]["tokens"] for name, stage in stages.items()}, "{:.1f}")
         tokens.set(title="Length of a solution, tokens")
         tokens.set_yticklabels([])
@@ -62,7 +62,7 @@ def headline(stages: Mapping[str, Mapping]) -> str:
     ours, theirs = (stages[name]["sampled"] for name in ("sspo", "outcome"))
     return (
         f"SSPO: solutions {1 - ours['tokens'] / theirs['tokens']:.0%} shorter than with outcome-only training, "
-        f"{ours['accuracy']:.0%} of them right ({theirs['accuracy']:.0%})"
+        f"right answers {ours['accuracy']:.0%} against {theirs['accuracy']:.0%}"
     )
 
 
@@ -119,7 +119,7 @@ def draw_solutions(figure, chains: Mapping[str, Sequence[dict]], problems: Seque
         idle = sum(not step["needed"] for step in chain["steps"])
         axis.axis("off")
         axis.set(xlim=(0, 1), ylim=(rows, 0))
-        axis.set_title(f"{label}: {len(chain['steps'])} steps, {idle} idle", color=colour, fontsize=11)
+        axis.set_title(f"{label}: {len(chain['steps'])} steps, {idle} idle", color=colour, fontsize=11, loc="left")
         for k, step in enumerate(steps):
             ink = "white" if step["needed"] else PALE
             axis.axhspan(k + 0.06, k + 0.94, 0.0, 0.86, color=NEEDED if step["needed"] else IDLE, lw=0)

@@ -157,7 +157,7 @@ def test_the_problem_drawn_is_the_median_of_those_that_all_solve():
     from sspo_ext.demo.picture import typical
 
     step = ("1 + 1 = 2", True)
-    lengths = (9, 3, 5, 4, 8)  # of outcome only; SSPO takes 2
+    lengths = (2, 3, 5, 4, 8)  # of outcome only; SSPO takes 2
     chains = {
         "start": [chain(i != 0, step) for i in range(5)],
         "outcome": [chain(True, *[step] * n) for n in lengths],
@@ -203,6 +203,7 @@ def test_claim_of_problems():
         ((0.40, 0.05), (0.01, 0.02), "at least a third shorter than those of outcome-only training and as often right"),
         ((0.40, 0.08), (0.0, 0.02), "are shorter than those of outcome-only training and as often right"),
         ((0.40, 0.05), (0.0, 0.03), "but not shown to be as often right"),
+        ((0.40, 0.05), (-0.01, 0.03), "but not shown to be as often right"),
         ((0.40, 0.05), (-0.05, 0.04), "but less often right"),
         ((0.02, 0.05), (0.0, 0.01), "are not shown to be shorter than"),
     ],

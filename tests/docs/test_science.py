@@ -31,7 +31,7 @@ def blocks_of(text: str) -> list[str]:
 
 def linked(block: str) -> str:
     """The text of the results files that a block links to."""
-    paths = [(PAGE.parent / link).resolve() for link in LINK.findall(block) if "/results/" in link]
+    paths = [(PAGE.parent / link).resolve() for link in LINK.findall(block) if re.search(r"/results/.*\.md$", link)]
     return "\n".join(path.read_text(encoding="utf-8") for path in paths).replace("**", "").replace("\u2212", "-")
 
 
