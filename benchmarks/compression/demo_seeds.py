@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import records
+from benchmarks.models.real_run import with_notes
 from sspo_ext._help import DefaultsFormatter
 from sspo_ext.demo import DemoConfig, run
 from sspo_ext.demo.claim import MARGIN, STAGES, Claim
@@ -33,10 +34,7 @@ CELLS = (
     ("needed steps skipped, sampled", "sampled", "skipped", "{:.2f}"),
 )
 
-CHOSEN = (
-    "Learning rate, its schedule and lambda were chosen on seed 100, on 400 problems of the training side; the seeds "
-    "below were run once, after that."
-)
+FIRST = 3  # seeds whose interval is shown beside that of all
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         records.add(output / TABLE, [{"seed": seed, "machine": machine(), "cpu_seconds": seconds, **row}], ("seed",))
         if seed == min(row["seed"] for row in records.read(output / TABLE)):
             shutil.copy(folder / "demo.png", output / "demo.png")
-    text = report(records.read(output / TABLE))
+    text = with_notes(report(records.read(output / TABLE)), output)
     (output / "RESULTS.md").write_text(text, encoding="utf-8")
     print(text)
 
@@ -82,11 +80,8 @@ def report(rows: list[dict]) -> str:
     if any({**row["config"], "seed": 0} != {**config, "seed": 0} for row in rows):
         raise ValueError("rows: expected runs with the same settings, got several; remove the old ones")
     stages = list(rows[0]["stages"])
-    lines = [
-        "| mean [each seed] | " + " | ".join(STAGES[name] for name in stages) + " |",
-        "| --- |" * (len(stages) + 1),
-    ]
-    lines[1] = "| --- |" + " --- |" * len(stages)
+    lines = ["| mean [each seed] | " + " | ".join(STAGES[name] for name in stages) + " |"]
+    lines.append("| --- |" + " --- |" * len(stages))
     for text, how, key, form in CELLS:
         cells = []
         for stage in stages:
@@ -101,6 +96,7 @@ def report(rows: list[dict]) -> str:
             f"| {row['seed']} | {100 * saved:.1f} ± {100 * saved_error:.1f} % "
             f"| {100 * gain:+.1f} ± {100 * gain_error:.1f} | {row['cpu_seconds']} |"
         )
+    first = over_seeds(rows[:FIRST]).sentence(f"the first {FIRST} seeds, sampled,")
     machines = "; ".join(sorted({row["machine"] for row in rows}))
     return "\n\n".join([
         "# The demo on several seeds",
@@ -108,9 +104,11 @@ def report(rows: list[dict]) -> str:
         f"Each seed is one `sspo-ext demo`: {config['updates']} updates of {config['prompts']} problems x "
         f"{config['num_generations']} samples, learning rate {config['lr']:g} ({config['lr_scheduler_type']}), gamma "
         f"{config['gamma']:g}, lambda {config['lam']:g}; {config['held_out']} held-out problems, the same for all. "
-        f"{machines}; on another machine a seed gives other numbers. {CHOSEN}",
+        f"{machines}; on another machine a seed gives other numbers.",
         f"**{over_seeds(rows).sentence(f'these {len(rows)} seeds, sampled,')}** (95 % intervals of Student's t, each "
-        f"seed one number). As often right means: with this confidence not more than {MARGIN:.0%} below.",
+        f"seed one number). As often right means: with this confidence not more than {MARGIN:.0%} below."
+        if len(rows) > 1 else "One seed has no interval over seeds.",
+        *([f"{first}."] if len(rows) > FIRST else []),
         "\n".join(lines),
         "SSPO beside outcome only, seed by seed, sampled; ± 1.96 standard errors over the held-out problems:",
         "\n".join(singles),

@@ -52,7 +52,7 @@ def draw(result: dict, path: str | PathLike) -> None:
             course.plot(run["update"], smooth(run["tokens"]), color=NAMES[name][1], lw=2.5)
         course.set(title="Length while it trains", xlabel="update", ylim=(0, None))
         draw_solutions(halves[1], result["chains"], result["problems"])
-        figure.suptitle(headline(stages), fontsize=17, fontweight="bold")
+        figure.suptitle(headline(stages), fontsize=15, fontweight="bold")
         figure.savefig(path)
         plt.close(figure)
 

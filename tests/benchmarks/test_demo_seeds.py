@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 
 from benchmarks import records
 from benchmarks.compression import demo_seeds
+from benchmarks.models.real_run import with_notes
 from sspo_ext.demo import DemoConfig
 
 RESULTS = ROOT / "benchmarks/results/demo"
@@ -33,6 +34,15 @@ def test_each_seed_is_one_number():
     claim = demo_seeds.over_seeds([row(0, 0.4, 0.01), row(1, 0.5, 0.03), row(2, 0.6, 0.05)])
     assert claim.shorter == pytest.approx((0.5, 4.3027 * 0.1 / 3**0.5), abs=1e-4)
     assert claim.right == pytest.approx((0.03, 4.3027 * 0.02 / 3**0.5), abs=1e-4)
+
+
+def test_the_first_seeds_alone_are_told():
+    """What was known before more seeds were run stays in the report."""
+    rows = [row(seed, 0.4 + seed / 100, seed / 100) for seed in range(4)]
+    text = demo_seeds.report(rows)
+    assert "the first 3 seeds, sampled," in text and demo_seeds.over_seeds(rows[:3]).sentence("x")[-40:] in text
+    assert "the first 3 seeds" not in demo_seeds.report(rows[:3])
+    assert "One seed has no interval" in demo_seeds.report(rows[:1])
 
 
 def test_report_of_other_settings_is_refused():
@@ -62,7 +72,7 @@ def test_recorded_seeds_are_not_run_again(tmp_path, monkeypatch, capsys):
 def test_report_made_again_of_the_demo_as_it_is():
     rows = records.read(RESULTS / "demo.jsonl")
     assert len(rows) >= 3 and all(row["config"] == asdict(DemoConfig(seed=row["seed"])) for row in rows)
-    assert demo_seeds.report(rows) == (RESULTS / "RESULTS.md").read_text(encoding="utf-8")
+    assert with_notes(demo_seeds.report(rows), RESULTS) == (RESULTS / "RESULTS.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/science.md"])
