@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import records
-from benchmarks.models.real_run import with_notes
 from sspo_ext._help import DefaultsFormatter
 from sspo_ext.demo import DemoConfig, run
 from sspo_ext.demo.claim import MARGIN, STAGES, Claim
@@ -52,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         records.add(output / TABLE, [{"seed": seed, "machine": machine(), "cpu_seconds": seconds, **row}], ("seed",))
         if seed == min(row["seed"] for row in records.read(output / TABLE)):
             shutil.copy(folder / "demo.png", output / "demo.png")
-    text = with_notes(report(records.read(output / TABLE)), output)
+    text = records.with_notes(report(records.read(output / TABLE)), output)
     (output / "RESULTS.md").write_text(text, encoding="utf-8")
     print(text)
 

@@ -15,7 +15,6 @@ pytest.importorskip("transformers")
 
 from benchmarks import records
 from benchmarks.compression import demo_seeds
-from benchmarks.models.real_run import with_notes
 from sspo_ext.demo import DemoConfig
 
 RESULTS = ROOT / "benchmarks/results/demo"
@@ -72,7 +71,7 @@ def test_recorded_seeds_are_not_run_again(tmp_path, monkeypatch, capsys):
 def test_report_made_again_of_the_demo_as_it_is():
     rows = records.read(RESULTS / "demo.jsonl")
     assert len(rows) >= 3 and all(row["config"] == asdict(DemoConfig(seed=row["seed"])) for row in rows)
-    assert with_notes(demo_seeds.report(rows), RESULTS) == (RESULTS / "RESULTS.md").read_text(encoding="utf-8")
+    assert records.with_notes(demo_seeds.report(rows), RESULTS) == (RESULTS / "RESULTS.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/science.md"])
