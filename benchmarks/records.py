@@ -78,6 +78,12 @@ def collect(path: Path, folder: Path, key: tuple[str, ...]) -> None:
             file.unlink()
 
 
+def with_notes(report: str, folder: Path) -> str:
+    """The report with the text of `folder`/notes.md, which is written by hand and stays in a rerun."""
+    notes = folder / "notes.md"
+    return f"{report}\n{notes.read_text(encoding='utf-8')}" if notes.exists() else report
+
+
 def _merged(old: Iterable[dict], new: Iterable[dict], key: tuple[str, ...]) -> list[dict]:
     by_key = {tuple(row[name] for name in key): row for row in (*old, *new)}
     return [by_key[which] for which in sorted(by_key)]

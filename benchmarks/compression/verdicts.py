@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from sspo_ext.demo.claim import standard_error
+
 from .arms import ARMS
 
 Tasks = Mapping[tuple[str, str], Mapping[str, list[dict]]]  # (family, language) -> arm -> its runs, by seed
@@ -132,7 +134,7 @@ def student(freedom: int) -> float:
 
 def accuracy(runs: list[dict], how: str) -> tuple[float, float]:
     """(mean, 1.96 standard errors over problems). A problem counts with its mean over the runs."""
-    return total(runs, how, "correct"), 1.96 * _standard_error(_by_problem(runs, how, "correct"))
+    return total(runs, how, "correct"), 1.96 * standard_error(_by_problem(runs, how, "correct"))
 
 
 def total(runs: list[dict], how: str, key: str) -> float:
@@ -146,7 +148,7 @@ def difference(runs: list[dict], others: list[dict], how: str, key: str) -> tupl
     gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
     return (
         total(runs, how, key) - total(others, how, key),
-        1.96 * _standard_error(gaps),
+        1.96 * standard_error(gaps),
         of_seeds(runs, others, how, key),
     )
 
@@ -160,11 +162,6 @@ def of_seeds(runs: list[dict], others: list[dict], how: str, key: str) -> list[f
 def _tie(value: float) -> float:
     """Drops the last digits. Otherwise the order of a sum could decide how the same number is rounded."""
     return round(value, 9)
-
-
-def _standard_error(values: list[float]) -> float:
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1) / len(values))
 
 
 def _by_problem(runs: list[dict], how: str, key: str) -> list[float]:

@@ -27,7 +27,7 @@ from sspo_ext.signals.branches.support import choose_engine
 from sspo_ext.train.models import load_model
 
 from .panels import panels
-from .real_run import hardware, how_made, model_folder, shown, with_notes
+from .real_run import hardware, how_made, model_folder, shown
 
 ENGINES = ("separate", "cached", "packed")
 
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     records.write(output / "probe.jsonl", [result])
-    (output / "RESULTS.md").write_text(with_notes(report(result), output))
+    (output / "RESULTS.md").write_text(records.with_notes(report(result), output))
     draw(result, output / "probe.png")
     print(report(result))
 

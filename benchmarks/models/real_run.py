@@ -146,12 +146,6 @@ def how_made(model: str) -> list[str]:
     ]
 
 
-def with_notes(report: str, folder: Path) -> str:
-    """The report with the text of `folder`/notes.md, which is written by hand and stays in a rerun."""
-    notes = folder / "notes.md"
-    return f"{report}\n{notes.read_text(encoding='utf-8')}" if notes.exists() else report
-
-
 def lora_config(options):
     """peft's LoraConfig, or None to train all weights."""
     if not options.lora_r:

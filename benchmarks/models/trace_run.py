@@ -39,7 +39,7 @@ from sspo_ext.tracing.values import trace_values
 from sspo_ext.train.models import load_model
 
 from .panels import panels
-from .real_run import hardware, model_folder, shown, with_notes
+from .real_run import hardware, model_folder, shown
 from .trace_scores import judge, question, results
 
 PREFER = ("175b_verification", "6b_verification", "175b_finetuning", "6b_finetuning")
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         **judge(traced, own, truths),
     }
     records.write(output / "trace_run.jsonl", [result])
-    (output / "RESULTS.md").write_text(with_notes(report(result), output))
+    (output / "RESULTS.md").write_text(records.with_notes(report(result), output))
     draw(result, traced, output, Path(options.work))
     print(report(result))
 

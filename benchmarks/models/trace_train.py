@@ -41,7 +41,6 @@ from .real_run import (
     parser,
     scored,
     shown,
-    with_notes,
 )
 from .trace_run import PROBE, bar, select
 
@@ -99,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         for by in ("sum", "mean")
     }
     records.write(output / "trace_train.jsonl", [result])
-    text = with_notes(report(result), output)
+    text = records.with_notes(report(result), output)
     (output / "RESULTS.md").write_text(text)
     print(text)
 

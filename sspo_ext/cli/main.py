@@ -117,11 +117,12 @@ def build_parser() -> argparse.ArgumentParser:
         folder = "" if module is probe else " --output-dir DIR"
         more["usage"] = f"sspo-ext {name} --model MODEL --data JSONL [JSONL ...]{folder} [options]"
         module.add_arguments(command(name, module.run, "train", text, **more))
-    text = "train a small model to reason correctly and briefly: offline, in three minutes"
+    text = "train a small model to reason correctly and briefly: offline, in two minutes"
     demo = command("demo", _demo, "demo", text)
     demo.add_argument("--output-dir", default="sspo-demo", help="folder for the picture, the numbers and the model")
     demo.add_argument("--seed", type=int, default=0, help="seed of the problems and of the samples")
-    demo.add_argument("--updates", type=positive, default=40, help="updates of each of the two trainings")
+    text = "updates of each of the two trainings, in place of the demo's own number"
+    demo.add_argument("--updates", type=positive, help=text)
     return parser
 
 
@@ -134,7 +135,8 @@ def _info(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from ..demo import DemoConfig, run
 
-    run(options.output_dir, DemoConfig(seed=options.seed, updates=options.updates))
+    given = {} if options.updates is None else {"updates": options.updates}
+    run(options.output_dir, DemoConfig(seed=options.seed, **given))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's picture: accuracy against tokens while it trains, and one problem's steps before and after."""
+"""The demo's picture: how right, how long, and one problem as the three models solve it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-from ..tracing.picture import signed
-from ..train.progress import draw_path, finish_path, smooth
+from ..train.progress import smooth
 
 OUTCOME, SSPO, INK, PALE = "#b8860b", "#1f6f8b", "#2b2b2b", "#8a8a8a"
 
-_NAMES = {"outcome": ("outcome only (RLOO)", OUTCOME), "sspo": ("SSPO", SSPO)}
+NEEDED, IDLE = "#2f6b4f", "#eeeae3"
+
+NAMES = {
+    "start": ("before training", PALE), "outcome": ("trained on the outcome only", OUTCOME),
+    "sspo": ("trained by SSPO", SSPO),
+}  # fmt: skip
+
+LINES = 12  # steps of a solution that are drawn
 
 
 def draw(result: dict, path: str | PathLike) -> None:
@@ -27,97 +33,103 @@ def draw(result: dict, path: str | PathLike) -> None:
     matplotlib.use("Agg", force=False)
     import matplotlib.pyplot as plt
 
-    stages = result["stages"]
     style: dict[Any, Any] = {
-        "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10,
+        "font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 13,
         "axes.titleweight": "bold", "axes.titlelocation": "left", "text.color": INK, "axes.labelcolor": INK,
     }  # fmt: skip
+    stages = result["stages"]
     with plt.rc_context(style):
-        figure = plt.figure(figsize=(13, 8.4), dpi=120, layout="constrained")
-        halves: Any = figure.subfigures(2, 1, height_ratios=[1, 1.25])
-        top, bottom = halves
-        plane, tokens, bars = top.subplots(1, 3)
+        figure = plt.figure(figsize=(12.5, 8.6), dpi=110, layout="constrained")
+        halves: Any = figure.subfigures(2, 1, height_ratios=[1, 1.45])
+        right, tokens, course = halves[0].subplots(1, 3, width_ratios=[1, 1, 0.9])
+        _bars(right, {name: 100 * stage["sampled"]["accuracy"] for name, stage in stages.items()}, "{:.0f} %")
+        right.set(title=f"Right answers to {result['config']['held_out']} new sums", xlim=(0, 125))
+        _bars(tokens, {name: stage["sampled"]["tokens"] for name, stage in stages.items()}, "{:.1f}")
+        tokens.set(title="Length of a solution, tokens")
+        tokens.set_yticklabels([])
         for name, run in result["curves"].items():
-            label, colour = _NAMES[name]
-            draw_path(plane, run, label, colour)
-            tokens.plot(run["update"], run["tokens"], color=colour, lw=0.6, alpha=0.4)
-            tokens.plot(run["update"], smooth(run["tokens"]), color=colour, lw=2, label=label)
-        finish_path(plane)
-        plane.legend(frameon=False)
-        most = max(max(run["tokens"], default=1) for run in result["curves"].values())
-        tokens.set(title="Tokens of a sampled solution", xlabel="update", ylim=(0, 1.05 * most))
-        _bars(bars, stages)
-        draw_chains(bottom, result["chains"], result["problems"])
-        before, after = stages["start"]["greedy"], stages["sspo"]["greedy"]
-        title = (
-            f"SSPO on held-out sums, greedy: right answers {before['accuracy']:.0%} → {after['accuracy']:.0%}, "
-            f"tokens {before['tokens']:.0f} → {after['tokens']:.0f}"
-        )
-        figure.suptitle(title, fontsize=13, fontweight="bold")
+            course.plot(run["update"], run["tokens"], color=NAMES[name][1], lw=0.6, alpha=0.4)
+            course.plot(run["update"], smooth(run["tokens"]), color=NAMES[name][1], lw=2.5)
+        course.set(title="Length while it trains", xlabel="update", ylim=(0, None))
+        draw_solutions(halves[1], result["chains"], result["problems"])
+        figure.suptitle(headline(stages), fontsize=15, fontweight="bold")
         figure.savefig(path)
         plt.close(figure)
 
 
-def _bars(axis, stages: dict) -> None:
-    """Draws the share of right answers at each stage."""
-    names = {"start": ("start", PALE), "outcome": ("outcome\nonly", OUTCOME), "sspo": ("SSPO", SSPO)}
-    for x, (name, stage) in enumerate(stages.items()):
-        for shift, how, alpha in ((-0.2, "greedy", 1.0), (0.2, "sampled", 0.55)):
-            height = stage[how]["accuracy"]
-            axis.bar(x + shift, height, 0.38, color=names[name][1], alpha=alpha)
-            axis.annotate(f"{height:.0%}", (x + shift, height), (0, 2), textcoords="offset points", ha="center")
-    axis.set_xticks(range(len(stages)), [names[name][0] for name in stages])
-    axis.set(title="Held-out right answers: greedy, sampled (pale)", ylim=(0, 1.08))
-    axis.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+def headline(stages: Mapping[str, Mapping]) -> str:
+    """The two numbers that the picture is about, of sampled solutions."""
+    ours, theirs = (stages[name]["sampled"] for name in ("sspo", "outcome"))
+    return (
+        f"SSPO: solutions {1 - ours['tokens'] / theirs['tokens']:.0%} shorter than with outcome-only training, "
+        f"right answers {ours['accuracy']:.0%} against {theirs['accuracy']:.0%}"
+    )
 
 
-def draw_chains(figure, chains: dict, problems: Sequence[str]) -> None:
-    """Draws the solutions before and after of the problem that loses most steps.
+def _bars(axis, values: Mapping[str, float], form: str) -> None:
+    """One bar for each stage, the first on top."""
+    for y, (name, value) in enumerate(values.items()):
+        axis.barh(y, value, 0.62, color=NAMES[name][1])
+        axis.annotate(
+            form.format(value), (value, y), (5, 0), textcoords="offset points", va="center", fontweight="bold"
+        )
+    axis.set_yticks(range(len(values)), [NAMES[name][0].replace(" on ", "\non ") for name in values])
+    axis.tick_params(axis="y", length=0)
+    axis.set_ylim(len(values) - 0.5, -0.5)
+    axis.spines[["left", "bottom"]].set_visible(False)
+    axis.set_xticks([])
+    axis.margins(x=0.18)
 
-    Each step has the colour of its advantage.
+
+def typical(chains: Mapping[str, Sequence[dict]]) -> int:
+    """The problem whose solutions are drawn: of those that all stages solve, the median by the steps that SSPO saves.
+
+    Args:
+        chains: For each stage what `chains_of` returns, of the same problems.
+
+    Returns:
+        Its index. If no problem is solved by all, all take part.
+    """
+    every = range(len(chains["start"]))
+    solved = [i for i in every if all(stage[i]["right"] for stage in chains.values())] or list(every)
+    saved = sorted(solved, key=lambda i: (len(chains["outcome"][i]["steps"]) - len(chains["sspo"][i]["steps"]), i))
+    return saved[len(saved) // 2]
+
+
+def draw_solutions(figure, chains: Mapping[str, Sequence[dict]], problems: Sequence[str]) -> None:
+    """Draws how each stage solves the same problem, chosen by `typical`. Steps that repeat or add nothing are pale.
 
     Args:
         figure: A figure or subfigure of matplotlib.
-        chains: For "start" and "sspo" what `chains_of` returns.
+        chains: For each stage what `chains_of` returns.
         problems: The prompts of the chains.
     """
-    import matplotlib.pyplot as plt
-    from matplotlib.colors import SymLogNorm
-
-    before, after = chains["start"], chains["sspo"]
-
-    def telling(i: int) -> tuple:
-        steps = [chain[i]["steps"] for chain in (before, after)]
-        return before[i]["right"] and after[i]["right"], min(len(steps[0]), 14) - len(steps[1]), -i
-
-    best = max(range(len(before)), key=telling)
-    shown = (("before", before[best]["steps"]), ("after SSPO", after[best]["steps"]))
-    problem = problems[best].strip().removesuffix("?").strip().removesuffix("=").strip()
-    # A redundant step costs a few hundredths, while the last needed one gains nearly 1.
-    norm, colours = SymLogNorm(0.02, vmin=-1, vmax=1), plt.get_cmap("RdBu")
-    rows = max(min(len(chain), 14) for _, chain in shown)
-    axes = figure.subplots(1, 2)
-    for axis, (name, chain) in zip(axes, shown, strict=True):
+    chosen = typical(chains)
+    shown = {name: chain[chosen] for name, chain in chains.items()}
+    rows = max(min(len(chain["steps"]), LINES) for chain in shown.values())
+    axes = figure.subplots(1, len(shown))
+    problem = problems[chosen].strip().removesuffix("= ?").strip()
+    figure.suptitle(
+        f"One problem, {problem}:  needed steps in green, steps that add nothing in grey",
+        fontsize=13, fontweight="bold", x=0.01, ha="left",
+    )  # fmt: skip
+    for axis, (name, chain) in zip(axes, shown.items(), strict=True):
+        label, colour = NAMES[name]
+        steps = shortened(chain["steps"])
+        idle = sum(not step["needed"] for step in chain["steps"])
         axis.axis("off")
-        axis.set(xlim=(0, 1), ylim=(14.5 - max(rows, 8), 14.5), title=f"{problem}, {name}: {len(chain)} steps")
-        for k, step in enumerate(_shortened(chain)):
-            y = 14 - k
-            shade = float(norm(step["advantage"]))
-            axis.axhspan(y - 0.46, y + 0.46, 0.0, 0.62, color=colours(shade), alpha=0.75, lw=0)
-            ink = "white" if abs(shade - 0.5) > 0.35 else INK
-            axis.text(0.015, y, step["text"], family="monospace", va="center", color=ink)
-            if step["text"] != "...":
-                axis.text(0.64, y, f"advantage {signed(step['advantage'])}", va="center", color=INK)
-    ticks = [-1, -0.1, -0.02, 0, 0.02, 0.1, 1]
-    bar = figure.colorbar(
-        plt.cm.ScalarMappable(norm, colours), ax=axes, fraction=0.02, ticks=ticks, label="advantage of the step"
-    )
-    bar.minorticks_off()
-    bar.ax.set_yticklabels([f"{tick:+g}".replace("-", "\u2212") if tick else "0" for tick in ticks])
+        axis.set(xlim=(0, 1), ylim=(rows, 0))
+        axis.set_title(f"{label}: {len(chain['steps'])} steps, {idle} idle", color=colour, fontsize=11, loc="left")
+        for k, step in enumerate(steps):
+            ink = "white" if step["needed"] else PALE
+            axis.axhspan(k + 0.06, k + 0.94, 0.0, 0.86, color=NEEDED if step["needed"] else IDLE, lw=0)
+            axis.text(0.03, k + 0.5, step["text"], family="monospace", va="center", color=ink)
+        mark, tint = ("\u2713", "#2e7d32") if chain["right"] else ("\u2717", "#b3261e")
+        axis.text(0.92, len(steps) - 0.5, mark, va="center", ha="center", color=tint, fontsize=18, fontweight="bold")
 
 
-def _shortened(chain: Sequence[dict], most: int = 14) -> list[dict]:
+def shortened(chain: Sequence[dict], most: int = LINES) -> list[dict]:
     """At most `most` steps: three dots stand for those left out before the last."""
     if len(chain) <= most:
         return list(chain)
-    return [*chain[: most - 2], {"text": "...", "advantage": 0.0}, chain[-1]]
+    return [*chain[: most - 2], {"text": "...", "needed": False}, chain[-1]]

