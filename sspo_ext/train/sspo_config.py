@@ -58,7 +58,8 @@ class SSPOConfig(TrainingArguments):
         vllm_importance_sampling_clip_min: The lower bound of the ratio; None means none.
         vllm_importance_sampling_length_normalize: Whether the ratio of a step or sequence is the geometric mean of its
             tokens' ratios.
-        rollout_engine: "auto", "compact", "generate", "vllm" or "vllm_server", see `sspo_ext.train.rollout.make_engine`.
+        rollout_engine: "auto", "compact", "generate", "vllm" or "vllm_server", see
+            `sspo_ext.train.rollout.make_engine`.
         rollout_batch_size: The most rows completed at once on a device; None means all of the update. Not for vLLM.
         rollout_options: Arguments of `vllm.LLM` for "vllm", of `sspo_ext.train.vllm_server.VLLMServer` for
             "vllm_server".

@@ -33,7 +33,12 @@ def sometimes(prompts, completions, **columns):
     return [None if "1" in prompt else 1.0 * len(text) for prompt, text in zip(prompts, completions, strict=True)]
 
 
+SAID = ["1\n22<eos>", "333<eos>", "44\n5\n6<eos>", "5\n55555<eos>"]
+
+
 def trained(folder, reward_func, **options):
+    if "engine" not in options:
+        options |= {"engine": Says(make_tokenizer(), SAID)}
     trainer = make_trainer(folder, reward_func=reward_func, **options)
     trainer.train()
     return trainer
@@ -66,7 +71,8 @@ def test_values_are_about_the_first_function(tmp_path):
     """Step advantages are those of the first function alone; the others, of any scale, change only the outcome's."""
     seen = {}
     for name, functions in (("one", [reward]), ("two", [reward, loud])):
-        trainer = make_trainer(tmp_path / name, reward_func=functions, combine="replace", max_steps=1)
+        engine = Says(make_tokenizer(), SAID)
+        trainer = make_trainer(tmp_path / name, reward_func=functions, combine="replace", max_steps=1, engine=engine)
         trainer.on_rollouts = lambda rollouts, name=name: seen.setdefault(name, [r.advantages for r in rollouts])
         trainer.train()
     assert seen["one"] == seen["two"] and any(map(any, seen["one"]))
@@ -173,11 +179,9 @@ def test_several_graders_of_the_command(tmp_path, capsys):
     make_model().save_pretrained(tmp_path / "m")
     make_tokenizer().save_pretrained(tmp_path / "m")
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    command = [
-        "rl", "--model", str(tmp_path / "m"), "--data", str(tmp_path / "p.jsonl"), "--output-dir",
-        str(tmp_path / "o"), "--batch-size", "4", "--num-generations", "4", "--max-completion-length", "8", "--max-steps", "1", "--probe",
-        "#",
-    ]  # fmt: skip
+    command = ["rl", "--model", str(tmp_path / "m"), "--data", str(tmp_path / "p.jsonl"), "--probe", "#"]
+    command += ["--output-dir", str(tmp_path / "o"), "--batch-size", "4", "--num-generations", "4"]
+    command += ["--max-completion-length", "8", "--max-steps", "1"]
     both = ["--grader", "helpers.rl:reward", f"{__name__}:brief", "--reward-weights", "1", "0.1"]
     assert main([*command, *both, "--multi-objective-aggregation", "normalize_then_sum"]) == 0
     assert "rewards/brief/mean" in capsys.readouterr().out
