@@ -105,16 +105,17 @@ def test_an_arm_runs(folder, tmp_path, arm):
     assert row["budget"]["budgets"] == [0, 1, 2, 3, 4, 6, 7, 8, 9] and len(row["chains"]) == 4
     assert all(len(c["values"]) == len(c["advantages"]) + 1 == len(c["steps"]) + 1 for c in row["chains"])
     json.dumps(row)
-    assert not (tmp_path / "runs" / f"{arm}-0").exists()
 
 
 def test_a_stopped_run_goes_on(folder, tmp_path):
     """Red: the checkpoint not looked for."""
-    first = run(settings(folder, keep_checkpoints=True, drop_checkpoints=False), "rloo", 0, tmp_path)
+    first = run(settings(folder), "rloo", 0, tmp_path)
     assert len(first["curves"]["tokens"]) == 1
     more = run(settings(folder, updates=3), "rloo", 0, tmp_path)
     assert more["updates"] == 3 and more["curves"]["update"] == [1, 2, 3]
     assert more["curves"]["tokens"][0] == first["curves"]["tokens"][0]
+    with pytest.raises(SystemExit, match=r"has checkpoints of other settings \(lr 0.001 and not 0.1\)"):
+        run(settings(folder, lr=0.1), "rloo", 0, tmp_path)
 
 
 def test_shortest_right_answers():
@@ -196,7 +197,8 @@ def test_the_same_command_goes_on(tmp_path, monkeypatch):
                 continue
             arm, seed = job.name.rsplit("-", 1)
             made = json.loads((tmp_path / "work" / "settings.json").read_text())
-            row = {"name": made["name"], "data": "words", "arm": arm, "seed": int(seed), "updates": made["updates"]}
+            row = {"name": made["name"], "data": "words", "arm": arm, "seed": int(seed), "updates": made["updates"],
+                   "settings": made}  # fmt: skip
             records.write(tmp_path / "runs" / f"words-{job.name}.json", [row])
 
     monkeypatch.setattr(command, "execute", execute)
@@ -221,6 +223,13 @@ def test_the_same_command_goes_on(tmp_path, monkeypatch):
     asked.clear()
     command.main([*arguments, "--updates", "3", "--seeds", "1"])
     assert asked == [("runs", ["rloo-0"]), ("runs", [])]
+    with pytest.raises(SystemExit, match="rloo-0 is recorded with runs of other settings"):
+        command.main([*arguments, "--lr", "0.1"])
+    (tmp_path / "work" / "runs" / "rloo-0").mkdir(parents=True)
+    asked.clear()
+    command.main([*arguments, "--lr", "0.1", "--redo", "--seeds", "1"])
+    assert asked == [("runs", ["start-0"]), ("runs", ["rloo-0"])]
+    assert not (tmp_path / "work" / "runs" / "rloo-0").exists()
     assert len(records.read(tmp_path / TABLE)) == 5 and not list((tmp_path / "runs").iterdir())
 
 

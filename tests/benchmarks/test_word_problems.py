@@ -6,6 +6,7 @@ Mutations that turned a test red: listed at the end of each test's docstring.
 
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -130,6 +131,16 @@ def test_review(lines, correct, skipped):
     """Red: the right operand not compared; the product not mended by a check; skipped from any order."""
     review = TASK.review(TOM, solution_text(lines))
     assert (review.correct, review.skipped, review.steps) == (correct, skipped, len(lines))
+
+
+def test_a_line_written_twice_applies_once():
+    """Red: the equation before not compared."""
+    twice = replace(TOM, start=20, ops=(("-", 5), ("-", 5)), answer="10")
+    first, second = "Then 20 - 5 = 15 apples are left.", "Then 15 - 5 = 10 apples are left."
+    assert TASK.review(twice, solution_text([first, second, "#### 10"])).skipped == 0
+    assert TASK.review(twice, solution_text([first, first, "#### 10"])).skipped == 1
+    labels = TASK.labels(twice, solution_text([first, first, second, "#### 10"]))
+    assert [line.needed for line in labels] == [True, False, True, True]
 
 
 def test_labels_name_the_needed_steps():

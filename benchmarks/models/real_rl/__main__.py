@@ -12,13 +12,14 @@ and 0 otherwise. Only the arms called "length penalty" see the length.
 
 Every run is a process and leaves a row in OUTPUT/real_rl.jsonl, from which RESULTS.md is made. Rows that are there are
 not run again, and a run that was stopped goes on from its last checkpoint in WORK: type the same command. More
-`--updates` continue finished runs if their checkpoints are kept (`--keep-checkpoints`).
+`--updates` continue finished runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +31,7 @@ from sspo_ext._help import DefaultsFormatter
 from ..real_run import model_folder, shown
 from .arms import ARMS, DECISIVE
 from .report import KEY, TABLE, write_report
+from .worker import TRAINED, other_settings
 
 GSM8K_ARMS = ("start", "rloo", "sspo-0")
 
@@ -50,15 +52,7 @@ def main(argv: list[str] | None = None) -> None:
             execute([imitation(start, options)], work / "logs", "start model", 1, last_line, threads)
     (work / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
     records.collect(output / TABLE, output / "runs", KEY)
-    there = {tuple(row[k] for k in KEY): row["updates"] for row in records.read(output / TABLE)}
-    todo = []
-    for seed in range(options.seeds):
-        for arm in options.arms:
-            if not ARMS[arm].trains and seed:
-                continue
-            done = there.get((name, options.data, arm, seed))
-            if options.redo or done is None or (ARMS[arm].trains and done < options.updates):
-                todo.append((arm, seed))
+    todo = todo_of(options, settings, records.read(output / TABLE))
     for first in (True, False):  # the probe is found by the first run, and read by the others
         some = todo[:1] if first else todo[1:]
         execute(
@@ -67,6 +61,28 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
         records.collect(output / TABLE, output / "runs", KEY)
     print(write_report(output, " ".join(["python -m benchmarks real-rl", *shown(argv)])))
+
+
+def todo_of(options: argparse.Namespace, settings: dict, rows: list[dict]) -> list[tuple[str, int]]:
+    """The runs (arm, seed) that are not recorded, or with fewer updates."""
+    mine = {k: settings[k] for k in TRAINED}
+    there = {tuple(row[k] for k in KEY): row for row in rows}
+    todo = []
+    for seed in range(options.seeds):
+        for arm in options.arms:
+            if not ARMS[arm].trains and seed:
+                continue
+            row = there.get((settings["name"], options.data, arm, seed))
+            if options.redo:
+                shutil.rmtree(Path(options.work) / "runs" / f"{arm}-{seed}", ignore_errors=True)
+            elif row is not None:
+                found = {k: row["settings"][k] for k in TRAINED}
+                if found != mine:
+                    raise SystemExit(other_settings(f"{arm}-{seed} is recorded with runs", found, mine))
+                if not ARMS[arm].trains or row["updates"] >= options.updates:
+                    continue
+            todo.append((arm, seed))
+    return todo
 
 
 def imitation(start: Path, options: argparse.Namespace) -> Job:
@@ -138,8 +154,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=1, help="of each run")
     add("--jobs", type=int, help="runs at once (default: 2 on a CPU, 1 on a GPU)")
     add("--save-steps", type=int, default=4, help="updates between checkpoints")
-    add("--keep-checkpoints", action="store_true", help="keep a finished run's last checkpoint")
-    add("--redo", action="store_true", help="also run what is recorded already")
+    add("--redo", action="store_true", help="run from the start what is recorded already")
     add("--output", default="benchmarks/results/real_rl", help="table of runs, RESULTS.md, pictures")
     add("--work", default="build/real_rl", help="start model, checkpoints and logs")
     options = parser.parse_args(argv)
@@ -150,7 +165,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     gpu = options.device != "cpu"
     options.jobs = options.jobs or (1 if gpu else 2)
     options.engine = options.engine or ("vllm" if gpu and find_spec("vllm") else "compact")
-    options.drop_checkpoints = not options.keep_checkpoints
     return options
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +30,11 @@ from sspo_ext.train.sspo_trainer import SSPOTrainer
 from ..real_run import hardware
 from .arms import ARMS, make_trainer, train_shortest
 from .tasks import Task, make_task
+
+# What decides how a run trains; runs that differ here do not belong into one table.
+TRAINED = ("prompts", "num_generations", "lr", "lora_r", "lora_share", "bf16", "dtype", "max_completion_length")
+
+SHOWN = (*TRAINED, "engine", "held_out", "budget_chains", "device", "threads")
 
 CHAINS = 8  # held-out problems whose chains are kept for the pictures
 
@@ -63,6 +67,7 @@ def run(settings: dict, arm_name: str, seed: int, work: Path) -> dict:
     task = make_task(settings["data"], settings["gsm8k"], tokenizer)
     probe = task.probe or found_probe(model, tokenizer, task, settings, work / "probe.json")["text"]
     folder = work / "runs" / f"{arm_name}-{seed}"
+    check_folder(folder, settings)
     trainer = make_trainer(
         model, tokenizer, task, arm, folder, settings, seed=seed, probe=probe, callbacks=[_Lines()]
     )  # fmt: skip
@@ -90,15 +95,22 @@ def run(settings: dict, arm_name: str, seed: int, work: Path) -> dict:
         "curves": curves(log) if arm_name != "shortest" else {},
         **evaluated(trainer, task, settings, seed),
     }
-    if settings["drop_checkpoints"]:
-        shutil.rmtree(folder, ignore_errors=True)
     return row
 
 
-SHOWN = (
-    "prompts", "num_generations", "lr", "lora_r", "lora_share", "bf16", "dtype", "engine", "held_out", "budget_chains",
-    "device", "threads", "max_completion_length",
-)  # fmt: skip
+def check_folder(folder: Path, settings: dict) -> None:
+    """Keeps the settings beside a run's checkpoints. Raises SystemExit if those there were made with others."""
+    file, mine = folder / "settings.json", {k: settings[k] for k in TRAINED}
+    if file.exists() and (there := json.loads(file.read_text(encoding="utf-8"))) != mine:
+        raise SystemExit(other_settings(f"{folder} has checkpoints", there, mine))
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(mine), encoding="utf-8")
+
+
+def other_settings(what: str, there: dict, mine: dict) -> str:
+    """The sentence that refuses to mix runs of several settings."""
+    names = ", ".join(f"{k} {there.get(k)!r} and not {v!r}" for k, v in mine.items() if there.get(k) != v)
+    return f"{what} of other settings ({names}); give those, another --output and --work, or --redo"
 
 
 def found_probe(model, tokenizer, task: Task, settings: dict, file: Path) -> dict:
