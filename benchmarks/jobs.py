@@ -37,6 +37,7 @@ def execute(
     at_once: int,
     reached: Callable[[Path], tuple[int, str]],
     threads: int = 1,
+    finished: Callable[[], None] | None = None,
 ) -> None:
     """Executes the jobs, `at_once` at a time. Stops at the first that fails.
 
@@ -47,6 +48,7 @@ def execute(
         at_once: Processes at once.
         reached: reached(log) -> (updates done, what to show).
         threads: Of each process.
+        finished: Called after each process that succeeds.
     """
     waiting: list[Job] = list(jobs)
     going: dict[Job, tuple[subprocess.Popen, Path]] = {}
@@ -81,6 +83,8 @@ def execute(
                         raise SystemExit(f"{job.name} failed:\n{log.read_text()[-3000:]}")
                     done += job.length
                     tqdm.write(f"{job.name} done {last[1]}")
+                    if finished is not None:
+                        finished()
                 bar.set_postfix_str("; ".join(notes), refresh=False)
                 bar.update(min(max(now, bar.n), total) - bar.n)
     finally:

@@ -24,7 +24,9 @@ def test_a_few_at_a_time(tmp_path):
     """The third starts after one of the first two has ended."""
     code = "import time, sys, pathlib; p = pathlib.Path(sys.argv[1]); a = time.time(); time.sleep(0.3); p.write_text(f'{a} {time.time()}')"  # noqa: E501
     jobs = [Job(str(i), (sys.executable, "-c", code, str(tmp_path / f"{i}.txt")), 1) for i in range(3)]
-    execute(jobs, tmp_path, "some", 2, reached)
+    done = []
+    execute(jobs, tmp_path, "some", 2, reached, finished=lambda: done.append(len(list(tmp_path.glob("*.txt")))))
+    assert len(done) == 3 and done[0] < 3
     spans = [tuple(map(float, (tmp_path / f"{i}.txt").read_text().split())) for i in range(3)]
     assert spans[2][0] >= min(spans[0][1], spans[1][1])
 

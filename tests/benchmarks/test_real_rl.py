@@ -189,7 +189,7 @@ def test_the_same_command_goes_on(tmp_path, monkeypatch):
     """Red: recorded rows run again; rows with fewer updates not continued; the start model made twice."""
     asked = []
 
-    def execute(jobs, logs, title, at_once, reached, threads=1):
+    def execute(jobs, logs, title, at_once, reached, threads=1, finished=None):
         asked.append((title, [job.name for job in jobs]))
         for job in jobs:
             if title == "start model":
@@ -200,6 +200,7 @@ def test_the_same_command_goes_on(tmp_path, monkeypatch):
             row = {"name": made["name"], "data": "words", "arm": arm, "seed": int(seed), "updates": made["updates"],
                    "settings": made}  # fmt: skip
             records.write(tmp_path / "runs" / f"words-{job.name}.json", [row])
+            finished()
 
     monkeypatch.setattr(command, "execute", execute)
     monkeypatch.setattr(command, "write_report", lambda folder, text: text)
@@ -216,19 +217,19 @@ def test_the_same_command_goes_on(tmp_path, monkeypatch):
         "rloo",
     ]
     command.main(arguments)
-    assert asked == [("start model", ["start"]), ("runs", ["start-0"]), ("runs", ["rloo-0", "rloo-1"])]
+    assert asked == [("start model", ["start"]), ("runs", []), ("runs", ["start-0", "rloo-0", "rloo-1"])]
     asked.clear()
     command.main([*arguments, "sspo-0"])
-    assert asked == [("runs", ["sspo-0-0"]), ("runs", ["sspo-0-1"])]
+    assert asked == [("runs", []), ("runs", ["sspo-0-0", "sspo-0-1"])]
     asked.clear()
     command.main([*arguments, "--updates", "3", "--seeds", "1"])
-    assert asked == [("runs", ["rloo-0"]), ("runs", [])]
+    assert asked == [("runs", []), ("runs", ["rloo-0"])]
     with pytest.raises(SystemExit, match="rloo-0 is recorded with runs of other settings"):
         command.main([*arguments, "--lr", "0.1"])
     (tmp_path / "work" / "runs" / "rloo-0").mkdir(parents=True)
     asked.clear()
     command.main([*arguments, "--lr", "0.1", "--redo", "--seeds", "1"])
-    assert asked == [("runs", ["start-0"]), ("runs", ["rloo-0"])]
+    assert asked == [("runs", []), ("runs", ["start-0", "rloo-0"])]
     assert not (tmp_path / "work" / "runs" / "rloo-0").exists()
     assert len(records.read(tmp_path / TABLE)) == 5 and not list((tmp_path / "runs").iterdir())
 

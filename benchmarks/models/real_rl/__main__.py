@@ -31,7 +31,7 @@ from sspo_ext._help import DefaultsFormatter
 from ..real_run import model_folder, shown
 from .arms import ARMS, DECISIVE
 from .report import KEY, TABLE, write_report
-from .worker import TRAINED, other_settings
+from .worker import MEASURED, TRAINED, other_settings
 
 GSM8K_ARMS = ("start", "rloo", "sspo-0")
 
@@ -53,19 +53,22 @@ def main(argv: list[str] | None = None) -> None:
     (work / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
     records.collect(output / TABLE, output / "runs", KEY)
     todo = todo_of(options, settings, records.read(output / TABLE))
-    for first in (True, False):  # the probe is found by the first run, and read by the others
-        some = todo[:1] if first else todo[1:]
-        execute(
-            [job(arm, seed, options) for arm, seed in some], work / "logs", "runs", options.jobs, last_line,
-            options.threads,
-        )  # fmt: skip
+    command = " ".join(["python -m benchmarks real-rl", *shown(argv)])
+
+    def finished() -> None:
         records.collect(output / TABLE, output / "runs", KEY)
-    print(write_report(output, " ".join(["python -m benchmarks real-rl", *shown(argv)])))
+        write_report(output, command)
+
+    # the first run finds the probe, if there is none yet, and the others read it
+    alone = todo[:1] if options.data == "gsm8k" and not (work / "probe.json").exists() else []
+    for some in (alone, todo[len(alone) :]):
+        made = [job(arm, seed, options) for arm, seed in some]
+        execute(made, work / "logs", "runs", options.jobs, last_line, options.threads, finished)
+    print(write_report(output, command))
 
 
 def todo_of(options: argparse.Namespace, settings: dict, rows: list[dict]) -> list[tuple[str, int]]:
     """The runs (arm, seed) that are not recorded, or with fewer updates."""
-    mine = {k: settings[k] for k in TRAINED}
     there = {tuple(row[k] for k in KEY): row for row in rows}
     todo = []
     for seed in range(options.seeds):
@@ -76,7 +79,8 @@ def todo_of(options: argparse.Namespace, settings: dict, rows: list[dict]) -> li
             if options.redo:
                 shutil.rmtree(Path(options.work) / "runs" / f"{arm}-{seed}", ignore_errors=True)
             elif row is not None:
-                found = {k: row["settings"][k] for k in TRAINED}
+                deciding = TRAINED if ARMS[arm].trains else MEASURED
+                found, mine = ({k: of[k] for k in deciding} for of in (row["settings"], settings))
                 if found != mine:
                     raise SystemExit(other_settings(f"{arm}-{seed} is recorded with runs", found, mine))
                 if not ARMS[arm].trains or row["updates"] >= options.updates:

@@ -31,8 +31,10 @@ from ..real_run import hardware
 from .arms import ARMS, make_trainer, train_shortest
 from .tasks import Task, make_task
 
-# What decides how a run trains; runs that differ here do not belong into one table.
-TRAINED = ("prompts", "num_generations", "lr", "lora_r", "lora_share", "bf16", "dtype", "max_completion_length")
+# What decides how a run is measured, and how it trains; runs that differ here do not belong into one table.
+MEASURED = ("bf16", "dtype", "max_completion_length")
+
+TRAINED = (*MEASURED, "prompts", "num_generations", "lr", "lora_r", "lora_share")
 
 SHOWN = (*TRAINED, "engine", "held_out", "budget_chains", "device", "threads")
 
