@@ -24,6 +24,10 @@ COMMANDS = {
     "real-routes": ("models.real_routes", "the real run on both routes and with TRL's DPOTrainer"),
     "compression": ("compression", "trains SSPO, outcome-only RL, length penalties and controls, and compares them"),
     "demo-seeds": ("compression.demo_seeds", "the demo of the package on several seeds, with intervals over them"),
+    "real-rl": (
+        "models.real_rl",
+        "trains SSPO, outcome-only RL and controls on a real language model, and compares them",
+    ),
     "probe": ("models.probe", "K probes of a chain: packed, cached and K forwards"),
     "probe-choice": ("models.probe_choice", "which probe makes a real model answer"),
     "prefixes": ("models.prefixes", "shared prefixes: tokens, time and memory next to unshared ones and TRL"),

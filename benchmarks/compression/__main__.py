@@ -17,17 +17,12 @@ command continues where it was stopped.
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
-from benchmarks import records
+from benchmarks import jobs, records
 from sspo_ext._help import DefaultsFormatter
 from sspo_ext.demo.tasks import FAMILIES, LANGUAGES
 
@@ -81,44 +76,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def execute(runs: list[Run], options: argparse.Namespace, title: str, length: Callable[[Run], int]) -> None:
-    """Executes the runs, `--jobs` at a time, each in its own process. Stops at the first that fails.
-
-    Args:
-        runs: what to execute.
-        options: of the command line.
-        title: of the progress bar.
-        length: updates of a run.
-    """
-    waiting, going = list(runs), {}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with tqdm(total=sum(map(length, runs)), desc=title, unit="update", disable=not runs) as bar:
-        done = 0
-        while waiting or going:
-            while waiting and len(going) < options.jobs:
-                run = waiting.pop(0)
-                log = Path(options.work) / "logs" / f"{run.name}.log"
-                with log.open("w") as file:
-                    going[run] = (
-                        subprocess.Popen(command(run, options), stdout=file, stderr=subprocess.STDOUT, env=environment),
-                        log,
-                    )
-            time.sleep(0.5)
-            reached, notes = done, []
-            for run, (process, log) in list(going.items()):
-                last = _last_line(log)
-                reached += last[0]
-                notes.append(f"{run.name} {last[1]}")
-                if process.poll() is None:
-                    continue
-                del going[run]
-                if process.returncode:
-                    for other, _ in going.values():
-                        other.terminate()
-                    raise SystemExit(f"{run.name} failed:\n{log.read_text()[-3000:]}")
-                done += length(run)
-                tqdm.write(f"{run.name} done {last[1]}")
-            bar.n = min(max(reached, bar.n), bar.total)
-            bar.set_postfix_str("; ".join(notes))
+    """Executes the runs, `--jobs` at a time, each in its own process with one thread."""
+    made = [jobs.Job(run.name, tuple(command(run, options)), length(run)) for run in runs]
+    jobs.execute(made, Path(options.work) / "logs", title, options.jobs, _last_line)
 
 
 def command(run: Run, options: argparse.Namespace) -> list[str]:

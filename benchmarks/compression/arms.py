@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
-from sspo_ext.demo.tasks import Task
 from sspo_ext.train.experience import Rollout
 from sspo_ext.train.sspo_trainer import SSPOTrainer
 
@@ -36,6 +36,19 @@ class ShuffledValues(SSPOTrainer):
         return found
 
 
+class Judge(Protocol):
+    """A task, as far as a reward needs it."""
+
+    def reward(self, prompt: Any, completion: str, answer: Any) -> float:
+        """1 for a right answer, else 0."""
+        ...
+
+
+def word_tokens(completion: str) -> int:
+    """The tokens of the word-level tokenizer, with the end of sequence."""
+    return len(completion.split(" ")) + 1
+
+
 @dataclass(frozen=True)
 class Arm:
     name: str
@@ -46,14 +59,21 @@ class Arm:
     trains: bool = True
     pair_form: PairArm | None = None
 
-    def reward(self, task: Task):
-        """The task's 0 or 1. With a length penalty a right answer is worth 1 - weight * tokens / 50, at least 0."""
+    def reward(self, task: Judge, tokens: Callable[[str], int] = word_tokens, usual: float = 50):
+        """The task's 0 or 1. With a length penalty a right answer is worth 1 - weight * tokens / usual, at least 0.
+
+        Args:
+            task: What judges a solution.
+            tokens: Counts the tokens of a completion.
+            usual: The tokens that the weight is the price of.
+        """
         if not self.length_penalty:
             return task.reward
 
-        def shorter_is_better(prompt: str, completion: str, answer: str) -> float:
-            tokens = len(completion.split(" ")) + 1  # the tokenizer is word-level; + 1 for the end of sequence
-            return task.reward(prompt, completion, answer) * max(0.0, 1 - self.length_penalty * tokens / 50)
+        def shorter_is_better(prompt: Any, completion: str, answer: Any) -> float:
+            return task.reward(prompt, completion, answer) * max(
+                0.0, 1 - self.length_penalty * tokens(completion) / usual
+            )
 
         return shorter_is_better
 

@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .arms import ARMS
+from .arms import ARMS, Arm
 from .verdicts import accuracy, total
 
 _COLOURS = {
     "start": "#444444", "rloo": "#e8871e", "grpo": "#a0522d", "penalty-0.25": "#f2b8b5", "penalty-0.5": "#e0736d",
     "penalty-1": "#b3261e", "sspo-0": "#1b6ca8", "sspo-9": "#17a398", "no-discount": "#9aa0a6", "pairs": "#7b4fa3",
-    "whole-pairs": "#d17bd1",
+    "whole-pairs": "#d17bd1", "shortest": "#7b4fa3", "short": "#d17bd1",
 }  # fmt: skip
 
 _MARKERS = {"start": "s", "-zero": "v", "-shuffled": "X", "-likelihood": "P"}
@@ -20,7 +20,7 @@ _MARKERS = {"start": "s", "-zero": "v", "-shuffled": "X", "-likelihood": "P"}
 GAP = 0.1
 
 
-def draw(arms: Mapping[str, list[dict]], path: Path, title: str) -> None:
+def draw(arms: Mapping[str, list[dict]], path: Path, title: str, catalogue: Mapping[str, Arm] = ARMS) -> None:
     """Writes a PNG. Does nothing without matplotlib.
 
     A mark is an arm's mean over its seeds, with 1.96 standard errors over problems. A small pale mark is one seed. Arms
@@ -33,7 +33,7 @@ def draw(arms: Mapping[str, list[dict]], path: Path, title: str) -> None:
     matplotlib.use("Agg", force=False)
     import matplotlib.pyplot as plt
 
-    names = [name for name in ARMS if name in arms]
+    names = [name for name in catalogue if name in arms]
     style: dict = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
     with plt.rc_context(style):
         heights = [4.6, 0.9 + 0.25 * len(names)]
@@ -41,7 +41,7 @@ def draw(arms: Mapping[str, list[dict]], path: Path, title: str) -> None:
             2, 2, figsize=(13, sum(heights)), dpi=110, layout="constrained", height_ratios=heights
         )
         for how, (plane, lines) in zip(("greedy", "sampled"), axes.T, strict=True):
-            marks = [_Mark(name, arms[name], how) for name in names]
+            marks = [_Mark(name, arms[name], how, catalogue) for name in names]
             _plane(plane, marks)
             _list(lines, marks)
             plane.set_title(f"{title}: {how}")
@@ -65,11 +65,11 @@ def lowest_shown(means: Sequence[float]) -> float:
 class _Mark:
     """How an arm is drawn."""
 
-    def __init__(self, name: str, runs: list[dict], how: str):
+    def __init__(self, name: str, runs: list[dict], how: str, catalogue: Mapping[str, Arm]):
         # A control has the colour of its arm.
         parent = max((p for p in _COLOURS if name.startswith(p)), key=len)
-        text = ARMS[name].text
-        self.text = f"{ARMS[parent].text} {text}" if text.startswith("...") else text
+        text = catalogue[name].text
+        self.text = f"{catalogue[parent].text} {text}" if text.startswith("...") else text
         self.colour = _COLOURS[parent]
         self.marker = next((m for end, m in _MARKERS.items() if name.endswith(end)), "o")
         self.mean, self.error = accuracy(runs, how)
