@@ -31,7 +31,7 @@ def encode(prompt, response):
     """Token ids of the two, with the end of sequence, and a step id for every token: -1 in the prompt."""
     head = tokenizer(prompt).input_ids
     tail = tokenizer(response, return_offsets_mapping=True)
-    steps = token_step_ids(tail.offset_mapping, split_text(response))
+    steps = token_step_ids(response, tail.offset_mapping, split_text(response))
     ids = head + tail.input_ids + [tokenizer.eos_token_id]
     return torch.tensor(ids), torch.tensor([-1] * len(head) + list(steps) + [max(steps)])
 
