@@ -15,6 +15,7 @@ Ours: the extrapolation is one of weights, which is that of the policies where l
 import copy
 
 import torch
+
 from sspo_ext.demo.play import Task, dpo, features, load_start, sampled_pairs, score, sized, table
 
 task = Task("sums")

@@ -17,6 +17,7 @@ import copy
 import random
 
 import torch
+
 from sspo_ext import StepPairs, step_logps, step_pref_loss
 from sspo_ext.demo.play import Task, load_start, policy_batch, score, sized, table, train
 
@@ -28,7 +29,9 @@ def solution(problem, slip):
     """Lines of which number `slip` has a wrong result and is carried on from there; and whether each is right."""
     lines, state = [], problem.start
     for i, op in enumerate(problem.ops):
-        lines.append(task.line(state, op, state := task.apply(state, op) + (rng.choice([-1, 1, 2]) if i == slip else 0)))
+        lines.append(
+            task.line(state, op, state := task.apply(state, op) + (rng.choice([-1, 1, 2]) if i == slip else 0))
+        )
     return [line + " \n " for line in lines] + [task.answer_line(str(state))]
 
 
@@ -53,7 +56,9 @@ def collate(some):
         later_slip_wins = [a, b] if first > second else [b, a]
         whole += [[later_slip_wins[0] + k, later_slip_wins[1] + k] for k in range(len(one) - 1)]
     layout = batch["layout"]
-    return batch | {name: StepPairs.from_index(layout, torch.tensor(p)) for name, p in (("dense", dense), ("whole", whole))}
+    return batch | {
+        name: StepPairs.from_index(layout, torch.tensor(p)) for name, p in (("dense", dense), ("whole", whole))
+    }
 
 
 def loss_on(labels, model, batch):
@@ -62,7 +67,9 @@ def loss_on(labels, model, batch):
     return step_pref_loss(model(**batch["inputs"]).logits, batch["layout"], batch[labels], ref=ref, beta=0.5)
 
 
-rows, others = (aligned(task.problems(sized(n, 16), seed=s, held_out=h)) for n, s, h in ((200, 1, False), (100, 3, True)))
+rows, others = (
+    aligned(task.problems(sized(n, 16), seed=s, held_out=h)) for n, s, h in ((200, 1, False), (100, 3, True))
+)
 held_out, test = task.problems(sized(100, 10), seed=2, held_out=True), collate(others)
 found = [{"labels": "start", "lines ranked right": "", **score(start, tokenizer, task, held_out)}]
 for name, labels in (("of segments", "dense"), ("of the whole", "whole")):

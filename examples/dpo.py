@@ -15,6 +15,7 @@ Ours: the small model, the task, and pairs that the model sampled itself
 import copy
 
 import torch
+
 from sspo_ext import step_logps, step_pref_loss
 from sspo_ext.demo.play import Task, features, load_start, sampled_pairs, score, sized, table, train
 

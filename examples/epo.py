@@ -14,6 +14,7 @@ Ours: arithmetic in place of strategies for another agent; the baseline is the g
 """
 
 import torch
+
 from sspo_ext import StepLayout, step_policy_loss
 from sspo_ext.demo.play import Task, complete, load_start, sized, table
 

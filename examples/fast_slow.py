@@ -19,7 +19,8 @@ import random
 
 import torch
 from peft import LoraConfig, get_peft_model
-from sspo_ext import step_logps, step_pref_loss
+
+from sspo_ext import step_logps
 from sspo_ext.data.collator import StepPreferenceCollator
 from sspo_ext.demo.play import Task, features, load_start, sized, table, train
 
@@ -71,7 +72,9 @@ def learn(domain, updates, lr):
         model.set_adapter("fast")
         train(model, train_rows[domain], fast, updates=1, lr=lr, seed=k)
         model.set_adapter("slow")
-        train(model, train_rows[domain], lambda b: -logsigmoid(margin_of(b, "slow")).mean(), updates=1, lr=lr / 5, seed=k)
+        train(
+            model, train_rows[domain], lambda b: -logsigmoid(margin_of(b, "slow")).mean(), updates=1, lr=lr / 5, seed=k
+        )
 
 
 def measured(adapter, rows):
@@ -84,7 +87,9 @@ def measured(adapter, rows):
 
 def row_of(name, adapter):
     numbers = {d: measured(adapter, tests[d]) for d in DOMAINS}
-    return {"adapter": name} | {f"{d}: {what}": numbers[d][i] for d in DOMAINS for i, what in enumerate(("loss", "right"))}
+    return {"adapter": name} | {
+        f"{d}: {what}": numbers[d][i] for d in DOMAINS for i, what in enumerate(("loss", "right"))
+    }
 
 
 found, kept = [], []

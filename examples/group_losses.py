@@ -25,6 +25,7 @@ Changes: a gold response beside the pair is imitated, without a reference
 import copy
 
 import torch
+
 from sspo_ext import step_logps, step_pref_loss
 from sspo_ext.demo.play import Task, load_start, policy_batch, sampled, score, sized, table, train
 from sspo_ext.losses import level_pairs, listwise_loss, tpo_loss, trpa_loss
@@ -62,7 +63,13 @@ def pairs_of(b):
 losses = {
     "DPO on all pairs": lambda logits, ref, b: step_pref_loss(logits, b["layout"], pairs_of(b)[0], ref=ref, beta=0.5),
     "BRAIn": lambda logits, ref, b: listwise_loss(
-        step_logps(logits, b["layout"]), b["layout"], b["lists"], b["rewards"], ref=ref, beta=1.0, score_temperature=0.25
+        step_logps(logits, b["layout"]),
+        b["layout"],
+        b["lists"],
+        b["rewards"],
+        ref=ref,
+        beta=1.0,
+        score_temperature=0.25,
     ),
     "TRPA": lambda logits, ref, b: trpa_loss(
         step_logps(logits, b["layout"]), b["layout"], *pairs_of(b), ref=ref, beta=2.0

@@ -17,10 +17,15 @@ Ours: the step advantages, SSPO's as far as it is public
 import copy
 
 import torch
+
 from sspo_ext import step_policy_loss
 from sspo_ext.demo.play import Task, load_start, policy_batch, sampled, sized, table
 from sspo_ext.signals import (
-    combine_advantages, outcome_advantages, probe_step_values, split_text, step_gae,
+    combine_advantages,
+    outcome_advantages,
+    probe_step_values,
+    split_text,
+    step_gae,
 )  # fmt: skip
 
 task = Task("sums")

@@ -9,6 +9,7 @@ Shows: the same loss from logits and from hidden states at the start (log 2, sin
 
 import torch
 from peft import LoraConfig, get_peft_model
+
 from sspo_ext import linear_step_logps, linear_step_pref_loss, step_logps, step_pref_loss
 from sspo_ext.demo.play import Task, features, load_start, sampled_pairs, score, sized, table, train
 from sspo_ext.hf import forward_hidden, model_head

@@ -37,7 +37,9 @@ def told_by_length(rows):
     return max(sum((n <= cut) == chosen for n, chosen in sides) / len(sides) for cut, _ in sides)
 
 
-found = [{"chosen from": "(start)", "told by length": "", "ranked right": "", **score(start, tokenizer, task, held_out)}]
+found = [
+    {"chosen from": "(start)", "told by length": "", "ranked right": "", **score(start, tokenizer, task, held_out)}
+]
 for name, rows in (("itself", own), ("a stronger writer", strong), ("half and half", mixed)):
     model = copy.deepcopy(start)
     rows_of = features(rows, tokenizer, pair_by="sequence")

@@ -17,6 +17,7 @@ Ours: text alone, so no terms on images; the expert is the task; full weights in
 import copy
 
 import torch
+
 from sspo_ext import step_logps
 from sspo_ext.demo.play import Task, dpo, features, load_start, policy_batch, sampled, score, sized, table, train
 
@@ -30,7 +31,9 @@ def corrected(problem, text):
     """Right lines of the model's as they are up to the first wrong one, and the shortest way from there."""
     kept, state, done = [], problem.start, 0
     for line in (line.strip() for line in text.split("\n")):
-        if done < len(problem.ops) and line == task.line(state, problem.ops[done], right := task.apply(state, problem.ops[done])):
+        if done < len(problem.ops) and line == task.line(
+            state, problem.ops[done], right := task.apply(state, problem.ops[done])
+        ):
             state, done = right, done + 1
         elif any(word.isdigit() for word in line.split()):
             break  # a wrong line, a repetition or an early answer

@@ -37,7 +37,12 @@ def row_of(problem):
         chosen += steps_of(task.line(state, op, state := task.apply(state, op)))
         rejected += steps_of(task.line(wrong, op, wrong := task.apply(wrong, op) + rng.choice([-1, 1, 10]) * (i == k)))
     ends = [task.answer_line(str(s)) for s in (state, wrong)]
-    return {"prompt": problem.prompt, "chosen": [*chosen, ends[0]], "rejected": [*rejected, ends[1]], "branch": 2 * k + 1}
+    return {
+        "prompt": problem.prompt,
+        "chosen": [*chosen, ends[0]],
+        "rejected": [*rejected, ends[1]],
+        "branch": 2 * k + 1,
+    }
 
 
 rows = [row_of(p) for p in task.problems(sized(200, 16), seed=1, held_out=False)]

@@ -38,6 +38,7 @@ Ours: text in place of images and no inversion; gamma = 1, and alpha from a rewa
 import copy
 
 import torch
+
 from sspo_ext import step_logps, step_pref_loss
 from sspo_ext.demo.play import Task, features, load_start, sampled_pairs, score, sized, table, train
 from sspo_ext.losses import ld_dpo_weights, tgdpo_weights

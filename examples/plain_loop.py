@@ -10,6 +10,7 @@ Shows: loss, margin and the share of steps ranked right of every epoch on eight 
 import copy
 
 import torch
+
 from sspo_ext import StepLayout, step_logps, step_pref_loss
 from sspo_ext.demo.play import load_start, table
 from sspo_ext.signals import split_text, token_step_ids
@@ -38,7 +39,9 @@ def encode(prompt, response):
 
 def collate(some):
     """A padded batch [chosen .., rejected ..], its layout of steps, and the pairs: step k against step k."""
-    sides = [encode(prompt, chosen) for prompt, chosen, _ in some] + [encode(prompt, wrong) for prompt, _, wrong in some]
+    sides = [encode(prompt, chosen) for prompt, chosen, _ in some] + [
+        encode(prompt, wrong) for prompt, _, wrong in some
+    ]
     pad = torch.nn.utils.rnn.pad_sequence
     input_ids = pad([ids for ids, _ in sides], batch_first=True, padding_value=tokenizer.pad_token_id)
     step_ids = pad([steps for _, steps in sides], batch_first=True, padding_value=-1)

@@ -15,6 +15,7 @@ Ours: no critic: the sum of rewards to come, less its mean over the group at the
 import copy
 
 import torch
+
 from sspo_ext import step_logps, step_policy_loss
 from sspo_ext.demo.play import Task, dpo, features, load_start, policy_batch, sampled, sampled_pairs, sized, table
 

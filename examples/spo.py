@@ -23,8 +23,9 @@ Ours: sizes; A = V of the child - V of the parent, as it stands
 import copy
 
 import torch
+
 from sspo_ext import step_logps, step_policy_loss
-from sspo_ext.demo.play import Task, complete, load_start, policy_batch, sampled, score, sized, table
+from sspo_ext.demo.play import Task, complete, load_start, policy_batch, score, sized, table
 
 task = Task("sums")
 start, tokenizer = load_start()
@@ -55,7 +56,9 @@ def chain(model, problems, seed):
         owners += [(i, "".join(cut_texts[i][:k])) for k in range(len(cut_texts[i]))]
     again = [(i, head) for i, head in owners for _ in range(3)]
     ends = complete(model, tokenizer, [problems[i].prompt + " " + head for i, head in again], seed=seed + 1)
-    rewards = graded([problems[i] for i, _ in again], [head + " " + end for (_, head), end in zip(again, ends, strict=True)])
+    rewards = graded(
+        [problems[i] for i, _ in again], [head + " " + end for (_, head), end in zip(again, ends, strict=True)]
+    )
     values, outcome = rewards.view(-1, 3).mean(1).split([len(c) for c in cut_texts]), graded(problems, texts)
     advantages = [torch.cat([v[1:], r[None]]) - v for v, r in zip(values, outcome, strict=True)]
     return [p.prompt for p in problems], cut_texts, advantages, len(texts) + len(again)
@@ -67,7 +70,9 @@ def tree(model, problems, seed):
     for depth, width in enumerate(WIDTHS):
         ways = [way for way in ways for _ in range(width)]
         last = depth == len(WIDTHS) - 1
-        open_ = [i for i, (_, parts) in enumerate(ways) if not parts or parts[-1].endswith("\n ") or parts[-1].endswith(" ")]
+        open_ = [
+            i for i, (_, parts) in enumerate(ways) if not parts or parts[-1].endswith("\n ") or parts[-1].endswith(" ")
+        ]
         texts = complete(model, tokenizer, [ways[i][0].prompt + " " + "".join(ways[i][1]) for i in open_],
                          max_new_tokens=110 if last else M, seed=seed + depth)  # fmt: skip
         added = dict(zip(open_, texts, strict=True))
@@ -76,7 +81,9 @@ def tree(model, problems, seed):
     values = [graded([p for p, _ in ways], ["".join(parts) for _, parts in ways]).view(len(problems), *WIDTHS)]
     for _ in WIDTHS:
         values.insert(0, values[0].mean(-1))
-    spread = [v.reshape(*v.shape, *[1] * (len(WIDTHS) + 1 - v.dim())).expand(values[-1].shape).flatten() for v in values]
+    spread = [
+        v.reshape(*v.shape, *[1] * (len(WIDTHS) + 1 - v.dim())).expand(values[-1].shape).flatten() for v in values
+    ]
     gains = torch.stack([child - parent for parent, child in zip(spread, spread[1:], strict=False)], 1)
     kept = [[k for k, part in enumerate(parts) if part.strip()] for _, parts in ways]
     return ([p.prompt for p, _ in ways], [[parts[k] for k in ks] for (_, parts), ks in zip(ways, kept, strict=True)],

@@ -17,6 +17,7 @@ Ours: the two squares are derived from the paper's objective as above and weight
 import copy
 
 import torch
+
 from sspo_ext import step_logps
 from sspo_ext.demo.play import Task, complete, load_start, policy_batch, sampled_pairs, sized, table, train
 

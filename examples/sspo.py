@@ -12,9 +12,10 @@ Ours: all that the paper's public part leaves open: the probe, the likelihood as
 
 import tempfile
 
+from transformers import PrinterCallback
+
 from sspo_ext.demo.play import Task, load_start, sized, table
 from sspo_ext.train import SSPOConfig, SSPOTrainer
-from transformers import PrinterCallback
 
 task = Task("sums")
 PROMPTS, SAMPLES, UPDATES = sized(24, 4), 8, sized(12, 2)

@@ -20,6 +20,7 @@ Ours: the critic is one linear layer on the start model's hidden states; no KL t
 import copy
 
 import torch
+
 from sspo_ext import step_logps
 from sspo_ext.demo.play import Task, load_start, policy_batch, sampled, score, sized, table, train
 from sspo_ext.losses import direct_advantage_loss, oreo_loss, oreo_value_loss
@@ -45,7 +46,9 @@ def collate(some):
     with torch.no_grad():
         outputs = start(**batch["inputs"], output_hidden_states=True)
     layout = batch["layout"]
-    before = layout.rows[layout.step_offsets[:-1].long()].long()  # the position from which each step's first token comes
+    before = layout.rows[
+        layout.step_offsets[:-1].long()
+    ].long()  # the position from which each step's first token comes
     return batch | {
         "rewards": rewards, "advantages": advantages, "ref": step_logps(outputs.logits, layout),
         "states": outputs.hidden_states[-1].flatten(0, 1)[before],

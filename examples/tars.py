@@ -17,6 +17,7 @@ Ours: text alone: tokens of the prompt with the smallest gradients in place of v
 import copy
 
 import torch
+
 from sspo_ext import step_logps, step_pref_loss
 from sspo_ext.data.collator import StepPreferenceCollator
 from sspo_ext.demo.play import Task, features, load_start, sampled_pairs, sized, table, train

@@ -13,10 +13,11 @@ import tempfile
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
 from sspo_ext import step_logps, step_pref_loss
 from sspo_ext.data.collator import StepPreferenceCollator
 from sspo_ext.demo.play import Task, features, load_start, table
-from torch.nn.parallel import DistributedDataParallel
 
 task = Task("sums")
 WORLD = 2

@@ -121,9 +121,7 @@ def sampled(
     """
     texts = complete(model, tokenizer, [p.prompt for p in problems for _ in range(samples)], seed=seed)
     groups = [texts[i : i + samples] for i in range(0, len(texts), samples)]
-    return [
-        [(t, task.reward(p.prompt, t, p.answer)) for t in group] for p, group in zip(problems, groups, strict=True)
-    ]
+    return [[(t, task.reward(p.prompt, t, p.answer)) for t in group] for p, group in zip(problems, groups, strict=True)]
 
 
 def sampled_pairs(
