@@ -40,7 +40,11 @@ seen = []
 before = score(model, tokenizer, task, held_out)
 train(model, rows, loss, updates=sized(40, 2))
 after = score(model, tokenizer, task, held_out)
-print(table([
-    {"": name, "margin": out.metrics["rewards/margins"].item(), "ranked right": out.metrics["rewards/accuracies"].item()}
-    | held for name, out, held in (("before", seen[0], before), ("after", seen[-1], after))
-]))  # fmt: skip
+rows = []
+for name, out, held in (("before", seen[0], before), ("after", seen[-1], after)):
+    metrics = {
+        "margin": out.metrics["rewards/margins"].item(),
+        "ranked right": out.metrics["rewards/accuracies"].item(),
+    }
+    rows.append({"": name, **metrics, **held})
+print(table(rows))

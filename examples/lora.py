@@ -54,7 +54,9 @@ before = score(model, tokenizer, task, held_out)
 train(model, rows, from_logits, updates=1, lr=0.0)
 train(model, rows, from_hidden, updates=sized(40, 2), lr=1e-3)
 after = score(model, tokenizer, task, held_out)
-print(table([
-    {"update": k, "loss from": kind, "loss": loss, "margin": margin, "bytes of logits, at most": made, **held}
-    for k, (kind, loss, margin, made), held in ((1, seen[0], before), (1, seen[1], before), (len(seen) - 1, seen[-1], after))
-]))  # fmt: skip
+rows = []
+for k, held in ((0, before), (1, before), (len(seen) - 1, after)):
+    kind, loss, margin, made = seen[k]
+    numbers = {"loss": loss, "margin": margin, "bytes of logits, at most": made}
+    rows.append({"update": max(k, 1), "loss from": kind, **numbers, **held})
+print(table(rows))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whose responses make the pairs: the model's own, a stronger model's, or a mixture.
 
-The stronger writer is the task itself, whose solutions are right and short. Rejected responses are always the model's own.
+The stronger writer is the task itself, whose solutions are right and short. Rejected responses are always the model's
+own.
 
 Shows: how easily pairs are told apart without looking at rightness (by length alone, and by the first update's
     accuracy in ranking them), and accuracy on other problems. Pairs with a stronger writer's responses are told by

@@ -53,6 +53,6 @@ for name, pair_by in (("whole responses", "sequence"), ("my own steps", "branch"
     model = copy.deepcopy(start)
     out = dpo(model, start, rows_of, updates=sized(40, 2))
     tokens = sum(label >= 0 for row in rows_of for label in row["chosen_labels"]) / len(rows_of)
-    found.append({"": name, "pairs": len(rows_of), "scored tokens": tokens,
-                  "margin": out.metrics["rewards/margins"].item(), **score(model, tokenizer, task, held_out)})  # fmt: skip
+    numbers = {"pairs": len(rows_of), "scored tokens": tokens, "margin": out.metrics["rewards/margins"].item()}
+    found.append({"": name, **numbers, **score(model, tokenizer, task, held_out)})
 print(table(found))

@@ -78,11 +78,11 @@ def guided(batch, ref_logits):
 
 
 def smpo(logits, ref_logits, batch):
-    layout, (w, l) = batch["layout"], batch["pairs"].index.long().unbind(1)
+    layout, (w, r) = batch["layout"], batch["pairs"].index.long().unbind(1)
     u = step_logps(logits, layout).sums - step_logps(ref_logits, layout).sums
-    better = 1 + (layout.counts[l] - layout.counts[w]) / 50  # right, and as many tokens shorter
+    better = 1 + (layout.counts[r] - layout.counts[w]) / 50  # right, and as many tokens shorter
     scale = 2 * torch.sigmoid(better) - 1
-    return -torch.nn.functional.logsigmoid(scale * 0.5 * (u[w] - u[l])).mean()
+    return -torch.nn.functional.logsigmoid(scale * 0.5 * (u[w] - u[r])).mean()
 
 
 losses = {

@@ -52,7 +52,8 @@ def chain(model, problems, seed):
         uncertain = (p < 0.9).nonzero()[:, 0].tolist()
         words, cuts = text.split(" "), [0, *(c for c in uncertain[5::5] if c)]
         edges = [*dict.fromkeys(min(c, len(words) - 1) for c in cuts), len(words)]
-        cut_texts.append([" ".join(words[a:b]) + (" " if b < len(words) else "") for a, b in zip(edges, edges[1:])])
+        pieces = [" ".join(words[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+        cut_texts.append([*(piece + " " for piece in pieces[:-1]), pieces[-1]])
         owners += [(i, "".join(cut_texts[i][:k])) for k in range(len(cut_texts[i]))]
     again = [(i, head) for i, head in owners for _ in range(3)]
     ends = complete(model, tokenizer, [problems[i].prompt + " " + head for i, head in again], seed=seed + 1)
@@ -109,6 +110,7 @@ for name, rollouts in (("SPO-chain", chain), ("SPO-tree", tree)):
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    found.append({"": name, "sampled for an update": count, "segments": batch["layout"].num_steps,
-                  "tokens that learn": (old.exp() < 0.9).float().mean().item(), **score(model, tokenizer, task, held_out)})  # fmt: skip
+    learns = (old.exp() < 0.9).float().mean().item()
+    numbers = {"sampled for an update": count, "segments": batch["layout"].num_steps, "tokens that learn": learns}
+    found.append({"": name, **numbers, **score(model, tokenizer, task, held_out)})
 print(table(found))

@@ -26,7 +26,8 @@ for name, options in (("outcome only", {"combine": "outcome"}), ("SSPO", {"gamma
     args = SSPOConfig(
         tempfile.mkdtemp(), max_steps=UPDATES, per_device_train_batch_size=PROMPTS * SAMPLES, num_generations=SAMPLES,
         max_completion_length=110, learning_rate=5e-4, lr_scheduler_type="constant", adam_beta2=0.95,
-        probe=task.probe, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, **options,
+        probe=task.probe, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+        use_cpu=True, **options,
     )  # fmt: skip
     trainer = SSPOTrainer(model, args, task.reward, rows, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)

@@ -25,11 +25,14 @@ from sspo_ext.demo.play import Task, features, load_start, sampled_pairs, sized,
 task = Task("sums")
 start, tokenizer = load_start()
 STEP, SHARE, WEIGHT = 0.5, 0.5, 0.05
-rows, tests = (
-    features(sampled_pairs(start, tokenizer, task, task.problems(sized(n, 24), seed=s, held_out=h), samples=6), tokenizer,
-             pair_by="sequence")
-    for n, s, h in ((120, 1, False), (60, 2, True))
-)  # fmt: skip
+
+
+def rows_of(problems):
+    return features(sampled_pairs(start, tokenizer, task, problems, samples=6), tokenizer, pair_by="sequence")
+
+
+rows = rows_of(task.problems(sized(120, 24), seed=1, held_out=False))
+tests = rows_of(task.problems(sized(60, 24), seed=2, held_out=True))
 
 
 def dpo_loss(model, batch, embedded, ref):

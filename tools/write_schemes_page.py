@@ -46,26 +46,27 @@ _INTRO = """\
 
 <!-- Written by `python -m tools.write_schemes_page` from the headers of examples/; do not edit. -->
 
-Each system of the field is a file that runs: offline, on a small model, in under two minutes of two cores, through public names alone.
+Each system of the field is a file that runs: offline, on a small model, in under two minutes of two cores.
+It uses public names alone, and prints one table.
 
     python examples/dpo.py
 
-Each prints one table. With `--quick` it is small, and shows only that the script runs; `pytest tests/examples` does that to all of them, and `pytest -m slow tests/examples` runs them in full.
+With `--quick` it is small, and shows only that the script runs. `pytest tests/examples` does that to all of them but
+the slowest, and `pytest -m slow tests/examples` runs them in full.
 What the tables show holds for one tiny model and one seed. It says how a scheme works, not how good it is.
 """
 
-_AFTER = """\
-
-## Diffusion and vision methods
-
-| method | what of it applies to token log-probs |
-| --- | --- |
-| Diffusion-DPO ([2311.12908](https://arxiv.org/abs/2311.12908)) | the logistic loss alone, which is `sigmoid`; its log-ratios are differences of denoising errors |
-| DenseDPO ([2506.03517](https://arxiv.org/abs/2506.03517)) | labels of segments, in the table above; the guided sampling of videos does not |
-| SmPO-Diffusion ([2506.02698](https://arxiv.org/abs/2506.02698)) | the smoothed preference, in the table above; the inversion does not |
-| OPA-DPO ([2501.09695](https://arxiv.org/abs/2501.09695)) | on-policy alignment before DPO, in the table above; corrupted images do not |
-| TARS ([2507.21584](https://arxiv.org/abs/2507.21584)) | min-max over inputs and the consistency term, in the table above; which tokens ignore the image does not |
-"""
+_VISION = (
+    (
+        "Diffusion-DPO",
+        "2311.12908",
+        "the logistic loss (`sigmoid`); its log-ratios are differences of denoising errors",
+    ),
+    ("DenseDPO", "2506.03517", "labels of segments, in the table above; the guided sampling of videos does not"),
+    ("SmPO-Diffusion", "2506.02698", "the smoothed preference, in the table above; the inversion does not"),
+    ("OPA-DPO", "2501.09695", "alignment before DPO, in the table above; corrupted images do not"),
+    ("TARS", "2507.21584", "min-max and consistency, in the table above; which tokens ignore the image does not"),
+)
 
 
 @dataclass(frozen=True)
@@ -142,13 +143,20 @@ def page() -> str:
     )
     systems = [(system, example) for example in found.values() for system in example.systems]
     for system, example in sorted(systems, key=lambda pair: pair[0].name.lower()):
-        number = system.paper.removeprefix("arXiv ")
-        paper = f"[{number}](https://arxiv.org/abs/{number})"
+        paper = _paper(system.paper.removeprefix("arXiv "))
         test = system.test or f"`test_example[{example.name}]`"
         parts.append(_row(f"**{system.name}**", paper, system.changes, system.ours, _link(example.name), test))
     parts.append("\nWhat the tables of these files show:\n\n| file | what | its table shows |\n| --- | --- | --- |\n")
     parts += [_row(_link(e.name), e.title, e.shows) for e in found.values() if e.name not in START]
-    return "".join([*parts, _AFTER])
+    parts.append(
+        "\n## Diffusion and vision methods\n\n| method | what of it applies to token log-probs |\n| --- | --- |\n"
+    )
+    parts += [_row(f"{name} ({_paper(number)})", text) for name, number, text in _VISION]
+    return "".join(parts)
+
+
+def _paper(number: str) -> str:
+    return f"[{number}](https://arxiv.org/abs/{number})"
 
 
 def _link(name: str) -> str:
