@@ -24,6 +24,8 @@ from ..layout.steps import StepLayout
 from ..losses.logps import step_logps
 from ..losses.pref import StepPrefOutput, step_pref_loss
 from ..signals.values import StepBatch
+from ..train.rollout import end_tokens, make_engine
+from ..train.sampling import Completions, Sampling
 from .arms import MAX_TOKENS, load_start
 from .tasks import Problem, Task
 
@@ -53,7 +55,7 @@ def complete(
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer, which pads on the left.
+        tokenizer: Its tokenizer.
         prompts: The texts.
         temperature: 0 is greedy.
         max_new_tokens: Where a completion is cut off.
@@ -62,17 +64,17 @@ def complete(
     Returns:
         One text for each prompt, without an end of sequence. One that was cut off ends in a newline.
     """
-    torch.manual_seed(seed)
-    inputs = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt")
-    sampling: dict[str, Any] = {"do_sample": False} if temperature == 0 else {"temperature": temperature, "top_k": 0}
+    ends = end_tokens(model, tokenizer)
+    engine = make_engine("compact", tokenizer)
+    seeds = [(seed, i) for i in range(len(prompts))]
     with torch.no_grad():
-        ids = model.eval().generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens,
-            **{"do_sample": True, **sampling},
-        )[:, inputs["input_ids"].shape[1] :]  # fmt: skip
-    ended = (ids == tokenizer.eos_token_id).any(1).tolist()
+        sampling = Sampling(max_new_tokens, ends, temperature)
+        found = engine.complete(model.eval(), tokenizer(list(prompts))["input_ids"], sampling, seeds)
+    ids = found.token_ids if isinstance(found, Completions) else found
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return [text if end else text.rstrip() + " \n" for text, end in zip(texts, ended, strict=True)]
+    return [
+        text if row[-1:] and row[-1] in ends else text.rstrip() + " \n" for text, row in zip(texts, ids, strict=True)
+    ]
 
 
 def score(
@@ -175,14 +177,16 @@ def policy_batch(
         "inputs", the model's arguments, among them input_ids and attention_mask (B, T) int64; "layout", a StepLayout in
         which every token of the responses is scored; and "batch", the same as a StepBatch.
     """
+    eos: Any = tokenizer.eos_token_id
+    pad: Any = tokenizer.pad_token_id
     ids, step_ids = [], []
     for prompt, response in zip(prompts, steps, strict=True):
         row = list(tokenizer(prompt)["input_ids"])
         where = [-1] * len(row)
         for k, step in enumerate(response):
-            tokens = list(tokenizer(step)["input_ids"])
+            tokens: list[int] = list(tokenizer(step)["input_ids"])
             if k == len(response) - 1 and not step.endswith("\n"):
-                tokens.append(tokenizer.eos_token_id)
+                tokens.append(eos)
             row += tokens
             where += [k] * len(tokens)
         ids.append(torch.tensor(row))
@@ -192,7 +196,7 @@ def policy_batch(
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
     where = padded(step_ids, -1)
-    input_ids = padded(ids, int(tokenizer.pad_token_id or 0))
+    input_ids = padded(ids, pad)
     mask = padded([torch.ones_like(row) for row in ids], 0)
     layout = StepLayout.from_step_ids(torch.where(where >= 0, input_ids, -100), where)
     inputs = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
