@@ -3,8 +3,8 @@
 
 One step per response makes the step-wise loss DPO. The three lines are in `loss`.
 
-Shows: the margin of the rewards grows and pairs are ranked right; the model samples more right answers to problems that
-    are in no training, while its greedy accuracy stays about where it was.
+Shows: the margin of the rewards grows and most pairs are ranked right; the model samples more right answers to
+    problems that are in no training, and its greedy accuracy gains nothing.
 
 System: DPO
 Paper: arXiv 2305.18290

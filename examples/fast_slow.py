@@ -22,9 +22,10 @@ from peft import LoraConfig, get_peft_model
 
 from sspo_ext import step_logps
 from sspo_ext.data.collator import StepPreferenceCollator
-from sspo_ext.demo.play import Task, features, load_start, sized, table, train
+from sspo_ext.demo.play import Task, features, load_start, sized, table
 
-task, rng = Task("sums"), random.Random(0)
+BETA, GAP = 0.1, 0.1
+task = Task("sums")
 base, tokenizer = load_start()
 torch.manual_seed(0)
 config = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")
@@ -33,7 +34,7 @@ model.add_adapter("slow", config)
 
 
 def pairs_of(domain, problems):
-    """A right solution against a slip: the carry is lost (small), or the last step is left out (large)."""
+    """Right solutions against ones with another answer, or without their first line."""
     rows = []
     for p in problems:
         right = task.minimal(p)
@@ -56,30 +57,34 @@ def margin_of(batch, adapter):
     logps = step_logps(model(**batch["inputs"]).logits, batch["layout"])
     winner, loser = batch["pairs"].index.long().unbind(1)
     u = logps.sums - ref.sums
-    return 0.1 * (u[winner] - u[loser])
+    return BETA * (u[winner] - u[loser])
 
 
 def learn(domain, updates, lr):
-    logsigmoid = torch.nn.functional.logsigmoid
+    named = list(model.named_parameters())
+    groups = [([p for n, p in named if f".{name}." in n], rate) for name, rate in (("fast", lr), ("slow", lr / 5))]
+    optimizer = torch.optim.AdamW([{"params": p, "lr": rate} for p, rate in groups], weight_decay=0.0)
+    logsigmoid, order = torch.nn.functional.logsigmoid, random.Random(0)
+    for _ in range(updates):
+        batch = batch_of(order.sample(train_rows[domain], 16))
+        slow = margin_of(batch, "slow")
+        (-logsigmoid(slow).mean()).backward()
+        fast = margin_of(batch, "fast")
+        (-logsigmoid(fast).mean() - GAP * logsigmoid(fast - slow.detach()).mean()).backward()
+        for parameters, _ in groups:
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
-    def fast(batch):
-        with torch.no_grad():
-            behind = margin_of(batch, "slow")
-        ahead = margin_of(batch, "fast")
-        return -logsigmoid(ahead).mean() - 0.1 * logsigmoid(ahead - behind).mean()
 
-    for k in range(updates):  # one update of either in turn
-        model.set_adapter("fast")
-        train(model, train_rows[domain], fast, updates=1, lr=lr, seed=k)
-        model.set_adapter("slow")
-        train(
-            model, train_rows[domain], lambda b: -logsigmoid(margin_of(b, "slow")).mean(), updates=1, lr=lr / 5, seed=k
-        )
+def batch_of(rows):
+    batch = StepPreferenceCollator(0)(rows)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    return batch | {"inputs": inputs}
 
 
 def measured(adapter, rows):
-    batch = StepPreferenceCollator(0)(rows)
-    batch["inputs"] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    batch = batch_of(rows)
     with torch.no_grad():
         margin = margin_of(batch, adapter)
     return -torch.nn.functional.logsigmoid(margin).mean().item(), (margin > 0).float().mean().item()

@@ -5,9 +5,8 @@ A step is whatever a list in a row says it is. Here a line "6 + 13 = 19" is two 
 result, and only the first step that is wrong is compared: `branch` is the number of steps before it. The same rows
 with one step a response are plain DPO.
 
-Shows: after training on either, how much likelier than before the right result is against the wrong one, and greedy
-    and sampled accuracy on other problems. By step the tokens behind the slip do not count, so the same result is
-    told from its slip on fewer tokens.
+Shows: by step a tenth of the tokens is scored. The solutions are not the model's own, and DPO on whole responses costs
+    accuracy on other problems; by step much less is lost.
 
 System: Step-DPO
 Paper: arXiv 2406.18629
