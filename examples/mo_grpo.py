@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MO-GRPO: each reward is normalised by itself before they are added, so that a loud one does not drown the others.
 
-Two rewards: whether the answer is right, 0 or 1, and minus the number of tokens, which varies thirty times as much.
+Two rewards: whether the answer is right, 0 or 1, and minus ten for every idle line ("wait let me think again").
 GRPO adds them and normalises the sum; MO-GRPO normalises each within its group and adds.
 
 Shows: both rewards in the first and the last update.
@@ -20,7 +20,7 @@ from sspo_ext import step_policy_loss
 from sspo_ext.demo.play import Task, load_start, policy_batch, sampled, sized, table
 from sspo_ext.signals import outcome_advantages
 
-PROMPTS, SAMPLES, UPDATES = sized(24, 4), 8, sized(12, 2)
+PROMPTS, SAMPLES, UPDATES = sized(24, 4), 8, sized(10, 2)
 task = Task("sums")
 start, tokenizer = load_start()
 
@@ -42,7 +42,10 @@ for name, advantages_of in (("GRPO on the sum", grpo), ("MO-GRPO", mo_grpo)):
         graded = [one for g in sampled(model, tokenizer, task, problems, samples=SAMPLES, seed=k) for one in g]
         batch = policy_batch(tokenizer, [p.prompt for p in problems for _ in range(SAMPLES)], [[t] for t, _ in graded])
         layout = batch["layout"]
-        rewards = {"right": torch.tensor([reward for _, reward in graded]), "tokens": -layout.counts.float()}
+        rewards = {
+            "right": torch.tensor([reward for _, reward in graded]),
+            "idle": -10.0 * torch.tensor([t.count("wait") for t, _ in graded]),
+        }
         advantages = advantages_of(rewards, torch.arange(PROMPTS).repeat_interleave(SAMPLES))
         out = step_policy_loss(
             model.train()(**batch["inputs"]).logits, layout, advantages, loss_type="ppo", aggregation="sequence"

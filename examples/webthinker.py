@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rounds of sampling, grading, pairing and DPO: each round's pairs are the model's own.
 
-Every round the model completes new problems. Right beats wrong, and of two right completions the shorter one wins if
-it is much shorter. The model of the round before is the reference.
+Every round the model completes new problems. Right beats wrong; where all are right, the shortest beats the longest. The model of the round before is the reference.
 
 Shows: pairs, and accuracy and length on other problems, after every round, beside one round with as many problems and
     updates in all.
@@ -10,7 +9,7 @@ Shows: pairs, and accuracy and length on other problems, after every round, besi
 System: WebThinker
 Paper: arXiv 2504.21776
 Changes: iterative online DPO: pairs of own trajectories by correctness, then by tool use, then by conciseness
-Ours: its training alone, without tools or web; shorter means at most 0.7 of the tokens
+Ours: its training alone, without tools or web; conciseness counts where all are right
 """
 
 import copy
@@ -26,12 +25,13 @@ held_out = task.problems(sized(100, 10), seed=2, held_out=True)
 def pairs_of(model, problems, seed):
     rows = []
     for problem, group in zip(problems, sampled(model, tokenizer, task, problems, seed=seed), strict=True):
-        right = sorted((text for text, reward in group if reward), key=lambda text: len(text.split()))
+        right = [text for text, reward in group if reward]
         wrong = [text for text, reward in group if not reward]
         if right and wrong:
             rows.append({"prompt": problem.prompt, "chosen": right[0], "rejected": wrong[0]})
-        if len(right) > 1 and len(right[0].split()) <= 0.7 * len(right[-1].split()):
-            rows.append({"prompt": problem.prompt, "chosen": right[0], "rejected": right[-1]})
+        elif right:
+            short, *_, long = sorted(right, key=lambda text: len(text.split()))
+            rows += [{"prompt": problem.prompt, "chosen": short, "rejected": long}] if short != long else []
     return features(rows, tokenizer, pair_by="sequence")
 
 

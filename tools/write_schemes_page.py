@@ -53,6 +53,7 @@ It uses public names alone, and prints one table.
 
 With `--quick` it is small, and shows only that the script runs. `pytest tests/examples` does that to all of them but
 the slowest, and `pytest -m slow tests/examples` runs them in full.
+What the calls do is told in [How to](how-to/dpo.md) and [Integrating](integrating.md).
 What the tables show holds for one tiny model and one seed. It says how a scheme works, not how good it is.
 """
 

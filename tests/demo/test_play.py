@@ -2,9 +2,9 @@
 """What the examples share.
 
 Mutations, each caught by the test named: completions of another prompt, no seed, the newline of a cut one left out
-(test_complete); wrong before right (test_sampled_pairs); the end of sequence left out or the prompt scored
-(test_policy_batch); the sampler not used, a parameter without gradient trained (test_train); the reference trained
-(test_dpo).
+(test_complete); wrong before right (test_sampled_pairs); greedy for sampled (test_score); the end of sequence left
+out, or the prompt scored (test_policy_batch); the sampler not used (test_train); the reference trained (test_dpo); two
+digits (test_table); the sizes exchanged (test_sized).
 """
 
 import copy
