@@ -4,8 +4,8 @@
 Two solutions of a problem have the same lines, and each slips in another one. Both end wrong, so no label of the whole
 response can tell them apart. Line against line one is right: `StepPairs` takes (winner, loser) in any direction.
 
-Shows: before and after training, the share of lines ranked right on other pairs, the share if the labels are those of
-    the first line that differs, given to the whole response, and accuracy on other problems.
+Shows: the share of lines ranked right on other pairs, after training with labels of segments, and with one label for
+    the whole response (the one that slips later wins), and accuracy and length on other problems.
 
 System: DenseDPO (text analogue)
 Paper: arXiv 2506.03517

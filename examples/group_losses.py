@@ -3,8 +3,7 @@
 
 Each problem has six completions by the start model, and the shortest right solution as gold.
 
-Shows: accuracy and length on other problems after the same number of updates. Triple PO imitates the gold solution,
-    which is short, so it is the only one that shortens much. One seed: this ranks nothing.
+Shows: accuracy and length on other problems after the same number of updates. One seed: this ranks nothing.
 
 System: BRAIn
 Paper: arXiv 2402.02479

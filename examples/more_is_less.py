@@ -4,9 +4,8 @@
 The stronger writer is the task itself, whose solutions are right and short. Rejected responses are always the model's
 own.
 
-Shows: how easily pairs are told apart without looking at rightness (by length alone, and by the last batch's
-    share of pairs ranked right), and accuracy on other problems. Pairs with a stronger writer's responses are told by
-    their look, and DPO on them does not make answers right.
+Shows: how easily the two sides of pairs are told apart without looking at rightness (by length alone, and by the last
+    batch's share of pairs ranked right), and accuracy and length on other problems.
 
 System: More is less
 Paper: arXiv 2504.02193

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """OPA-DPO: an expert corrects the model's own responses, and these are made on-policy before DPO.
 
-The expert mends a wrong completion with few changes: lines up to the first wrong one stay as the model wrote them, and
-the rest is written rightly. Supervised training on own and corrected responses makes both likely; that model is the
-start and the reference of DPO.
+The expert mends a wrong completion with few changes: lines stay as the model wrote them as long as each is the next
+right one or says nothing in numbers, and the rest is written rightly. Supervised training on own and corrected
+responses makes both likely; that model is the start and the reference of DPO.
 
-Shows: the log-prob per token of corrected responses under the reference of DPO (they are off-policy without the
-    alignment), and accuracy on other problems.
+Shows: the log-prob per token of corrected responses under the reference of DPO, without the alignment and with it, and
+    accuracy and length on other problems.
 
 System: OPA-DPO
 Paper: arXiv 2501.09695
@@ -28,7 +28,7 @@ held_out = task.problems(sized(150, 10), seed=2, held_out=True)
 
 
 def corrected(problem, text):
-    """Right lines of the model's as they are up to the first wrong one, and the shortest way from there."""
+    """The model's lines up to the first that is not the next right one, and the shortest way from there."""
     kept, state, done = [], problem.start, 0
     for line in (line.strip() for line in text.split("\n")):
         if done < len(problem.ops) and line == task.line(

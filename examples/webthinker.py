@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rounds of sampling, grading, pairing and DPO: each round's pairs are the model's own.
 
-Every round the model completes new problems. Right beats wrong; where all are right, the shortest beats the longest. The model of the round before is the reference.
+Every round the model completes new problems. Right beats wrong; where all are right, the shortest
+beats the longest. The model of the round before is the reference.
 
 Shows: pairs, and accuracy and length on other problems, after every round, beside one round with as many problems and
     updates in all.

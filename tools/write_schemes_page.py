@@ -29,7 +29,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.write_losses_page import _row
+from tools.markdown import row
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -136,7 +136,7 @@ def page() -> str:
     """The text of docs/schemes.md."""
     found = {example.name: example for example in examples()}
     parts = [_INTRO, "\n## Start here\n\n| file | what | its table shows |\n| --- | --- | --- |\n"]
-    parts += [_row(_link(name), found[name].title, found[name].shows) for name in START]
+    parts += [row(_link(name), found[name].title, found[name].shows) for name in START]
     parts.append(
         "\nThe first two are a notebook too: [start_here.ipynb](../examples/start_here.ipynb).\n"
         "\n## Systems\n\n"
@@ -146,13 +146,13 @@ def page() -> str:
     for system, example in sorted(systems, key=lambda pair: pair[0].name.lower()):
         paper = _paper(system.paper.removeprefix("arXiv "))
         test = system.test or f"`test_example[{example.name}]`"
-        parts.append(_row(f"**{system.name}**", paper, system.changes, system.ours, _link(example.name), test))
+        parts.append(row(f"**{system.name}**", paper, system.changes, system.ours, _link(example.name), test))
     parts.append("\nWhat the tables of these files show:\n\n| file | what | its table shows |\n| --- | --- | --- |\n")
-    parts += [_row(_link(e.name), e.title, e.shows) for e in found.values() if e.name not in START]
+    parts += [row(_link(e.name), e.title, e.shows) for e in found.values() if e.name not in START]
     parts.append(
         "\n## Diffusion and vision methods\n\n| method | what of it applies to token log-probs |\n| --- | --- |\n"
     )
-    parts += [_row(f"{name} ({_paper(number)})", text) for name, number, text in _VISION]
+    parts += [row(f"{name} ({_paper(number)})", text) for name, number, text in _VISION]
     return "".join(parts)
 
 
