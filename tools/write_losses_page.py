@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sspo_ext.losses.catalogue import catalogue
 from sspo_ext.losses.recipes import ABSENT
+from tools.markdown import row
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,7 +84,7 @@ def page() -> str:
         parts.append(f"\n## {title}\n" + (f"\n{text}\n" if text else ""))
         if kind == "recipe":
             parts.append("\n| method | how | needs | source | parity |\n| --- | --- | --- | --- | --- |\n")
-            parts += [_row(f"**{e.name}**", e.call, e.needs, e.source, _parity(parity.get(e.name, []))) for e in chosen]
+            parts += [row(f"**{e.name}**", e.call, e.needs, e.source, _parity(parity.get(e.name, []))) for e in chosen]
             continue
         parts.append(
             "\n| name | formula | options | needs | use it where | source | parity |\n"
@@ -92,15 +93,11 @@ def page() -> str:
         for e in chosen:
             options = ", ".join(f"{k} = {'none' if v is None else f'{v:g}'}" for k, v in e.options.items())
             name = f"`{e.name}`" if kind != "function" else f"`{e.call.split('(')[0]}`"
-            parts.append(_row(name, e.formula, options, e.needs, e.use, e.source, _parity(parity.get(e.name, []))))
+            parts.append(row(name, e.formula, options, e.needs, e.use, e.source, _parity(parity.get(e.name, []))))
     parts += [f"\n{text}: {_parity(parity[key])}.\n" for key, text in _WHOLE.items() if key in parity]
     parts.append("\n## Not here\n\n| method | why |\n| --- | --- |\n")
-    parts += [_row(f"**{name}**", why) for name, why in ABSENT]
+    parts += [row(f"**{name}**", why) for name, why in ABSENT]
     return "".join(parts)
-
-
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
 def _parity(measured: list[dict]) -> str:

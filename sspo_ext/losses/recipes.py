@@ -131,9 +131,14 @@ ABSENT: list[tuple[str, str]] = [
     ),
     (
         "TARS (arXiv 2507.21584)",
-        "needs perturbed visual tokens and a spectral term on hidden states, which belong to a model",
+        "needs perturbed visual tokens and a spectral term on hidden states, which belong to a model; "
+        "for text it is a [scheme](schemes.md)",
     ),
-    ("SRPO (arXiv 2406.01660)", "needs forwards conditioned on a revision, and its least-squares form was not seen"),
+    (
+        "SRPO (arXiv 2406.01660)",
+        "needs forwards conditioned on a revision, and its least-squares form was not seen; with one of ours it is a "
+        "[scheme](schemes.md)",
+    ),
     (
         "TRL's f-divergences beside other losses than sigmoid",
         "f-DPO defines them for the logistic loss; hinge, ipo, exo and others with them are TRL's combinations",

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MO-GRPO: each reward is normalised by itself before they are added, so that a loud one does not drown the others.
+
+Two rewards: whether the answer is right, 0 or 1, and minus ten for every idle line ("wait let me think again").
+GRPO adds them and normalises the sum; MO-GRPO normalises each within its group and adds.
+
+Shows: both rewards in the first and the last update.
+
+System: MO-GRPO
+Paper: arXiv 2509.22047
+Changes: the advantage is the sum of each reward's own normalised advantage
+Ours: the two rewards
+"""
+
+import copy
+
+import torch
+
+from sspo_ext import step_policy_loss
+from sspo_ext.demo.play import Task, load_start, policy_batch, sampled, sized, table
+from sspo_ext.signals import outcome_advantages
+
+PROMPTS, SAMPLES, UPDATES = sized(24, 4), 8, sized(10, 2)
+task = Task("sums")
+start, tokenizer = load_start()
+
+
+def grpo(rewards, groups):
+    return outcome_advantages(sum(rewards.values()), "grpo", groups=groups)
+
+
+def mo_grpo(rewards, groups):
+    return sum(outcome_advantages(reward, "grpo", groups=groups) for reward in rewards.values())
+
+
+found = []
+for name, advantages_of in (("GRPO on the sum", grpo), ("MO-GRPO", mo_grpo)):
+    model = copy.deepcopy(start)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.95), weight_decay=0.0)
+    for k in range(UPDATES):
+        problems = task.problems(PROMPTS, seed=100 + k, held_out=False)
+        graded = [one for g in sampled(model, tokenizer, task, problems, samples=SAMPLES, seed=k) for one in g]
+        batch = policy_batch(tokenizer, [p.prompt for p in problems for _ in range(SAMPLES)], [[t] for t, _ in graded])
+        layout = batch["layout"]
+        rewards = {
+            "right": torch.tensor([reward for _, reward in graded]),
+            "idle": -10.0 * torch.tensor([t.count("wait") for t, _ in graded]),
+        }
+        advantages = advantages_of(rewards, torch.arange(PROMPTS).repeat_interleave(SAMPLES))
+        out = step_policy_loss(
+            model.train()(**batch["inputs"]).logits, layout, advantages, loss_type="ppo", aggregation="sequence"
+        )
+        optimizer.zero_grad()
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if k in (0, UPDATES - 1):
+            found.append({"": name, "update": k + 1} | {n: reward.mean().item() for n, reward in rewards.items()})
+print(table(found))
