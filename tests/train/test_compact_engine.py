@@ -96,7 +96,8 @@ def test_auto_takes_generate_for_a_model_that_forgets():
     assert auto.complete(mamba, prompts, sampling, seeds) == GenerateEngine(0).complete(mamba, prompts, sampling, seeds)
     with pytest.raises(ValueError, match="seeds: expected one for each of 2 prompts, got 1"):
         auto.complete(make_model().eval(), prompts, sampling, seeds[:1])
-    assert make_engine("compact", make_tokenizer()).otherwise is None
+    with pytest.raises(ValueError, match="rollout_engine: 'compact' needs a model that keeps its context"):
+        make_engine("compact", make_tokenizer()).complete(mamba, prompts, sampling, seeds)
 
 
 # ---- the cache
