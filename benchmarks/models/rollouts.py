@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from transformers import set_seed
 from benchmarks import records
 from benchmarks.speed.measure import Case, interleave, resident_peak
 from sspo_ext._help import DefaultsFormatter
+from sspo_ext.train.experience import prompt_ids
 from sspo_ext.train.models import load_model
 from sspo_ext.train.rollout import end_tokens, make_engine, up_to_end
 from sspo_ext.train.sampling import Sampling
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(update(name, dtype, int(seed), options)))
         return
     output = Path(options.output)
-    given = {"command": " ".join(["python -m benchmarks rollouts", *shown(argv)]), "hardware": hardware()}
+    given = {"command": shlex.join(["python", "-m", "benchmarks", "rollouts", *shown(argv)]), "hardware": hardware()}
     for dtype in options.dtypes:
         if options.rounds:
             records.add(output / FILE, [{"what": "engines", "dtype": dtype, **engines(dtype, options), **given}], KEY)
@@ -104,10 +106,11 @@ def reward(prompt, completion: str, answer) -> float:
 
 def engines(dtype: str, options) -> dict:
     """Tokens and seconds of each engine in each round, and the lengths that "compact" wrote."""
-    model, tokenizer = load_model(model_folder(options.model))
+    loaded = load_model(model_folder(options.model))
+    model: Any = loaded[0]
+    tokenizer: Any = loaded[1]
     sampling = Sampling(options.max_completion_length, end_tokens(model, tokenizer))
-    chats = [row["prompt"] for row in questions(options)]
-    ids = [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
+    ids = prompt_ids(questions(options), tokenizer, {})
     prompts = [prompt for prompt in ids for _ in range(options.num_generations)]
     tokens: dict[str, list[int]] = {name: [] for name in ENGINES}
     lengths: list[int] = []
@@ -209,8 +212,9 @@ def grpo(name: str, model, tokenizer, common: dict, rows: list[dict]):
     def rewards(prompts, completions, **columns) -> list[float]:
         return [reward("", messages[-1]["content"], "") for messages in completions]
 
+    judge: Any = rewards
     trainer = Counting(
-        model, rewards, GRPOConfig(**common), train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        model, judge, GRPOConfig(**common), train_dataset=Dataset.from_list(rows), processing_class=tokenizer
     )
     return trainer, lambda: counts
 

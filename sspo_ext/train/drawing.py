@@ -89,7 +89,8 @@ def draw(p: Tensor, uniform: Tensor) -> Tensor:
     target = uniform * cumulative[:, -1:]
     block = torch.searchsorted(cumulative, target, right=True).clamp(max=sums.shape[1] - 1)
     ids = block * _BLOCK + torch.arange(_BLOCK, device=p.device)
-    inside = p.gather(1, ids.clamp(max=size - 1)).double().masked_fill_(ids >= size, 0).cumsum(1)
+    # behind the end stands the last token again, which is reached after itself
+    inside = p.gather(1, ids.clamp(max=size - 1)).double().cumsum(1)
     target = (target - (cumulative - sums).gather(1, block)).clamp(min=0)
     # the block's sum, rounded otherwise above, must not be reached
     target = torch.minimum(target, torch.nextafter(inside[:, -1:], torch.zeros_like(target)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
             del module.forward  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
     weight = module.weight

@@ -7,6 +7,8 @@ that forgets what lies before its block; packed weights that stay; a bias that i
 """
 
 import copy
+import inspect
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import torch
 pytest.importorskip("transformers")
 
 from helpers.rl import make_model, make_tokenizer
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from sspo_ext.train.compact_engine import CompactEngine, closed_up
 from sspo_ext.train.drawing import draw
@@ -54,15 +56,23 @@ def test_under_autocast():
     assert keys.dtype == values.dtype == torch.bfloat16
 
 
-def test_a_model_that_takes_no_positions():
-    """Its positions follow from the mask, as ALiBi's do."""
-    from transformers import BloomConfig, BloomForCausalLM
+class Bare(LlamaForCausalLM):
+    """A model whose forward finds the positions by itself, as with ALiBi, and gives all logits."""
 
-    torch.manual_seed(0)
-    model = BloomForCausalLM(BloomConfig(vocab_size=30, hidden_size=16, n_layer=2, n_head=2)).eval()
+    def forward(self, input_ids, attention_mask, past_key_values, use_cache):  # pyright: ignore
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        name = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+        given: Any = {"attention_mask": attention_mask, "position_ids": positions, name: past_key_values}
+        return super().forward(input_ids, use_cache=use_cache, **given)
+
+
+def test_a_model_that_takes_no_positions():
+    model = make_model(scale=2.0).eval()
+    bare = Bare(model.config).eval()
+    bare.load_state_dict(model.state_dict())
     prompts, seeds, sampling = [A, B, C], [(i,) for i in range(3)], Sampling(8, (1,))
-    found = CompactEngine(0).complete(model, prompts, sampling, seeds)
-    assert found == GenerateEngine(0).complete(model, prompts, sampling, seeds)
+    expected = GenerateEngine(0).complete(model, prompts, sampling, seeds)
+    assert CompactEngine(0).complete(bare, prompts, sampling, seeds) == expected
 
 
 def test_layers_of_other_types_are_refused():
@@ -86,7 +96,8 @@ def test_auto_takes_generate_for_a_model_that_forgets():
     assert auto.complete(mamba, prompts, sampling, seeds) == GenerateEngine(0).complete(mamba, prompts, sampling, seeds)
     with pytest.raises(ValueError, match="seeds: expected one for each of 2 prompts, got 1"):
         auto.complete(make_model().eval(), prompts, sampling, seeds[:1])
-    assert make_engine("compact", make_tokenizer()).otherwise is None
+    with pytest.raises(ValueError, match="rollout_engine: 'compact' needs a model that keeps its context"):
+        make_engine("compact", make_tokenizer()).complete(mamba, prompts, sampling, seeds)
 
 
 # ---- the cache
@@ -105,7 +116,9 @@ def test_rows_close_up():
 
 def test_a_cache_with_room_holds_what_a_dynamic_cache_holds():
     generator = torch.Generator().manual_seed(0)
-    roomy, plain, in_place = RoomyCache(), DynamicCache(), 0
+    roomy: Any = RoomyCache()
+    plain: Any = DynamicCache()
+    in_place = 0
     rows = 3
     for step in range(150):
         new = 5 if step == 0 else 1
@@ -150,6 +163,14 @@ def test_draws_follow_the_running_sum(size):
         assert drawn[row] == expected[row] or not is_clear, row
 
 
+def test_a_draw_stays_in_its_block():
+    """The sum of a block is rounded; the greatest uniform number must not lead behind its last token."""
+    p = torch.zeros(2000, 5000)
+    p[:, :512] = torch.rand(2000, 512, generator=torch.Generator().manual_seed(0))
+    drawn = draw(p, torch.full((2000, 1), 1 - 2**-24))
+    assert (p.gather(1, drawn[:, None]) > 0).all()
+
+
 def test_draws_have_the_distribution():
     """A large vocabulary, 20,000 draws: the counts of blocks' ends and beginnings as of all others."""
     size, n = 5000, 20_000
@@ -169,7 +190,7 @@ class Mine(torch.nn.Linear):
     """A linear layer of another kind."""
 
 
-def layers():
+def layers() -> Any:
     torch.manual_seed(0)
     linear = torch.nn.Linear
     return torch.nn.ModuleDict({
