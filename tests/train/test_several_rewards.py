@@ -30,7 +30,7 @@ def loud(prompts, completions, **columns):
 
 
 def sometimes(prompts, completions, **columns):
-    return [None if "1" in prompt else 1.0 * len(text) for prompt, text in zip(prompts, completions, strict=True)]
+    return [None if "1" in prompt else (len(text) % 5) / 4 for prompt, text in zip(prompts, completions, strict=True)]
 
 
 SAID = ["1\n22<eos>", "333<eos>", "44\n5\n6<eos>", "5\n55555<eos>"]
