@@ -67,6 +67,7 @@ class Completions:
             1-D integer tensors. None: all were kept, or it is not known.
 
     Examples:
+        >>> from sspo_ext.train.sampling import Completions
         >>> Completions([[5, 1]], logps=[[-0.7, 0.0]], kept=[[[5, 6], [1]]]).token_ids
         [[5, 1]]
     """

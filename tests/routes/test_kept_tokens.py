@@ -2,7 +2,7 @@
 """Layouts with kept tokens: both routes, every loss, against logits that are -inf outside the sets.
 
 Mutations, each caught by the test named:
-  the sets in the layout's order beside a plan of another order   test_losses_and_gradients
+  the sets in the layout's order beside a plan of another order   test_rows_in_another_order
   values not written back; rows of the whole vocabulary emptied   test_losses_and_gradients
   the reference of a KL over the whole vocabulary                 test_reductions
   the first token's set of a position, not the union              test_trees
@@ -29,6 +29,7 @@ from sspo_ext import (
     step_pref_loss,
 )
 from sspo_ext.losses import policy_loss
+from sspo_ext.routes.kept import KeptRows
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 V, H = 11, 5
@@ -274,6 +275,20 @@ def test_the_linear_route_stores_no_logits_and_adds_no_product():
         bytes_[name], flops[name] = peak_bytes(update), gemm_flops(update)
     assert flops["plain"] == flops["narrow"]
     assert bytes_["narrow"] - bytes_["plain"] < 4 * most * length * 8 < (length - 1) * vocab * 4 / 4
+
+
+def test_rows_in_another_order():
+    """A plan may take rows in any order: each chunk's sets are those of its rows."""
+    _, layout, *_ = policy_batch(seed=3, V=V)
+    sets = some_sets(layout)
+    kept = layout.with_kept_tokens(sets).kept
+    order = torch.randperm(layout.num_rows, generator=torch.Generator().manual_seed(1))
+    rows = KeptRows(kept.token_ids, kept.row, kept.host_counts, order.numpy(), order.argsort())
+    mask = outside(sets, layout.places, layout.shape).reshape(-1, V)[layout.rows][order]
+    for start in range(0, layout.num_rows - 4, 5):
+        logits = torch.randn(5, V)
+        want = logits.masked_fill(mask[start : start + 5], -torch.inf)
+        assert torch.equal(rows.narrow(logits, start, start + 5), want)
 
 
 def test_moves_with_its_layout():

@@ -40,10 +40,15 @@ class Altered:
         return self.alter(self.engine.complete(model, prompts, sampling, seeds))
 
 
+def difference(place):
+    """How much less likely the engine says that a token was than it is to the trainer: -0.3, 0, 0.3, 0.6, -0.3, ..."""
+    return 0.3 * (place % 4 - 1)
+
+
 def less_likely(made):
-    """Every token was drawn with a log-prob that is another number below the trainer's."""
+    """The same tokens, with other log-probs."""
     return Completions(
-        made.token_ids, [[x - 0.1 * (i + 1) for i, x in enumerate(row)] for row in made.logps], made.kept
+        made.token_ids, [[x - difference(i) for i, x in enumerate(row)] for row in made.logps], made.kept
     )
 
 
@@ -108,23 +113,21 @@ def test_weights_reach_the_loss(tmp_path, mode, route):
     engine = Altered(less_likely)
     trainer, log = trained(tmp_path, engine=engine, **options)
     assert engine.asked == [(True, False)]
-    trainer_rows = trainer._buffer[0]
-    for batch in trainer_rows:
-        layout = batch["layout"]
-        old = trainer.logps_without_grad(trainer.model, batch).tokens
-        place = torch.arange(layout.num_rows) - layout.sequence_offsets[:-1].repeat_interleave(
-            layout.sequence_offsets.diff()
-        )
-        drawn = old - 0.1 * (place + 1)
-        want = rollout_correction(old, drawn, layout, mode=mode, clip_max=1.7)
-        assert torch.allclose(batch["importance_weights"], want.weights, rtol=1e-3)
-        assert want.weights.unique().numel() > 1
-        out, _ = trainer.policy_loss(trainer.model, batch, 10.0)
-        rows = batch["advantages"][layout.step_of_row] * want.weights
-        total = -(rows * old).sum() / 10
-        assert out.loss.item() == pytest.approx(total.item(), rel=1e-3, abs=1e-5)
+    (batch,) = trainer._buffer[0]
+    layout = batch["layout"]
+    old = trainer.logps_without_grad(trainer.model, batch).tokens
+    first = layout.sequence_offsets[:-1].repeat_interleave(layout.sequence_offsets.diff())
+    want = rollout_correction(
+        old, old - difference(torch.arange(layout.num_rows) - first), layout, mode=mode, clip_max=1.7
+    )
+    assert torch.allclose(batch["importance_weights"], want.weights, rtol=1e-3)
+    assert (want.weights != 1).any() and want.weights.any()
+    out, _ = trainer.policy_loss(trainer.model, batch, 10.0)
+    weighted = batch["advantages"][layout.step_of_row] * want.weights
+    assert out.loss.item() == pytest.approx(-(weighted * old).sum().item() / 10, rel=1e-3, abs=1e-5)
     assert log["sampling/ratio/mean"] > 1 and log["sampling/kl_k1"] < 0 < log["sampling/kl_k3"]
-    assert log[f"{RATIO}/max"] <= 1.7 + 1e-6 and 0 < log[f"{RATIO}/clipped"] < 1
+    assert log["sampling/ratio/max"] == pytest.approx(torch.tensor(0.6).exp().item(), rel=1e-3)
+    assert log[f"{RATIO}/max"] <= 1.7 + 1e-6 and log[f"{RATIO}/clipped"] > 0
 
 
 def test_who_is_corrected(tmp_path):
