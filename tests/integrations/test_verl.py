@@ -263,9 +263,7 @@ def test_the_command_on_the_page(monkeypatch):
     assert words[:3] == ["python", "-m", "verl.trainer.main_ppo"]
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose("ppo_trainer", overrides=words[3:])
-    validate_config(
-        config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config)
-    )
+    validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     assert config.algorithm.adv_estimator == config.reward.reward_manager.name == NAME
     assert (config.algorithm[NAME].probe, config.algorithm[NAME].step_scale) == ("####", 0.5)
     assert core_algos.get_adv_estimator_fn(config.algorithm.adv_estimator) is sspo_advantage
