@@ -64,7 +64,7 @@ class Completions:
 
     token_ids: list[list[int]]
     logps: list[list[float]] | None = None
-    kept: list[Sequence[Sequence[int] | Tensor]] | None = None
+    kept: Sequence[Sequence[Sequence[int] | Tensor]] | None = None
 
 
 class RolloutEngine(Protocol):
