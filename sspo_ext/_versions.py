@@ -21,7 +21,7 @@ def check_version(package: str, tested: str) -> None:
         >>> try:
         ...     check_version("torch", "0.1")
         ... except ImportError as error:
-        ...     print(str(error)[:49])
+        ...     print(str(error)[:36])
         torch: sspo_ext was tested with 0.1,
     """
     command = f"pip install '{package}=={tested}.*'"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch import nn
@@ -114,4 +114,4 @@ def _neighbours(options: dict[str, Any]) -> dist.ProcessGroup | None:
             f"rollout_options: expected a tensor_parallel_size that divides the {world} processes of the trainer, "
             f"each of which has a part of an engine, got {size}"
         )
-    return dist.new_subgroups(size)[0]
+    return cast(dist.ProcessGroup, dist.new_subgroups(size)[0])

@@ -27,8 +27,8 @@ class Answer(NamedTuple):
     """What vLLM says to one request: tokens, log-probs by token at each place, and the tokens that were kept there."""
 
     token_ids: list[int]
-    logps: list[Mapping[int, float]]
-    kept: list[list[int]] | None
+    logps: Sequence[Mapping[int, float]]
+    kept: Sequence[list[int]] | None
 
 
 class VLLMRequests(ABC):
