@@ -20,7 +20,7 @@ from benchmarks.models.real_rl.__main__ import last_line, parse
 from benchmarks.models.real_rl.arms import ARMS, DECISIVE, adapter, shortest_right
 from benchmarks.models.real_rl.report import KEY, TABLE, missing, reached, verdict, write_report
 from benchmarks.models.real_rl.tasks import ASK, GSM8K, Words, make_task
-from benchmarks.models.real_rl.worker import found_probe, run
+from benchmarks.models.real_rl.worker import found_probe, measured, run
 from benchmarks.models.word_problems import WordProblems
 from benchmarks.models.word_start import SAVED, batches, imitate, make_start, padded, solution_loss
 
@@ -307,3 +307,13 @@ def test_gsm8k(tmp_path):
     with pytest.raises(SystemExit, match="--gsm8k: expected a folder"):
         GSM8K(str(tmp_path / "none"), chat=False).train(0)
     assert isinstance(make_task("words", None, None), Words)
+
+
+def test_a_solution_that_is_cut_off_is_wrong():
+    """Red: `ended` not looked at."""
+    (problem,) = WordProblems(("en",)).problems(1, 1, held_out=True)
+    text = f"#### {problem.answer}"
+    made = [SimpleNamespace(text=text, ended=ended, completion_ids=[0, 0], steps=[[0, 0]]) for ended in (True, False)]
+    trainer = SimpleNamespace(roll_out=lambda rows, seeds, temperature: made)
+    numbers, _ = measured(trainer, WordProblems(), [problem] * 2, 0.0, 0)  # type: ignore[arg-type]
+    assert numbers["correct"] == [1, 0] and numbers["tokens"] == [2, 2] and numbers["steps"] == [1, 1]
