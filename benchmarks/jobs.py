@@ -80,7 +80,7 @@ def execute(
                         continue
                     del going[job]
                     if process.returncode:
-                        raise SystemExit(f"{job.name} failed:\n{log.read_text()[-3000:]}")
+                        raise SystemExit(f"{job.name} failed ({process.returncode}):\n{log.read_text()[-3000:]}")
                     done += job.length
                     tqdm.write(f"{job.name} done {last[1]}")
                     if finished is not None:

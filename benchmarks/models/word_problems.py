@@ -194,8 +194,8 @@ class WordProblems:
         wanted, lines, found = _keys(problem), [], self._written(problem, completion)
         answers = [k for k, (text, _) in enumerate(found) if text.startswith(PROBE)]
         for k, (text, key) in enumerate(found):
-            applies = key is not None and key in wanted
-            if applies:
+            applies = key in wanted
+            if key is not None and applies:
                 del wanted[: wanted.index(key) + 1]
             lines.append(Line(text, applies or k == (answers or [-1])[-1]))
         return lines

@@ -101,8 +101,9 @@ def solution_loss(model, ids: Tensor, labels: Tensor) -> Tensor:
 
 def attention(ids: Tensor, labels: Tensor) -> Tensor:
     """(B, T) int64: 1 up to the last label of each row."""
-    last = (labels != -100).long() * torch.arange(ids.shape[1])
-    return (torch.arange(ids.shape[1]) <= last.max(1, keepdim=True).values).long()
+    places = torch.arange(ids.shape[1], device=ids.device)
+    last = ((labels != -100) * places).max(1, keepdim=True).values
+    return (places <= last).long()
 
 
 def batches(

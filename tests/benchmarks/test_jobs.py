@@ -35,7 +35,7 @@ def test_a_failure_ends_all(tmp_path):
     slow = Job("slow", (sys.executable, "-c", "import time; print('on', flush=True); time.sleep(60)"), 1)
     bad = Job("bad", (sys.executable, "-c", "import time; time.sleep(0.5); raise SystemExit('no such model')"), 1)
     began = time.monotonic()
-    with pytest.raises(SystemExit, match="bad failed:\nno such model"):
+    with pytest.raises(SystemExit, match=r"bad failed \(1\):\nno such model"):
         execute([slow, bad], tmp_path, "some", 2, reached)
     assert time.monotonic() - began < 50
 

@@ -20,7 +20,7 @@ from benchmarks.models.real_rl.__main__ import last_line, parse
 from benchmarks.models.real_rl.arms import ARMS, DECISIVE, adapter, shortest_right
 from benchmarks.models.real_rl.report import KEY, TABLE, missing, reached, verdict, write_report
 from benchmarks.models.real_rl.tasks import ASK, GSM8K, Words, make_task
-from benchmarks.models.real_rl.worker import run
+from benchmarks.models.real_rl.worker import found_probe, measured, run
 from benchmarks.models.word_problems import WordProblems
 from benchmarks.models.word_start import SAVED, batches, imitate, make_start, padded, solution_loss
 
@@ -154,6 +154,17 @@ def test_shortest_right_answers():
     assert shortest_right(made[2:5], 3) == []
 
 
+def test_the_probe_is_found_once(folder, tmp_path):
+    """Red: the file not read; the worst of the trials taken."""
+    model, tokenizer = loaded(folder)
+    task = SimpleNamespace(train=lambda seed: WordProblems().problems(2, 0, held_out=False), max_completion_length=6)
+    options = settings(folder, probe_problems=2)
+    found = found_probe(model, tokenizer, task, options, tmp_path / "a" / "probe.json")
+    assert found["table"].splitlines()[2].split(" | ")[0] == f"| {found['probe']}"
+    (tmp_path / "a" / "probe.json").write_text(json.dumps({**found, "probe": "Answer:"}))
+    assert found_probe(model, tokenizer, task, options, tmp_path / "a" / "probe.json")["probe"] == "Answer:"
+
+
 def fake(arm, seed, correct, tokens, updates=16):
     numbers = {"correct": correct, "tokens": tokens, "steps": [2] * 4, "skipped": [0, 0, 1, 0]}
     chain = {"prompt": "2+2=\n", "answer": "4", "reward": 1.0, "steps": ["a\n", "#### 4"], "values": [0.1, 0.9, 0.0],
@@ -180,12 +191,16 @@ def test_report(tmp_path):
             fake("rloo", 1, [1, 1, 1, 1], [90] * 4), fake("sspo-0", 0, [1, 1, 1, 1], [60] * 4)]  # fmt: skip
     records.write(tmp_path / TABLE, rows)
     text = write_report(tmp_path, "python -m benchmarks real-rl")
-    assert "`python -m benchmarks real-rl`" in text and "**This table is partial.**" in text
+    assert (
+        "Which probe" not in text and "`python -m benchmarks real-rl`" in text and "**This table is partial.**" in text
+    )
     assert "| outcome only, RLOO | 2 | 16 | 0.875 ± 0.245 [0.750, 1.000] | 90.0 | 2.00 | 0.250 |" in text
     assert "| SSPO, lambda 0 | greedy | -40% | +0.125 ± 0.245" in text and "**reached**" in text
     for name in ("", "-budgets", "-en-before", "-en-after", "-zh-before", "-zh-after"):
         assert f"(tiny-words{name}.png)" in text and (tmp_path / f"tiny-words{name}.png").exists()
     assert (tmp_path / "RESULTS.md").read_text(encoding="utf-8") == text
+    records.write(tmp_path / TABLE, [{**row, "probe_table": "| probe | en |"} for row in rows])
+    assert "### Which probe makes the model answer\n\n| probe | en |\n" in write_report(tmp_path, "")
 
 
 def test_verdict():
@@ -292,3 +307,13 @@ def test_gsm8k(tmp_path):
     with pytest.raises(SystemExit, match="--gsm8k: expected a folder"):
         GSM8K(str(tmp_path / "none"), chat=False).train(0)
     assert isinstance(make_task("words", None, None), Words)
+
+
+def test_a_solution_that_is_cut_off_is_wrong():
+    """Red: `ended` not looked at."""
+    (problem,) = WordProblems(("en",)).problems(1, 1, held_out=True)
+    text = f"#### {problem.answer}"
+    made = [SimpleNamespace(text=text, ended=ended, completion_ids=[0, 0], steps=[[0, 0]]) for ended in (True, False)]
+    trainer = SimpleNamespace(roll_out=lambda rows, seeds, temperature: made)
+    numbers, _ = measured(trainer, WordProblems(), [problem] * 2, 0.0, 0)  # type: ignore[arg-type]
+    assert numbers["correct"] == [1, 0] and numbers["tokens"] == [2, 2] and numbers["steps"] == [1, 1]

@@ -41,7 +41,7 @@ ARMS = {
 DECISIVE = ("start", "rloo", "sspo-0", "sspo-0-shuffled")
 
 
-def adapter(model: nn.Module, rank: int, share: float):
+def adapter(model: Any, rank: int, share: float):
     """peft's LoraConfig for the upper layers: the backward pass ends where the lowest adapter is.
 
     Args:
@@ -54,7 +54,7 @@ def adapter(model: nn.Module, rank: int, share: float):
     """
     from peft import LoraConfig
 
-    layers = model.config.num_hidden_layers  # type: ignore[union-attr]
+    layers = model.config.num_hidden_layers
     upper = "|".join(str(k) for k in range(round(layers * (1 - share)), layers))
     linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     names = "|".join(sorted(map(re.escape, linear - {"lm_head"})))

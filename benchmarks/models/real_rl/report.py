@@ -87,6 +87,8 @@ def section(name: str, data: str, arms: Arms, folder: Path) -> list[str]:
         "### Verdict",
         verdict(arms),
     ]
+    if tables := [run["probe_table"] for runs in arms.values() for run in runs if run.get("probe_table")]:
+        parts += ["### Which probe makes the model answer", tables[0]]
     if len(groups := sorted(set(some["groups"]))) > 1:
         parts += ["### By language", by_group(arms, groups)]
     draw(arms, folder / f"{stem}.png", name, ARMS)

@@ -74,7 +74,8 @@ class Task(Protocol):
 class Words(WordProblems):
     """The word problems, English and Chinese in turn."""
 
-    name, probe, max_completion_length, usual, short = "words", PROBE, 200, 100, 75
+    name, max_completion_length, usual, short = "words", 200, 100, 75
+    probe: str | None = PROBE
 
     def train(self, seed: int) -> list[Any]:
         """See `Task`."""
@@ -105,7 +106,8 @@ class GSM8K:
         chat: Whether the model has a chat template.
     """
 
-    name, probe, max_completion_length, usual, short = "gsm8k", None, 320, 200, 160
+    name, max_completion_length, usual, short = "gsm8k", 320, 200, 160
+    probe: str | None = None
 
     def __init__(self, folder: str | None, *, chat: bool):
         self.folder, self.chat = folder, chat

@@ -67,7 +67,10 @@ def run(settings: dict, arm_name: str, seed: int, work: Path) -> dict:
     model, tokenizer = load_model(settings["model_path"], dtype=getattr(torch, settings["dtype"]))
     model = model.to(settings["device"])  # type: ignore[arg-type]
     task = make_task(settings["data"], settings["gsm8k"], tokenizer)
-    probe = task.probe or found_probe(model, tokenizer, task, settings, work / "probe.json")["text"]
+    found = {"probe": task.probe, "table": ""}
+    if task.probe is None:
+        found = found_probe(model, tokenizer, task, settings, work / "probe.json")
+    probe = found["probe"]
     folder = work / "runs" / f"{arm_name}-{seed}"
     check_folder(folder, settings)
     trainer = make_trainer(
@@ -91,6 +94,7 @@ def run(settings: dict, arm_name: str, seed: int, work: Path) -> dict:
         "samples": samples if arm.trains else 0,
         "settings": {k: settings[k] for k in SHOWN},
         "probe": probe,
+        "probe_table": found["table"],
         "hardware": hardware(),
         "cpu_seconds": round(seconds, 1),
         "sampled_tokens": round(sum(r["completions/mean_length"] for r in log) * samples),
@@ -116,7 +120,7 @@ def other_settings(what: str, there: dict, mine: dict) -> str:
 
 
 def found_probe(model, tokenizer, task: Task, settings: dict, file: Path) -> dict:
-    """The probe that makes the model answer, and its table; found once and kept in `file`."""
+    """The probe that makes the model answer, by its name or text, and the table; found once and kept in `file`."""
     if file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
     some = task.train(0)[: settings["probe_problems"]]
@@ -124,8 +128,10 @@ def found_probe(model, tokenizer, task: Task, settings: dict, file: Path) -> dic
         model, tokenizer, [prompt_tokens(p.prompt, tokenizer) for p in some], [p.answer for p in some], ["Answer:"],
         max_completion_length=settings["max_completion_length"] or task.max_completion_length,
     )  # fmt: skip
-    best = next((t for t in choice.trials if t.name == choice.best), choice.trials[0])
-    found = {"text": best.probe.text, "table": choice.table(), "best": choice.best}
+    best = next(
+        (t for t in choice.trials if t.name == choice.best), choice.trials[0]
+    )  # the table says if there is none
+    found = {"probe": best.name, "table": choice.table()}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
     return found
