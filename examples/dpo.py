@@ -4,7 +4,7 @@
 One step per response makes the step-wise loss DPO. The three lines are in `loss`.
 
 Shows: the margin of the rewards grows and most pairs are ranked right; the model samples more right answers to
-    problems that are in no training, and its greedy accuracy gains nothing.
+    problems that are in no training, and fewer greedily.
 
 System: DPO
 Paper: arXiv 2305.18290

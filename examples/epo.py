@@ -5,7 +5,8 @@ The user asks a sum in parts, and the model answers each in a line of its own: i
 the user's words between them are not scored. A turn is right if its line is. Each turn's advantage is the discounted
 sum of the rewards of its own and later turns, less the mean of the group at that turn.
 
-Shows: the share of right turns and of conversations that are right to the end, in the first and the last update.
+Shows: the share of right turns, and of conversations that are right to the end, which grows from a tenth to more than
+    two thirds.
 
 System: EPO
 Paper: arXiv 2502.12486

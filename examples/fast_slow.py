@@ -6,8 +6,8 @@ the slow one in the probability of the preference. After a domain the fast adapt
 with other numbers. COFS-DPO adds the kept adapters up, with weights that fit a few pairs of both domains. `peft` is
 needed.
 
-Shows: DPO's loss and the share of pairs ranked right on held-out pairs of both domains, for the fast adapter after each
-    domain, and for the merged one.
+Shows: after the second domain the fast adapter ranks fewer pairs of the first one right. The merged one does well in
+    both.
 
 System: OFS-DPO, COFS-DPO
 Paper: arXiv 2406.05534

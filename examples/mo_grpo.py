@@ -4,7 +4,7 @@
 Two rewards: whether the answer is right, 0 or 1, and minus ten for every idle line ("wait let me think again").
 GRPO adds them and normalises the sum; MO-GRPO normalises each within its group and adds.
 
-Shows: both rewards in the first and the last update.
+Shows: idle lines vanish under both. GRPO on the sum pays for that with right answers, and MO-GRPO gains some.
 
 System: MO-GRPO
 Paper: arXiv 2509.22047

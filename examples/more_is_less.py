@@ -4,8 +4,9 @@
 The stronger writer is the task itself, whose solutions are right and short. Rejected responses are always the model's
 own.
 
-Shows: how easily the two sides of pairs are told apart without looking at rightness (by length alone, and by the last
-    batch's share of pairs ranked right), and accuracy and length on other problems.
+Shows: pairs with a stronger writer's responses can be told apart by length, and the model's own cannot. Right answers
+    gain as much either way, and length falls with the stronger writer: what the paper finds for safety is not seen in
+    this task.
 
 System: More is less
 Paper: arXiv 2504.02193

@@ -5,8 +5,8 @@ The expert mends a wrong completion with few changes: lines stay as the model wr
 right one or says nothing in numbers, and the rest is written rightly. Supervised training on own and corrected
 responses makes both likely; that model is the start and the reference of DPO.
 
-Shows: the log-prob per token of corrected responses under the reference of DPO, without the alignment and with it, and
-    accuracy and length on other problems.
+Shows: the alignment makes corrected responses likelier under the reference of DPO, and DPO from there leaves more right
+    answers to other problems, greedy and sampled, than DPO from the start model.
 
 System: OPA-DPO
 Paper: arXiv 2501.09695

@@ -43,7 +43,7 @@ def collate_sft(some):
 
 
 train(start, sft, lambda b: -step_logps(start(**b["inputs"]).logits, b["layout"]).means.mean(), updates=sized(40, 2),
-      lr=5e-4, collate=collate_sft)  # fmt: skip
+      lr=2e-4, collate=collate_sft)  # fmt: skip
 reference = copy.deepcopy(start)
 
 
@@ -73,7 +73,9 @@ def accuracies(model):
             for ys in (first, second)]  # fmt: skip
 
 
-found = [("before", *accuracies(start))]
-train(start, rows, loss, updates=sized(40, 2), batch_size=8, collate=collate)
-found.append(("after", *accuracies(start)))
-print(table([{"": name, "first answer": first, "revision": second} for name, first, second in found]))
+before = accuracies(start)
+squares = train(start, rows, loss, updates=sized(40, 2), batch_size=8, lr=2e-4, collate=collate)
+found = []
+for name, some, (first, second) in (("before", squares[:8], before), ("after", squares[-8:], accuracies(start))):
+    found.append({"": name, "squares": sum(some) / len(some), "first answer": first, "revision": second})
+print(table(found))

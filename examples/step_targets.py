@@ -4,7 +4,8 @@
 The completions are the start model's own, right and wrong. Direct Advantage fits each step's log-ratio to its
 advantage, by the values that the start model gives to prefixes. OREO trains a critic on hidden states beside it.
 
-Shows: the share of steps whose log-ratio has the sign of their advantage, and accuracy and length on other problems.
+Shows: most steps' log-ratios get the sign of their advantage, more so where it is fitted (Direct Advantage) than
+    where a critic learns beside it (OREO); accuracy and length on other problems stand beside it.
 
 System: Direct Advantage
 Paper: arXiv 2412.18279

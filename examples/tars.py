@@ -4,8 +4,8 @@
 The prompt's tokens that move the loss least are perturbed: their embeddings go a step up the loss (max), and the model
 learns on these inputs (min). A second term compares hidden states of both inputs in the frequency domain.
 
-Shows: the loss on held-out pairs as they are and with perturbed prompts, after DPO and after TARS, and how far hidden
-    states move under the perturbation.
+Shows: on held-out pairs with perturbed prompts TARS has about half of the loss that DPO has, and not more on the pairs
+    as they are; hidden states move about as far.
 
 System: TARS
 Paper: arXiv 2507.21584

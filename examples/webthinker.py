@@ -4,8 +4,8 @@
 Every round the model completes new problems. Right beats wrong; where all are right, the shortest
 beats the longest. The model of the round before is the reference.
 
-Shows: pairs, and accuracy and length on other problems, after every round, beside one round with as many problems and
-    updates in all.
+Shows: with every round more sampled completions are right and they get shorter, and greedily fewer are right. One
+    round with all problems and as many updates does worse.
 
 System: WebThinker
 Paper: arXiv 2504.21776

@@ -63,7 +63,8 @@ def test_read(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("Shows: a\n    b.\n\n", "", "Shows"),
+        ("Shows: a\n    b.\n\n", "", "one line Shows"),
+        ("Shows: a\n    b.", "Shows: a\nShows: b.", "one line Shows"),
         ("Paper: arXiv 2305.18290\n", "", "Paper"),
         ("2305.18290", "2305", "Paper"),
         ("Changes: c\n", "", "Changes"),
