@@ -182,7 +182,8 @@ def graded_rollouts(
     return [
         Rollout(
             row, prompts[i], completions[i], texts[i], ended[i], steps[i], rewards.total(each[i]), each[i],
-            sampling_logps=made.logps and made.logps[i], kept=made.kept and made.kept[i],
+            sampling_logps=None if made.logps is None else made.logps[i],
+            kept=None if made.kept is None else made.kept[i],
         )
         for i, row in enumerate(rows)
     ]  # fmt: skip

@@ -51,8 +51,8 @@ class RolloutTrainer(StepTrainer):
         """
         args, tokenizer, trains = self.args, self.processing_class, temperature is None
         sampling = Sampling(
-            args.max_completion_length, self.eos_token_ids, args.temperature if trains else temperature, args.top_p,
-            args.top_k, logps=trains and self._corrects, kept=trains and (args.top_p < 1 or args.top_k > 0),
+            args.max_completion_length, self.eos_token_ids, args.temperature if temperature is None else temperature,
+            args.top_p, args.top_k, logps=trains and self._corrects, kept=trains and (args.top_p < 1 or args.top_k > 0),
         )  # fmt: skip
         with self._sums.phase("rollout"), torch.no_grad(), self.accelerator.autocast():
             prompts = prompt_ids(rows, tokenizer, dictionary(args.chat_template_kwargs))
