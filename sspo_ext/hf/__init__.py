@@ -4,6 +4,7 @@
 from .check import check_head
 from .forward import forward_hidden, forward_logits_at
 from .head import LMHead, model_head
+from .whole_head import with_head
 from .wrappers import UnsupportedHead, eval_mode, unwrap
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "forward_logits_at",
     "model_head",
     "unwrap",
+    "with_head",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .forward import logits_of, run_with_head
 from .head import LMHead, model_head
+from .whole_head import with_head
 from .wrappers import eval_mode, find_head, unsupported
 
 # Factors of the activations: from 1, as they are, to far above any softcap.
@@ -43,20 +44,27 @@ def check_head(model: nn.Module, sample_inputs: dict[str, Any]) -> LMHead:
         >>> head.logit_scale, head.logit_softcap
         (1.0, None)
     """
+    compare_head(model, sample_inputs)
+    # Taken again: a weight that PEFT computes (trainable_token_indices) has no gradient when it is taken under no_grad.
+    return model_head(model)
+
+
+def compare_head(model: nn.Module, sample_inputs: dict[str, Any]) -> None:
+    """The comparison of `check_head`, also of a head that FSDP2 or ZeRO-3 has whole inside its own call only."""
     inner, _ = find_head(model)
-    with torch.no_grad(), eval_mode(model):
-        outputs, call = run_with_head(model, sample_inputs, _ladder)
-        head = model_head(model)
-        theirs = logits_of(outputs)
-        enabled, dtype = call.autocast
-        with torch.autocast(call.passed.device.type, dtype=dtype, enabled=enabled):
-            raw = _linear(inner, call.passed, head)
+
+    def compare(passed: Tensor, head: LMHead) -> None:
+        with torch.autocast(passed.device.type, dtype=dtype, enabled=enabled):
+            raw = _linear(inner, passed, head)
         if theirs.shape != raw.shape:
             shapes = f"{tuple(theirs.shape)}, its head's weight gives {tuple(raw.shape)}"
             raise unsupported(inner, f"returns logits of shape {shapes}")
         _compare(inner, head, raw, theirs)
-    # Taken again: a weight that PEFT computes (trainable_token_indices) has no gradient when it is taken under no_grad.
-    return model_head(model)
+
+    with torch.no_grad(), eval_mode(model):
+        outputs, call = run_with_head(model, sample_inputs, _ladder)
+        theirs, (enabled, dtype) = logits_of(outputs), call.autocast
+        with_head(model, call.passed, compare)
 
 
 def _ladder(hidden: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from .loaded_weights import check_adapter, check_finite, check_loaded, naming_th
 from .model_call import batch_logps
 from .model_card import write_model_card
 from .models import check_trainable
-from .sharded import in_step, reshard, shard
+from .sharded import in_step, most, partition, reshard, shard
 
 
 class StepTrainer(Trainer):
@@ -55,7 +55,8 @@ class StepTrainer(Trainer):
     route: str
     sharing: PrefixSharing | None = None  # how the sequences of a batch share their prefixes
 
-    _is_sharded = False  # by FSDP2, before training
+    _is_sharded = False  # by FSDP2 or ZeRO-3, before training
+    _engine: Any = None  # DeepSpeed's, of ZeRO-3, until training begins
     _resumed_at: int | None = None  # updates of the checkpoint that training began with
     _checkpoint: str | None = None  # the same, or the best one: what is loaded
     _work: Path | None = None  # where a checkpoint is written until it is whole
@@ -90,6 +91,9 @@ class StepTrainer(Trainer):
             rank = self.args.process_index if self.args.world_size > 1 else None
             check_checkpoint(checkpoint, rank=rank, scaler=scaler, sharded=sharded)
             self._resumed_at = updates_done(checkpoint)
+        if self._engine is not None:
+            self._engine.destroy()
+            self._engine = None
         return super().train(checkpoint, *args, **kwargs)
 
     @property
@@ -102,11 +106,18 @@ class StepTrainer(Trainer):
         plugin = self.accelerator.state.deepspeed_plugin
         return 0 if plugin is None else plugin.zero_stage
 
+    @property
+    def _in_step(self) -> bool:
+        """Whether all processes have to run the model equally often."""
+        return self.accelerator.num_processes > 1 and (self.is_fsdp_enabled or self.zero_stage == 3)
+
+    def most(self, number: int) -> int:
+        """The largest of all processes' numbers, if all of them have to run the model equally often; else this one."""
+        return most(number, self.args.device) if self._in_step else number
+
     def in_step(self) -> contextlib.AbstractContextManager:
         """A block within which processes may call the model a different number of times, even if it is sharded."""
-        if self.accelerator.num_processes == 1 or not (self.is_fsdp_enabled or self.zero_stage == 3):
-            return contextlib.nullcontext()
-        return in_step(self.model, self.args.device)
+        return in_step(self.model, self.args.device) if self._in_step else contextlib.nullcontext()
 
     def _check_parallelism(self) -> None:
         """ValueError for ways to share the work that would give wrong numbers: each process has rows of its own."""
@@ -125,14 +136,14 @@ class StepTrainer(Trainer):
                 "tp_group in a loop of your own"
             )
 
-        if self.zero_stage == 3 and any(hasattr(p, "ds_id") for p in self.model.parameters()):
-            raise ValueError(
-                "model: expected whole weights when the trainer is made, got ones that ZeRO-3 has shared out in "
-                "loading, and references and rollouts run before training; load the model before the arguments are "
-                "made, or give zero3_init_flag: false in accelerate's config"
-            )
         if self.zero_stage == 3 and getattr(self.args, "rollout_engine", None) == "vllm":
             raise ValueError("rollout_engine: expected 'generate' or 'compact' with ZeRO-3, got 'vllm'; or use FSDP2")
+
+    def _partition(self) -> None:
+        """Shares the model out now, where ZeRO-3 would do so when training begins."""
+        self._is_sharded = self.zero_stage == 3
+        if self._is_sharded:
+            self._engine = partition(self.model, self.accelerator, self.args)
 
     def _shard(self) -> None:
         """Shards the model now, where FSDP2 would do so when training begins."""

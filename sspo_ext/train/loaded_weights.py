@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .sharded import everywhere
+
 _SHARED = ("vblora_vector_bank", "prompt_encoder", ".tinylora_v.")
 
 
@@ -97,14 +99,16 @@ def check_finite(model: nn.Module, when: str) -> None:
     """
     adapted = getattr(model, "peft_config", None) is not None
     weights = {
-        name: weight.detach()
+        name: getattr(weight, "ds_tensor", weight).detach()  # a process's part of it under ZeRO-3
         for name, weight in model.named_parameters()
         if weight.is_floating_point() and weight.element_size() > 1 and (weight.requires_grad or not adapted)
     }
     flags = [torch.isfinite(weight).all() for weight in weights.values()]
+    if any(hasattr(weight, "ds_id") for weight in model.parameters()):
+        flags = [torch.tensor(flag) for flag in everywhere([bool(flag) for flag in flags])]
     # one wait for each device
     if flags and not all(flag.item() for flag in _together(flags)):
-        name = next(name for name, weight in weights.items() if not torch.isfinite(weight).all())
+        name = next(name for name, flag in zip(weights, flags, strict=True) if not flag)
         raise ValueError(f"model: weight {name} is not finite {when}, so it is not saved; try a lower learning rate")
 
 

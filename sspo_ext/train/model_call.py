@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from .._checks import check_choice
 from ..data.sharing import PREFIX_SHARING, PrefixSharing
-from ..hf.check import check_head
+from ..hf.check import compare_head
 from ..hf.forward import forward_hidden
-from ..hf.head import model_head
+from ..hf.whole_head import with_head
 from ..hf.wrappers import UnsupportedHead, base_model, model_device, text_config
 from ..layout.steps import StepLayout
 from ..losses.logps import linear_step_logps, step_logps
@@ -68,11 +68,11 @@ def _refusal(model: nn.Module, device: torch.device) -> UnsupportedHead | None:
     if device.type == "meta":
         logger.warning("linear route: not checked, since the weights are on the meta device")
         return None
-    vocab = weight.shape[0]
+    vocab = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves no weight here
     # Ids from the middle of the vocabulary: a padding token's embedding may be zero.
     ids = (vocab // 2 + torch.arange(8, device=device)[None]) % vocab
     try:
-        check_head(model, {"input_ids": ids})
+        compare_head(model, {"input_ids": ids})
     except UnsupportedHead as error:
         return error
     return None
@@ -160,7 +160,7 @@ def _token_cost(model: nn.Module) -> float:
         return PrefixSharing.token_cost
     ends = (inner.get_input_embeddings(), inner.get_output_embeddings())
     words = {id(p) for module in ends if module is not None for p in module.parameters()}
-    weights = sum(p.numel() for p in inner.parameters() if id(p) not in words)
+    weights = sum(getattr(p, "ds_numel", p.numel()) for p in inner.parameters() if id(p) not in words)
     return weights / (2 * layers * width)
 
 
@@ -168,32 +168,42 @@ class ModelCall(NamedTuple):
     """A model's forward, ready for a loss function of its route.
 
     Attributes:
-        inputs: The function's first arguments: hidden states and the LM head's weight, or logits.
-        options: The options that the route needs.
+        found: Hidden states on the linear route, logits on the other.
         outputs: What the model returned.
+        model: The model.
+        chunk_bytes: The linear route's; None on the other.
+        linear: Whether it is the linear route.
     """
 
-    inputs: tuple[Tensor, ...]
-    options: dict[str, Any]
+    found: Tensor
     outputs: Any
+    model: nn.Module
+    chunk_bytes: int | None
+    linear: bool
+
+    def run(self, loss: Callable[..., Any], *args, **options) -> Any:
+        """`loss(hidden, weight, *args, **options)` or `loss(logits, ...)`, with the options that the head needs."""
+        if not self.linear:
+            return loss(self.found, *args, **options)
+        options["chunk_bytes"] = self.chunk_bytes
+        return with_head(
+            self.model, self.found, lambda hidden, head: loss(hidden, head.weight, *args, **options, **head.options)
+        )
 
 
 def call_model(model: nn.Module, batch: dict, route: str, chunk_bytes: int | None) -> ModelCall:
     """Runs the model on a batch, up to its hidden states or its logits."""
     inputs = model_inputs(model, batch)
     if route == "linear":
-        hidden, outputs = forward_hidden(model, **inputs)
-        head = model_head(model)
-        return ModelCall((hidden, head.weight), {**head.options, "chunk_bytes": chunk_bytes}, outputs)
+        return ModelCall(*forward_hidden(model, **inputs), model, chunk_bytes, True)
     outputs = model(**inputs, use_cache=False)
-    return ModelCall((text_logits(outputs, batch["layout"]),), {}, outputs)
+    return ModelCall(text_logits(outputs, batch["layout"]), outputs, model, None, False)
 
 
 def batch_logps(model: nn.Module, batch: dict, route: str, *, chunk_bytes: int | None = None, **options) -> StepLogps:
     """Runs the model and returns the log-probs of the batch's layout, as the loss of the same route sees them."""
     call = call_model(model, batch, route, chunk_bytes)
-    logps: Callable[..., StepLogps] = linear_step_logps if route == "linear" else step_logps
-    return logps(*call.inputs, batch["layout"], **options, **call.options)
+    return call.run(linear_step_logps if call.linear else step_logps, batch["layout"], **options)
 
 
 def text_logits(outputs, layout: StepLayout) -> Tensor:

@@ -131,6 +131,7 @@ class StepPreferenceTrainer(ReferencedTrainer):
         check_optimizer(self, args)
         # Versions of Trainer without loss_is_scaled_for_ga decide by this whether to divide by the accumulation steps.
         self.model_accepts_loss_kwargs = True
+        self._partition()
         self.route = choose_route(self.model, args.route, args.device)
         if isinstance(self.data_collator, StepPreferenceCollator) and collates:
             self.sharing = choose_sharing(self.model, args.prefix_sharing, packing=args.packing)
@@ -159,16 +160,14 @@ class StepPreferenceTrainer(ReferencedTrainer):
         options = {"num_items": num_items, "backend": args.backend, **self._loss_options}
         options |= {"ref": self._reference_of(batch), "reference_free": not self._takes_reference}
         call = call_model(model, batch, self.route, args.chunk_bytes)
-        if self.route == "linear":
-            hidden, weight = call.inputs
-            out = linear_step_pref_loss(hidden, weight, layout, pairs, **options, **call.options)
+        if call.linear:
+            out = call.run(linear_step_pref_loss, layout, pairs, **options)
         else:
-            (logits,) = call.inputs
-            inplace = args.inplace_backward
+            logits, inplace = call.found, args.inplace_backward
             if inplace is None:
                 inplace = select(args.backend, logits.device.type, logits.dtype) != "reference"
             inplace = inplace and torch.is_grad_enabled()
-            out = step_pref_loss(logits, layout, pairs, inplace_backward=inplace, **options)
+            out = call.run(step_pref_loss, layout, pairs, inplace_backward=inplace, **options)
         return self._with_router_loss(out, call.outputs, num_items)
 
     def _reference_of(self, batch: dict) -> Tensor | None:
@@ -248,7 +247,7 @@ class StepPreferenceTrainer(ReferencedTrainer):
         self._means["eval"] = Means()
         unprepared = not self.accelerator._models
         # accelerate and DeepSpeed prepare no model without its optimizer
-        as_it_is = unprepared and (self._is_sharded or self.zero_stage in (1, 2))
+        as_it_is = unprepared and (self._is_sharded or self.zero_stage)
         if as_it_is:
             self.accelerator._models.append(self.model)
         if as_it_is and self.zero_stage:

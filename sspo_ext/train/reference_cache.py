@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -22,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .checkpoints import naming_the_file
 from .model_call import hf_model
-from .sharded import whole
+from .sharded import is_shared_out, whole
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ class ReferenceCache:
         rank: The number of this process.
         world_size: The number of processes.
         barrier: Waits for all processes.
-        in_step: A block within which processes run the model a different number of times.
+        most: The largest of all processes' numbers, where all of them have to run the model equally often.
         progress: Whether to show a bar.
     """
 
@@ -60,7 +59,7 @@ class ReferenceCache:
     rank: int = 0
     world_size: int = 1
     barrier: Callable[[], None] = lambda: None
-    in_step: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    most: Callable[[int], int] = int
     progress: bool = True
 
     def file(self, key: str, rank: int) -> Path:
@@ -92,12 +91,12 @@ def reference_key(model: nn.Module, settings: dict, *, adapters: bool = False) -
         prefix = getattr(getattr(model, "base_model", None), "prefix", None)
     weights = {
         name: value
-        for name, value in model.state_dict().items()
+        for name, value in model.state_dict(keep_vars=True).items()
         if isinstance(value, Tensor) and not (prefix and (prefix in name or ".modules_to_save." in name))
     }
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         # all processes gather sharded weights in the same order, one at a time
-        sharded = any(hasattr(value, "full_tensor") for value in weights.values())
+        sharded = any(map(is_shared_out, weights.values()))
         digests = (map if sharded else pool.map)(_tensor_digest, weights.values())
         for name, tensor_digest in zip(weights, digests, strict=True):
             digest.update(name.encode() + tensor_digest)
@@ -129,7 +128,8 @@ def _adapter_state(model: nn.Module) -> bytes:
 
 
 def _tensor_digest(value: Tensor) -> bytes:
-    data = whole(value.detach()).cpu().contiguous().reshape(-1)
+    value = whole(value)
+    data = value.cpu().contiguous().reshape(-1)
     digest = hashlib.blake2b(f"{value.dtype}{tuple(value.shape)}".encode(), digest_size=20)
     # numpy's stubs declare an array a buffer only from Python 3.12 on.
     digest.update(data.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
@@ -185,8 +185,15 @@ def add_reference(
     shares = [order[rank :: cache.world_size] for rank in range(cache.world_size)]
     share = shares[cache.rank]
     mine, file = [features[i] for i in share], cache.file(key, cache.rank)
-    with cache.in_step():
-        _compute(mine, counts[share], file, cache, collate, step_sums, name)
+    sums, done = _load(file)
+    if done > len(mine) or len(sums) != counts[share][:done].sum():
+        sums, done = _NOTHING
+    batches = -(-(len(mine) - done) // cache.batch_size)
+    idle = cache.most(batches) - batches
+    if batches:
+        _complete(file, sums, done, mine, cache, collate, step_sums, name)
+    for _ in range(idle):
+        step_sums(collate(features[:1]))
     cache.barrier()
     chosen: list[list[float]] = [[] for _ in features]
     rejected: list[list[float]] = [[] for _ in features]
@@ -203,13 +210,8 @@ def add_reference(
     return [{**f, "ref_chosen": c, "ref_rejected": r} for f, c, r in zip(features, chosen, rejected, strict=True)]
 
 
-def _compute(features, counts: np.ndarray, file: Path, cache: ReferenceCache, collate, step_sums, name: str) -> None:
+def _complete(file: Path, sums: np.ndarray, done: int, features, cache: ReferenceCache, collate, step_sums, name: str):
     """Completes `file`. It holds the sums of the first `rows` rows: row by row, chosen steps, then rejected ones."""
-    sums, done = _load(file)
-    if done > len(features) or len(sums) != counts[:done].sum():
-        sums, done = _NOTHING
-    if done == len(features):
-        return
     parts, saved = [sums], time.monotonic()
     title = f"reference log-probs of {name}"
     bar = tqdm(total=len(features), initial=done, desc=title, unit="row", disable=not cache.progress)

@@ -63,7 +63,7 @@ class ReferencedTrainer(StepTrainer):
             world_size=self.accelerator.num_processes,
             barrier=self.accelerator.wait_for_everyone,
             progress=self.is_world_process_zero() and not self.args.disable_tqdm,
-            in_step=self.in_step,
+            most=self.most,
         )
         known = self._untrained and not self._is_prepared
         if self._reference_key is None and known:

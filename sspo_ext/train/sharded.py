@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..hf.whole_head import head_unit
 from ..hf.wrappers import base_model
 
 
@@ -32,14 +34,9 @@ def in_step(model: nn.Module, device: torch.device) -> Iterator[None]:
         Nothing.
     """
 
-    def anyone_works(this: bool) -> bool:
-        flag = torch.tensor(float(this), device=device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return flag.item() > 0
-
     def tell(module: nn.Module, args: tuple) -> None:
         if not idle:
-            anyone_works(True)
+            most(1, device)
 
     def idle_forward() -> None:
         with torch.no_grad():
@@ -53,7 +50,7 @@ def in_step(model: nn.Module, device: torch.device) -> Iterator[None]:
         idle = False
         yield
         idle = True
-        while anyone_works(False):
+        while most(0, device):
             idle_forward()
     finally:
         handle.remove()
@@ -75,7 +72,6 @@ def shard(model: nn.Module, accelerator: Any) -> None:
         ValueError: For a head that is tied to the embeddings, with accelerate 1.14, which would shard the weight twice.
     """
     from accelerate.utils import fsdp_utils
-    from torch.distributed.fsdp import FSDPModule
 
     inner: Any = base_model(model)
     head = inner.get_output_embeddings()
@@ -91,19 +87,62 @@ def shard(model: nn.Module, accelerator: Any) -> None:
         model = fsdp_utils.fsdp2_apply_ac(accelerator, model)
         plugin.activation_checkpointing = False  # else it is applied once more when training begins
     fsdp_utils.fsdp2_prepare_model(accelerator, model)
-    around = [
-        module
-        for module in model.modules()
-        if isinstance(module, FSDPModule) and any(part is head for part in module.modules())
-    ]
-    if around:  # the last one is the innermost
-        around[-1].set_reshard_after_forward(False, recurse=False)
+    unit = head_unit(model, head)
+    if unit is not None:
+        unit.set_reshard_after_forward(False, recurse=False)
+
+
+def partition(model: nn.Module, accelerator: Any, args: Any) -> Any:
+    """Shares a model's weights out in place by ZeRO-3, as DeepSpeed does when a training begins.
+
+    From then on every forward of the model gathers its weights. Before an optimizer is made, `destroy` of what is
+    returned has to take the hooks away.
+
+    Args:
+        model: The model, whole or shared out when it was loaded.
+        accelerator: Of accelerate, with DeepSpeed.
+        args: Of Trainer. They fill in what is "auto" in DeepSpeed's config.
+
+    Returns:
+        DeepSpeed's engine, without an optimizer.
+    """
+    import deepspeed
+
+    config = copy.deepcopy(accelerator.state.deepspeed_plugin.hf_ds_config)
+    config.trainer_config_finalize(args, model, 0)
+    for part in ("optimizer", "scheduler"):
+        config.del_config_sub_tree(part)
+    return deepspeed.initialize(model=model, config=config.config)[0]
+
+
+def is_shared_out(weight: torch.Tensor) -> bool:
+    """Whether a process has only a part of a weight, so that all of them have to gather it."""
+    return hasattr(weight, "full_tensor") or hasattr(weight, "ds_id")
 
 
 def whole(weight: torch.Tensor) -> torch.Tensor:
-    """A weight, gathered from all processes if it is sharded by FSDP2."""
-    gather = getattr(weight, "full_tensor", None)
-    return weight if gather is None else gather()
+    """A weight without its gradient, gathered from all processes if FSDP2 or ZeRO-3 has shared it out."""
+    if hasattr(weight, "ds_id"):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([weight]):
+            return weight.detach().clone()
+    gather = getattr(weight.detach(), "full_tensor", None)
+    return weight.detach() if gather is None else gather()
+
+
+def most(number: int, device: torch.device) -> int:
+    """The largest of all processes' numbers."""
+    flag = torch.tensor(number, device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return int(flag.item())
+
+
+def everywhere(flags: list[bool]) -> list[bool]:
+    """Which of the flags are True on all processes."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, flags)
+    return [all(of_flag) for of_flag in zip(*found, strict=True)]
 
 
 def reshard(model: nn.Module) -> None:

@@ -47,7 +47,7 @@ from .options import check_optimizer, dictionary
 from .rollout import end_tokens, make_engine
 from .rollout_trainer import RolloutTrainer
 from .sampling import RolloutEngine
-from .sharded import shard
+from .sharded import partition, shard
 from .sspo_config import SSPOConfig
 from .sspo_inputs import (
     check_batch,
@@ -154,10 +154,13 @@ class SSPOTrainer(RolloutTrainer):
         self.engine = engine or make_engine(
             args.rollout_engine, tokenizer, rows_at_once=args.rollout_batch_size, **options
         )
+        self._partition()
         self.route = choose_route(self.model, args.route, args.device)
         self.sharing = choose_sharing(self.model, args.prefix_sharing)
         self._shard()
-        if self.ref_model is not None and self._is_sharded:
+        if self.ref_model is not None and self.zero_stage == 3:
+            partition(self.ref_model, self.accelerator, args)
+        elif self.ref_model is not None and self._is_sharded:
             shard(self.ref_model, self.accelerator)
         elif self.ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
@@ -305,8 +308,8 @@ class SSPOTrainer(RolloutTrainer):
         args = self.args
         options = {"old": batch.get("old"), "ref": batch.get("ref"), "num_items": num_items, **args.loss_arguments}
         call = call_model(model, batch, self.route, args.chunk_bytes)
-        loss: Callable[..., StepPolicyOutput] = linear_step_policy_loss if self.route == "linear" else step_policy_loss
-        out = loss(*call.inputs, batch["layout"], batch["advantages"], **options, **call.options)
+        loss: Callable[..., StepPolicyOutput] = linear_step_policy_loss if call.linear else step_policy_loss
+        out = call.run(loss, batch["layout"], batch["advantages"], **options)
         return out, router_loss(self.model, call.outputs)
 
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):

@@ -49,7 +49,10 @@ def shard_on_cpus() -> None:
 def zero(stage: int) -> dict:
     """DeepSpeed's config, with all that Trainer fills in."""
     return {
-        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_optimization": {
+            "stage": stage, "stage3_gather_16bit_weights_on_model_save": True,
+            "stage3_param_persistence_threshold": 0,  # of weights that are never shared out
+        },
         "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto", "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
     }  # fmt: skip
