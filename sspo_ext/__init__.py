@@ -16,22 +16,26 @@ from ._source_tree import prefer_installed
 prefer_installed(__path__)
 
 from .layout.pairs import StepPairs  # noqa: E402
+from .layout.part import LayoutPart  # noqa: E402
 from .layout.steps import StepLayout  # noqa: E402
 from .losses.criterion import StepPrefLoss  # noqa: E402
 from .losses.from_logps import policy_loss  # noqa: E402
 from .losses.logps import linear_step_logps, step_logps  # noqa: E402
+from .losses.parts import gather_logps  # noqa: E402
 from .losses.policy import StepPolicyOutput, linear_step_policy_loss, step_policy_loss  # noqa: E402
 from .losses.pref import StepPrefOutput, linear_step_pref_loss, pref_loss, step_pref_loss  # noqa: E402
 from .objective.sums import StepLogps  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
+    "LayoutPart",
     "StepLayout",
     "StepLogps",
     "StepPairs",
     "StepPolicyOutput",
     "StepPrefLoss",
     "StepPrefOutput",
+    "gather_logps",
     "linear_step_logps",
     "linear_step_policy_loss",
     "linear_step_pref_loss",

@@ -8,6 +8,7 @@ from .criterion import StepPrefLoss
 from .from_logps import policy_loss
 from .lists import level_pairs, listwise_loss, plackett_luce_loss, tpo_l_loss, tpo_loss, trpa_loss
 from .logps import linear_step_logps, step_logps
+from .parts import gather_logps
 from .policy import StepPolicyOutput, linear_step_policy_loss, step_policy_loss
 from .pref import StepPrefOutput, linear_step_pref_loss, pref_loss, step_pref_loss
 from .state import RewardMean
@@ -34,6 +35,7 @@ __all__ = [
     "direct_advantage_loss",
     "full_step_dpo_loss",
     "full_step_weights",
+    "gather_logps",
     "implicit_prm_loss",
     "kto_loss",
     "kto_reference_point",

@@ -7,13 +7,14 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.graders import answer_texts
 from ..data.prompts import check_rows
 from ..signals.split import delimiter_mask
 from .limits import check_fits, model_limits
 from .options import dictionary
+from .sharded import is_shared_out, whole
 from .sspo_config import SSPOConfig
 
 
@@ -79,9 +80,17 @@ def has_chat(tokenizer: Any) -> bool:
 
 
 def frozen_copy(model: Any) -> Any:
-    """The reference: a copy in evaluation mode. Frozen parameters are shared, so an adapter's costs only an adapter."""
-    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
-    return copy.deepcopy(model, frozen).eval().requires_grad_(False)
+    """The reference: a copy in evaluation mode. Frozen parameters are shared, so an adapter's costs only an adapter.
+
+    Weights that ZeRO-3 has shared out in loading are gathered, one after the other, onto the host.
+    """
+    known = {}
+    for p in model.parameters():
+        if not p.requires_grad:
+            known[id(p)] = p
+        elif is_shared_out(p):
+            known[id(p)] = nn.Parameter(whole(p).cpu())
+    return copy.deepcopy(model, known).eval().requires_grad_(False)
 
 
 def step_delimiters(model: Any, tokenizer: Any, split_by: str, eos_token_ids: Sequence[int]) -> Tensor:

@@ -20,7 +20,13 @@ from helpers.ranks import sharded_two_ranks
 
 from sspo_ext.train.sharded import shard
 
-CASES = {
+TABLE = {
+    "linear": {}, "linear, lora": {"lora": True}, "logits": {"route": "logits"},
+    "logits, lora": {"route": "logits", "lora": True},
+}  # fmt: skip
+"""The columns of the table in docs/scaling.md, for each way to share the work and each trainer."""
+
+MORE = {
     "ddp-pref": {
         "uneven end": {"rows": 13},
         "fewer rows than processes": {"rows": 1, "save": True},
@@ -31,14 +37,38 @@ CASES = {
         "logits, lora": {"route": "logits", "lora": True, "evaluate": "before after", "save": True},
         "one process has weights": {"layout": "fsdp2-ram", "tied": True, "evaluate": "before"},
         "tied, checkpoints": {"tied": True, "save": True, "save_strategy": "steps", "save_steps": 2},
+        "resharded head": {"layout": "fsdp2-resharded", "evaluate": "before after"},
+        "resharded head, tied": {"layout": "fsdp2-resharded", "tied": True},
     },
     "fsdp2-sspo": {
-        "uneven probes": {"probe_options": {"max_tokens": 40}, "evaluate": "after", "save": True},
+        "linear": {"probe_options": {"max_tokens": 40}, "evaluate": "after", "save": True},
         "compact": {"rollout_engine": "compact", "rollout_batch_size": 2, "route": "logits"},
-        "lora": {"probe_options": {"max_tokens": 40}, "lora": True, "evaluate": "after", "beta": 0.1},
+        "linear, lora": {"probe_options": {"max_tokens": 40}, "lora": True, "evaluate": "after", "beta": 0.1},
         "one process has weights": {"layout": "fsdp2-ram", "beta": 0.1, "evaluate": "before"},
+        "resharded head, lora": {"layout": "fsdp2-resharded", "lora": True, "beta": 0.1},
+    },
+    "zero3-pref": {
+        "linear": {"evaluate": "before after", "save": True, "save_strategy": "steps", "save_steps": 2},
+        "linear, lora": {"lora": True, "evaluate": "before after", "save": True},
+        "tied": {"tied": True},
+        "shared out in loading": {"layout": "zero3-loaded", "evaluate": "before"},
+    },
+    "zero3-sspo": {
+        "linear": {"probe_options": {"max_tokens": 40}, "evaluate": "before after", "save": True},
+        "linear, lora": {"lora": True, "given_adapter": True, "beta": 0.1},
+        "compact": {"rollout_engine": "compact", "rollout_batch_size": 2, "tied": True},
+        "shared out in loading": {"layout": "zero3-loaded", "beta": 0.1},
     },
 }  # fmt: skip
+
+CASES = {
+    f"{layout}-{trainer}": {
+        name: {"layout": layout, "trainer": trainer, **case}
+        for name, case in (TABLE | MORE.get(f"{layout}-{trainer}", {})).items()
+    }
+    for layout in ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+    for trainer in ("pref", "sspo")
+}
 
 
 def worst(one: dict, two: dict) -> float:
@@ -56,8 +86,9 @@ def moved(found: dict, case: dict) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("group", CASES)
 def test_two_processes_train_what_one_does(group, tmp_path):
-    layout, trainer = group.split("-")
-    cases = {name: {"layout": layout, "trainer": trainer, **case} for name, case in CASES[group].items()}
+    if group.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    cases = CASES[group]
     (tmp_path / "two").mkdir()
     torchrun("helpers.ranks.sharded_two_ranks", tmp_path / "two", json.dumps(cases))
     found = torch.load(tmp_path / "two" / "found.pt", weights_only=False)

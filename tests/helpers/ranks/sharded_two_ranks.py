@@ -24,6 +24,7 @@ LAUNCHED_AS = {
         "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_RESHARD_AFTER_FORWARD": "true",
     },
 }  # fmt: skip
+LAUNCHED_AS["fsdp2-resharded"] = LAUNCHED_AS["fsdp2"]
 LAUNCHED_AS["fsdp2-ram"] = LAUNCHED_AS["fsdp2"] | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 """What `accelerate launch` puts into the environment, with its defaults."""
 
@@ -81,21 +82,50 @@ def model_of(trainer: str, tied: bool, lora: bool):
     return model, config
 
 
+def loaded_in_parts(folder: Path, model, options: dict):
+    """The model as `from_pretrained` loads it while there are arguments with ZeRO-3, and these arguments."""
+    from transformers import AutoModelForCausalLM
+
+    args = preference.config(folder, **options)
+    if args.process_index == 0:
+        model.save_pretrained(folder / "start")
+    torch.distributed.barrier()
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "start", dtype=torch.float32)
+    assert all(p.numel() == 0 for p in loaded.parameters())
+    return loaded, args
+
+
+def reshard_everything(model) -> None:
+    """Makes FSDP2 shard all weights again after each forward, those of the head too."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(True, recurse=False)
+
+
 def trained(
     folder: Path, *, trainer: str, layout: str = "ddp", route: str = "linear", tied: bool = False, lora: bool = False,
-    evaluate: str = "", save: bool = False, rows: int = 16, stream: bool = False, **options,
+    evaluate: str = "", save: bool = False, rows: int = 16, stream: bool = False, given_adapter: bool = False,
+    **options,
 ) -> dict:  # fmt: skip
     """Three updates: the trained weights, the log, evaluations, and the weights that were saved."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and layout.startswith("zero"):
-        options |= {"deepspeed": zero(int(layout[-1])), "use_cpu": False}
+        options |= {"deepspeed": zero(int(layout[4])), "use_cpu": False}
     more = {"route": route, "max_steps": 3, **options}
     model, adapter = model_of(trainer, tied, lora)
+    if world > 1 and layout == "zero3-loaded":
+        model, arguments = loaded_in_parts(folder, model, options)
     if layout == "fsdp2-ram" and int(os.environ.get("RANK", 0)):
         with torch.no_grad():  # only the first process has loaded weights
             for p in model.parameters():
                 p.fill_(torch.nan)
     torch.manual_seed(0)  # of a new adapter
+    if given_adapter:
+        from peft import get_peft_model
+
+        model, adapter = get_peft_model(model, adapter), None
     if trainer == "sspo":
         made = rl.make_trainer(
             folder, model, peft_config=adapter, per_device_train_batch_size=2,
@@ -108,6 +138,8 @@ def trained(
         features = preference.make_features(rows)
         dataset = Stream(features) if stream else features
         made = StepPreferenceTrainer(model, args, dataset, features[:5], peft_config=adapter)
+    if world > 1 and layout == "fsdp2-resharded":
+        reshard_everything(made.model)
     found = {"before": made.evaluate()} if "before" in evaluate else {}
     made.train()
     assert world == 1 or made.is_fsdp_enabled == layout.startswith("fsdp2")
@@ -159,6 +191,7 @@ def main(folder: Path, cases: dict[str, dict]) -> dict:
 
 
 if __name__ == "__main__":
+    os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
     shard_on_cpus()
     out = Path(sys.argv[1])
