@@ -50,7 +50,7 @@ def check_head(model: nn.Module, sample_inputs: dict[str, Any]) -> LMHead:
 
 
 def compare_head(model: nn.Module, sample_inputs: dict[str, Any]) -> None:
-    """The comparison of `check_head`, also of a head that FSDP2 or ZeRO-3 has whole inside its own call only."""
+    """The comparison of `check_head`, also of a head that ZeRO-3 has whole inside its own call only."""
     inner, _ = find_head(model)
 
     def compare(passed: Tensor, head: LMHead) -> None:

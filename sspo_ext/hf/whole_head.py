@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The LM head outside the model's forward, where FSDP2 and ZeRO-3 may have taken its weight apart again."""
+"""The LM head outside the model's forward, where ZeRO-3 has taken its weight apart again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from .head import LMHead, model_head
@@ -19,11 +18,9 @@ Found = TypeVar("Found")
 def with_head(model: nn.Module, hidden: Tensor, function: Callable[[Tensor, LMHead], Found]) -> Found:
     """Call `function(hidden, head)` where the head's weight is whole and its gradient goes where the optimizer looks.
 
-    For most models this is `function(hidden, model_head(model))`. FSDP2 gathers the weight first, if the forward has
-    resharded it. ZeRO-3 has a whole weight only inside a call of the module that owns it, so that module is called once
-    more, with `function` as its forward: DeepSpeed's own hooks gather the weight and reduce its gradient.
-
-    All processes of FSDP2 and ZeRO-3 have to make the call.
+    For most models this is `function(hidden, model_head(model))`. ZeRO-3 has a whole weight only inside a call of the
+    module that owns it, so that module is called once more, with `function` as its forward: DeepSpeed's own hooks
+    gather the weight and reduce its gradient. All its processes have to make the call.
 
     Args:
         model: the outermost module, as for `forward_hidden`, whose forward this follows.
@@ -47,23 +44,7 @@ def with_head(model: nn.Module, hidden: Tensor, function: Callable[[Tensor, LMHe
     if hasattr(weight, "ds_id"):
         owner = next(part for part in head.modules() if any(p is weight for p in part.parameters(recurse=False)))
         return _as_forward(owner, model, hidden, function)
-    unit = head_unit(model, head)
-    if unit is None or not hasattr(weight, "placements"):
-        return function(hidden, model_head(model))
-    unit.unshard()
-    try:
-        return function(hidden, model_head(model))
-    finally:
-        if not torch.is_grad_enabled():  # else backward needs it, and reshards it
-            unit.reshard()
-
-
-def head_unit(model: nn.Module, head: nn.Module) -> Any:
-    """Return the module that FSDP2 shards as one unit with the head's weight; None without FSDP2."""
-    from torch.distributed.fsdp import FSDPModule
-
-    around = [m for m in model.modules() if isinstance(m, FSDPModule) and any(part is head for part in m.modules())]
-    return around[-1] if around else None  # the last one is the innermost
+    return function(hidden, model_head(model))
 
 
 def _as_forward(owner: nn.Module, model: nn.Module, hidden: Tensor, function: Callable[[Tensor, LMHead], Any]) -> Any:

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..hf.whole_head import head_unit
 from ..hf.wrappers import base_model
 
 
@@ -72,6 +71,7 @@ def shard(model: nn.Module, accelerator: Any) -> None:
         ValueError: For a head that is tied to the embeddings, with accelerate 1.14, which would shard the weight twice.
     """
     from accelerate.utils import fsdp_utils
+    from torch.distributed.fsdp import FSDPModule
 
     inner: Any = base_model(model)
     head = inner.get_output_embeddings()
@@ -87,9 +87,13 @@ def shard(model: nn.Module, accelerator: Any) -> None:
         model = fsdp_utils.fsdp2_apply_ac(accelerator, model)
         plugin.activation_checkpointing = False  # else it is applied once more when training begins
     fsdp_utils.fsdp2_prepare_model(accelerator, model)
-    unit = head_unit(model, head)
-    if unit is not None:
-        unit.set_reshard_after_forward(False, recurse=False)
+    around = [
+        module
+        for module in model.modules()
+        if isinstance(module, FSDPModule) and any(part is head for part in module.modules())
+    ]
+    if around:  # the last one is the innermost
+        around[-1].set_reshard_after_forward(False, recurse=False)
 
 
 def partition(model: nn.Module, accelerator: Any, args: Any) -> Any:

@@ -9,9 +9,9 @@ import json
 
 import pytest
 import torch
-
 from helpers.launch import torchrun
 from helpers.ranks import cut_rows
+
 from sspo_ext import LayoutPart, StepLayout, gather_logps, step_logps
 
 

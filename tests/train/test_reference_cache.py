@@ -51,6 +51,27 @@ def forwards(model, count):
     return model
 
 
+def test_a_process_with_fewer_batches_runs_the_model_as_often_as_the_others(tmp_path):
+    features, model, calls = make_features(5), make_model(), []
+
+    def step_sums(batch):
+        calls.append(batch["layout"].num_sequences // 2)
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return step_logps(logits, batch["layout"], backend="reference").sums.detach()
+
+    def added(name, **options):
+        cache = ReferenceCache(tmp_path / name, batch_size=2, progress=False, **options)
+        return add_reference(features, "key", cache, StepPreferenceCollator(0), step_sums)
+
+    alone = added("alone")
+    assert calls == [2, 2, 1]
+    asked = []
+    assert added("beside others", most=lambda batches: asked.append(batches) or 5) == alone
+    assert asked == [3] and calls[3:] == [2, 2, 1, 1, 1]
+    assert added("beside others", most=lambda batches: asked.append(batches) or 2) == alone
+    assert asked == [3, 0] and calls[8:] == [1, 1]
+
+
 def test_reference_is_computed_once(tmp_path):
     features, folder = make_features(6), tmp_path / "cache"
     options = {

@@ -18,6 +18,8 @@ pytest.importorskip("transformers")
 from helpers.launch import torchrun
 from helpers.ranks import sharded_two_ranks
 
+from sspo_ext.train import loaded_weights
+from sspo_ext.train.base import StepTrainer
 from sspo_ext.train.sharded import shard
 
 TABLE = {
@@ -37,15 +39,12 @@ MORE = {
         "logits, lora": {"route": "logits", "lora": True, "evaluate": "before after", "save": True},
         "one process has weights": {"layout": "fsdp2-ram", "tied": True, "evaluate": "before"},
         "tied, checkpoints": {"tied": True, "save": True, "save_strategy": "steps", "save_steps": 2},
-        "resharded head": {"layout": "fsdp2-resharded", "evaluate": "before after"},
-        "resharded head, tied": {"layout": "fsdp2-resharded", "tied": True},
     },
     "fsdp2-sspo": {
         "linear": {"probe_options": {"max_tokens": 40}, "evaluate": "after", "save": True},
         "compact": {"rollout_engine": "compact", "rollout_batch_size": 2, "route": "logits"},
         "linear, lora": {"probe_options": {"max_tokens": 40}, "lora": True, "evaluate": "after", "beta": 0.1},
         "one process has weights": {"layout": "fsdp2-ram", "beta": 0.1, "evaluate": "before"},
-        "resharded head, lora": {"layout": "fsdp2-resharded", "lora": True, "beta": 0.1},
     },
     "zero3-pref": {
         "linear": {"evaluate": "before after", "save": True, "save_strategy": "steps", "save_steps": 2},
@@ -125,3 +124,27 @@ def test_rows_cut_between_processes_are_refused(trainer, kind, tmp_path, monkeyp
     monkeypatch.setattr(Trainer, f"get_{kind}", lambda self: 2)
     with pytest.raises(ValueError, match=f"parallelism_config: expected .*{kind}=1.* got .*2"):
         sharded_two_ranks.trained(tmp_path, trainer=trainer)
+
+
+def test_vllm_beside_zero3_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(StepTrainer, "zero_stage", 3)
+    with pytest.raises(ValueError, match="rollout_engine: expected 'generate' or 'compact' with ZeRO-3, got 'vllm'"):
+        sharded_two_ranks.trained(tmp_path, trainer="sspo", rollout_engine="vllm")
+
+
+def test_a_part_of_a_weight_that_is_not_finite_is_found_by_every_process(monkeypatch):
+    """ZeRO-3 leaves a parameter empty, and its part beside it; another process may have the part that is wrong."""
+    others = {"wrong here": [True, True], "wrong there": [True, False]}
+    for name, other in others.items():
+        model = torch.nn.Linear(2, 2, bias=True)
+        for p in model.parameters():
+            p.ds_id, p.ds_tensor, p.data = 0, p.detach().flatten()[:1].clone(), torch.empty(0)
+        if name == "wrong here":
+            model.bias.ds_tensor.fill_(torch.nan)
+        monkeypatch.setattr(
+            loaded_weights,
+            "everywhere",
+            lambda flags, other=other: [a and b for a, b in zip(flags, other, strict=True)],
+        )
+        with pytest.raises(ValueError, match="model: weight bias is not finite after 3 updates"):
+            loaded_weights.check_finite(model, "after 3 updates")

@@ -22,6 +22,7 @@ from benchmarks.models import families  # noqa: E402
 from sspo_ext.hf.check import check_head  # noqa: E402
 from sspo_ext.hf.forward import forward_hidden  # noqa: E402
 from sspo_ext.hf.head import model_head  # noqa: E402
+from sspo_ext.hf.whole_head import with_head  # noqa: E402
 from sspo_ext.hf.wrappers import UnsupportedHead  # noqa: E402
 from sspo_ext.losses.pref import linear_step_pref_loss  # noqa: E402
 
@@ -64,11 +65,15 @@ def data_parallel(rank: int, tied: bool) -> None:
         model = wrap(families.build(name))
         resharded = way == "FSDP2, resharded"
         if resharded:
-            try:
-                check_head(model, {"input_ids": mine})
-                raise AssertionError("a sharded weight passed")
-            except UnsupportedHead as error:
-                assert "sharded by FSDP2" in str(error), error
+            for refused in (
+                lambda: check_head(model, {"input_ids": mine}),  # noqa: B023
+                lambda: with_head(model, forward_hidden(model, input_ids=mine)[0], lambda h, head: head),  # noqa: B023
+            ):
+                try:
+                    refused()
+                    raise AssertionError("a sharded weight passed")
+                except UnsupportedHead as error:
+                    assert "sharded by FSDP2" in str(error), error
         else:
             check_head(model, {"input_ids": mine})
         for _ in range(2):
@@ -76,7 +81,7 @@ def data_parallel(rank: int, tied: bool) -> None:
             hidden, _ = forward_hidden(model, input_ids=mine)
             if resharded:
                 model.unshard()
-            model_head(model).logits(hidden).square().sum().backward()
+            with_head(model, hidden, lambda hidden, head: head.logits(hidden).square().sum()).backward()
             error = worst(model, expected, 2.0)
             assert error < 2e-6, f"{way}, tied={tied}: {error}"
     try:

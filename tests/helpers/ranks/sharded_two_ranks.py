@@ -24,7 +24,6 @@ LAUNCHED_AS = {
         "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_RESHARD_AFTER_FORWARD": "true",
     },
 }  # fmt: skip
-LAUNCHED_AS["fsdp2-resharded"] = LAUNCHED_AS["fsdp2"]
 LAUNCHED_AS["fsdp2-ram"] = LAUNCHED_AS["fsdp2"] | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 """What `accelerate launch` puts into the environment, with its defaults."""
 
@@ -95,15 +94,6 @@ def loaded_in_parts(folder: Path, model, options: dict):
     return loaded, args
 
 
-def reshard_everything(model) -> None:
-    """Makes FSDP2 shard all weights again after each forward, those of the head too."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_reshard_after_forward(True, recurse=False)
-
-
 def trained(
     folder: Path, *, trainer: str, layout: str = "ddp", route: str = "linear", tied: bool = False, lora: bool = False,
     evaluate: str = "", save: bool = False, rows: int = 16, stream: bool = False, given_adapter: bool = False,
@@ -138,8 +128,6 @@ def trained(
         features = preference.make_features(rows)
         dataset = Stream(features) if stream else features
         made = StepPreferenceTrainer(model, args, dataset, features[:5], peft_config=adapter)
-    if world > 1 and layout == "fsdp2-resharded":
-        reshard_everything(made.model)
     found = {"before": made.evaluate()} if "before" in evaluate else {}
     made.train()
     assert world == 1 or made.is_fsdp_enabled == layout.startswith("fsdp2")
