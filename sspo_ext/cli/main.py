@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parsed(sys.argv[1:] if argv is None else argv)
     try:
         options.run(options)
+        _leave_processes()
         return 0
     except ModuleNotFoundError as error:
         root = (error.name or "").partition(".")[0]
@@ -58,6 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     print(f"sspo-ext {options.command}: error: {message}", file=sys.stderr)
     return 2
+
+
+def _leave_processes() -> None:
+    """Ends the processes' group and what holds it, while the interpreter is whole.
+
+    The threads of a group that ends with the interpreter may want it once more, and abort the process.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        gc.collect()  # a trainer is in cycles, and its DDP model holds the group
+        distributed.destroy_process_group()
 
 
 def parsed(argv: Sequence[str]) -> argparse.Namespace:

@@ -24,7 +24,7 @@ INPUTS = {name: BATCH[name] for name in ("input_ids", "attention_mask")}
 
 
 def shared_out(model, *, doubled: bool = False):
-    """Gives the head hooks like DeepSpeed's: gather before its forward, release after it, and a mark on what it gave."""
+    """Gives the head hooks like DeepSpeed's: gather before its forward, release after it, a mark on what it gave."""
     head, calls = model.get_output_embeddings(), []
     whole, empty = head.weight.data, torch.empty(0)
     head.weight.ds_id, head.weight.ds_shape = 0, whole.shape

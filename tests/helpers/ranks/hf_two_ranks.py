@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: E402
 
 from benchmarks.models import families  # noqa: E402
+from helpers.ranks import leave  # noqa: E402
 from sspo_ext.hf.check import check_head  # noqa: E402
 from sspo_ext.hf.forward import forward_hidden  # noqa: E402
 from sspo_ext.hf.head import model_head  # noqa: E402
@@ -121,7 +122,7 @@ def main() -> None:
     tensor_parallel(rank, Path(sys.argv[1]))
     if rank == 0:
         print("all right")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 
 from helpers import preference, rl  # noqa: E402
+from helpers.ranks import leave  # noqa: E402
 from sspo_ext.train.preference_trainer import StepPreferenceTrainer  # noqa: E402
 
 LAUNCHED_AS = {
@@ -186,4 +187,4 @@ if __name__ == "__main__":
     found = main(out, json.loads(sys.argv[2]))
     if torch.distributed.get_rank() == 0:
         torch.save(found, out / "found.pt")
-    torch.distributed.destroy_process_group()
+    leave()

@@ -14,6 +14,7 @@ warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
 
+from helpers.ranks import leave  # noqa: E402
 from helpers.rl import make_trainer, parameters  # noqa: E402
 
 # times, and what padding costs, depend on how the rows are shared out
@@ -39,4 +40,4 @@ if __name__ == "__main__":
     found = main(out)
     if torch.distributed.get_rank() == 0:
         torch.save(found, out / "found.pt")
-    torch.distributed.destroy_process_group()
+    leave()

@@ -12,6 +12,7 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 
 from helpers.preference import config, make_features, make_model, parameters  # noqa: E402
+from helpers.ranks import leave  # noqa: E402
 from sspo_ext.train.preference_trainer import StepPreferenceTrainer  # noqa: E402
 
 
@@ -33,4 +34,4 @@ if __name__ == "__main__":
     found = main(out, batch_size=2)
     if torch.distributed.get_rank() == 0:
         torch.save(found, out / "found.pt")
-    torch.distributed.destroy_process_group()
+    leave()
