@@ -27,6 +27,7 @@ from .checkpoints import (
     put_in_place,
     rotate,
     updates_done,
+    written,
 )
 from .loaded_weights import check_adapter, check_finite, check_loaded, naming_the_adapter
 from .model_call import batch_logps
@@ -177,9 +178,8 @@ class StepTrainer(Trainer):
         self.save_model()
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            temporary = mark.with_name(f"{STATE}.tmp")
-            self.state.save_to_json(str(temporary))
-            os.replace(temporary, mark)
+            with written(mark) as temporary:
+                self.state.save_to_json(str(temporary))
             shutil.rmtree(mark.with_name(UNFINISHED), ignore_errors=True)  # of a run that was killed
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -295,6 +295,9 @@ class StepTrainer(Trainer):
             with naming_the_file(new):
                 super()._save_checkpoint(model, trial)
                 self._name_the_best(new, place)
+        except OSError:
+            shutil.rmtree(work, ignore_errors=True)  # a full disk is not filled with half a checkpoint
+            raise
         finally:
             self._work = None
         self.accelerator.wait_for_everyone()

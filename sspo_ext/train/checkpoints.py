@@ -169,3 +169,15 @@ def naming_the_file(place: Path) -> Iterator[None]:
         if isinstance(error, SafetensorError):
             file = place / "*.safetensors"  # it leaves nothing of the file
         raise OSError(f"{str(file)!r} cannot be written: {str(error).splitlines()[0]}") from error
+
+
+@contextlib.contextmanager
+def written(place: Path) -> Iterator[Path]:
+    """A temporary file that gets its name `place` when all of it is written. Nothing of it stays after an error."""
+    temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+    try:
+        with naming_the_file(place):
+            yield temporary
+        os.replace(temporary, place)
+    finally:
+        temporary.unlink(missing_ok=True)

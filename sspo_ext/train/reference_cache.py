@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .checkpoints import naming_the_file
+from .checkpoints import written
 from .model_call import hf_model
 from .sharded import is_shared_out, whole
 
@@ -248,7 +248,5 @@ def _load(file: Path) -> tuple[np.ndarray, int]:
 def _save(file: Path, sums: np.ndarray, rows: int) -> None:
     """Writes a temporary file, then renames it, so that no reader sees half a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    with naming_the_file(temporary), open(temporary, "wb") as out:
+    with written(file) as temporary, open(temporary, "wb") as out:
         np.savez(out, sums=sums.astype(np.float32), rows=rows)
-    os.replace(temporary, file)

@@ -259,6 +259,7 @@ def test_a_full_disk(runs, make, tmp_path, limit, name):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (tmp_path / "unfinished").exists()
     again = make(tmp_path)
     again.train(resume_from_checkpoint=True)
     whole = load_file(runs[make] / "checkpoint-4" / "model.safetensors")
@@ -277,7 +278,21 @@ def test_a_full_disk_for_the_result_or_the_reference(tmp_path):
             StepPreferenceTrainer(make_pair_model(), config(tmp_path), features)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not (tmp_path / "trainer_state.json").exists()
+    assert not (tmp_path / "trainer_state.json").exists() and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_full_disk_for_the_mark_of_a_result(tmp_path, monkeypatch):
+    trainer = preference(tmp_path)
+    monkeypatch.setattr(trainer, "save_model", lambda: None)
+    trainer.state.log_history = [{"loss": 0.5}] * 400
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        with pytest.raises(OSError, match=rf"{tmp_path}/trainer_state.json' cannot be written: "):
+            trainer.save_result()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.glob("trainer_state*"))
 
 
 @TRAINERS
