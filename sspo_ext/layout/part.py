@@ -24,6 +24,7 @@ class LayoutPart(Built, TensorBundle):
     where the rows are cut, as layouts made of pieces of labels would lose it.
 
     Examples:
+        >>> positions = torch.arange(16).chunk(1)[0]  # those of process 0 of 1
         >>> part = LayoutPart.from_positions(layout, positions)
         >>> mine = step_logps(logits[:, positions], part.layout)
         >>> logps = gather_logps(mine, part)  # of the whole layout, on every process

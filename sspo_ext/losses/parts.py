@@ -31,7 +31,7 @@ def gather_logps(logps: StepLogps, part: LayoutPart, group: Any = None) -> StepL
     Args:
         logps: StepLogps of `part.layout`, of `step_logps` or `linear_step_logps`.
         part: LayoutPart of this process.
-        group: the process group that shares the rows; None is the default group.
+        group: the process group that shares the rows; None is the default group, or this process alone without one.
 
     Returns:
         StepLogps of `part.whole`, for `pref_loss`, `policy_loss` and every loss that takes StepLogps.
@@ -41,8 +41,10 @@ def gather_logps(logps: StepLogps, part: LayoutPart, group: Any = None) -> StepL
         ValueError: The log-probs are not those of the part's layout, or a scored row is on no process or on several.
 
     Examples:
+        >>> positions = torch.arange(16).chunk(1)[0]  # those of process 0 of 1
         >>> part = LayoutPart.from_positions(layout, positions)
-        >>> logps = gather_logps(linear_step_logps(hidden, weight, part.layout), part, group)
+        >>> mine = linear_step_logps(hidden[:, positions], model.lm_head.weight, part.layout)
+        >>> out = policy_loss(gather_logps(mine, part), layout, advantages)
     """
     check_kind("logps", logps, StepLogps, "StepLogps")
     check_kind("part", part, LayoutPart, "a LayoutPart")
@@ -72,7 +74,8 @@ class _Gather(torch.autograd.Function):
         everyone = values.new_zeros(len(values) + 1, part.whole.num_rows)
         everyone[:-1, part.rows] = values
         everyone[-1, part.rows] = 1
-        dist.all_reduce(everyone, group=group)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(everyone, group=group)
         return everyone
 
     @staticmethod

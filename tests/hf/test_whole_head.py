@@ -2,9 +2,8 @@
 """`with_head`, with a stand-in for ZeRO-3: a weight that is empty outside a call of its module.
 
 tests/train/test_sharded.py has DeepSpeed itself. Mutations tried (what was broken -> which tests went red):
-    the function is called without the module  -> under ZeRO-3, both
-    what comes out of the module is not used   -> under ZeRO-3, the gradient
-    the module keeps the function as its forward -> the module is as before
+    the function is called without the module  -> all three under ZeRO-3
+    what comes out of the module is not used   -> the forward and the gradient under ZeRO-3
 """
 
 import pytest

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of a layout at some positions, by hand."""
+"""The part of a layout at some positions, by hand.
+
+Mutations tried (what was broken -> which tests went red):
+    a label is with its own position            -> both tests of parts
+    offsets of sequences are those of the whole -> a label is with the position before it
+"""
 
 import pytest
 import torch

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows cut between two gloo processes: loss and gradients are those of one process, for both routes.
-
-Mutations tried (what was broken -> which tests went red):
-    BREAKS
-"""
+"""Rows cut between two gloo processes: loss and gradients are those of one process, for both routes."""
 
 import json
 

@@ -132,10 +132,6 @@ def test_vllm_beside_zero3_is_refused(tmp_path, monkeypatch):
         sharded_two_ranks.trained(tmp_path, trainer="sspo", rollout_engine="vllm")
 
 
-def both(one: list[bool], other: list[bool]) -> list[bool]:
-    return [a and b for a, b in zip(one, other, strict=True)]
-
-
 def test_a_part_of_a_weight_that_is_not_finite_is_found_by_every_process(monkeypatch):
     """ZeRO-3 leaves a parameter empty, and its part beside it; another process may have the part that is wrong."""
     others = {"wrong here": [True, True], "wrong there": [True, False]}
