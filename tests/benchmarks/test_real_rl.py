@@ -115,7 +115,7 @@ def test_right_share(folder, monkeypatch):
     class Knows:
         def complete(self, model, prompts, sampling, seeds):
             assert sampling.temperature == 1 and [tokenizer.decode(p) for p in prompts] == [p.prompt for p in problems]
-            texts = [f"#### {p.answer}<eos>" for p in problems[:2]] + [f"#### {problems[2].answer}", "#### 99<eos>"]
+            texts = [f"#### {p.answer}<eos>" for p in problems[:2]] + [f"#### {problems[2].answer}\n", "#### 99<eos>"]
             return [tokenizer(text).input_ids for text in texts]
 
     monkeypatch.setattr(word_start, "make_engine", lambda *_: Knows())
@@ -134,12 +134,14 @@ def test_an_arm_runs(folder, tmp_path, arm):
     json.dumps(row)
 
 
-def test_a_stopped_run_goes_on(folder, tmp_path):
+def test_a_stopped_run_goes_on(folder, tmp_path, capsys):
     """Red: the checkpoint not looked for."""
     first = run(settings(folder), "rloo", 0, tmp_path)
     assert len(first["curves"]["tokens"]) == 1
+    capsys.readouterr()
     more = run(settings(folder, updates=3), "rloo", 0, tmp_path)
     assert more["updates"] == 3 and more["curves"]["update"] == [1, 2, 3]
+    assert [line[0] for line in capsys.readouterr().out.splitlines() if line[0].isdigit()] == ["2", "3"]
     assert more["curves"]["tokens"][0] == first["curves"]["tokens"][0]
     with pytest.raises(SystemExit, match=r"has checkpoints of other settings \(lr 0.001 and not 0.1\)"):
         run(settings(folder, lr=0.1), "rloo", 0, tmp_path)
