@@ -5,7 +5,8 @@ The revision sees the question and a first answer. Its best form is pi'(y2 | y1)
 and that of the answers is then pi(y) ~ ref(y) pi'(y | y) / ref(y | y): an answer is likely if the revision would keep
 it. Both are differences of log-ratios over a pair, so both are squares of step log-probs, without a partition sum.
 
-Shows: sampled accuracy on other problems of first answers, and of their revisions, before and after.
+Shows: the mean of the squares, and sampled accuracy on other problems of first answers and of their revisions, before
+    and after. Neither got better when we ran it: this shows how the loss is made, not that it helps.
 
 System: SRPO
 Paper: arXiv 2406.01660
