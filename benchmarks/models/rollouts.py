@@ -37,7 +37,7 @@ from sspo_ext._help import DefaultsFormatter
 from sspo_ext.train.experience import prompt_ids
 from sspo_ext.train.models import load_model
 from sspo_ext.train.rollout import end_tokens, make_engine, up_to_end
-from sspo_ext.train.sampling import Sampling
+from sspo_ext.train.sampling import Completions, Sampling
 from sspo_ext.train.sspo_config import SSPOConfig
 from sspo_ext.train.sspo_trainer import SSPOTrainer
 
@@ -118,7 +118,8 @@ def engines(dtype: str, options) -> dict:
     def ours(name: str) -> None:
         engine = make_engine(name, tokenizer)
         seeds = [(len(tokens[name]), i) for i in range(len(prompts))]
-        written = [len(completion) for completion in engine.complete(model, prompts, sampling, seeds)]
+        made = Completions.of(engine.complete(model, prompts, sampling, seeds))
+        written = [len(completion) for completion in made.token_ids]
         tokens[name].append(sum(written))
         lengths[:] = sorted(written)
 

@@ -17,7 +17,7 @@ from sspo_ext._help import DefaultsFormatter
 from sspo_ext.hf.forward import forward_hidden
 from sspo_ext.train.models import load_model
 from sspo_ext.train.rollout import make_engine
-from sspo_ext.train.sampling import Sampling
+from sspo_ext.train.sampling import Completions, Sampling
 
 from .real_run import model_folder
 from .word_problems import WordProblems, solution_text
@@ -191,7 +191,8 @@ def right_share(model, tokenizer, task: WordProblems, size: int, seed: int) -> f
     prompts = [encode(tokenizer, p.prompt) for p in problems]
     sampling, seeds = Sampling(200, (tokenizer.eos_token_id,)), [(seed, i) for i in range(size)]
     with torch.autocast(model.device.type, torch.bfloat16):
-        found = make_engine("compact", tokenizer).complete(model, prompts, sampling, seeds)
+        made = make_engine("compact", tokenizer).complete(model, prompts, sampling, seeds)
+    found = Completions.of(made).token_ids
     texts = [tokenizer.decode(ids[:-1]) if ids[-1] == tokenizer.eos_token_id else "" for ids in found]
     return sum(task.reward(p.prompt, text, p.answer) for p, text in zip(problems, texts, strict=True)) / size
 

@@ -209,7 +209,8 @@ def _trl_chunked():
     from trl.trainer import utils
 
     # private names of TRL: a version without them raises AttributeError, and is then not run
-    return utils._ChunkedLogProbFunction, utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    kernel = utils._ChunkedLogProbFunction  # pyright: ignore[reportPrivateImportUsage]
+    return kernel, utils._CHUNKED_LOGPROB_CHUNK_SIZE
 
 
 def trl_chunked_loss(problem: LinearProblem, rows: Tensor | None = None) -> Tensor:

@@ -64,17 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _leave_processes() -> None:
-    """Ends the processes' group and what holds it, while the interpreter is whole.
-
-    The threads of a group that ends with the interpreter may want it once more, and abort the process.
-    """
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        gc.collect()  # a trainer is in cycles, and its DDP model holds the group
-        distributed.destroy_process_group()
-
-
 def parsed(argv: Sequence[str]) -> argparse.Namespace:
     """The options of a command, of its config file too. A mistake ends the process with exit code 2."""
     parser = build_parser()

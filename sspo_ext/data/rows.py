@@ -210,7 +210,7 @@ def _prompt_and_responses(row: Mapping) -> tuple[Any, Any, Any]:
     return prompt, chosen, rejected
 
 
-def _parted(prompt: Any, chosen: list, rejected: list) -> tuple[Any, list, list]:
+def _parted(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, list, list]:
     """Prompt and responses of messages, where these may be whole conversations."""
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
     shared = sum(1 for _ in same)

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
-
 # The fields of a config that a card tells, where they differ from the class's defaults or have no plain ones.
 _TOLD = (
     "loss_type", "loss_weights", "loss_options", "beta", "label_smoothing", "reference_free", "combine", "baseline",
@@ -17,13 +15,13 @@ _TOLD = (
 )  # fmt: skip
 
 
-def model_card(trainer: Trainer, model_name: str, tags: list[str] | None = None) -> str:
+def model_card(trainer: Any, model_name: str, tags: list[str] | None = None) -> str:
     """The text of a model card.
 
     Nothing in it depends on the machine: folders are named by their last part, if at all.
 
     Args:
-        trainer: A trainer, before or after its training.
+        trainer: A transformers.Trainer, before or after its training.
         model_name: The title.
         tags: More tags than "sspo_ext".
 
@@ -63,7 +61,7 @@ def model_card(trainer: Trainer, model_name: str, tags: list[str] | None = None)
     )
 
 
-def write_model_card(trainer: Trainer, folder: Path, model_name: str, tags: list[str] | None = None) -> None:
+def write_model_card(trainer: Any, folder: Path, model_name: str, tags: list[str] | None = None) -> None:
     """Writes the card as README.md."""
     (folder / "README.md").write_text(model_card(trainer, model_name, tags), "utf-8")
 

@@ -110,7 +110,7 @@ def partition(model: nn.Module, accelerator: Any, args: Any) -> Any:
     Returns:
         DeepSpeed's engine, without an optimizer.
     """
-    import deepspeed
+    import deepspeed  # pyright: ignore[reportMissingImports]  # the user's own choice
 
     config = copy.deepcopy(accelerator.state.deepspeed_plugin.hf_ds_config)
     config.trainer_config_finalize(args, model, 0)
@@ -127,7 +127,7 @@ def is_shared_out(weight: torch.Tensor) -> bool:
 def whole(weight: torch.Tensor) -> torch.Tensor:
     """A weight without its gradient, gathered from all processes if FSDP2 or ZeRO-3 has shared it out."""
     if hasattr(weight, "ds_id"):
-        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
 
         with GatheredParameters([weight]):
             return weight.detach().clone()
