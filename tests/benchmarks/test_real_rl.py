@@ -50,7 +50,7 @@ def settings(folder, **other):
     options = vars(parse(["--updates", "1", "--prompts", "2", "--num-generations", "2", "--accumulation", "2",
                           "--held-out", "4", "--budget-chains", "2", "--max-completion-length", "12", "--lora-r", "2",
                           "--save-steps", "1"]))  # fmt: skip
-    return {**options, "name": "tiny", "model_path": str(folder), **other}
+    return {**options, "name": "tiny", "model_path": str(folder), "command": "", **other}
 
 
 def test_the_upper_layers_get_an_adapter(folder):
@@ -181,7 +181,8 @@ def fake(arm, seed, correct, tokens, updates=16):
         "device": "cpu",
         "threads": 1,
     }
-    return {"name": "tiny", "data": "words", "arm": arm, "seed": seed, "updates": updates if arm != "start" else 0,
+    return {"name": "tiny", "data": "words", "command": "python -m benchmarks real-rl",
+            "arm": arm, "seed": seed, "updates": updates if arm != "start" else 0,
             "settings": shown, "probe": "####", "hardware": {"cpu": "a cpu", "torch": "2"}, "cpu_seconds": 3.0,
             "sampled_tokens": 2000, "greedy": numbers, "sampled": numbers, "groups": ["en", "zh", "en", "zh"],
             "budget": {**budget, "area": 0.5}, "chains": [chain] * 4}  # fmt: skip
@@ -192,7 +193,7 @@ def test_report(tmp_path):
     rows = [fake("start", 0, [1, 0, 1, 0], [100] * 4), fake("rloo", 0, [1, 1, 1, 0], [90] * 4),
             fake("rloo", 1, [1, 1, 1, 1], [90] * 4), fake("sspo-0", 0, [1, 1, 1, 1], [60] * 4)]  # fmt: skip
     records.write(tmp_path / TABLE, rows)
-    text = write_report(tmp_path, "python -m benchmarks real-rl")
+    text = write_report(tmp_path)
     assert (
         "Which probe" not in text and "`python -m benchmarks real-rl`" in text and "**This table is partial.**" in text
     )
@@ -202,7 +203,7 @@ def test_report(tmp_path):
         assert f"(tiny-words{name}.png)" in text and (tmp_path / f"tiny-words{name}.png").exists()
     assert (tmp_path / "RESULTS.md").read_text(encoding="utf-8") == text
     records.write(tmp_path / TABLE, [{**row, "probe_table": "| probe | en |"} for row in rows])
-    assert "### Which probe makes the model answer\n\n| probe | en |\n" in write_report(tmp_path, "")
+    assert "### Which probe makes the model answer\n\n| probe | en |\n" in write_report(tmp_path)
 
 
 def test_verdict():
@@ -247,7 +248,7 @@ def test_the_same_command_goes_on(tmp_path, monkeypatch):
             finished()
 
     monkeypatch.setattr(command, "execute", execute)
-    monkeypatch.setattr(command, "write_report", lambda folder, text: text)
+    monkeypatch.setattr(command, "write_report", lambda folder: "")
     monkeypatch.setattr(command, "model_folder", lambda name: name)
     arguments = [
         "--output",

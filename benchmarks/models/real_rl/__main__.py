@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     name = options.name or Path(options.model).name
     settings = {k: v for k, v in vars(options).items() if k not in ("output", "work", "arms", "seeds", "redo")}
-    settings |= {"name": name, "model_path": model_folder(options.model)}
+    command = " ".join(["python -m benchmarks real-rl", *shown(argv)])
+    settings |= {"name": name, "model_path": model_folder(options.model), "command": command}
     if options.data == "words" and not options.as_it_is:
         start = Path(options.start) if options.start else work / "start"
         settings["model_path"] = str(start)
@@ -53,18 +54,17 @@ def main(argv: list[str] | None = None) -> None:
     (work / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
     records.collect(output / TABLE, output / "runs", KEY)
     todo = todo_of(options, settings, records.read(output / TABLE))
-    command = " ".join(["python -m benchmarks real-rl", *shown(argv)])
 
     def finished() -> None:
         records.collect(output / TABLE, output / "runs", KEY)
-        write_report(output, command)
+        write_report(output)
 
     # the first run finds the probe, if there is none yet, and the others read it
     alone = todo[:1] if options.data == "gsm8k" and not (work / "probe.json").exists() else []
     for some in (alone, todo[len(alone) :]):
         made = [job(arm, seed, options) for arm, seed in some]
         execute(made, work / "logs", "runs", options.jobs, last_line, options.threads, finished)
-    print(write_report(output, command))
+    print(write_report(output))
 
 
 def todo_of(options: argparse.Namespace, settings: dict, rows: list[dict]) -> list[tuple[str, int]]:

@@ -14,6 +14,7 @@ from sspo_ext.signals.probing.budget import BudgetCurve
 from sspo_ext.tracing.budgets import draw_budget_curves
 from sspo_ext.tracing.picture import draw_chain
 
+from ..real_run import with_notes
 from .arms import ARMS
 
 TABLE = "real_rl.jsonl"
@@ -40,21 +41,13 @@ def read_runs(folder: Path) -> dict[tuple[str, str], dict[str, list[dict]]]:
     return tasks
 
 
-def write_report(folder: Path, command: str) -> str:
-    """Writes RESULTS.md and the pictures from the folder's table of runs.
-
-    Args:
-        folder: With the table.
-        command: That was typed last.
-
-    Returns:
-        The report.
-    """
+def write_report(folder: Path) -> str:
+    """Writes RESULTS.md and the pictures from the folder's table of runs. Returns the report."""
     tasks = read_runs(folder)
-    parts = ["# SSPO on a real language model", f"`{command}`", HOW]
+    parts = ["# SSPO on a real language model", HOW]
     for (name, data), arms in sorted(tasks.items()):
         parts += section(name, data, arms, folder)
-    text = "\n\n".join(parts) + "\n"
+    text = with_notes("\n\n".join(parts) + "\n", folder)
     (folder / "RESULTS.md").write_text(text, encoding="utf-8")
     return text
 
@@ -76,8 +69,10 @@ def section(name: str, data: str, arms: Arms, folder: Path) -> list[str]:
     stem = f"{name}-{data}"
     shown = trained["settings"]
     size = len(some["greedy"]["correct"])
+    commands = dict.fromkeys(run["command"] for runs in arms.values() for run in runs)
     parts = [
         f"## {name}, {data}",
+        "\n\n".join(f"`{command}`" for command in commands),
         f"{trained['updates']} updates of {shown['prompts']} problems x {shown['num_generations']} samples, learning "
         f"rate {shown['lr']:g}, LoRA of rank {shown['lora_r']} on the upper {shown['lora_share']:.0%} of the layers, "
         f"probe `{some['probe']}`; {size} held-out problems. {some['hardware']['cpu']}, {shown['device']}, "

@@ -87,7 +87,7 @@ def run(settings: dict, arm_name: str, seed: int, work: Path) -> dict:
     trainer.args.max_completion_length = settings["max_completion_length"] or task.max_completion_length
     samples = settings["prompts"] * settings["num_generations"]
     row = {
-        **{name: settings[name] for name in ("name", "data")},
+        **{name: settings[name] for name in ("name", "data", "command")},
         "arm": arm_name,
         "seed": seed,
         "updates": settings["updates"] if arm.trains else 0,
