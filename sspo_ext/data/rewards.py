@@ -25,6 +25,7 @@ class RewardFunctions:
         ValueError: For no function, or weights that do not fit.
 
     Examples:
+        >>> from sspo_ext.data.rewards import RewardFunctions
         >>> def right(prompt, completion, answer):
         ...     return float(completion == answer)
         >>> def brief(prompts, completions, **columns):

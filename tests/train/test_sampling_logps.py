@@ -74,7 +74,8 @@ class Operations(TorchDispatchMode):
 
 
 def draw(logits, uniform):
-    cumulative = (logits.float() / 1.0).softmax(-1).cumsum(-1)
+    """What a draw needs, written down once more."""
+    cumulative = logits.float().softmax(-1).cumsum(-1)
     target = uniform[torch.arange(5), 0, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=25)
 

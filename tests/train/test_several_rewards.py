@@ -30,7 +30,7 @@ def loud(prompts, completions, **columns):
 
 
 def sometimes(prompts, completions, **columns):
-    return [None if "1" in prompt else (len(text) % 5) / 4 for prompt, text in zip(prompts, completions, strict=True)]
+    return [None if "333" in text else (len(text) % 5) / 4 for text in completions]
 
 
 SAID = ["1\n22<eos>", "333<eos>", "44\n5\n6<eos>", "5\n55555<eos>"]
@@ -134,6 +134,7 @@ def test_completions_that_are_cut_off_are_left_out(tmp_path):
     tokenizer = make_tokenizer()
     texts = ["1\n22<eos>", "333\n333333333", "44<eos>", "5\n5<eos>"]  # the second one has no end
     options = {"tokenizer": tokenizer, "engine": Says(tokenizer, texts), "max_steps": 1, "combine": "outcome"}
+    options["prefix_sharing"] = False
     seen = {}
 
     def run(name, **more):
@@ -154,9 +155,8 @@ def test_completions_that_are_cut_off_are_left_out(tmp_path):
     assert [r.advantages for r in seen["plain"]] == [r.advantages for r in seen["masked"]]
     ((batch, (items,)),) = micro
     tokens = sum(len(r.completion_ids) for r in seen["masked"] if r.ended)
-    assert len(batch["layout"].row_of_token) == tokens if hasattr(batch["layout"], "row_of_token") else True
     assert float(items) == tokens  # the loss divides by what is scored
-    assert batch["input_ids"].shape[1] == 4 + 6  # and the model reads nothing of what is not
+    assert batch["input_ids"].shape == (4, 5 + 5)  # and the model reads nothing of what is not
     assert (moved(plain) - moved(masked)).abs().max() > 1e-4
 
 

@@ -128,7 +128,9 @@ def test_rows_cut_between_processes_are_refused(trainer, kind, tmp_path, monkeyp
 
 def test_vllm_beside_zero3_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(StepTrainer, "zero_stage", 3)
-    with pytest.raises(ValueError, match="rollout_engine: expected 'generate' or 'compact' with ZeRO-3, got 'vllm'"):
+    with pytest.raises(
+        ValueError, match="rollout_engine: expected 'auto', 'compact' or 'generate' with ZeRO-3, got 'vllm'"
+    ):
         sharded_two_ranks.trained(tmp_path, trainer="sspo", rollout_engine="vllm")
 
 

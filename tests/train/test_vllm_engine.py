@@ -268,7 +268,7 @@ def test_a_training_probes_through_the_engine(tmp_path):
 
 
 def test_what_cannot_probe_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="probe_engine: expected a rollout engine with `logprobs`, .*GenerateEngine"):
+    with pytest.raises(ValueError, match="probe_engine: expected a rollout engine with `logprobs`, .*CompactEngine"):
         make_trainer(tmp_path, probe_engine="rollout")
     with pytest.raises(ValueError, match="probe_engine: expected one of 'policy', 'rollout'"):
         make_trainer(tmp_path, probe_engine="vllm")

@@ -14,7 +14,6 @@ from sspo_ext.signals.probing.budget import BudgetCurve
 from sspo_ext.tracing.budgets import draw_budget_curves
 from sspo_ext.tracing.picture import draw_chain
 
-from ..real_run import with_notes
 from .arms import ARMS
 
 TABLE = "real_rl.jsonl"
@@ -47,7 +46,7 @@ def write_report(folder: Path) -> str:
     parts = ["# SSPO on a real language model", HOW]
     for (name, data), arms in sorted(tasks.items()):
         parts += section(name, data, arms, folder)
-    text = with_notes("\n\n".join(parts) + "\n", folder)
+    text = records.with_notes("\n\n".join(parts) + "\n", folder)
     (folder / "RESULTS.md").write_text(text, encoding="utf-8")
     return text
 
