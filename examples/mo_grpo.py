@@ -3,13 +3,14 @@
 
 Two rewards: whether the answer is right, 0 or 1, and minus ten for every idle line ("wait let me think again").
 GRPO adds them and normalises the sum; MO-GRPO normalises each within its group and adds.
+`SSPOTrainer` does so with `multi_objective_aggregation="normalize_then_sum"` and a list of reward functions.
 
 Shows: idle lines vanish under both. GRPO on the sum pays for that with right answers, and MO-GRPO gains some.
 
 System: MO-GRPO
 Paper: arXiv 2509.22047
 Changes: the advantage is the sum of each reward's own normalised advantage
-Ours: the two rewards
+Ours: the two rewards; each reward's advantages are scaled once more over the batch, as in GDPO (arXiv 2601.05242)
 """
 
 import copy
@@ -18,23 +19,17 @@ import torch
 
 from sspo_ext import step_policy_loss
 from sspo_ext.demo.play import Task, load_start, policy_batch, sampled, sized, table
-from sspo_ext.signals import outcome_advantages
+from sspo_ext.signals import rewards_advantages
 
 PROMPTS, SAMPLES, UPDATES = sized(24, 4), 8, sized(10, 2)
 task = Task("sums")
 start, tokenizer = load_start()
 
 
-def grpo(rewards, groups):
-    return outcome_advantages(sum(rewards.values()), "grpo", groups=groups)
-
-
-def mo_grpo(rewards, groups):
-    return sum(outcome_advantages(reward, "grpo", groups=groups) for reward in rewards.values())
-
+groups = torch.arange(PROMPTS).repeat_interleave(SAMPLES)
 
 found = []
-for name, advantages_of in (("GRPO on the sum", grpo), ("MO-GRPO", mo_grpo)):
+for name, how in (("GRPO on the sum", "sum_then_normalize"), ("MO-GRPO", "normalize_then_sum")):
     model = copy.deepcopy(start)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.95), weight_decay=0.0)
     for k in range(UPDATES):
@@ -46,7 +41,8 @@ for name, advantages_of in (("GRPO on the sum", grpo), ("MO-GRPO", mo_grpo)):
             "right": torch.tensor([reward for _, reward in graded]),
             "idle": -10.0 * torch.tensor([t.count("wait") for t, _ in graded]),
         }
-        advantages = advantages_of(rewards, torch.arange(PROMPTS).repeat_interleave(SAMPLES))
+        both = torch.stack([*rewards.values()], 1)
+        advantages = rewards_advantages(both, "grpo", groups=groups, how=how)
         out = step_policy_loss(
             model.train()(**batch["inputs"]).logits, layout, advantages, loss_type="ppo", aggregation="sequence"
         )
