@@ -71,6 +71,8 @@ def _read(path: str) -> Mapping:
 def _arguments(name: str, action: argparse.Action, value: Any) -> Iterator[str]:
     """An option as it is written on the command line."""
     if value is None:  # as if it were left out
+        if action.default is not None:
+            raise ValueError("expected a value, got null; leave it out for the default")
         return
     if action.nargs == 0:
         if not isinstance(value, bool):
@@ -91,4 +93,6 @@ def _arguments(name: str, action: argparse.Action, value: Any) -> Iterator[str]:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, float) and abs(value) < 1:  # "-1e-05" would be read as an option
+        return f"{value:.20f}".rstrip("0") + ("0" if value == 0 else "")
     return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -163,7 +163,7 @@ def _add_correction(parser: argparse.ArgumentParser) -> None:
     add, name = group.add_argument, "--vllm-importance-sampling"
     add(
         f"{name}-correction", action=argparse.BooleanOptionalAction,
-        help="weigh completions by the trainer's probability over the engine's (default: with --rollout-engine vllm)",
+        help="weigh completions by the trainer's probability over the engine's (default: with vLLM)",
     )  # fmt: skip
     add(
         f"{name}-mode", default="sequence_mask", choices=_MODES,
@@ -202,6 +202,7 @@ def run(options: argparse.Namespace) -> None:
     """Train, evaluate before and after, save the model and progress.png."""
     from ..data.graders import load_grader
     from ..data.prompts import load_prompt_rows
+    from ..data.rewards import RewardFunctions
 
     # Cheap checks come first: options, folder, rows, grader, arguments, then the model.
     _check_options(options)
@@ -218,6 +219,7 @@ def run(options: argparse.Namespace) -> None:
     from ..train.sspo_trainer import SSPOTrainer
 
     graders = [load_grader(name) for name in options.grader]
+    RewardFunctions(graders, options.reward_weights)  # refuses weights that do not fit
     # vLLM is given the weights with the adapter merged, and needs the model that they fit
     rollout_options = (
         {"model": adapter_base(options.model) or options.model} if options.rollout_engine == "vllm" else {}

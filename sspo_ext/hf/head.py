@@ -116,7 +116,7 @@ def model_head(model: nn.Module) -> LMHead:
             )
     weight = _checked_parameter(inner, head, "weight", 2)
     bias = None if getattr(head, "bias", None) is None else _checked_parameter(inner, head, "bias", 1)
-    scale, softcap, vocabulary = _head_map(inner)
+    scale, softcap, vocabulary = head_map(inner)
     if vocabulary is not None and vocabulary < weight.shape[0]:
         weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
     return LMHead(weight, bias, scale, softcap)
@@ -153,7 +153,7 @@ def _checked_parameter(inner: nn.Module, head: nn.Module, name: str, ndim: int) 
     return weight
 
 
-def _head_map(inner: nn.Module) -> tuple[float, float | None, int | None]:
+def head_map(inner: nn.Module) -> tuple[float, float | None, int | None]:
     """(scale, softcap, number of vocabulary entries that the logits keep), as the text config declares them."""
     config = text_config(inner)
     kind = getattr(config, "model_type", None)

@@ -105,6 +105,7 @@ def _rows_of(layout: StepLayout, kept: np.ndarray, rows: np.ndarray, length: int
         step_of_row=_tensor(of_row, layout),
         sequence_offsets=_tensor(offsets[first_steps], layout, torch.int32),
         row_of=_tensor(row_of, layout, torch.int32),
+        kept=None if layout.kept is None else layout.kept.of_rows(kept),
         shape=(layout.shape[0], length),
         host_step_offsets=torch.from_numpy(offsets),
         host_sequence_offsets=torch.from_numpy(offsets[first_steps]),

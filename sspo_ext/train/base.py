@@ -192,12 +192,15 @@ class StepTrainer(Trainer):
         check_finite(self.model, f"after {self.state.global_step} updates")
         folder = Path(output_dir or self.args.output_dir)
         with naming_the_file(folder) if self._work is None else contextlib.nullcontext():
-            super().save_model(output_dir, _internal_call)
-            if self.is_fsdp_enabled and not _internal_call and "FULL" not in str(self._fsdp.state_dict_type):
-                # Trainer writes no weights then
+            # Trainer writes no weights then, and would upload none
+            late = self.is_fsdp_enabled and not _internal_call and "FULL" not in str(self._fsdp.state_dict_type)
+            super().save_model(output_dir, _internal_call or late)
+            if late:
                 self._save(str(folder), state_dict=self.accelerator.get_state_dict(self.model))
             if self.args.should_save and folder.is_dir():
                 write_model_card(self, folder, self.hub_name)
+            if late and self.args.push_to_hub:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     @property
     def hub_name(self) -> str:
@@ -215,7 +218,9 @@ class StepTrainer(Trainer):
         """
         if self.is_world_process_zero():
             more = [tags] if isinstance(tags, str) else tags
-            write_model_card(self, Path(self.args.output_dir), model_name or self.hub_name, more)
+            # Trainer's push_to_hub gives the last part of the name on the hub
+            name = self.hub_name if model_name in (None, self.hub_name.rpartition("/")[2]) else model_name
+            write_model_card(self, Path(self.args.output_dir), str(name), more)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Trainer's. A loss that is not finite ends the training, so that its model is not saved as the result."""

@@ -87,7 +87,7 @@ class Summary(NamedTuple):
     def of(cls, place: int, rollout: Rollout) -> Summary:
         """The summary of a rollout."""
         r = rollout
-        return cls(place, r.reward, len(r.steps), r.values, len(r.completion_ids), r.ended, r.rewards)
+        return cls(place, r.reward, len(r.steps), r.values, len(r.completion_ids), r.ended, r.rewards or [r.reward])
 
 
 class PromptSampler(Sampler[int]):

@@ -16,8 +16,9 @@ from .._checks import check_choice
 from ..data.sharing import PREFIX_SHARING, PrefixSharing
 from ..hf.check import compare_head
 from ..hf.forward import forward_hidden
+from ..hf.head import head_map
 from ..hf.whole_head import with_head
-from ..hf.wrappers import UnsupportedHead, base_model, model_device, text_config
+from ..hf.wrappers import UnsupportedHead, base_model, model_device, text_config, unsupported
 from ..layout.steps import StepLayout
 from ..losses.logps import linear_step_logps, step_logps
 from ..objective.sums import StepLogps
@@ -31,13 +32,15 @@ logger = logging.getLogger(__name__)
 ROUTES = ("linear", "logits", "auto")
 
 
-def choose_route(model: nn.Module, route: str, device: torch.device) -> str:
+def choose_route(model: nn.Module, route: str, device: torch.device, *, narrowed: bool = False) -> str:
     """Decides the route by the linear route's self-check, which runs the model itself on the device where it is.
 
     Args:
         model: A causal LM.
         route: One of `ROUTES`.
         device: The device of the batches. A model with a device map takes its inputs there.
+        narrowed: Whether log-probs are taken among the tokens that top-p or top-k kept, which the linear route does not
+            for a model that caps its logits.
 
     Returns:
         "linear" or "logits": the answer of the first process, on every process.
@@ -50,7 +53,7 @@ def choose_route(model: nn.Module, route: str, device: torch.device) -> str:
     if route == "logits":
         return route
     # Under FSDP only the first process may hold the weights; the memory of the others is not initialised.
-    (refusal,) = broadcast_object_list([_refusal(model, device)])
+    (refusal,) = broadcast_object_list([_refusal(model, device, narrowed)])
     if refusal is None:
         logger.info("linear route: the logits are never stored")
         return "linear"
@@ -60,7 +63,9 @@ def choose_route(model: nn.Module, route: str, device: torch.device) -> str:
     return "logits"
 
 
-def _refusal(model: nn.Module, device: torch.device) -> UnsupportedHead | None:
+def _refusal(model: nn.Module, device: torch.device, narrowed: bool) -> UnsupportedHead | None:
+    if narrowed and head_map(hf_model(model))[1] is not None:
+        return unsupported(hf_model(model), "caps its logits, which the linear route does not beside top_p or top_k")
     weight: Tensor = hf_model(model).get_input_embeddings().weight
     if getattr(model, "hf_device_map", None) is None:
         # Trainer has already moved the model, or leaves it where it is; FSDP and DeepSpeed have not split it yet.

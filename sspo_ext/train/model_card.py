@@ -41,7 +41,7 @@ def model_card(trainer: Any, model_name: str, tags: list[str] | None = None) -> 
         tags=["sspo_ext", *(tags or [])],
     )
     kind = type(trainer).__name__
-    adapter = " a LoRA adapter of" if config else ""
+    adapter = f" an adapter ({_plain_kind(config)}) of" if config else ""
     told = {name: getattr(trainer.args, name) for name in _TOLD if hasattr(trainer.args, name)}
     settings = [f"| {name} | {_plain(value)} |" for name, value in told.items() if value not in (None, {}, [])]
     return "\n".join(
@@ -62,7 +62,10 @@ def model_card(trainer: Any, model_name: str, tags: list[str] | None = None) -> 
 
 
 def write_model_card(trainer: Any, folder: Path, model_name: str, tags: list[str] | None = None) -> None:
-    """Writes the card as README.md."""
+    """Writes the card as README.md. One that neither this package nor PEFT has written stays as it is."""
+    before = folder / "README.md"
+    if before.is_file() and not any(mark in before.read_text("utf-8") for mark in ("sspo_ext", "library_name: peft")):
+        return
     (folder / "README.md").write_text(model_card(trainer, model_name, tags), "utf-8")
 
 
@@ -81,6 +84,11 @@ def _name(path: str) -> str:
     known = str(path or "")
     on_the_hub = known.count("/") <= 1 and not known.startswith(("/", ".", "~")) and not Path(known).exists()
     return known if on_the_hub else Path(known).name
+
+
+def _plain_kind(configs: Mapping) -> str:
+    kind = next(iter(configs.values())).peft_type
+    return str(getattr(kind, "value", kind))
 
 
 def _plain(value: Any) -> str:

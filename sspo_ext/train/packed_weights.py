@@ -43,7 +43,13 @@ def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     return (
         type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.numel() >= _WORTH
         and _dtype(weight) in _DTYPES and torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()
+        and _bf16_is_there(_dtype(weight))
     )  # fmt: skip
+
+
+def _bf16_is_there(dtype: torch.dtype) -> bool:
+    """False for bfloat16 on CPUs for which oneDNN has none."""
+    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _dtype(weight: Tensor) -> torch.dtype:

@@ -222,8 +222,8 @@ class SSPOConfig(TrainingArguments):
             raise type(error)(f"probe_options: {error}") from None
         check_choice("probe_engine", self.probe_engine, PROBE_ENGINES)
         if self.probe_engine == "rollout":
-            for name in ("engine", "max_tokens"):
-                if name in given:
+            for name in given:
+                if name not in ("mode", "reduce", "floor"):
                     raise ValueError(f"probe_options: {name} has no effect with probe_engine='rollout', got {given}")
             if given.get("mode", "likelihood") != "likelihood":
                 raise ValueError("probe_engine: expected 'policy' with probe_options mode 'graded', got 'rollout'")

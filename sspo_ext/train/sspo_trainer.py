@@ -59,6 +59,7 @@ from .sspo_inputs import (
     frozen_copy,
     step_delimiters,
 )
+from .vllm_requests import VLLMRequests
 
 
 class SSPOTrainer(RolloutTrainer):
@@ -164,8 +165,10 @@ class SSPOTrainer(RolloutTrainer):
             args.rollout_engine, tokenizer, rows_at_once=args.rollout_batch_size, **options
         )
         check_engine(self.engine, args.probe_engine)
+        if self.zero_stage == 3 and isinstance(self.engine, VLLMRequests):
+            raise ValueError(f"engine: expected one without vLLM with ZeRO-3, got {type(self.engine).__name__}")
         self._partition()
-        self.route = choose_route(self.model, args.route, args.device)
+        self.route = choose_route(self.model, args.route, args.device, narrowed=args.top_p < 1 or args.top_k > 0)
         self.sharing = choose_sharing(self.model, args.prefix_sharing)
         self._shard()
         if self.ref_model is not None and self.zero_stage == 3:
@@ -269,8 +272,8 @@ class SSPOTrainer(RolloutTrainer):
         """Gathers the rollouts of all processes, and sets rewards and advantages of this process's."""
         shared = [Summary.of(place, rollout) for place, rollout in zip(places, rollouts, strict=True)]
         everyone = sorted(gather_object(shared)) if self.accelerator.num_processes > 1 else sorted(shared)
-        everyone = with_worst_rewards(everyone, self.rewards)
-        several = len(self.rewards.functions) > 1
+        args, everyone = self.args, with_worst_rewards(everyone, self.rewards)
+        several = len(self.rewards.functions) > 1 or args.reward_weights is not None
         advantages = self.advantages(
             torch.tensor([row.rewards if several else row.reward for row in everyone]),
             [row.steps for row in everyone],

@@ -94,10 +94,17 @@ def _example(action):
 
 
 def test_the_command_line_comes_first(tmp_path):
-    given = config(tmp_path, "lr: 1e-6\nbf16: true\nprefix_sharing: no\nloss-option: {a: 1}\nseed:\n")
+    given = config(tmp_path, "lr: 1e-6\nbf16: true\nprefix_sharing: no\nloss-option: {a: 1}\neval_steps:\n")
     options = parsed(["train", *NEEDED, *given, "--lr", "3e-6", "--loss-option", "b=2"])
     assert (options.lr, options.bf16, options.prefix_sharing, options.seed) == (3e-6, True, False, 0)
+    assert options.eval_steps is None
     assert options.loss_option == [("a", 1.0), ("b", 2.0)]
+
+
+def test_small_numbers_are_no_options(tmp_path):
+    given = config(tmp_path, "reward_weights: [1, -0.00001, -1.0e-9, 0.0]\n")
+    options = parsed(["rl", *NEEDED, *given])
+    assert options.reward_weights == [1.0, -1e-5, -1e-9, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +114,7 @@ def test_the_command_line_comes_first(tmp_path):
         ("batch_sise: 1", "'batch_sise' is no option of this command; is batch-size meant?"),
         ("config: x", "'config' is no option"),
         ("bf16: 1", "bf16: expected true or false, got 1"),
+        ("lr:", "lr: expected a value, got null; leave it out for the default"),
         ("lr: [1, 2]", "lr: expected one value, got [1, 2]"),
         ("lr: fast", "argument --lr: expected a finite number, 0 or above, got 'fast'"),
         ("- lr", "expected options by their names, got list"),
@@ -212,6 +220,15 @@ def test_a_card_beside_every_saved_model(model, pairs, tmp_path, lora):
         assert sorted(found) == ["q_proj", "v_proj"]
 
 
+def test_a_readme_of_someone_else_stays(model, pairs, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "README.md").write_text("# My project\n")
+    assert train(model, pairs, out) == 0
+    assert (out / "README.md").read_text() == "# My project\n"
+    assert "sspo_ext" in (out / "checkpoint-2" / "README.md").read_text()
+
+
 def test_a_card_of_a_model_of_the_hub():
     from sspo_ext.train.model_card import _name
 
@@ -226,7 +243,7 @@ def test_push_to_hub(model, pairs, tmp_path, monkeypatch, every_save):
 
     def upload(self, *, repo_id, folder_path, **more):
         card = Path(folder_path) / "README.md"
-        known = card.is_file() and "sspo_ext" in card.read_text()
+        known = card.is_file() and 'load_model("me/mine")' in card.read_text()
         sent.append((repo_id, (Path(folder_path) / "model.safetensors").exists(), known))
         return SimpleNamespace(done=lambda: True, result=lambda: None)
 

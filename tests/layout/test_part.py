@@ -9,7 +9,7 @@ Mutations tried (what was broken -> which tests went red):
 import pytest
 import torch
 
-from sspo_ext import LayoutPart, StepLayout
+from sspo_ext import LayoutPart, StepLayout, step_logps
 from sspo_ext.tree import TokenTree
 
 LABELS = torch.tensor([[9, 5, 6, 7, 8, 4], [9, 5, 3, 2, 1, 0]])
@@ -43,6 +43,20 @@ def test_packed_rows_and_all_positions():
     for name in ("rows", "labels", "weights", "step_offsets", "step_of_row", "sequence_offsets", "row_of"):
         assert torch.equal(getattr(everything, name), getattr(LAYOUT, name)), name
     assert LayoutPart.from_positions(LAYOUT, []).layout.num_rows == 0
+
+
+@pytest.mark.parametrize("cut", ([0, 1, 5], [0, 1, 2], [3, 4], []))
+def test_a_part_keeps_the_kept_tokens_of_its_rows(cut):
+    """Log-probs among the tokens that sampling kept, of a part and of the whole."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 6, 12, generator=g)
+    others = [torch.randperm(12, generator=g)[: 1 + i % 4].tolist() for i in range(LAYOUT.num_rows)]
+    sets = [{int(label), *more} for label, more in zip(LAYOUT.labels, others, strict=True)]
+    narrow = LAYOUT.with_kept_tokens([sorted(one) for one in sets])
+    whole, plain = step_logps(logits, narrow).tokens, step_logps(logits, LAYOUT).tokens
+    part = LayoutPart.from_positions(narrow, cut)
+    torch.testing.assert_close(step_logps(logits[:, cut], part.layout).tokens, whole[part.rows])
+    assert not torch.allclose(whole, plain)
 
 
 def test_what_cannot_be_cut_is_refused():

@@ -89,6 +89,16 @@ def test_a_function_that_applies_nowhere_or_tells_nothing():
         torch.testing.assert_close(found, alone, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", BASELINES)
+def test_rewards_that_do_not_differ_are_not_blown_up(name):
+    """A constant reward, or one completion to which a function applies, beside one that tells something."""
+    values = rewards()
+    for silent in ([1.0] * 12, [-3.0, *[NAN] * 11]):
+        values[:, 1] = torch.tensor(silent)
+        found = rewards_advantages(values, name, groups=GROUPS, how="normalize_then_sum")
+        assert found.abs().max() < 8, name
+
+
 def test_sums():
     values = torch.tensor([[1.0, NAN], [NAN, NAN], [2.0, 3.0]], requires_grad=True)
     found = summed_rewards(values, [1, -1])

@@ -220,6 +220,17 @@ def test_packed_weights_compute_the_same(autocast):
     assert exact.abs().max() > 0.2
 
 
+def test_a_processor_without_bfloat16_packs_none(monkeypatch):
+    """oneDNN refuses to lay out such weights there, with an error of its own."""
+    model, x = layers(), torch.randn(5, 2, 300)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), packed_weights(model, 10):
+        assert not any("forward" in vars(layer) for name, layer in model.items() if name != "mine")
+        run(model, x)
+    with packed_weights(model, 10):
+        assert any("forward" in vars(layer) for name, layer in model.items() if name != "mine")
+
+
 def test_packed_weights_are_taken_off_and_made_anew():
     model, x = layers(), torch.randn(3, 300)
     with pytest.raises(RuntimeError, match="inside"), packed_weights(model, 3):

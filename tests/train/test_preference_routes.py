@@ -49,6 +49,16 @@ def test_routes_agree(tmp_path, make):
     torch.testing.assert_close(runs["linear"][1], runs["logits"][1], rtol=1e-4, atol=1e-5)
 
 
+def test_capped_logits_among_kept_tokens_take_the_logits_route():
+    """The linear loss refuses them, which a training with top_p would find after its first rollouts."""
+    device = torch.device("cpu")
+    assert choose_route(make_gemma2(), "auto", device) == choose_route(make_gemma2(), "linear", device) == "linear"
+    assert choose_route(make_gemma2(), "auto", device, narrowed=True) == "logits"
+    with pytest.raises(UnsupportedHead, match="caps its logits, .* beside top_p or top_k; use route='logits'"):
+        choose_route(make_gemma2(), "linear", device, narrowed=True)
+    assert choose_route(make_model(), "linear", device, narrowed=True) == "linear"
+
+
 def lora_on_the_head():
     from peft import LoraConfig
 

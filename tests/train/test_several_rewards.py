@@ -78,6 +78,17 @@ def test_values_are_about_the_first_function(tmp_path):
     assert seen["one"] == seen["two"] and any(map(any, seen["one"]))
 
 
+def test_a_weight_of_the_one_function_leaves_values_alone(tmp_path):
+    """Step advantages compare rewards with values; a weight is for the outcome's advantage."""
+    seen = {}
+    for name, options in (("plain", {}), ("weighed", {"reward_weights": [0.1]})):
+        engine = Says(make_tokenizer(), SAID)
+        trainer = make_trainer(tmp_path / name, combine="replace", max_steps=1, engine=engine, **options)
+        trainer.on_rollouts = lambda rollouts, name=name: seen.setdefault(name, [r.advantages for r in rollouts])
+        trainer.train()
+    assert seen["plain"] == seen["weighed"] and any(map(any, seen["plain"]))
+
+
 @pytest.mark.parametrize("how", ("sum_then_normalize", "normalize_then_sum"))
 def test_a_loud_function_in_a_training(tmp_path, how):
     options = {"multi_objective_aggregation": how, "combine": "outcome", "max_steps": 1}

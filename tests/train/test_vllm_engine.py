@@ -272,8 +272,9 @@ def test_what_cannot_probe_is_refused(tmp_path):
         make_trainer(tmp_path, probe_engine="rollout")
     with pytest.raises(ValueError, match="probe_engine: expected one of 'policy', 'rollout'"):
         make_trainer(tmp_path, probe_engine="vllm")
-    with pytest.raises(ValueError, match="probe_options: engine has no effect with probe_engine='rollout'"):
-        make_trainer(tmp_path, probe_engine="rollout", probe_options={"engine": "packed"})
+    for name, value in (("engine", "packed"), ("seed", 1), ("num_samples", 5)):
+        with pytest.raises(ValueError, match=f"probe_options: {name} has no effect with probe_engine='rollout'"):
+            make_trainer(tmp_path, probe_engine="rollout", probe_options={name: value})
     with pytest.raises(ValueError, match="probe_engine: expected 'policy' with probe_options mode 'graded'"):
         make_trainer(tmp_path, probe_engine="rollout", probe_options={"mode": "graded"})
     with pytest.raises(ValueError, match="probe_engine: expected 'policy' with combine='outcome'"):

@@ -11,6 +11,8 @@ from torch import Tensor
 from ..._checks import check_choice, check_float, describe
 from .baselines import EPSILON, outcome_advantages
 
+_SAME = 1e-6  # a standard deviation of rewards that do not differ
+
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 
 
@@ -93,7 +95,8 @@ def rewards_advantages(
         applies = ~column.isnan()
         own = outcome_advantages(column[applies], name, groups=None if groups is None else groups[applies])
         std = own.std() if len(own) > 1 else own.new_zeros(())
-        total[applies] += weight * own / (std + EPSILON)
+        # a baseline that takes no mean off leaves equal rewards as they are, and so does this
+        total[applies] += weight * torch.where(std > _SAME, own / (std + EPSILON), own)
     return total
 
 
