@@ -26,9 +26,9 @@ pytest.importorskip("transformers")
 FOLDER = ROOT / "examples"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 NEED = {"lora": "peft", "fast_slow": "peft"}
-# Reduced, these take more than three seconds of a processor.
-LONGER = {"apo", "grpo_steps", "group_losses", "pair_losses", "spo", "two_processes", "webthinker"}
-QUICK = [pytest.param(name, marks=pytest.mark.slow) if name in LONGER else name for name in NAMES]
+# A few run by default, in their reduced size; all of them with the slow tests.
+BY_DEFAULT = {"dpo", "epo", "mo_grpo", "own_steps", "plain_loop", "sspo"}
+QUICK = [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 LONGEST = 140  # lines
 
 
