@@ -6,7 +6,8 @@ and that of the answers is then pi(y) ~ ref(y) pi'(y | y) / ref(y | y): an answe
 it. Both are differences of log-ratios over a pair, so both are squares of step log-probs, without a partition sum.
 
 Shows: the mean of the squares, and sampled accuracy on other problems of first answers and of their revisions, before
-    and after. Neither got better when we ran it: this shows how the loss is made, not that it helps.
+    and after. One seed and few updates, so that some points either way are noise: this shows how the loss is made, not
+    that it helps.
 
 System: SRPO
 Paper: arXiv 2406.01660
