@@ -223,9 +223,9 @@ def test_a_card_beside_every_saved_model(model, pairs, tmp_path, lora):
 def test_a_readme_of_someone_else_stays(model, pairs, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "README.md").write_text("# My project\n")
+    (out / "README.md").write_text("# My project with sspo_ext\n")
     assert train(model, pairs, out) == 0
-    assert (out / "README.md").read_text() == "# My project\n"
+    assert (out / "README.md").read_text() == "# My project with sspo_ext\n"
     assert "sspo_ext" in (out / "checkpoint-2" / "README.md").read_text()
 
 
