@@ -64,7 +64,9 @@ def model_card(trainer: Any, model_name: str, tags: list[str] | None = None) -> 
 def write_model_card(trainer: Any, folder: Path, model_name: str, tags: list[str] | None = None) -> None:
     """Writes the card as README.md. One that neither this package nor PEFT has written stays as it is."""
     before = folder / "README.md"
-    if before.is_file() and not any(mark in before.read_text("utf-8") for mark in ("\n- sspo_ext\n", "library_name: peft")):
+    if before.is_file() and not any(
+        mark in before.read_text("utf-8") for mark in ("\n- sspo_ext\n", "library_name: peft")
+    ):
         return
     (folder / "README.md").write_text(model_card(trainer, model_name, tags), "utf-8")
 
