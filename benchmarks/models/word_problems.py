@@ -17,14 +17,13 @@ is worth 1 and any other 0: no reward sees a length.
 
 from __future__ import annotations
 
-import hashlib
 import operator
 import random
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from sspo_ext.demo.tasks import Review, _common, _draw
+from sspo_ext.demo.tasks import Review, common_length, distinct_problems, draw_from
 
 from .word_texts import LANGUAGES, PROBE, TEXTS
 
@@ -122,12 +121,8 @@ class WordProblems:
         Returns:
             `size` problems.
         """
-        rng, found = random.Random(seed), {}
-        while len(found) < size:
-            problem = self.problem(rng, self.languages[len(found) % len(self.languages)])
-            if (hashlib.sha256(problem.prompt.encode()).digest()[0] < 51) == held_out:
-                found.setdefault(problem.prompt, problem)
-        return list(found.values())
+        rng, languages = random.Random(seed), self.languages
+        return distinct_problems(lambda k: self.problem(rng, languages[k % len(languages)]), size, held_out)
 
     # ---- the teacher
 
@@ -144,7 +139,7 @@ class WordProblems:
             new = _slip(left, symbol, right, rng)
             lines.append(Line(texts.line(texts.apply[kind], left, symbol, right, new, words), True))
             last = k == len(todo) - 1
-            for _ in range(_draw(AFTER_LAST if last else AFTER_EACH, rng)):
+            for _ in range(draw_from(AFTER_LAST if last else AFTER_EACH, rng)):
                 text, new = self._redundant(problem, (left, symbol, right, new), kind == "boxes", rng)
                 lines.append(Line(text, False))
             state, product = (state, new) if kind == "boxes" else (new, product)
@@ -157,7 +152,7 @@ class WordProblems:
         """A line that no solution needs, and the number that the teacher believes in after it."""
         texts, words = TEXTS[problem.language], problem.words
         left, symbol, right, new = equation
-        kind = _draw(KINDS, rng)
+        kind = draw_from(KINDS, rng)
         if kind == "check":
             truth = _apply(left, symbol, right)
             if new != truth and rng.random() < MENDS:
@@ -206,7 +201,7 @@ class WordProblems:
         keys = [key for _, key in found if key is not None]
         correct = bool(self.reward(problem.prompt, completion, problem.answer))
         wanted = _keys(problem)
-        return Review(correct, len(found), len(wanted) - _common(wanted, keys))
+        return Review(correct, len(found), len(wanted) - common_length(wanted, keys))
 
     def _written(self, problem: Problem, completion: str) -> list[tuple[str, str | None]]:
         """Each line, and the key of the operation that it applies: none for a check or a repeat."""

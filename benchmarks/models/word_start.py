@@ -24,10 +24,18 @@ from .word_problems import WordProblems, solution_text
 
 SAVED = "imitation.pt"
 
+DIGIT_WEIGHT = 3.0  # of the loss of a label with a digit: most other labels are the teacher's whims
+
+
+def bf16_is_fast(device: str) -> bool:
+    """Whether products of bfloat16 are faster than those of float32: on GPUs, and on CPUs with instructions for it."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device != "cpu" or any(getattr(torch.cpu, name, bool)() for name in names)
+
 
 def imitate(
-    model, tokenizer, task: WordProblems, folder: Path, *, updates: int, lr: float = 3e-4, batch_size: int = 8,
-    seed: int = 0, bf16: bool = True, save_updates: int = 40,
+    model, tokenizer, task: WordProblems, folder: Path, *, updates: int, lr: float = 6e-4, batch_size: int = 8,
+    seed: int = 0, bf16: bool | None = None, save_updates: int = 20,
 ) -> list[float]:  # fmt: skip
     """Trains the model to predict the teacher's solutions, each of another problem. Goes on where it was stopped.
 
@@ -42,7 +50,7 @@ def imitate(
         lr: The peak learning rate; it falls linearly to 0.
         batch_size: Solutions in an update.
         seed: Decides problems and solutions.
-        bf16: Whether products are computed in bfloat16; the weights stay in float32.
+        bf16: Whether products are computed in bfloat16; the weights stay in float32. None decides by `bf16_is_fast`.
         save_updates: Updates between two states.
 
     Returns:
@@ -59,6 +67,8 @@ def imitate(
         losses = state["losses"]
     folder.mkdir(parents=True, exist_ok=True)
     model.train()
+    bf16 = bf16_is_fast(model.device.type) if bf16 is None else bf16
+    weights = label_weights(tokenizer, model.get_output_embeddings().weight.shape[0]).to(model.device)
     examples = batches(tokenizer, task, updates * batch_size, batch_size, seed)
     with tqdm(enumerate(examples), total=updates, desc="imitating the teacher", mininterval=5) as bar:
         for k, (ids, labels) in bar:
@@ -67,7 +77,7 @@ def imitate(
             for group in optimizer.param_groups:
                 group["lr"] = lr * min((k + 1) / 10, 1 - k / updates)
             with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
-                loss = solution_loss(model, ids, labels)
+                loss = solution_loss(model, ids, labels, weights)
             loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -83,20 +93,31 @@ def imitate(
     return losses
 
 
-def solution_loss(model, ids: Tensor, labels: Tensor) -> Tensor:
+def label_weights(tokenizer, vocab: int) -> Tensor:
+    """(V,) float32: `DIGIT_WEIGHT` for a token with a digit, else 1. They change what is learned first, not what."""
+    weights = torch.ones(vocab)
+    for text, k in tokenizer.get_vocab().items():
+        if any(c.isdigit() for c in text):
+            weights[k] = DIGIT_WEIGHT
+    return weights
+
+
+def solution_loss(model, ids: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """The mean negative log-likelihood of the labels. Logits are made where a label is, and nowhere else.
 
     Args:
         model: A causal LM.
         ids: (B, T) int64, padded on the right.
         labels: (B, T) int64; -100 is not scored.
+        weights: (V,) float32, of the labels in the mean.
 
     Returns:
         0-dim float32.
     """
     scored = labels[:, 1:] != -100
     hidden, _ = forward_hidden(model, input_ids=ids, attention_mask=attention(ids, labels))
-    return F.cross_entropy(model.get_output_embeddings()(hidden[:, :-1][scored]).float(), labels[:, 1:][scored])
+    logits = model.get_output_embeddings()(hidden[:, :-1][scored]).float()
+    return F.cross_entropy(logits, labels[:, 1:][scored], weights)
 
 
 def attention(ids: Tensor, labels: Tensor) -> Tensor:
@@ -190,7 +211,7 @@ def right_share(model, tokenizer, task: WordProblems, size: int, seed: int) -> f
     problems = task.problems(size, 1, held_out=True)
     prompts = [encode(tokenizer, p.prompt) for p in problems]
     sampling, seeds = Sampling(200, (tokenizer.eos_token_id,)), [(seed, i) for i in range(size)]
-    with torch.autocast(model.device.type, torch.bfloat16):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16_is_fast(model.device.type)):
         made = make_engine("compact", tokenizer).complete(model, prompts, sampling, seeds)
     found = Completions.of(made).token_ids
     texts = [tokenizer.decode(ids[:-1]) if ids[-1] == tokenizer.eos_token_id else "" for ids in found]

@@ -49,8 +49,9 @@ def draw(result: dict, path: str | PathLike) -> None:
         tokens.set_yticklabels([])
         for name, run in result["curves"].items():
             course.plot(run["update"], run["tokens"], color=NAMES[name][1], lw=0.6, alpha=0.4)
-            course.plot(run["update"], smooth(run["tokens"]), color=NAMES[name][1], lw=2.5)
-        course.set(title="Length while it trains", xlabel="update", ylim=(0, None))
+            course.plot(run["update"], smooth(run["tokens"]), color=NAMES[name][1], lw=2.5, label=NAMES[name][0])
+        course.set(title="Length while it trains", xlabel="update", ylabel="tokens of a solution", ylim=(0, None))
+        course.legend(frameon=False, loc="lower left", fontsize=10)
         draw_solutions(halves[1], result["chains"], result["problems"])
         figure.suptitle(headline(stages), fontsize=15, fontweight="bold")
         figure.savefig(path)

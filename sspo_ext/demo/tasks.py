@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,12 +135,8 @@ class Task:
         Returns:
             `size` problems.
         """
-        rng, found = random.Random(seed), {}
-        while len(found) < size:
-            problem = self.problem(rng)
-            if (hashlib.sha256(problem.prompt.encode()).digest()[0] < 51) == held_out:
-                found[problem.prompt] = problem
-        return list(found.values())
+        rng = random.Random(seed)
+        return distinct_problems(lambda _: self.problem(rng), size, held_out)
 
     def apply(self, state: Any, op: Any) -> Any:
         """The state after an operation."""
@@ -218,10 +214,10 @@ class Task:
             new = self.slip(state, op, rng)
             needed = self.line(state, op, new)
             lines.append(needed)
-            for _ in range(_draw(REDUNDANT_COUNTS[self.family], rng)):
+            for _ in range(draw_from(REDUNDANT_COUNTS[self.family], rng)):
                 if rng.random() < ANSWERS_EARLY:
                     return [*lines, self.answer_line(self.state_text(self._fold(new, problem.ops[k + 1 :])))]
-                kind = _draw(REDUNDANT_KINDS, rng)
+                kind = draw_from(REDUNDANT_KINDS, rng)
                 if kind == "check":
                     if rng.random() < MENDS:
                         new = self.apply(state, op)
@@ -253,7 +249,7 @@ class Task:
         written = [op for op in self.applied(lines) if op is not None]
         wanted = [self._op_key(op) for op in problem.ops]
         correct = bool(self.reward(problem.prompt, completion, problem.answer))
-        return Review(correct, len(lines), len(wanted) - _common(wanted, written))
+        return Review(correct, len(lines), len(wanted) - common_length(wanted, written))
 
     def applied(self, lines: Sequence[str]) -> list[str | None]:
         """The operation that each line applies; None for a line that applies none or repeats the one before it."""
@@ -304,13 +300,32 @@ def solution_text(lines: Sequence[str]) -> str:
     return " \n ".join(lines)
 
 
-def _draw(table, rng: random.Random):
+def distinct_problems(draw: Callable[[int], Any], size: int, held_out: bool) -> list[Any]:
+    """Problems of different prompts, from one side of the split: the hash of a prompt decides, a fifth is held out.
+
+    Args:
+        draw: Makes a random problem; it is told how many there are already.
+        size: How many are wanted.
+        held_out: Which side they are from.
+
+    Returns:
+        `size` problems.
+    """
+    found: dict[str, Any] = {}
+    while len(found) < size:
+        problem = draw(len(found))
+        if (hashlib.sha256(problem.prompt.encode()).digest()[0] < 51) == held_out:
+            found.setdefault(problem.prompt, problem)
+    return list(found.values())
+
+
+def draw_from(table, rng: random.Random):
     """A value drawn from a table of (value, probability)."""
     values, weights = zip(*table, strict=True)
     return rng.choices(values, weights)[0]
 
 
-def _common(wanted: Sequence[str], written: Sequence[str]) -> int:
+def common_length(wanted: Sequence[str], written: Sequence[str]) -> int:
     """Length of the longest common subsequence."""
     row = [0] * (len(written) + 1)
     for want in wanted:

@@ -22,7 +22,17 @@ from benchmarks.models.real_rl.report import KEY, TABLE, missing, reached, verdi
 from benchmarks.models.real_rl.tasks import ASK, GSM8K, Words, make_task
 from benchmarks.models.real_rl.worker import found_probe, measured, run
 from benchmarks.models.word_problems import WordProblems
-from benchmarks.models.word_start import SAVED, batches, imitate, make_start, padded, solution_loss
+from benchmarks.models.word_start import (
+    DIGIT_WEIGHT,
+    SAVED,
+    batches,
+    bf16_is_fast,
+    imitate,
+    label_weights,
+    make_start,
+    padded,
+    solution_loss,
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +99,28 @@ def test_only_the_solution_is_scored(folder):
     wanted = [-logits[b, t, labels[b, t + 1]] for b, t in (labels[:, 1:] != -100).nonzero().tolist()]
     torch.testing.assert_close(solution_loss(model, ids, labels), torch.stack(wanted).mean())
     assert padded([([5], [6, 7]), ([5], [6])], 0)[1].tolist() == [[-100, 6, 7], [-100, 6, -100]]
+
+
+def test_digits_weigh_more(folder):
+    """Red: every label weighs 1; the weights not normalised."""
+    model, tokenizer = loaded(folder)
+    weights = label_weights(tokenizer, len(tokenizer))
+    assert {weights[k].item() for k in tokenizer("0 12 345", add_special_tokens=False).input_ids} == {1, DIGIT_WEIGHT}
+    assert all(weights[k] == 1 for k in tokenizer("Tom has", add_special_tokens=False).input_ids)
+    ids, labels = next(batches(tokenizer, WordProblems(), 16, 3, seed=0))
+    logits, scored = model(input_ids=ids).logits[:, :-1].log_softmax(-1), labels[:, 1:] != -100
+    losses = -logits[scored].gather(1, labels[:, 1:][scored][:, None])[:, 0]
+    wanted = (losses * weights[labels[:, 1:][scored]]).sum() / weights[labels[:, 1:][scored]].sum()
+    torch.testing.assert_close(solution_loss(model, ids, labels, weights), wanted)
+
+
+def test_bfloat16_where_the_processor_has_it(monkeypatch):
+    """Red: always; never."""
+    for there in (True, False):
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda there=there: there, raising=False)
+        assert bf16_is_fast("cpu") is there and bf16_is_fast("cuda")
+        assert parse([]).bf16 is there and parse(["--no-bf16"]).bf16 is False and parse(["--bf16"]).bf16 is True
 
 
 def test_a_start_model_is_made_whole(folder, tmp_path, monkeypatch):

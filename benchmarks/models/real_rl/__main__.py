@@ -29,6 +29,7 @@ from benchmarks.jobs import Job, execute
 from sspo_ext._help import DefaultsFormatter
 
 from ..real_run import model_folder, shown
+from ..word_start import bf16_is_fast
 from .arms import ARMS, DECISIVE
 from .report import KEY, TABLE, write_report
 from .worker import MEASURED, TRAINED, other_settings
@@ -154,7 +155,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rollout-batch-size", type=int, help="rows completed at once (default: all; not for vllm)")
     add("--device", default="cpu", help="cpu or cuda")
     add("--dtype", default="float32", help="of the weights")
-    add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast to bfloat16")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="autocast to bfloat16 (default: where that is fast)")
     add("--threads", type=int, default=1, help="of each run")
     add("--jobs", type=int, help="runs at once (default: 2 on a CPU, 1 on a GPU)")
     add("--save-steps", type=int, default=4, help="updates between checkpoints")
@@ -167,6 +168,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options.arms = list(ARMS) if "all" in options.arms else options.arms
     options.seeds = options.seeds or (2 if words else 1)
     gpu = options.device != "cpu"
+    options.bf16 = bf16_is_fast(options.device) if options.bf16 is None else options.bf16
     options.jobs = options.jobs or (1 if gpu else 2)
     options.engine = options.engine or ("vllm" if gpu and find_spec("vllm") else "compact")
     return options
