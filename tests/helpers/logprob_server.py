@@ -2,13 +2,13 @@
 """A stand-in for an inference server, on the loopback: a local model, three ways to ask it, and a prefix cache."""
 
 import contextlib
-import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 
 from sspo_ext.hf.cache import cache_input, cache_of
+
+from .json_server import json_server
 
 FIELDS = {
     "/v1/completions": {"model", "prompt", "max_tokens", "echo", "logprobs", "prompt_logprobs", "temperature"},
@@ -82,28 +82,11 @@ def serving(model, *, prefix_cache=False, change=lambda found: found):
     """(url, Scorer) of a server that runs meanwhile; `change` spoils its answers."""
     score = Scorer(model, prefix_cache)
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            try:
-                code, found = 200, change(answer(self.path, body, score))
-            except (KeyError, ValueError) as error:
-                code, found = 400, {"error": str(error)}
-            data = json.dumps(found).encode()
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+    def respond(path, body):
+        try:
+            return 200, change(answer(path, body, score))
+        except (KeyError, ValueError) as error:
+            return 400, {"error": str(error)}
 
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", score
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with json_server(respond) as url:
+        yield url, score

@@ -2,12 +2,11 @@
 """A stand-in for `vllm serve` 0.33, on the loopback. Its routes take and give the fields of vLLM's recorded ones."""
 
 import contextlib
-import json
 import os
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, urlsplit
 
+from .json_server import json_server
 from .vllm_double import LLM, RECORD, SamplingParams, WeightTransferTrainerFactory
 
 _WIRE = "vllm/entrypoints/scale_out/token_in_token_out/protocol.py"
@@ -105,36 +104,14 @@ def serving(config=CONFIG, missing=(), **options):
     """(url, Server) of a server that runs meanwhile. `missing`: paths that it has not got; `options`: of its LLM."""
     state = Server(config, {"missing": missing}, **options)
 
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self, body):
-            parts = urlsplit(self.path)
-            try:
-                code, found = 200, state.answer(parts.path, dict(parse_qsl(parts.query)), body)
-            except Refused as error:
-                code, found = error.args[0], {"error": error.args[1]}
-            except Exception as error:
-                code, found = 500, {"error": repr(error)}
-            data = json.dumps(found).encode()
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+    def respond(path, body):
+        parts = urlsplit(path)
+        try:
+            return 200, state.answer(parts.path, dict(parse_qsl(parts.query)), body)
+        except Refused as error:
+            return error.args[0], {"error": error.args[1]}
+        except Exception as error:
+            return 500, {"error": repr(error)}
 
-        def do_GET(self):
-            self.answer(None)
-
-        def do_POST(self):
-            self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", state
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with json_server(respond) as url:
+        yield url, state
