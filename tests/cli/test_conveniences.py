@@ -214,7 +214,7 @@ def test_a_card_beside_every_saved_model(model, pairs, tmp_path, lora):
         assert str(tmp_path) not in card.content and model not in card.content
         assert "# my-model" in card.content and "| loss_type | `ipo` |" in card.content
         assert "2 updates by `StepPreferenceTrainer`" in card.content and "| weight_decay | `0.25` |" in card.content
-        assert "| loss | " in card.content
+        assert "| loss | " in card.content and ("This is an adapter (LORA) of" in card.content) == lora
     if lora:
         found = json.loads((out / "adapter_config.json").read_text())["target_modules"]
         assert sorted(found) == ["q_proj", "v_proj"]

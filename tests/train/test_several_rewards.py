@@ -196,7 +196,8 @@ def test_several_graders_of_the_command(tmp_path, capsys):
     both = ["--grader", "helpers.rl:reward", f"{__name__}:brief", "--reward-weights", "1", "0.1"]
     assert main([*command, *both, "--multi-objective-aggregation", "normalize_then_sum"]) == 0
     assert "rewards/brief/mean" in capsys.readouterr().out
-    assert main([*command, "--grader", "helpers.rl:reward", "--reward-weights", "1", "1", "--resume"]) == 2
+    early = [*command, "--model", "nobody/nowhere"]  # refused before a model is loaded
+    assert main([*early, "--grader", "helpers.rl:reward", "--reward-weights", "1", "1", "--resume"]) == 2
     assert "reward_weights: expected one for each of 1 reward functions" in capsys.readouterr().err
     assert main([*command, "--multi-objective-aggregation", "normalize_then_sum", "--resume"]) == 2
     assert "--multi-objective-aggregation: has no effect with one --grader" in capsys.readouterr().err
