@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m benchmarks real-rl` on a random model of a few thousand weights: it runs, goes on, and reports."""
 
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import records
 from benchmarks.models import word_start
 from benchmarks.models.real_rl import __main__ as command
-from benchmarks.models.real_rl.__main__ import last_line, parse
+from benchmarks.models.real_rl.__main__ import fingerprint, last_line, parse
 from benchmarks.models.real_rl.arms import ARMS, DECISIVE, adapter, shortest_right
 from benchmarks.models.real_rl.report import KEY, TABLE, missing, reached, verdict, write_report
 from benchmarks.models.real_rl.tasks import ASK, GSM8K, Words, make_task
@@ -60,7 +61,7 @@ def settings(folder, **other):
     options = vars(parse(["--updates", "1", "--prompts", "2", "--num-generations", "2", "--accumulation", "2",
                           "--held-out", "4", "--budget-chains", "2", "--max-completion-length", "12", "--lora-r", "2",
                           "--save-steps", "1"]))  # fmt: skip
-    return {**options, "name": "tiny", "model_path": str(folder), "command": "", **other}
+    return {**options, "name": "tiny", "model_path": str(folder), "weights": "0", "command": "", **other}
 
 
 def test_the_upper_layers_get_an_adapter(folder):
@@ -303,12 +304,27 @@ def test_the_same_command_goes_on(tmp_path, monkeypatch):
     assert asked == [("runs", []), ("runs", ["rloo-0"])]
     with pytest.raises(SystemExit, match="rloo-0 is recorded with runs of other settings"):
         command.main([*arguments, "--lr", "0.1"])
+    with pytest.raises(SystemExit, match="start-0 is recorded with runs of other settings .held_out 200 and not 9"):
+        command.main([*arguments, "--held-out", "9"])
+    (tmp_path / "work" / "start" / "model.safetensors").write_bytes(b"others")
+    with pytest.raises(SystemExit, match="start-0 is recorded with runs of other settings .weights None and not '01db"):
+        command.main(arguments)
+    (tmp_path / "work" / "start" / "model.safetensors").unlink()
     (tmp_path / "work" / "runs" / "rloo-0").mkdir(parents=True)
     asked.clear()
     command.main([*arguments, "--lr", "0.1", "--redo", "--seeds", "1"])
     assert asked == [("runs", []), ("runs", ["start-0", "rloo-0"])]
     assert not (tmp_path / "work" / "runs" / "rloo-0").exists()
     assert len(records.read(tmp_path / TABLE)) == 5 and not list((tmp_path / "runs").iterdir())
+
+
+def test_fingerprint(folder, tmp_path):
+    """Red: the names alone; the first file alone."""
+    assert fingerprint("a/name") is None and fingerprint(str(tmp_path)) is None
+    (tmp_path / "b.safetensors").write_bytes(b"two")
+    (tmp_path / "a.safetensors").write_bytes(b"one")
+    assert fingerprint(str(tmp_path)) == hashlib.sha256(b"onetwo").hexdigest()[:16]
+    assert len(fingerprint(str(folder)) or "") == 16
 
 
 def test_defaults():

@@ -18,6 +18,7 @@ not run again, and a run that was stopped goes on from its last checkpoint in WO
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         if not start.is_dir():
             threads = options.threads * options.jobs
             execute([imitation(start, options)], work / "logs", "start model", 1, last_line, threads)
+    settings["weights"] = fingerprint(settings["model_path"])
     (work / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
     records.collect(output / TABLE, output / "runs", KEY)
     todo = todo_of(options, settings, records.read(output / TABLE))
@@ -68,6 +70,17 @@ def main(argv: list[str] | None = None) -> None:
     print(write_report(output))
 
 
+def fingerprint(model: str) -> str | None:
+    """The beginning of the SHA-256 of a folder's weights: another start model is another table. None without them."""
+    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16] if files else None
+
+
 def todo_of(options: argparse.Namespace, settings: dict, rows: list[dict]) -> list[tuple[str, int]]:
     """The runs (arm, seed) that are not recorded, or with fewer updates."""
     there = {tuple(row[k] for k in KEY): row for row in rows}
@@ -80,8 +93,8 @@ def todo_of(options: argparse.Namespace, settings: dict, rows: list[dict]) -> li
             if options.redo:
                 shutil.rmtree(Path(options.work) / "runs" / f"{arm}-{seed}", ignore_errors=True)
             elif row is not None:
-                deciding = TRAINED if ARMS[arm].trains else MEASURED
-                found, mine = ({k: of[k] for k in deciding} for of in (row["settings"], settings))
+                deciding = (*MEASURED, *TRAINED) if ARMS[arm].trains else MEASURED
+                found, mine = ({k: of.get(k) for k in deciding} for of in (row["settings"], settings))
                 if found != mine:
                     raise SystemExit(other_settings(f"{arm}-{seed} is recorded with runs", found, mine))
                 if not ARMS[arm].trains or row["updates"] >= options.updates:

@@ -31,12 +31,14 @@ from ..real_run import hardware
 from .arms import ARMS, make_trainer, train_shortest
 from .tasks import Task, make_task
 
-# What decides how a run is measured, and how it trains; runs that differ here do not belong into one table.
-MEASURED = ("bf16", "dtype", "max_completion_length")
+_BOTH = ("weights", "bf16", "dtype", "max_completion_length")
 
-TRAINED = (*MEASURED, "prompts", "num_generations", "lr", "lora_r", "lora_share")
+# What decides how a run trains, and how it is measured; runs that differ here do not belong into one table.
+TRAINED = (*_BOTH, "prompts", "num_generations", "lr", "lora_r", "lora_share")
 
-SHOWN = (*TRAINED, "engine", "held_out", "budget_chains", "device", "threads")
+MEASURED = (*_BOTH, "held_out")
+
+SHOWN = (*TRAINED, "held_out", "engine", "budget_chains", "device", "threads")
 
 CHAINS = 8  # held-out problems whose chains are kept for the pictures
 
