@@ -135,13 +135,15 @@ def verdict(arms: Arms) -> str:
     if not ours or "start" not in arms:
         return "There is no run of SSPO and of the start model yet."
     lines = [
-        "| arm | how | tokens less the start's | accuracy less RLOO's | less shuffled V's | skipped less the start's "
-        "| the aim |\n| --- | --- | --- | --- | --- | --- | --- |"
+        "| arm | how | tokens less the start's | less RLOO's | accuracy less RLOO's | less shuffled V's "
+        "| skipped less the start's | the aim |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
     ]
     for name in ours:
         for how in ("greedy", "sampled"):
-            change = total(arms[name], how, "tokens") / total(arms["start"], how, "tokens") - 1
+            tokens = {arm: total(arms[arm], how, "tokens") for arm in (name, "start", "rloo") if arm in arms}
+            change = tokens[name] / tokens["start"] - 1
             cells = [ARMS[name].text, how, f"{change:+.0%}"]
+            cells.append(f"{tokens[name] / tokens['rloo'] - 1:+.0%}" if "rloo" in tokens else "-")
             cells += [told(arms, name, other, how, key) for other, key in
                       (("rloo", "correct"), (f"{name}-shuffled", "correct"), ("start", "skipped"))]  # fmt: skip
             lines.append("| " + " | ".join([*cells, reached(arms, name, how, change)]) + " |")
@@ -205,7 +207,12 @@ def pictures(arms: Arms, groups: Sequence[str], folder: Path, stem: str) -> list
     if "start" not in arms or "sspo-0" not in arms:
         return []
     before, after = arms["start"][0], arms["sspo-0"][0]
-    parts = ["### Before and after"]
+    parts = [
+        "### Before and after",
+        f"Of the first {len(before['chains'])} held-out problems, those that both models solve greedily; of these the "
+        "one in each language whose number of steps changes by the median. A step's number is its advantage. The "
+        "curve is the value after each step: how sure the model is of the right answer. It ends at the reward.",
+    ]
     for group in groups:
         pairs = [
             (a, b)
@@ -214,9 +221,9 @@ def pictures(arms: Arms, groups: Sequence[str], folder: Path, stem: str) -> list
         ]
         if not pairs:
             continue
-        # of the first problems of the held-out ones, the one that shows the typical change: the median
         pairs.sort(key=lambda pair: len(pair[0]["steps"]) - len(pair[1]["steps"]))
         for when, row in zip(("before", "after"), pairs[len(pairs) // 2], strict=True):
+            row = {**row, "values": [*row["values"][:-1], row["reward"]]}  # nothing is asked after the end
             draw_chain(row, folder / f"{stem}-{group}-{when}.png", title=f"{when}: {len(row['steps'])} steps")
             parts.append(f"![{group}, {when}]({stem}-{group}-{when}.png)")
-    return parts if len(parts) > 1 else []
+    return parts if len(parts) > 2 else []
