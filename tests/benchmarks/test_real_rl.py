@@ -305,7 +305,7 @@ def test_the_same_command_goes_on(tmp_path, monkeypatch):
     assert asked == [("runs", []), ("runs", ["rloo-0"])]
     with pytest.raises(SystemExit, match="rloo-0 is recorded with runs of other settings"):
         command.main([*arguments, "--lr", "0.1"])
-    with pytest.raises(SystemExit, match="start-0 is recorded with runs of other settings .held_out 200 and not 9"):
+    with pytest.raises(SystemExit, match="start-0 is recorded with runs of other settings .held_out 96 and not 9"):
         command.main([*arguments, "--held-out", "9"])
     (tmp_path / "work" / "start" / "model.safetensors").write_bytes(b"others")
     with pytest.raises(SystemExit, match="start-0 is recorded with runs of other settings .weights None and not '01db"):
@@ -332,6 +332,8 @@ def test_defaults():
     words, gsm8k = parse([]), parse(["--data", "gsm8k", "--device", "cuda"])
     assert words.arms == list(DECISIVE) and words.seeds == 2 and words.jobs == 2 and words.engine == "compact"
     assert gsm8k.arms == ["start", "rloo", "sspo-0"] and gsm8k.seeds == 1 and gsm8k.jobs == 1
+    assert (words.prompts, words.held_out, gsm8k.prompts, gsm8k.held_out) == (5, 96, 8, 200)
+    assert parse(["--prompts", "3", "--held-out", "0"]).prompts == 3 and parse(["--held-out", "0"]).held_out == 0
     assert parse(["--arms", "all"]).arms == list(ARMS)
 
 

