@@ -260,6 +260,8 @@ def test_missing():
     assert missing(every) == "Every arm was run."
     every["sspo-9"] = [row]
     assert missing(every) == "**This table is partial.** Arms with fewer than 2 seeds: SSPO, lambda 0.9 (1)."
+    every["sspo-0-shuffled"] = [row]
+    assert missing(every).endswith("Arms with fewer than 2 seeds: V shuffled (1); SSPO, lambda 0.9 (1).")
     del every["short"]
     assert "Arms that were not run: RLOO, short maximal length." in missing(every)
 

@@ -101,8 +101,9 @@ BUDGETS = ("start", "rloo", "sspo-0", "sspo-0-shuffled")
 def missing(arms: Arms) -> str:
     """Says which arms and seeds are not there yet."""
     most = max((len(runs) for runs in arms.values()), default=0)
-    lacking = [ARMS[name].text.removeprefix("... ") for name in ARMS if name not in arms]
-    fewer = [f"{ARMS[n].text} ({len(r)})" for n, r in arms.items() if ARMS[n].trains and len(r) < most]
+    text = {name: arm.text.removeprefix("... ") for name, arm in ARMS.items()}
+    lacking = [text[name] for name in ARMS if name not in arms]
+    fewer = [f"{text[n]} ({len(r)})" for n, r in arms.items() if ARMS[n].trains and len(r) < most]
     told = [f"Arms that were not run: {'; '.join(lacking)}."] if lacking else []
     told += [f"Arms with fewer than {most} seeds: {'; '.join(fewer)}."] if fewer else []
     return " ".join(["**This table is partial.**", *told]) if told else "Every arm was run."
