@@ -87,7 +87,7 @@ def section(name: str, data: str, arms: Arms, folder: Path) -> list[str]:
         parts += ["### By language", by_group(arms, groups)]
     draw(arms, folder / f"{stem}.png", name, ARMS)
     parts += [f"![accuracy against tokens]({stem}.png)"]
-    curves = {ARMS[arm].text: BudgetCurve.from_dict(arms[arm][0]["budget"]) for arm in BUDGETS
+    curves = {ARMS[arm].text.replace("... ", "SSPO, "): BudgetCurve.from_dict(arms[arm][0]["budget"]) for arm in BUDGETS
               if arm in arms and arms[arm][0]["budget"]}  # fmt: skip
     if curves:
         draw_budget_curves(curves, folder / f"{stem}-budgets.png")
