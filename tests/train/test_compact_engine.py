@@ -212,7 +212,8 @@ def test_packed_weights_compute_the_same(autocast):
         with packed_weights(model, 10):
             inside = [name for name, layer in model.items() if "forward" in vars(layer)]
             found = run(model, x)
-    assert inside == ["whole", "bare"]
+    packs = not autocast or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # else none, as the next test says
+    assert inside == (["whole", "bare"] if packs else [])
     assert not any("forward" in vars(layer) for layer in model.values())
     assert found.dtype == plain.dtype
     error = (found - exact).abs().max()
