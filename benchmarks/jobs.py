@@ -14,6 +14,10 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+# For glibc, others ignore it. By default it gives large blocks back to the system, which hands out zeroed pages anew at
+# every update.
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}
+
 
 @dataclass(frozen=True)
 class Job:
@@ -53,7 +57,10 @@ def execute(
     waiting: list[Job] = list(jobs)
     going: dict[Job, tuple[subprocess.Popen, Path]] = {}
     count = str(threads)
-    environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **KEEP_FREED_MEMORY, **os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count,
+        "TOKENIZERS_PARALLELISM": "false",
+    }  # fmt: skip
     often = 0.5 if sys.stderr.isatty() else 60  # seconds; a log gets a line a minute
     total = sum(job.length for job in jobs)
     # a command that is killed must not leave runs behind, which its successor would start a second time

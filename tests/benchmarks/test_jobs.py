@@ -2,7 +2,7 @@
 """Jobs: a few processes at a time, and none left behind.
 
 Mutations that turned a test red: all started at once; a failure passed over; `terminate` left out; the handler of
-SIGTERM left out.
+SIGTERM left out; `KEEP_FREED_MEMORY` left out, or after the user's own environment.
 """
 
 import signal
@@ -38,6 +38,16 @@ def test_a_failure_ends_all(tmp_path):
     with pytest.raises(SystemExit, match=r"bad failed \(1\):\nno such model"):
         execute([slow, bad], tmp_path, "some", 2, reached)
     assert time.monotonic() - began < 50
+
+
+def test_environment(tmp_path, monkeypatch):
+    """Two threads, freed memory kept, and what the user set stays."""
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "7")
+    monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
+    names = ("OMP_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_")
+    code = f"import os; print(*(os.environ[name] for name in {names!r}))"
+    execute([Job("run", (sys.executable, "-c", code), 1)], tmp_path, "run", 1, reached, threads=2)
+    assert (tmp_path / "run.log").read_text() == "2 7 0\n"
 
 
 def test_a_killed_command_leaves_no_run(tmp_path):
