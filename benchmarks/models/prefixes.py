@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -212,7 +213,7 @@ def group(tokenizer, options, prompt_tokens: int) -> list[Rollout]:
 
 def report(rows: list[dict], arguments: list[str]) -> str:
     lines = [
-        "# Shared prefixes", "", f"`{' '.join(['python -m benchmarks prefixes', *arguments])}`", "",
+        "# Shared prefixes", "", f"`{shlex.join(['python', '-m', 'benchmarks', 'prefixes', *arguments])}`", "",
         "One micro-batch, forward and backward, SmolLM2-135M in bfloat16, all weights trained. Times are ratios to "
         "unshared sequences, medians over the rounds. Losses differ by bfloat16's rounding. TRL's is log 2, since the "
         "model is its own reference; ours was given a reference of 0.", "",

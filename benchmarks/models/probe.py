@@ -27,7 +27,7 @@ from sspo_ext.signals.branches.support import choose_engine
 from sspo_ext.train.models import load_model
 
 from .panels import panels
-from .real_run import hardware, how_made, model_folder, shown
+from .real_run import command_line, hardware, how_made, model_folder
 
 ENGINES = ("separate", "cached", "packed")
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         rows.append(row)
         print(" ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
     result = {
-        "command": " ".join(["python -m benchmarks probe", *shown(argv)]),
+        "command": command_line("probe", argv),
         "options": {
             **{k: v for k, v in vars(options).items() if k != "output"},
             "model": Path(options.model).name,

@@ -23,7 +23,7 @@ from sspo_ext._help import DefaultsFormatter
 from sspo_ext.cli.main import main as sspo_ext
 from sspo_ext.signals.probing.compare import holds
 
-from .real_run import hardware, model_folder, shown
+from .real_run import command_line, hardware, model_folder
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,11 +42,12 @@ def main(argv: list[str] | None = None) -> None:
         if sspo_ext(["probe", *where, *given, "--rollout-engine", "compact"]):
             raise SystemExit("sspo-ext probe failed")
         result = json.loads(found.read_text(encoding="utf-8"))
-    row = {"name": name, "command": " ".join(["python -m benchmarks probe-choice", *shown(argv)])}
+    row = {"name": name, "command": command_line("probe-choice", argv)}
     row |= {"given": given, "hardware": hardware(), **{k: v for k, v in result.items() if k != "options"}}
     output = Path(options.output)
     records.add(output / "probe_choice.jsonl", [row], ("name",))
-    (output / "RESULTS.md").write_text(report(records.read(output / "probe_choice.jsonl")), encoding="utf-8")
+    text = records.with_notes(report(records.read(output / "probe_choice.jsonl")), output)
+    (output / "RESULTS.md").write_text(text, encoding="utf-8")
 
 
 def problems(path: Path, number: int) -> list[dict]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -151,7 +152,7 @@ def report(results: dict[str, dict], arguments: list[str]) -> str:
     lines = [
         "# The real run on both routes, and TRL's DPOTrainer",
         "",
-        f"`python -m benchmarks real-routes {' '.join(arguments)}`",
+        f"`{shlex.join(['python', '-m', 'benchmarks', 'real-routes', *arguments])}`",
         "",
         *real_run.how_made(arguments[arguments.index("--model") + 1] if "--model" in arguments else ""),
         f"SmolLM2-135M, LoRA, bfloat16 autocast, {first['train']['rows']} questions, {first['updates']} updates of 8 "

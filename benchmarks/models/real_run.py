@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import sys
 import time
 from importlib.util import find_spec
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 
     log = [e for e in trainer.state.log_history if "loss" in e]
     result = {
-        "command": " ".join(["python -m benchmarks real-run", *shown(argv)]),
+        "command": command_line("real-run", argv),
         "options": {k: v for k, v in vars(options).items() if k not in ("data", "work", "output")},
         "hardware": hardware(),
         "train": describe(train),
@@ -120,6 +121,11 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 def shown(argv: list[str] | None) -> list[str]:
     """The arguments, with paths shortened to file names."""
     return [Path(a).name if "/" in a and not a.startswith("-") else a for a in (sys.argv[1:] if argv is None else argv)]
+
+
+def command_line(name: str, argv: list[str] | None) -> str:
+    """The command of `python -m benchmarks` as it is typed in a shell, with paths shortened to file names."""
+    return shlex.join(["python", "-m", "benchmarks", name, *shown(argv)])
 
 
 def model_folder(name: str) -> str:

@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -41,7 +40,7 @@ from sspo_ext.train.sampling import Completions, Sampling
 from sspo_ext.train.sspo_config import SSPOConfig
 from sspo_ext.train.sspo_trainer import SSPOTrainer
 
-from .real_run import hardware, model_folder, shown
+from .real_run import command_line, hardware, model_folder
 
 ENGINES = ("compact", "generate", "model.generate")
 TRAINERS = ("SSPOTrainer, compact", "SSPOTrainer, generate", "GRPOTrainer")
@@ -57,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(update(name, dtype, int(seed), options)))
         return
     output = Path(options.output)
-    given = {"command": shlex.join(["python", "-m", "benchmarks", "rollouts", *shown(argv)]), "hardware": hardware()}
+    given = {"command": command_line("rollouts", argv), "hardware": hardware()}
     for dtype in options.dtypes:
         if options.rounds:
             records.add(output / FILE, [{"what": "engines", "dtype": dtype, **engines(dtype, options), **given}], KEY)

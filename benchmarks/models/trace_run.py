@@ -39,7 +39,7 @@ from sspo_ext.tracing.values import trace_values
 from sspo_ext.train.models import load_model
 
 from .panels import panels
-from .real_run import hardware, model_folder, shown
+from .real_run import command_line, hardware, model_folder
 from .trace_scores import judge, question, results
 
 PREFER = ("175b_verification", "6b_verification", "175b_finetuning", "6b_finetuning")
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     clock.write_text(json.dumps(seconds))
     own = own_logps(model, chains, Path(options.work) / "logps.jsonl", settings)
     result = {
-        "command": " ".join(["python -m benchmarks trace-run", *shown(argv)]),
+        "command": command_line("trace-run", argv),
         "options": {k: v for k, v in vars(options).items() if k not in ("data", "work", "output")},
         "hardware": hardware(),
         "probe": PROBE.text,

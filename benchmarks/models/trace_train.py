@@ -31,6 +31,7 @@ from sspo_ext.train.models import load_model
 
 from .gsm8k import load_gsm8k_solutions
 from .real_run import (
+    command_line,
     describe,
     hardware,
     how_made,
@@ -40,7 +41,6 @@ from .real_run import (
     model_folder,
     parser,
     scored,
-    shown,
 )
 from .trace_run import PROBE, bar, select
 
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     rows = min([options.rows, *map(len, arms.values())])
     result = {
-        "command": " ".join(["python -m benchmarks trace-train", *shown(argv)]),
+        "command": command_line("trace-train", argv),
         "options": {
             **{k: v for k, v in vars(options).items() if k not in ("data", "work", "output")},
             "model": Path(options.model).name,

@@ -9,7 +9,7 @@ in place (test_a_failed_write_changes_nothing); no lock (test_two_commands_at_on
 (test_rows_of_unlike_columns); lines split as text (test_rows_come_back); the old record kept, records not sorted
 (test_one_record_a_key); torn files not expected (test_collect); files removed before the table is written
 (test_collect_killed_before_the_table_is_written); the model's package imported
-(test_the_package_of_a_model_is_not_imported).
+(test_the_package_of_a_model_is_not_imported); words joined by blanks, whole paths (test_a_command_can_be_typed).
 """
 
 import importlib
@@ -30,7 +30,7 @@ from helpers.pictures import assert_same_picture
 from benchmarks import records
 from benchmarks.kernels import machine_code, traffic
 from benchmarks.models import probe, real_routes, real_run, trace_run, trace_train
-from benchmarks.models.real_run import how_made, model_folder
+from benchmarks.models.real_run import command_line, how_made, model_folder
 from benchmarks.speed import plots
 from benchmarks.speed import report as speed
 from benchmarks.speed.tables import Table
@@ -219,3 +219,8 @@ def test_two_commands_at_once(tmp_path):
     assert [process.wait(60) for process in processes] == [0] * 4
     found = [(row["who"], row["n"]) for row in records.read(tmp_path / "t.jsonl")]
     assert found == [(who, n) for who in range(4) for n in range(10)]
+
+
+def test_a_command_can_be_typed():
+    typed = command_line("probe-choice", ["--data", "some/where/test.jsonl", "--text", "the answer is", "--text", "####"])
+    assert typed == "python -m benchmarks probe-choice --data test.jsonl --text 'the answer is' --text '####'"

@@ -29,7 +29,7 @@ from benchmarks import records
 from benchmarks.jobs import Job, execute
 from sspo_ext._help import DefaultsFormatter
 
-from ..real_run import model_folder, shown
+from ..real_run import command_line, model_folder
 from ..word_start import bf16_is_fast
 from .arms import ARMS, DECISIVE
 from .report import KEY, TABLE, write_report
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     name = options.name or Path(options.model).name
     settings = {k: v for k, v in vars(options).items() if k not in ("output", "work", "arms", "seeds", "redo")}
-    command = " ".join(["python -m benchmarks real-rl", *shown(argv)])
+    command = command_line("real-rl", argv)
     settings |= {"name": name, "model_path": model_folder(options.model), "command": command}
     if options.data == "words" and not options.as_it_is:
         start = Path(options.start) if options.start else work / "start"
