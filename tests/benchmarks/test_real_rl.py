@@ -231,7 +231,7 @@ def test_report(tmp_path):
         "Which probe" not in text and "`python -m benchmarks real-rl`" in text and "**This table is partial.**" in text
     )
     assert "| outcome only, RLOO | 2 | 16 | 0.875 ± 0.245 [0.750, 1.000] | 90.0 | 2.00 | 0.250 |" in text
-    assert "| SSPO, lambda 0 | greedy | -40% | -33% | +0.125 ± 0.245" in text and "**reached**" in text
+    assert "| SSPO, lambda 0 | greedy | -40.0% | -33.3% | +0.125 ± 0.245" in text and "**reached**" in text
     for name in ("", "-budgets", "-en-before", "-en-after", "-zh-before", "-zh-after"):
         assert f"(tiny-words{name}.png)" in text and (tmp_path / f"tiny-words{name}.png").exists()
     assert (tmp_path / "RESULTS.md").read_text(encoding="utf-8") == text
@@ -246,11 +246,11 @@ def test_verdict():
     assert reached(arms, "sspo-0", "greedy", -0.4) == "not reached: less accurate than RLOO"
     assert reached(arms, "sspo-0", "greedy", -0.2) == "not reached: not short enough and less accurate than RLOO"
     arms["sspo-0"] = [fake("sspo-0", 0, [1] * 4, [75] * 4)]
-    assert "| -25% | -17% |" in verdict(arms) and "not reached: not short enough" in verdict(arms)
+    assert "| -25.0% | -16.7% |" in verdict(arms) and "not reached: not short enough" in verdict(arms)
     assert reached(arms, "sspo-0", "greedy", -0.3) == "**reached**"
     assert verdict({"start": []}) == "There is no run of SSPO and of the start model yet."
     del arms["rloo"]
-    assert "| -25% | - |" in verdict(arms)
+    assert "| -25.0% | - |" in verdict(arms)
     assert "open: RLOO was not run" in verdict(arms)
 
 

@@ -143,8 +143,8 @@ def verdict(arms: Arms) -> str:
         for how in ("greedy", "sampled"):
             tokens = {arm: total(arms[arm], how, "tokens") for arm in (name, "start", "rloo") if arm in arms}
             change = tokens[name] / tokens["start"] - 1
-            cells = [ARMS[name].text, how, f"{change:+.0%}"]
-            cells.append(f"{tokens[name] / tokens['rloo'] - 1:+.0%}" if "rloo" in tokens else "-")
+            cells = [ARMS[name].text, how, f"{change:+.1%}"]
+            cells.append(f"{tokens[name] / tokens['rloo'] - 1:+.1%}" if "rloo" in tokens else "-")
             cells += [told(arms, name, other, how, key) for other, key in
                       (("rloo", "correct"), (f"{name}-shuffled", "correct"), ("start", "skipped"))]  # fmt: skip
             lines.append("| " + " | ".join([*cells, reached(arms, name, how, change)]) + " |")
