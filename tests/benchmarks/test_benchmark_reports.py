@@ -222,5 +222,7 @@ def test_two_commands_at_once(tmp_path):
 
 
 def test_a_command_can_be_typed():
-    typed = command_line("probe-choice", ["--data", "some/where/test.jsonl", "--text", "the answer is", "--text", "####"])
+    typed = command_line(
+        "probe-choice", ["--data", "some/where/test.jsonl", "--text", "the answer is", "--text", "####"]
+    )
     assert typed == "python -m benchmarks probe-choice --data test.jsonl --text 'the answer is' --text '####'"
