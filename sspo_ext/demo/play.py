@@ -2,7 +2,8 @@
 """What the scripts in `examples/` share: completions, pairs, batches, a short training loop, a score and a table.
 
 They are made for the small start model of `load_start` and the tasks of `sspo_ext.demo.tasks`, which are public with
-this module. For your own models the trainers of `sspo_ext.train` do the same, and more.
+this module. For your own models the trainers of `sspo_ext.train` do the same, and more. To import it sets torch to one
+thread.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ __all__ = [
 ]  # fmt: skip
 
 disable_progress_bar()  # the start model has half a megabyte
+torch.set_num_threads(1)  # and no work for two, which wait for each other: ten times as long where other programs run
 
 
 def sized(full: int, quick: int) -> int:

@@ -4,10 +4,12 @@
 Mutations, each caught by the test named: completions of another prompt, no seed, the newline of a cut one left out
 (test_complete); wrong before right (test_sampled_pairs); greedy for sampled (test_score); the end of sequence left
 out, or the prompt scored (test_policy_batch); the sampler not used (test_train); the reference trained (test_dpo); two
-digits (test_table); the sizes exchanged (test_sized).
+digits (test_table); the sizes exchanged (test_sized); as many threads as before (test_one_thread).
 """
 
 import copy
+import os
+import subprocess
 import sys
 
 import pytest
@@ -21,6 +23,15 @@ from sspo_ext.losses.logps import step_logps
 @pytest.fixture(scope="module")
 def start():
     return play.load_start()
+
+
+def test_one_thread():
+    """On two cores that others use as well, two threads of such a model took ten times as long as one."""
+    code = "import torch; torch.set_num_threads(2); import sspo_ext.demo.play; print(torch.get_num_threads())"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    assert (
+        subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True).stdout == b"1\n"
+    )
 
 
 def test_sized(monkeypatch):
