@@ -2,7 +2,7 @@
 """What the scripts in `examples/` share: completions, pairs, batches, a short training loop, a score and a table.
 
 They are made for the small start model of `load_start` and the tasks of `sspo_ext.demo.tasks`, which are public with
-this module. For your own models the trainers of `sspo_ext.train` do the same, and more. To import it sets torch to one
+this module. For your own models the trainers of `sspo_ext.train` do the same, and more. Importing it sets torch to one
 thread.
 """
 
